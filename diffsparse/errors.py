@@ -1,0 +1,39 @@
+"""The exception tree: one root, one child for each way in which input can be wrong."""
+
+from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError
+
+__all__ = [
+    "BackendError",
+    "ConfigError",
+    "DenseFallbackError",
+    "DiffsparseError",
+    "InputFileError",
+    "KernelInputError",
+    "OutputFileError",
+    "UnknownNameError",
+    "UnsupportedModelError",
+]
+
+
+class ConfigError(DiffsparseError, ValueError):
+    """A knob outside its range, or knobs that contradict each other."""
+
+
+class UnsupportedModelError(DiffsparseError, TypeError):
+    """Nothing in the given object can be accelerated."""
+
+
+class DenseFallbackError(DiffsparseError, RuntimeError):
+    """With `strict=True`: a call that should have been sparse would have run dense."""
+
+
+class InputFileError(DiffsparseError, OSError):
+    """A file to be read is missing, unreadable or malformed."""
+
+
+class OutputFileError(DiffsparseError, OSError):
+    """A file or folder can't be written."""
+
+
+class UnknownNameError(DiffsparseError, LookupError):
+    """A name that is in no table: the message lists the known ones, the closest first."""

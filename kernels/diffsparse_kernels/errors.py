@@ -1,0 +1,13 @@
+"""The root of the project's exception tree, and the two errors that kernels raise."""
+
+
+class DiffsparseError(Exception):
+    """Root of every error that diffsparse raises on purpose: wanted, got, remedy in one sentence or two."""
+
+
+class KernelInputError(DiffsparseError, ValueError):
+    """Tensors or block lists that a kernel can't take: wrong shape, dtype, device or length."""
+
+
+class BackendError(DiffsparseError, RuntimeError):
+    """A backend that was asked for by name is not available here."""
