@@ -1,1 +1,63 @@
-"""."""
+"""Training-free sparse attention for diffusion transformers: one line on, one line off.
+
+>>> import diffsparse
+>>> from diffsparse import AdaSpa
+>>> with diffsparse.apply(pipe, AdaSpa(sparsity=0.8)) as sparse:  # doctest: +SKIP
+...     video = pipe(prompt).frames[0]
+>>> print(sparse.report())  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffsparse.errors import DiffsparseError
+    from diffsparse.layout import Layout
+    from diffsparse.patch import Handle, apply, remove
+    from diffsparse.report import Report
+    from diffsparse.schedule import Schedule
+    from diffsparse.site import Site
+    from diffsparse.strategies import AdaSpa, Dense, Random
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that `diffsparse --help` never waits for torch.
+_HOME = {
+    "AdaSpa": "diffsparse.strategies",
+    "Dense": "diffsparse.strategies",
+    "DiffsparseError": "diffsparse.errors",
+    "Handle": "diffsparse.patch",
+    "Layout": "diffsparse.layout",
+    "Random": "diffsparse.strategies",
+    "Report": "diffsparse.report",
+    "Schedule": "diffsparse.schedule",
+    "Site": "diffsparse.site",
+    "apply": "diffsparse.patch",
+    "remove": "diffsparse.patch",
+}
+
+__all__ = [
+    "AdaSpa",
+    "Dense",
+    "DiffsparseError",
+    "Handle",
+    "Layout",
+    "Random",
+    "Report",
+    "Schedule",
+    "Site",
+    "apply",
+    "remove",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'diffsparse' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,48 @@
+# Two commands are all a fresh machine needs: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out/demo
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test lint format wheel clean
+
+help:
+	@echo "make demo    generate and compare videos of the embedded model: dense, AdaSpa, random"
+	@echo "make test    format, lint, types and all tests"
+	@echo "make wheel   build the wheel and try it in an environment of its own"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make clean   remove environments and outputs"
+
+$(VENV)/.user: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.user
+	$(INSTALL) --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.user
+	$(BIN)/diffsparse evaluate --model tiny --strategy adaspa,random --sparsity 0.8 --prompts 2 --out $(OUT)
+
+test: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check . && $(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+wheel: $(VENV)/.dev
+	$(BIN)/python -m build --wheel --outdir dist
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	cd $(VENV)-wheel && bin/diffsparse doctor
+
+clean:
+	rm -rf $(VENV) $(VENV)-wheel dist out .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,68 @@
+"""Where the tokens of a sequence come from: the only place that counts tokens and blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A sequence of `frames x height x width` video tokens in raster order, with text before or after them.
+
+    All counts are in tokens (after patching), not in pixels or latents. An image has one frame. "Text" is every
+    token that is not on the grid: prompt rows, registers, padding, history.
+    """
+
+    frames: int
+    height: int
+    width: int
+    text_before: int = 0
+    text_after: int = 0
+
+    @property
+    def video(self) -> int:
+        """Number of tokens on the grid."""
+        return self.frames * self.height * self.width
+
+    @property
+    def tokens(self) -> int:
+        """Length N of the whole sequence."""
+        return self.text_before + self.video + self.text_after
+
+    @property
+    def has_text(self) -> bool:
+        """Whether any token is off the grid."""
+        return self.text_before + self.text_after > 0
+
+    def blocks(self, block: int) -> int:
+        """Number of blocks of `block` tokens; the last one may be ragged."""
+        return -(-self.tokens // block)
+
+    def text_blocks(self, block: int) -> torch.Tensor:
+        """bool [blocks]: the blocks that hold at least one text token."""
+        return _text_blocks(self, block)
+
+    def text_sink(self, block: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
+        """bool [blocks, blocks]: rows and columns that hold text and so are never dropped (None without text)."""
+        if not self.has_text:
+            return None
+        text = self.text_blocks(block).to(device, non_blocking=True)
+        return text[:, None] | text[None, :]
+
+    def __str__(self) -> str:
+        text = f" + {self.text_before}|{self.text_after} text" if self.has_text else ""
+        return f"{self.frames}x{self.height}x{self.width}{text} = {self.tokens} tokens"
+
+
+@lru_cache(maxsize=64)
+def _text_blocks(layout: Layout, block: int) -> torch.Tensor:
+    import torch
+
+    first = torch.arange(layout.blocks(block)) * block
+    last = (first + block).clamp(max=layout.tokens) - 1
+    return (first < layout.text_before) | (last >= layout.text_before + layout.video)

@@ -1,0 +1,236 @@
+"""Put on, take off: `apply` adopts a transformer's attention processors, `remove` gives them back as they were."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.hooks import HookRegistry
+from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_processor import Attention, MochiAttention
+from torch.overrides import TorchFunctionMode
+
+from diffsparse.errors import ConfigError, UnsupportedModelError
+from diffsparse.models import LINEAR_ATTENTION, argument_names, patch_of, spec_of
+from diffsparse.report import Report
+from diffsparse.run import Call, Layer, Run
+from diffsparse.schedule import Schedule
+
+HOOK = "diffsparse"
+_ATTENTION = (Attention, MochiAttention, AttentionModuleMixin)
+_NATIVE = AttentionBackendName.NATIVE
+
+
+class _Redirect(TorchFunctionMode):
+    """Sends the attention products of one processor call to its layer. Modes are per thread, and so is this."""
+
+    def __init__(self, layer: Layer, cross: bool) -> None:
+        super().__init__()
+        self.layer, self.cross, self.number = layer, cross, -1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.number += 1
+            return self.layer.intercept(Call(*args, **kwargs), self.number, self.cross)
+        if func is torch.Tensor.unflatten:  # its super() call is what Dynamo can't inline under a mode
+            return args[0].unflatten(*args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
+@functools.cache
+def _adopted(cls: type) -> type:
+    """A subclass of processor class `cls` that runs the original under a redirect."""
+    original: Any = cls.__call__
+
+    @functools.wraps(original)  # Attention.forward drops keyword arguments that this signature lacks
+    def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        layer = attn.__dict__.get("_diffsparse")
+        if layer is None:
+            return original(self, attn, *args, **kwargs)
+        encoder = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+        with _Redirect(layer, encoder is not None):
+            return original(self, attn, *args, **kwargs)
+
+    namespace = {"__call__": __call__, "__module__": cls.__module__, "_diffsparse_original": cls}
+    adopted = type(f"BlockSparse{cls.__name__}", (cls,), namespace)
+    try:  # so that step caches which look processors up by class still find them
+        AttentionProcessorRegistry.register(adopted, AttentionProcessorRegistry.get(cls))
+    except ValueError:
+        pass
+    return adopted
+
+
+class Handle:
+    """What `apply` gives back: `report()` tells what happened, `remove()` or leaving a `with` block undoes it."""
+
+    def __init__(self, strategy: Any, models: dict[str, torch.nn.Module], runs: list[Run]) -> None:
+        self.strategy = strategy
+        self._models, self._runs = models, runs
+
+    def report(self) -> Report:
+        """Summary of the last (or running) pipeline call; empty before the first."""
+        modules = sum(len(run.layers) for run in self._runs)
+        return Report.of(self.strategy, modules, [run.ledger for run in self._runs])
+
+    def reset(self) -> None:
+        """Forget the current run. Only hand-written loops over a bare transformer need it, between two runs."""
+        for run in self._runs:
+            run.reset_state()
+
+    def remove(self) -> None:
+        """Give every processor, hook and backend back as it was. Removing twice does no harm."""
+        for model, run in zip(self._models.values(), self._runs, strict=True):
+            if _run_of(model) is run:
+                _remove(model)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        names = ", ".join(
+            f"{name} ({len(run.layers)})" for name, run in zip(self._models, self._runs, strict=True)
+        )
+        return f"Handle({self.strategy!r} on attention modules of {names})"
+
+
+def apply(target: Any, strategy: Any, *, schedule: Schedule | None = None, strict: bool = False) -> Handle:
+    """Run the self-attention of `target` by `strategy` until the handle is removed. Applying again replaces.
+
+    Args:
+        target: a Diffusers pipeline (all its transformers are taken), or a transformer.
+        strategy: any object with `attend(q, k, v, site)`, such as `AdaSpa(sparsity=0.8)`.
+        schedule: steps and layers that stay dense; by default the first fifth of the steps.
+        strict: raise `DenseFallbackError` where a call that should be sparse would have to run dense.
+
+    Raises:
+        UnsupportedModelError: `target` holds no attention that can be redirected.
+        ConfigError: `strategy` is no strategy.
+    """
+    if not callable(getattr(strategy, "attend", None)) or isinstance(strategy, type):
+        raise ConfigError(
+            f"a strategy is an object with a method attend(q, k, v, site), such as AdaSpa(); got {strategy!r}"
+        )
+    pipe = None if isinstance(target, torch.nn.Module) else target
+    models = _transformers(target)
+    for model in models.values():
+        _remove(model)
+    schedule = Schedule() if schedule is None else schedule
+    runs = [_apply(model, strategy, schedule, strict, pipe) for model in models.values()]
+    return Handle(strategy, models, runs)
+
+
+def remove(target: Any) -> None:
+    """Undo `apply` on a pipeline or transformer; one that was never touched stays as it is."""
+    for model in _transformers(target).values():
+        _remove(model)
+
+
+def _transformers(target: Any) -> dict[str, torch.nn.Module]:
+    if isinstance(target, torch.nn.Module):
+        found = {type(target).__name__: target}
+    else:
+        parts = getattr(target, "components", None)
+        parts = parts if isinstance(parts, dict) else {}
+        found = {
+            name: x for name, x in parts.items() if "transformer" in name and isinstance(x, torch.nn.Module)
+        }
+    found = {name: model for name, model in found.items() if any(_attentions(model))}
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(target).__name__} holds no transformer whose attention can be made sparse. Wanted: a pipeline with "
+            "a `transformer`, or a Diffusers transformer with scaled-dot-product self-attention (Wan, HunyuanVideo, "
+            "CogVideoX, LTX, Mochi, Flux, SD3, Qwen-Image and their kin); UNets and linear attention are not supported"
+        )
+    return found
+
+
+def _attentions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    if type(model).__name__ in LINEAR_ATTENTION or "UNet" in type(model).__name__:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, _ATTENTION) and getattr(module, "processor", None) is not None:
+            yield name, module
+
+
+def _apply(model: torch.nn.Module, strategy: Any, schedule: Schedule, strict: bool, pipe: Any) -> Run:
+    run = Run(spec_of(model), strategy, schedule, strict, pipe)
+    modules = dict(_attentions(model))
+    for name, module in modules.items():
+        module.__dict__["_diffsparse"] = run.add_layer(name)
+        _adopt(module)
+    patch, names, spec = patch_of(model), argument_names(model), run.spec
+
+    def before_forward(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run.grid = spec.grid(patch, {**dict(zip(names, args, strict=False)), **kwargs})
+        if (
+            not torch.compiler.is_compiling()
+        ):  # processors may have been replaced, backends set, since last time
+            for module in modules.values():
+                _adopt(module)
+
+    run.pre_hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.register_hook(run, HOOK)
+    registry.invalidate_child_registries_cache()
+    return run
+
+
+def _adopt(module: Any) -> None:
+    """Adopt the module's processor unless that is done, and pin its backend, remembering the user's."""
+    processor, layer = module.processor, module.__dict__["_diffsparse"]
+    cls = type(processor)
+    if not hasattr(cls, "_diffsparse_original"):
+        processor.__class__ = _adopted(cls)
+    if not hasattr(processor, "_attention_backend"):
+        return
+    state = processor.__dict__
+    if state.get("_attention_backend") is not _NATIVE or "_diffsparse_backend" not in state:
+        own = "_attention_backend" in state
+        state["_diffsparse_backend"] = (own, processor._attention_backend)
+        state["_attention_backend"] = _NATIVE
+    layer.dispatches, layer.backend = True, state["_diffsparse_backend"][1]
+
+
+def _release(module: Any) -> None:
+    module.__dict__.pop("_diffsparse", None)
+    processor = module.processor
+    processor.__class__ = getattr(type(processor), "_diffsparse_original", type(processor))
+    pinned = processor.__dict__.pop("_diffsparse_backend", None)
+    if pinned is None:
+        return
+    own, backend = pinned
+    del processor.__dict__["_attention_backend"]
+    if own:
+        processor.__dict__["_attention_backend"] = backend
+
+
+def _run_of(model: torch.nn.Module) -> Run | None:
+    registry = getattr(model, "_diffusers_hook", None)
+    run = registry.get_hook(HOOK) if registry is not None else None
+    return run if isinstance(run, Run) else None
+
+
+def _remove(model: torch.nn.Module) -> None:
+    run = _run_of(model)
+    if run is None:
+        return
+    run.pre_hook.remove()
+    registry: Any = model._diffusers_hook
+    registry.remove_hook(HOOK, recurse=False)
+    registry.invalidate_child_registries_cache()
+    forward = model.__dict__.get("forward")
+    if (
+        getattr(forward, "__func__", None) is type(model).forward
+    ):  # the registry leaves the plain method behind
+        del model.__dict__["forward"]
+    for _, module in _attentions(model):
+        _release(module)

@@ -1,0 +1,283 @@
+"""The state of one applied transformer, and the way of one attention call through it."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.hooks import ModelHook
+from diffusers.hooks.hooks import StateManager
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
+from torch import Tensor
+
+from diffsparse.clock import Clock, Moment
+from diffsparse.errors import DenseFallbackError
+from diffsparse.layout import Layout
+from diffsparse.masks import KeyMask, read_mask
+from diffsparse.models import Grid, ModelSpec
+from diffsparse.report import CallRecord, Ledger
+from diffsparse.schedule import Schedule
+from diffsparse.site import Site
+
+SDPA = F.scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention product as the processor asked for it: q, k, v are [B, H, N, D]; fewer key heads if `enable_gqa`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd watches this product."""
+        watched = self.query.requires_grad or self.key.requires_grad or self.value.requires_grad
+        return watched and torch.is_grad_enabled()
+
+    def ungrouped(self) -> Call:
+        """The same product with as many key and value heads as query heads."""
+        groups = self.query.shape[1] // self.key.shape[1]
+        if groups == 1:
+            return self
+        key, value = (x.repeat_interleave(groups, 1) for x in (self.key, self.value))
+        return replace(self, key=key, value=value, enable_gqa=False)
+
+    def dense(self, backend: AttentionBackendName) -> Tensor:
+        """The product on one of Diffusers' backends; NATIVE is torch's SDPA, called just as it was asked for."""
+        rest = (self.attn_mask, self.dropout_p, self.is_causal)
+        if backend is AttentionBackendName.NATIVE:
+            return SDPA(self.query, self.key, self.value, *rest, scale=self.scale, enable_gqa=self.enable_gqa)
+        q, k, v = (x.transpose(1, 2) for x in (self.query, self.key, self.value))  # [B, N, H, D]
+        out = dispatch_attention_fn(q, k, v, *rest, self.scale, self.enable_gqa, backend=backend)
+        return out.transpose(1, 2)
+
+
+class Layer:
+    """One attention module of an applied transformer.
+
+    `dispatches` tells whether its processor obeys Diffusers' attention backends, `backend` which one the user has
+    set on it (None: whatever is set globally).
+    """
+
+    def __init__(self, name: str, index: int, run: Run) -> None:
+        self.name, self.index, self.run = name, index, run
+        self.dispatches = False
+        self.backend: AttentionBackendName | None = None
+        number = next(_NUMBERS)
+        # A tensor is an input of a compiled graph where an int would be a constant: one graph serves all layers.
+        self.handle = torch.tensor(number)
+        _LAYERS[number] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model is not applied: its processors find no layer and run as they always did."""
+        return
+
+    def intercept(self, call: Call, number: int, cross: bool) -> Tensor:
+        """Answer the `number`-th attention product of one processor call; traced when the model is compiled."""
+        layout = self._layout(call, cross)
+        if layout is None:
+            return call.dense(self.user_backend())
+        if not torch.compiler.is_compiling():
+            return self.run.attend(self, call, layout, number)
+        if call.needs_grad or call.is_causal or call.dropout_p:
+            return call.dense(self.user_backend())
+        return torch.ops.diffsparse.attend(  # type: ignore[no-any-return]
+            call.query,
+            call.key,
+            call.value,
+            call.attn_mask,
+            call.scale,
+            self.handle,
+            number,
+            [layout.frames, layout.height, layout.width, layout.text_before, layout.text_after],
+        )
+
+    def _layout(self, call: Call, cross: bool) -> Layout | None:
+        """Where the tokens are, if this is self-attention over the grid: everything else is left alone."""
+        spec, tokens = self.run.spec, call.query.shape[2]
+        if tokens != call.key.shape[2] or (cross and spec.text == "none"):
+            return None
+        return None if any(part in self.name for part in spec.skip) else spec.layout(self.run.grid, tokens)
+
+    def user_backend(self) -> AttentionBackendName:
+        """The backend that would run this layer if it were untouched."""
+        if not self.dispatches:
+            return AttentionBackendName.NATIVE
+        active: AttentionBackendName = _AttentionBackendRegistry.get_active_backend()[0]
+        return self.backend or active
+
+
+_NUMBERS = itertools.count()
+_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("diffsparse::attend", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    handle: Tensor,
+    number: int,
+    layout: list[int],
+) -> Tensor:
+    """Opaque to the compiler: step, branch and memory are read here, when the graph runs."""
+    layer = _LAYERS[int(handle)]
+    call = Call(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return _token_major(layer.run.attend(layer, call, Layout(*layout), number))
+
+
+@_attend.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    handle: Tensor,
+    number: int,
+    layout: list[int],
+) -> Tensor:
+    return _token_major(q.new_empty(*q.shape[:3], v.shape[-1]))
+
+
+def _token_major(out: Tensor) -> Tensor:
+    """[B, H, N, D] stored as [B, N, H, D]: processors flatten it so next, which then costs them no copy."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+class Run(ModelHook):  # type: ignore[misc]
+    """All that one applied transformer remembers. As a stateful hook it is told the branch and the end of a call."""
+
+    _is_stateful = True
+
+    def __init__(self, spec: ModelSpec, strategy: Any, schedule: Schedule, strict: bool, pipe: Any) -> None:
+        super().__init__()
+        self.spec, self.strategy, self.schedule, self.strict = spec, strategy, schedule, strict
+        self.states = StateManager(dict)
+        self.clock = Clock(pipe, lambda: self.states._context)
+        self.grid: Grid | None = None
+        self.layers: list[Layer] = []
+        self.ledger = Ledger()
+        self._memories: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._masks: dict[tuple[Any, ...], str | None] = {}
+        self._run = -1
+        self.pre_hook: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        """A copied model is not applied: its hook has no layers."""
+        return Run(self.spec, self.strategy, self.schedule, self.strict, None)
+
+    def add_layer(self, name: str) -> Layer:
+        """The layer for the attention module `name`."""
+        self.layers.append(Layer(name, len(self.layers), self))
+        return self.layers[-1]
+
+    def reset_state(self, module: torch.nn.Module | None = None) -> torch.nn.Module | None:
+        """Drop what strategies remember; the report of the last run stays readable."""
+        self._memories.clear()
+        self._masks.clear()
+        self.clock.reset()
+        return module
+
+    def attend(self, layer: Layer, call: Call, layout: Layout, number: int = 0) -> Tensor:
+        """One self-attention call: dense where the schedule or the call itself demands it, else the strategy's."""
+        moment = self.clock.read(layer, number)
+        if moment.run != self._run:
+            self._run, self.ledger = moment.run, Ledger()
+            self._memories.clear()
+            self._masks.clear()
+        record = self.ledger.open(layer.name, moment.step, moment.branch)
+        with record.timed(call.query.device):
+            mask, obstacle = self._examine(call, layout, moment)
+            if obstacle:
+                return self._fall_back(layer, call, record, obstacle)
+            call = call.ungrouped()
+            site = self._site(layer, call, layout, moment, number, record, mask)
+            out = self._choose(layer, call, site)
+            if mask is None or record.kind == "dense":
+                return out
+            return mask.repair(out, call, layout, layer.user_backend())
+
+    def _choose(self, layer: Layer, call: Call, site: Site) -> Tensor:
+        qkv = call.query, call.key, call.value
+        if self.schedule.is_dense(site.step, site.steps, layer.index, len(self.layers)):
+            observe = getattr(self.strategy, "observe", None)
+            last_dense = site.step == self.schedule.bounds(site.steps)[0] - 1
+            if observe is None or not last_dense or self.schedule.excludes(layer.index, len(self.layers)):
+                return site.dense(*qkv, reason="schedule")
+            out: Tensor = observe(*qkv, site)
+        else:
+            out = self.strategy.attend(*qkv, site)
+        self.ledger.memory[layer.name, site.branch] = _nbytes(site.memory)
+        return out
+
+    def _site(
+        self,
+        layer: Layer,
+        call: Call,
+        layout: Layout,
+        moment: Moment,
+        number: int,
+        record: CallRecord,
+        mask: KeyMask | None,
+    ) -> Site:
+        key = (layer.index, number, moment.branch, moment.steps, call.query.shape, layout)
+        backend = layer.user_backend()
+        return Site(
+            layer.name,
+            layer.index,
+            moment.step,
+            moment.steps,
+            moment.branch,
+            layout,
+            self._memories.setdefault(key, {}),
+            call.scale,
+            None if mask is None else mask.keys,
+            self.strict,
+            _dense=lambda q, k, v: replace(call, query=q, key=k, value=v).dense(backend),
+            _backend=backend.value,
+            _record=record,
+        )
+
+    def _examine(self, call: Call, layout: Layout, moment: Moment) -> tuple[KeyMask | None, str | None]:
+        """The call's mask as one over keys, and what (if anything) forbids a sparse kernel."""
+        if call.needs_grad:
+            return None, "gradients are wanted"
+        if call.is_causal:
+            return None, "causal attention"
+        if call.dropout_p:
+            return None, "dropout"
+        if call.attn_mask is None:
+            return None, None
+        key = (moment.branch, call.attn_mask.shape, call.attn_mask.dtype)
+        return read_mask(call.attn_mask, layout, self._masks, key)
+
+    def _fall_back(self, layer: Layer, call: Call, record: CallRecord, reason: str) -> Tensor:
+        if self.strict:
+            raise DenseFallbackError(
+                f"layer {layer.name!r} at step {record.step} would run dense ({reason}); "
+                "apply with strict=False to allow it"
+            )
+        record.ran_dense(reason, planned=False, backend=layer.user_backend().value)
+        return call.dense(layer.user_backend())
+
+
+def _nbytes(memory: dict[str, Any]) -> int:
+    return sum(int(getattr(value, "nbytes", 0)) for value in memory.values())

@@ -1,0 +1,66 @@
+"""When to stay dense: one value object that every strategy shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffsparse.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and layers that always run dense, on the user's own attention backend.
+
+    dense_first: dense steps at the start of a run; an int counts steps, a float is a fraction of the run's steps.
+        The strategy may look at the last of them (AdaSpa makes its first search there).
+    dense_last: the same for the end of a run.
+    dense_layers: attention layers by number, in the order of the model's modules; negative counts from the end.
+
+    The default, a fifth of the steps, is the published warm-up of AdaSpa (10 of 50); any fraction above zero means
+    at least one step, so that models of 4 to 8 steps keep one or two.
+    """
+
+    dense_first: int | float = 0.2
+    dense_last: int | float = 0
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("dense_first", "dense_last"):
+            _check_amount(name, getattr(self, name))
+
+    def bounds(self, steps: int | None) -> tuple[int, int | None]:
+        """First sparse step and first step of the dense end (None: the run's length is unknown)."""
+        first = resolve(self.dense_first, steps)
+        return first, None if steps is None else steps - resolve(self.dense_last, steps)
+
+    def is_dense(self, step: int, steps: int | None, layer: int, layers: int) -> bool:
+        """Whether `layer` (of `layers`) runs dense at `step` (of `steps`); all numbers 0-based."""
+        first, end = self.bounds(steps)
+        early, late = step < first, end is not None and step >= end
+        return early or late or self.excludes(layer, layers)
+
+    def excludes(self, layer: int, layers: int) -> bool:
+        """Whether `layer` (of `layers`) is dense at every step."""
+        return layer in self.dense_layers or layer - layers in self.dense_layers
+
+    def describe(self, steps: int) -> str:
+        """The dense steps of a run, numbered from 1 as people count them."""
+        first, end = self.bounds(steps)
+        first, end = min(first, steps), steps if end is None else end
+        spans = [(1, first), (max(end, first) + 1, steps)]
+        named = [f"{a}-{b}" if a < b else f"{a}" for a, b in spans if a <= b]
+        return f"dense steps {', '.join(named) or 'none'} of {steps}"
+
+
+def resolve(amount: int | float, steps: int | None) -> int:
+    """Number of steps that `amount` stands for: itself if an int, else that share of `steps`, at least 1."""
+    if isinstance(amount, int) or amount == 0:
+        return int(amount)
+    return max(1, round(amount * steps)) if steps else 1
+
+
+def _check_amount(name: str, amount: int | float) -> None:
+    if isinstance(amount, bool) or not isinstance(amount, int | float):
+        raise ConfigError(f"{name} wants a number of steps (int) or a fraction (float), got {amount!r}")
+    if amount < 0 or (isinstance(amount, float) and not amount <= 1):
+        raise ConfigError(f"{name} wants an int >= 0 or a fraction in [0, 1], got {amount!r}")

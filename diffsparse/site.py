@@ -1,0 +1,91 @@
+"""One attention call as a strategy sees it: where it is, what it may remember, and how it may compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffsparse_kernels as kernels
+import torch
+
+from diffsparse.errors import DenseFallbackError
+from diffsparse.layout import Layout
+from diffsparse.report import CallRecord
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Site:
+    """The place of one self-attention call, given to `Strategy.attend(q, k, v, site)`.
+
+    q, k, v are [B, H, N, D] after rotary embedding; `layout` tells which of the N tokens lie on the grid.
+    `step` counts denoising steps from 0; `steps` is None if nobody knows the length of the run. `branch` names the
+    guidance branch. `memory` is a dict that starts empty for each run x layer x branch and lasts to its end.
+    """
+
+    layer: str
+    index: int
+    step: int
+    steps: int | None
+    branch: str
+    layout: Layout
+    memory: dict[str, Any]
+    scale: float | None = None
+    key_mask: torch.Tensor | None = None
+    strict: bool = False
+    _dense: Attend = field(repr=False, kw_only=True)
+    _backend: str = field(repr=False, kw_only=True)
+    _record: CallRecord = field(repr=False, kw_only=True)
+
+    def dense(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, reason: str = "strategy"
+    ) -> torch.Tensor:
+        """Dense attention on the user's own backend; `reason` goes into the report as a planned dense call."""
+        self._record.ran_dense(reason, planned=True, backend=self._backend)
+        return self._dense(q, k, v)
+
+    def dense_with_lse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense attention and its log-sum-exp, float32 [B, H, N]: the first half of a fused search."""
+        self._record.ran_dense("search", planned=True, backend=_kernel_name(q), kind="search")
+        return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)
+
+    def block_mass(self, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, block: int) -> torch.Tensor:
+        """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK]; `lse` may be of an earlier step."""
+        return kernels.block_mass(
+            q, k, lse, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask
+        )
+
+    def found(self, recall: torch.Tensor) -> None:
+        """Report the share of the softmax mass that the chosen blocks hold, any shape."""
+        self._record.searched(recall)
+
+    def sparse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists
+    ) -> torch.Tensor:
+        """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster."""
+        density = lists.density()
+        # A device is not asked for the value: waiting for it would cost more than it saves.
+        if q.device.type == "cpu":
+            limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
+            if float(density) > limit:
+                return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
+        self._record.ran_sparse(density, _kernel_name(q))
+        return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=self.key_mask)[0]
+
+    def fall_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reason: str) -> torch.Tensor:
+        """Dense attention that nobody planned: counted by reason, an error under `strict=True`."""
+        if self.strict:
+            raise DenseFallbackError(
+                f"layer {self.layer!r} at step {self.step} would run dense ({reason}); apply with strict=False "
+                "to allow it"
+            )
+        self._record.ran_dense(reason, planned=False, backend=self._backend)
+        return self._dense(q, k, v)
+
+
+def _kernel_name(q: torch.Tensor) -> str:
+    return kernels.backend_for(q.device)

@@ -1,0 +1,52 @@
+"""One file for each paper: what to compute, written as the paper writes it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from diffsparse.errors import ConfigError, UnknownNameError
+from diffsparse.names import closest
+from diffsparse.site import Site
+from diffsparse.strategies.adaspa import AdaSpa
+from diffsparse.strategies.dense import Dense
+from diffsparse.strategies.random import Random
+
+__all__ = ["STRATEGIES", "AdaSpa", "Dense", "Random", "Strategy", "parse"]
+
+
+class Strategy(Protocol):
+    """Anything with this method is a strategy.
+
+    It may also have `observe(q, k, v, site)`, which is called in place of dense attention on the last of the dense
+    first steps, and returns the dense output.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Attention over q, k, v [B, H, N, D] -> [B, H, N, D]."""
+
+
+STRATEGIES: dict[str, type[Any]] = {"adaspa": AdaSpa, "dense": Dense, "random": Random}
+
+
+def parse(names: str, **knobs: Any) -> list[Any]:
+    """Strategies from a comma-separated list such as "adaspa,random", each given the knobs that it has.
+
+    Raises:
+        UnknownNameError: a name that is no strategy's.
+        ConfigError: no name at all, or a knob out of range.
+    """
+    listed = [name.strip().lower() for name in names.split(",") if name.strip()]
+    if not listed:
+        raise ConfigError(f"wanted one or more strategies out of {', '.join(STRATEGIES)}; got an empty list")
+    return [_make(name, knobs) for name in listed]
+
+
+def _make(name: str, knobs: dict[str, Any]) -> Any:
+    if name not in STRATEGIES:
+        raise UnknownNameError(f"no strategy is called {name!r}; known: {closest(name, STRATEGIES)}")
+    cls = STRATEGIES[name]
+    own = {field.name for field in fields(cls)}
+    return cls(**{key: value for key, value in knobs.items() if key in own and value is not None})

@@ -1,0 +1,111 @@
+"""AdaSpa: adaptive block-sparse attention with online search on cached log-sum-exps (arXiv 2502.21079)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffsparse_kernels import BlockLists, select_rows
+from torch import Tensor
+
+from diffsparse.errors import ConfigError
+from diffsparse.site import Site
+from diffsparse.strategies.blocks import check_block, check_share, keep_count
+
+_FEW_STEPS = 10
+
+
+@dataclass(frozen=True)
+class AdaSpa:
+    """Adaptive block-sparse attention with online search on cached LSE (arXiv 2502.21079).
+
+    At the last dense step every layer runs dense, and a second pass over its keys sums the softmax weights of each
+    block (section 4.2, "fused online search"). Every query row keeps the blocks with the most mass. Later searches
+    re-use the LSE of the first and so need one pass without values ("LSE-cached search", Eq. 4); the step that
+    searches already runs sparse with what it found.
+
+    sparsity: share of blocks dropped, in [0, 1).
+    searches: later searches; an int is a step counted from 0, a float a fraction of the run. The default is the
+        paper's step 30 of 50. Runs of ten steps or fewer skip fractions: their few sparse steps don't repay one.
+    block: edge of a block in tokens, the paper's 64.
+    head_adaptive: give heads that hold their mass in few blocks a sparsity of (1+s)/2, as many of the others
+        (3s-1)/2, and leave the rest at s (section 4.3).
+    recall_threshold: retained mass above which a head counts as one that can drop more.
+
+    The paper leaves open, and here it is decided:
+    - Heads are ranked within one layer, sample and search. At most half of them are raised, so that the raised and
+      the lowered never overlap; (3s-1)/2 is no less than 0.
+    - Recall is the share of all mass found, not of L: with a cached LSE rows no longer sum to one. A drift of the LSE
+      scales whole rows of weights, so a choice within rows, as here, hardly feels it.
+    - Blocks that hold text are always kept and count towards a row's blocks. A ragged last block is an ordinary one.
+      Padded text has no mass.
+    - Each sample of a batch has its own blocks, and so has each guidance branch.
+    - A layer that first runs late (the second expert of Wan 2.2) makes its first search there, densely.
+    - Kept between steps, for each layer, branch and sample: 4HN bytes of LSE and 4H(N/block)^2 (1 - s) of blocks;
+      a search needs 4H(N/block)^2 more for a moment.
+    """
+
+    sparsity: float = 0.8
+    searches: tuple[int | float, ...] = (0.6,)
+    block: int = 64
+    head_adaptive: bool = True
+    recall_threshold: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_share("sparsity", self.sparsity)
+        check_block(self.block)
+        if not 0 <= self.recall_threshold <= 1:
+            raise ConfigError(f"recall_threshold wants a number in [0, 1]; got {self.recall_threshold!r}")
+        for search in self.searches:
+            if search < 0 or (isinstance(search, float) and search > 1):
+                raise ConfigError(f"searches wants steps (int >= 0) or fractions in [0, 1]; got {search!r}")
+
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Dense attention over q, k, v [B, H, N, D] with the first search."""
+        out, lse = site.dense_with_lse(q, k, v)
+        site.memory["lse"] = lse
+        self._search(q, k, site)
+        return out
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Block-sparse attention over q, k, v [B, H, N, D] with the latest blocks."""
+        if "lists" not in site.memory:
+            return self.observe(q, k, v, site)
+        if site.step in self.search_steps(site.steps) and site.memory["searched"] != site.step:
+            self._search(q, k, site)
+        return site.sparse(q, k, v, site.memory["lists"])
+
+    def search_steps(self, steps: int | None) -> set[int]:
+        """The later searches as 0-based steps of a run of `steps`."""
+        fractions = steps is not None and steps > _FEW_STEPS
+        return {
+            search if isinstance(search, int) else max(round(search * (steps or 0)) - 1, 0)
+            for search in self.searches
+            if isinstance(search, int) or fractions
+        }
+
+    def _search(self, q: Tensor, k: Tensor, site: Site) -> None:
+        mass = site.block_mass(q, k, site.memory["lse"], self.block)  # [B, H, nQ, nK]
+        sink = site.layout.text_sink(self.block, q.device)  # [nQ, nK]
+        mask = select_rows(mass, keep_count(self.sparsity, mass.shape[-1]), sink)
+        if self.head_adaptive:
+            mask = select_rows(mass, self._keep_by_head(_recall(mass, mask), mass.shape[-1]), sink)
+        site.found(_recall(mass, mask))
+        n = site.layout.tokens
+        lists = BlockLists.from_mask(mask, q_block=self.block, kv_block=self.block, q_len=n, kv_len=n)
+        site.memory.update(lists=lists, searched=site.step)
+
+    def _keep_by_head(self, recall: Tensor, blocks: int) -> Tensor:
+        """Blocks a row for each head, int64 [B, H], from the recall [B, H] at uniform sparsity (section 4.3)."""
+        s, heads = self.sparsity, recall.shape[-1]
+        rank = recall.argsort(-1, descending=True, stable=True).argsort(-1)  # 0 = highest recall
+        raised = (recall > self.recall_threshold).sum(-1, keepdim=True).clamp(max=heads // 2)  # n, [B, 1]
+        keep = torch.full_like(rank, keep_count(s, blocks))
+        keep = keep.masked_fill(rank < raised, keep_count((1 + s) / 2, blocks))
+        return keep.masked_fill(rank >= heads - raised, keep_count(max(0.0, (3 * s - 1) / 2), blocks))
+
+
+def _recall(mass: Tensor, mask: Tensor) -> Tensor:
+    """Share of the mass [B, H, nQ, nK] that lies inside the mask, [B, H]."""
+    total = mass.sum((-2, -1))
+    return (mass * mask).sum((-2, -1)) / total.clamp(min=torch.finfo(mass.dtype).tiny)

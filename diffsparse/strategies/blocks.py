@@ -1,0 +1,22 @@
+"""What block strategies share: their knobs' limits, and how a sparsity becomes a number of blocks."""
+
+from __future__ import annotations
+
+from diffsparse.errors import ConfigError
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ConfigError unless `value` lies in [0, 1)."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ConfigError(f"{name} wants a number in [0, 1), the share of blocks to drop; got {value!r}")
+
+
+def check_block(block: int) -> None:
+    """Raise ConfigError unless `block` is a positive whole number of tokens."""
+    if not isinstance(block, int) or isinstance(block, bool) or block < 1:
+        raise ConfigError(f"block wants a positive number of tokens, such as 64 or 128; got {block!r}")
+
+
+def keep_count(sparsity: float, blocks: int) -> int:
+    """Key blocks that a query row keeps at `sparsity`: rounded to the nearest, at least one."""
+    return max(1, round((1 - sparsity) * blocks))

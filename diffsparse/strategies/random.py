@@ -1,0 +1,47 @@
+"""The control: blocks drawn by lot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffsparse_kernels import BlockLists, select_rows
+from torch import Tensor
+
+from diffsparse.site import Site
+from diffsparse.strategies.blocks import check_block, check_share, keep_count
+
+
+@dataclass(frozen=True)
+class Random:
+    """Random key blocks, as many in each query row as the sparsity allows: what every method must beat.
+
+    sparsity: share of blocks dropped, in [0, 1). Blocks that hold text are always kept.
+    seed: which blocks; they differ by layer and head, and stay the same over steps, branches and runs.
+    block: edge of a block in tokens.
+    """
+
+    sparsity: float = 0.8
+    seed: int = 0
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        check_share("sparsity", self.sparsity)
+        check_block(self.block)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Block-sparse attention over q, k, v [B, H, N, D]."""
+        if "lists" not in site.memory:
+            site.memory["lists"] = self._draw(q, site)
+        return site.sparse(q, k, v, site.memory["lists"])
+
+    def _draw(self, q: Tensor, site: Site) -> BlockLists:
+        n = site.layout.blocks(self.block)
+        # Drawn on the CPU, so that every device gets the same blocks.
+        lot = torch.Generator().manual_seed(self.seed * 1_000_003 + site.index)
+        scores = torch.rand(1, q.shape[1], n, n, generator=lot).to(q.device)  # [1, H, nQ, nK]
+        mask = select_rows(scores, keep_count(self.sparsity, n), site.layout.text_sink(self.block, q.device))
+        tokens = site.layout.tokens
+        return BlockLists.from_mask(
+            mask, q_block=self.block, kv_block=self.block, q_len=tokens, kv_len=tokens
+        )
