@@ -117,11 +117,7 @@ def packed_grid(patch: Patch, inputs: Inputs) -> Grid | None:
 def history_grid(patch: Patch, inputs: Inputs) -> Grid | None:
     """Latents [B, C, F, H, W] behind history tokens and ahead of the text: FramePack."""
     grid = latent_grid(patch, inputs)
-    text = sum(
-        x.shape[1]
-        for name in ("encoder_hidden_states", "image_embeds")
-        if (x := inputs.get(name)) is not None
-    )
+    text = sum(x.shape[1] for name in ("encoder_hidden_states", "image_embeds") if (x := inputs.get(name)) is not None)
     return None if grid is None else grid._replace(after=text)
 
 
@@ -142,9 +138,7 @@ def _size_of_ids(ids: Any) -> tuple[int, int, int] | None:
     if not torch.is_tensor(ids) or torch.compiler.is_compiling():
         return None
     key = (id(ids), ids._version)
-    if (
-        _SIZES.get("key") != key
-    ):  # the pipeline passes one tensor through all steps: one read, one device sync
+    if _SIZES.get("key") != key:  # the pipeline passes one tensor through all steps: one read, one device sync
         flat = ids[0] if ids.ndim == 3 else ids
         first = [int(x) + 1 for x in (flat.amax(0) - flat.amin(0)).tolist()]
         _SIZES.update(key=key, ids=ids, size=tuple(first[:3]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -59,10 +60,8 @@ def _adopted(cls: type) -> type:
 
     namespace = {"__call__": __call__, "__module__": cls.__module__, "_diffsparse_original": cls}
     adopted = type(f"BlockSparse{cls.__name__}", (cls,), namespace)
-    try:  # so that step caches which look processors up by class still find them
+    with contextlib.suppress(ValueError):  # step caches look processors up by class, where the class is known
         AttentionProcessorRegistry.register(adopted, AttentionProcessorRegistry.get(cls))
-    except ValueError:
-        pass
     return adopted
 
 
@@ -96,9 +95,7 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        names = ", ".join(
-            f"{name} ({len(run.layers)})" for name, run in zip(self._models, self._runs, strict=True)
-        )
+        names = ", ".join(f"{name} ({len(run.layers)})" for name, run in zip(self._models, self._runs, strict=True))
         return f"Handle({self.strategy!r} on attention modules of {names})"
 
 
@@ -140,9 +137,7 @@ def _transformers(target: Any) -> dict[str, torch.nn.Module]:
     else:
         parts = getattr(target, "components", None)
         parts = parts if isinstance(parts, dict) else {}
-        found = {
-            name: x for name, x in parts.items() if "transformer" in name and isinstance(x, torch.nn.Module)
-        }
+        found = {name: x for name, x in parts.items() if "transformer" in name and isinstance(x, torch.nn.Module)}
     found = {name: model for name, model in found.items() if any(_attentions(model))}
     if not found:
         raise UnsupportedModelError(
@@ -171,9 +166,7 @@ def _apply(model: torch.nn.Module, strategy: Any, schedule: Schedule, strict: bo
 
     def before_forward(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run.grid = spec.grid(patch, {**dict(zip(names, args, strict=False)), **kwargs})
-        if (
-            not torch.compiler.is_compiling()
-        ):  # processors may have been replaced, backends set, since last time
+        if not torch.compiler.is_compiling():  # processors may have been replaced, backends set, since last time
             for module in modules.values():
                 _adopt(module)
 
@@ -228,9 +221,7 @@ def _remove(model: torch.nn.Module) -> None:
     registry.remove_hook(HOOK, recurse=False)
     registry.invalidate_child_registries_cache()
     forward = model.__dict__.get("forward")
-    if (
-        getattr(forward, "__func__", None) is type(model).forward
-    ):  # the registry leaves the plain method behind
+    if getattr(forward, "__func__", None) is type(model).forward:  # the registry leaves the plain method behind
         del model.__dict__["forward"]
     for _, module in _attentions(model):
         _release(module)

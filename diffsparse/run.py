@@ -32,7 +32,7 @@ SDPA = F.scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class Call:
-    """One attention product as the processor asked for it: q, k, v are [B, H, N, D]; fewer key heads if `enable_gqa`."""
+    """One attention product as the processor asked for it: [B, H, N, D], fewer key heads if `enable_gqa`."""
 
     query: Tensor
     key: Tensor
@@ -76,6 +76,8 @@ class Layer:
 
     def __init__(self, name: str, index: int, run: Run) -> None:
         self.name, self.index, self.run = name, index, run
+        # Decided here, for a compiled graph that read the name would serve one layer only.
+        self.ignored = any(part in name for part in run.spec.skip)
         self.dispatches = False
         self.backend: AttentionBackendName | None = None
         number = next(_NUMBERS)
@@ -110,9 +112,9 @@ class Layer:
     def _layout(self, call: Call, cross: bool) -> Layout | None:
         """Where the tokens are, if this is self-attention over the grid: everything else is left alone."""
         spec, tokens = self.run.spec, call.query.shape[2]
-        if tokens != call.key.shape[2] or (cross and spec.text == "none"):
+        if self.ignored or tokens != call.key.shape[2] or (cross and spec.text == "none"):
             return None
-        return None if any(part in self.name for part in spec.skip) else spec.layout(self.run.grid, tokens)
+        return spec.layout(self.run.grid, tokens)
 
     def user_backend(self) -> AttentionBackendName:
         """The backend that would run this layer if it were untouched."""

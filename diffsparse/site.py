@@ -39,33 +39,25 @@ class Site:
     _backend: str = field(repr=False, kw_only=True)
     _record: CallRecord = field(repr=False, kw_only=True)
 
-    def dense(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, reason: str = "strategy"
-    ) -> torch.Tensor:
+    def dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, reason: str = "strategy") -> torch.Tensor:
         """Dense attention on the user's own backend; `reason` goes into the report as a planned dense call."""
         self._record.ran_dense(reason, planned=True, backend=self._backend)
         return self._dense(q, k, v)
 
-    def dense_with_lse(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def dense_with_lse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense attention and its log-sum-exp, float32 [B, H, N]: the first half of a fused search."""
         self._record.ran_dense("search", planned=True, backend=_kernel_name(q), kind="search")
         return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)
 
     def block_mass(self, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, block: int) -> torch.Tensor:
         """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK]; `lse` may be of an earlier step."""
-        return kernels.block_mass(
-            q, k, lse, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask
-        )
+        return kernels.block_mass(q, k, lse, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask)
 
     def found(self, recall: torch.Tensor) -> None:
         """Report the share of the softmax mass that the chosen blocks hold, any shape."""
         self._record.searched(recall)
 
-    def sparse(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists
-    ) -> torch.Tensor:
+    def sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists) -> torch.Tensor:
         """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster."""
         density = lists.density()
         # A device is not asked for the value: waiting for it would cost more than it saves.

@@ -42,6 +42,4 @@ class Random:
         scores = torch.rand(1, q.shape[1], n, n, generator=lot).to(q.device)  # [1, H, nQ, nK]
         mask = select_rows(scores, keep_count(self.sparsity, n), site.layout.text_sink(self.block, q.device))
         tokens = site.layout.tokens
-        return BlockLists.from_mask(
-            mask, q_block=self.block, kv_block=self.block, q_len=tokens, kv_len=tokens
-        )
+        return BlockLists.from_mask(mask, q_block=self.block, kv_block=self.block, q_len=tokens, kv_len=tokens)
