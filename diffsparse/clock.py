@@ -113,11 +113,8 @@ class Clock:
         if timestep is self._timestep and self._counted_step >= 0:
             return self._counted_step
         self._timestep = timestep
-        if _is_view(timestep, timesteps):
-            offset = timestep.storage_offset() - timesteps.storage_offset()
-            self._counted_step = offset // max(timesteps.stride(0), 1)
-        else:
-            self._counted_step += 1
+        position = _position(timestep, timesteps)
+        self._counted_step = self._counted_step + 1 if position is None else position
         return self._counted_step
 
     def _scheduler(self) -> Any:
@@ -128,7 +125,10 @@ class Clock:
         return None if context is None else str(getattr(context, "name", context))
 
 
-def _is_view(part: Any, whole: Any) -> bool:
-    if not (torch.is_tensor(part) and torch.is_tensor(whole)):
-        return False
-    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+def _position(timestep: Any, timesteps: Any) -> int | None:
+    """Index of `timestep` in `timesteps`, told by where it is stored; None if it is no view of it."""
+    if not (torch.is_tensor(timestep) and torch.is_tensor(timesteps)):
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)

@@ -182,7 +182,7 @@ def _adopt(module: Any) -> None:
     processor, layer = module.processor, module.__dict__["_diffsparse"]
     cls = type(processor)
     if not hasattr(cls, "_diffsparse_original"):
-        processor.__class__ = _adopted(cls)
+        processor.__class__ = _adopted(cls)  # type: ignore[arg-type]
     if not hasattr(processor, "_attention_backend"):
         return
     state = processor.__dict__

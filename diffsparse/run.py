@@ -63,7 +63,7 @@ class Call:
         if backend is AttentionBackendName.NATIVE:
             return SDPA(self.query, self.key, self.value, *rest, scale=self.scale, enable_gqa=self.enable_gqa)
         q, k, v = (x.transpose(1, 2) for x in (self.query, self.key, self.value))  # [B, N, H, D]
-        out = dispatch_attention_fn(q, k, v, *rest, self.scale, self.enable_gqa, backend=backend)
+        out: Tensor = dispatch_attention_fn(q, k, v, *rest, self.scale, self.enable_gqa, backend=backend)
         return out.transpose(1, 2)
 
 

@@ -98,7 +98,7 @@ class AdaSpa:
     def _keep_by_head(self, recall: Tensor, blocks: int) -> Tensor:
         """Blocks a row for each head, int64 [B, H], from the recall [B, H] at uniform sparsity (section 4.3)."""
         s, heads = self.sparsity, recall.shape[-1]
-        rank = recall.argsort(-1, descending=True, stable=True).argsort(-1)  # 0 = highest recall
+        rank = recall.argsort(stable=True, dim=-1, descending=True).argsort(-1)  # 0 = highest recall
         raised = (recall > self.recall_threshold).sum(-1, keepdim=True).clamp(max=heads // 2)  # n, [B, 1]
         keep = torch.full_like(rank, keep_count(s, blocks))
         keep = keep.masked_fill(rank < raised, keep_count((1 + s) / 2, blocks))

@@ -1,0 +1,284 @@
+"""AdaSpa against a brute-force float64 version of the algorithm, written from the paper, one head at a time."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.tiny_pipelines import BUILDERS, run
+
+import diffsparse
+from diffsparse import AdaSpa, Layout, Schedule
+from diffsparse.errors import ConfigError
+from diffsparse.report import CallRecord
+from diffsparse.site import Site
+
+# --- the paper, literally ---------------------------------------------------------------------------------------
+
+
+def weights(q, k, scale, key_mask):
+    """Scores [N, N] of one head; masked keys get -inf."""
+    scores = (q.double() @ k.double().T) * (scale or q.shape[-1] ** -0.5)
+    return scores if key_mask is None else scores.masked_fill(~key_mask[None, :], -math.inf)
+
+
+def block_sums(weight, block):
+    """W_sum[p, q]: sum over each block x block tile (the last ones may be ragged)."""
+    n = -(-weight.shape[0] // block)
+    out = torch.zeros(n, n, dtype=torch.float64)
+    for p in range(n):
+        for q in range(n):
+            out[p, q] = weight[p * block : (p + 1) * block, q * block : (q + 1) * block].sum()
+    return out
+
+
+def best_rows(mass, keep, sink):
+    """Row-wise: the blocks of each query row with the most mass, text blocks first."""
+    mask = torch.zeros(mass.shape, dtype=torch.bool)
+    for p in range(mass.shape[0]):
+        order = sorted(range(mass.shape[1]), key=lambda j: (not sink[p][j], -float(mass[p, j]), j))
+        forced = sum(sink[p])
+        for j in order[: max(keep, forced)]:
+            mask[p, j] = True
+    return mask
+
+
+def text_sink(layout, block):
+    n = -(-layout.tokens // block)
+    video = range(layout.text_before, layout.text_before + layout.video)
+    text = [any(t not in video for t in range(b * block, min((b + 1) * block, layout.tokens))) for b in range(n)]
+    return [[text[i] or text[j] for j in range(n)] for i in range(n)]
+
+
+def keep_of(sparsity, n):
+    return max(1, round((1 - sparsity) * n))
+
+
+def head_masks(masses, knobs, layout):
+    """Section 4.3: recall at uniform sparsity decides each head's own."""
+    s, n, heads = knobs.sparsity, masses[0].shape[0], len(masses)
+    sink = text_sink(layout, knobs.block)
+    masks = [best_rows(mass, keep_of(s, n), sink) for mass in masses]
+    if not knobs.head_adaptive:
+        return masks
+    recall = [float((m * mask).sum() / m.sum()) for m, mask in zip(masses, masks, strict=True)]
+    high = min(sum(r > knobs.recall_threshold for r in recall), heads // 2)
+    order = sorted(range(heads), key=lambda h: -recall[h])
+    sparsities = [s] * heads
+    for h in order[:high]:
+        sparsities[h] = (1 + s) / 2
+    for h in order[heads - high :]:
+        sparsities[h] = max(0.0, (3 * s - 1) / 2)
+    return [best_rows(m, keep_of(x, n), sink) for m, x in zip(masses, sparsities, strict=True)]
+
+
+def masked_attention(q, k, v, scale, key_mask, mask, block):
+    scores = weights(q, k, scale, key_mask)
+    n = q.shape[0]
+    tokens = mask.repeat_interleave(block, 0)[:n].repeat_interleave(block, 1)[:, :n]
+    return scores.masked_fill(~tokens, -math.inf).softmax(-1).nan_to_num(0.0) @ v.double()
+
+
+@dataclass
+class Oracle:
+    """One sample of one layer and branch, step by step."""
+
+    knobs: AdaSpa
+    layout: Layout
+    lse: list[torch.Tensor] = field(default_factory=list)
+    masks: list[torch.Tensor] = field(default_factory=list)
+
+    def step(self, q, k, v, scale, key_mask, search: str | None):
+        """q, k, v [H, N, D] -> out [H, N, D]; search: None, "first" (dense) or "cached"."""
+        heads = range(q.shape[0])
+        scores = [weights(q[h], k[h], scale, key_mask) for h in heads]
+        if search == "first":
+            self.lse = [s.logsumexp(-1) for s in scores]
+        if search:
+            masses = [
+                block_sums((s - lse[:, None]).exp(), self.knobs.block) for s, lse in zip(scores, self.lse, strict=True)
+            ]
+            self.masks = head_masks(masses, self.knobs, self.layout)
+        block = self.knobs.block
+        masks = [torch.ones_like(m) for m in self.masks] if search == "first" else self.masks
+        return torch.stack([masked_attention(q[h], k[h], v[h], scale, key_mask, masks[h], block) for h in heads])
+
+
+# --- our strategy under test ------------------------------------------------------------------------------------
+
+
+def make_site(layout, memory, step, steps, key_mask=None, scale=None):
+    def sdpa(q, k, v):
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    record = CallRecord("blocks.0.attn1", step, "cond")
+    return Site(
+        "blocks.0.attn1", 0, step, steps, "cond", layout, memory, scale, key_mask,
+        _dense=sdpa, _backend="native", _record=record,
+    )  # fmt: skip
+
+
+def eager_error(q, k, v, scale, key_mask, masks, block):
+    """Error of plain float32 masked attention against float64: what the hardware's precision costs."""
+    n = q.shape[-2]
+    worst = 0.0
+    for h in range(q.shape[0]):
+        tokens = masks[h].repeat_interleave(block, 0)[:n].repeat_interleave(block, 1)[:, :n]
+        tokens = tokens if key_mask is None else tokens & key_mask[None, :]
+        plain = torch.nn.functional.scaled_dot_product_attention(
+            q[h][None].float(), k[h][None].float(), v[h][None].float(), attn_mask=tokens[None], scale=scale
+        )[0].nan_to_num(0.0)
+        exact = masked_attention(q[h], k[h], v[h], scale, key_mask, masks[h], block)
+        worst = max(worst, float((plain - exact).abs().max()))
+    return worst
+
+
+def tolerance(q, k, v, scale, key_mask, masks, block):
+    rounding = torch.finfo(torch.float32).eps * float(v.abs().max())
+    return 2 * (eager_error(q, k, v, scale, key_mask, masks, block) + rounding)
+
+
+LAYOUTS = {
+    "video": Layout(3, 4, 6),
+    "prefix": Layout(3, 4, 5, text_before=7),
+    "suffix": Layout(3, 4, 5, text_after=9),
+    "both-ragged": Layout(2, 5, 7, text_before=3, text_after=5),
+}
+
+
+KNOBS = [
+    AdaSpa(0.5, block=8),
+    AdaSpa(0.75, (4, 7), 4),
+    AdaSpa(0.6, block=8, head_adaptive=False),
+    AdaSpa(0.2, block=4, recall_threshold=0.3),
+]
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.usefixtures("poisoned")
+def test_equals_the_paper_on_random_inputs(layout, knobs):
+    steps, first, batch, heads, dim = 12, 2, 2, 5, 16
+    later = knobs.search_steps(steps)
+    key_mask = torch.ones(batch, layout.tokens, dtype=torch.bool)
+    if layout.text_after:
+        key_mask[1, -4:] = False
+    memory: dict[str, Any] = {}
+    oracles = [Oracle(knobs, layout) for _ in range(batch)]
+    base = [torch.randn(batch, heads, layout.tokens, dim) for _ in range(3)]
+    for step in range(first, steps):
+        q, k, v = (x + 0.3 * torch.randn_like(x) for x in base)
+        q = q * torch.linspace(0.3, 5, heads)[:, None, None]  # flat heads and sharp ones
+        search = "first" if step == first else "cached" if step in later else None
+        site = make_site(layout, memory, step, steps, key_mask)
+        out = (knobs.observe if step == first else knobs.attend)(q, k, v, site)
+        blocks = memory["lists"].to_mask()
+        for b, oracle in enumerate(oracles):
+            expected = oracle.step(q[b], k[b], v[b], None, key_mask[b], search)
+            for h in range(heads):
+                assert torch.equal(blocks[b, h], oracle.masks[h]), f"step {step}, sample {b}, head {h}"
+            shown = [torch.ones_like(m) for m in oracle.masks] if search == "first" else oracle.masks
+            limit = tolerance(q[b], k[b], v[b], None, key_mask[b], shown, knobs.block)
+            assert float((out[b] - expected).abs().max()) <= limit
+
+
+class Recorder:
+    """AdaSpa, with everything that it was given and gave."""
+
+    def __init__(self, inner: AdaSpa) -> None:
+        self.inner, self.calls = inner, defaultdict(list)
+
+    def _log(self, q, k, v, site, search, out):
+        mask = site.key_mask
+        entry = (q.clone(), k.clone(), v.clone(), site.scale, mask, search, out.clone(), site.layout)
+        self.calls[site.layer, site.branch].append(entry)
+        return out
+
+    def observe(self, q, k, v, site):
+        return self._log(q, k, v, site, "first", self.inner.observe(q, k, v, site))
+
+    def attend(self, q, k, v, site):
+        first = "lists" not in site.memory
+        due = site.step in self.inner.search_steps(site.steps)
+        out = self.inner.attend(q, k, v, site)
+        return self._log(q, k, v, site, "first" if first else "cached" if due else None, out)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan22", "cogvideox", "hunyuan_video", "flux", "sd3", "qwen_image"])
+def test_equals_the_paper_inside_pipelines(name):
+    """Sequential and batched CFG, text before, after and absent, two experts: recorded, then computed again."""
+    pipe, kwargs = BUILDERS[name]()
+    knobs = AdaSpa(0.5, searches=(4,), block=4)
+    recorder = Recorder(knobs)
+    with diffsparse.apply(pipe, recorder, schedule=Schedule(dense_first=2)) as handle:
+        run(pipe, kwargs, num_inference_steps=6)
+    report = handle.report()
+    assert report.sparse_calls > 0
+    assert not report.fallbacks
+    assert recorder.calls
+    for calls in recorder.calls.values():
+        for b in range(calls[0][0].shape[0]):
+            oracle = Oracle(knobs, calls[0][-1])
+            for q, k, v, scale, mask, search, out, _ in calls:
+                key_mask = None if mask is None else mask.expand(q.shape[0], -1)[b]
+                expected = oracle.step(q[b], k[b], v[b], scale, key_mask, search)
+                shown = [torch.ones_like(m) for m in oracle.masks] if search == "first" else oracle.masks
+                limit = tolerance(q[b], k[b], v[b], scale, key_mask, shown, knobs.block)
+                valid = slice(None) if key_mask is None else key_mask
+                assert float((out[b] - expected)[:, valid].abs().max()) <= limit
+
+
+def test_batch_rows_do_not_see_each_other():
+    """A sample's blocks and output are the same whatever else is in the batch."""
+    layout, knobs = Layout(2, 4, 4), AdaSpa(0.5, block=4)
+    q, k, v = (torch.randn(3, 4, layout.tokens, 8) for _ in range(3))
+    together: dict[str, Any] = {}
+    knobs.observe(q, k, v, make_site(layout, together, 0, 20))
+    for b in range(3):
+        alone: dict[str, Any] = {}
+        knobs.observe(q[b : b + 1], k[b : b + 1], v[b : b + 1], make_site(layout, alone, 0, 20))
+        assert torch.equal(together["lists"].to_mask()[b], alone["lists"].to_mask()[0])
+
+
+def test_search_steps():
+    assert AdaSpa().search_steps(50) == {29}  # the paper's step 30, counted from 1
+    assert AdaSpa(searches=(0.2, 0.6, 0.8)).search_steps(50) == {9, 29, 39}
+    assert AdaSpa().search_steps(8) == set()
+    assert AdaSpa(searches=(5,)).search_steps(8) == {5}
+    assert AdaSpa().search_steps(None) == set()
+
+
+@settings(max_examples=50, deadline=None)
+@given(s=st.floats(0, 0.99), heads=st.integers(1, 9), n=st.integers(2, 30), seed=st.integers(0, 99))
+def test_head_adaptive_keeps_the_mean_density(s, heads, n, seed):
+    """Raised and lowered heads come in pairs: the mean stays put but for the clamp at zero and rounding."""
+    recall = torch.rand(2, heads, generator=torch.Generator().manual_seed(seed))
+    keep = AdaSpa(s)._keep_by_head(recall, n).double()
+    if s >= 1 / 3:
+        assert (keep.mean(-1) - (1 - s) * n).abs().max() <= 1.0
+    assert keep.min() >= 1
+    assert keep.max() <= n
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity wants a number in \[0, 1\)"),
+        ({"sparsity": -0.1}, "sparsity wants"),
+        ({"sparsity": math.nan}, "sparsity wants"),
+        ({"block": 0}, "block wants a positive number"),
+        ({"recall_threshold": 1.5}, r"recall_threshold wants a number in \[0, 1\]"),
+        ({"searches": (1.5,)}, "searches wants steps"),
+        ({"searches": (-1,)}, "searches wants steps"),
+    ],
+)
+def test_bad_knobs_are_refused(knobs, message):
+    with pytest.raises(ConfigError, match=message):
+        AdaSpa(**knobs)
