@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffsparse.layout import Layout
 
@@ -137,15 +138,16 @@ def _listed_size(inputs: Inputs) -> tuple[int, int, int] | None:
 def _size_of_ids(ids: Any) -> tuple[int, int, int] | None:
     if not torch.is_tensor(ids) or torch.compiler.is_compiling():
         return None
-    key = (id(ids), ids._version)
-    if _SIZES.get("key") != key:  # the pipeline passes one tensor through all steps: one read, one device sync
+    version, size = _SIZES.get(ids, (-1, (0, 0, 0)))
+    if version != ids._version:  # the pipeline passes one tensor through all steps: one read, one device sync
         flat = ids[0] if ids.ndim == 3 else ids
-        first = [int(x) + 1 for x in (flat.amax(0) - flat.amin(0)).tolist()]
-        _SIZES.update(key=key, ids=ids, size=tuple(first[:3]))
-    return _SIZES["size"]  # type: ignore[no-any-return]
+        frames, height, width = [int(x) + 1 for x in (flat.amax(0) - flat.amin(0)).tolist()][:3]
+        size = frames, height, width
+        _SIZES[ids] = ids._version, size
+    return size
 
 
-_SIZES: dict[str, Any] = {}
+_SIZES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 _BEFORE = ModelSpec("before")
 _AFTER = ModelSpec("after")

@@ -15,6 +15,7 @@ import torch
 Kind = Literal["dense", "search", "sparse"]
 
 PLANNED = "schedule"
+_NONE_YET = "no self-attention call yet"
 
 
 @dataclass
@@ -155,7 +156,7 @@ class Report:
                 f"{self.density:.3f} over all calls, {_number(self.sparse_density)} over sparse ones",
             ),
             ("retained mass", _number(self.recall)),
-            ("calls", f"{self.sparse_calls} sparse, {self.dense_calls} dense"),
+            ("calls", f"{self.sparse_calls} sparse, {self.dense_calls} dense" if self.steps else _NONE_YET),
             ("backends", _counts(self.backends)),
             ("fall-backs", _counts(self.fallbacks) or "none"),
             ("attention time", f"{self.attention_seconds:.2f} s"),

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from diffsparse.report import Ledger, Report
+
+
+def ledger() -> Ledger:
+    book = Ledger()
+    for step in range(4):
+        for layer in ("a", "b"):
+            call = book.open(layer, step, "cond")
+            if step == 0:
+                call.ran_dense("schedule", planned=True, backend="native")
+            elif step == 1:
+                call.ran_dense("search", planned=True, backend="cpu", kind="search")
+                call.searched(torch.tensor([0.5, 0.7]))
+            elif layer == "a":
+                call.ran_sparse(torch.tensor(0.25), "cpu")
+            else:
+                call.ran_dense("gradients are wanted", planned=False, backend="native")
+    book.memory["a", "cond"] = 100
+    return book
+
+
+def test_summary_adds_up():
+    report = Report.of("S()", 2, [ledger()])
+    assert (report.steps, report.dense_steps) == (4, 2)
+    assert (report.sparse_calls, report.dense_calls) == (2, 6)
+    assert report.density == pytest.approx((6 + 0.5) / 8)
+    assert report.sparse_density == pytest.approx(0.25)
+    assert report.recall == pytest.approx(0.6)
+    assert report.backends == {"native": 4, "cpu": 4}
+    assert report.fallbacks == {"gradients are wanted": 2}
+    assert report.memory_bytes == 100
+    assert report.table("layer") == pytest.approx({"a": 0.625, "b": 1.0})
+    assert report.table()["3"] == pytest.approx(0.625)
+
+
+def test_two_transformers_make_one_report():
+    once, twice = Report.of("S()", 2, [ledger()]), Report.of("S()", 4, [ledger(), ledger()])
+    assert twice.sparse_calls == 2 * once.sparse_calls
+    assert twice.density == pytest.approx(once.density)
+
+
+def test_empty_report():
+    report = Report.of("S()", 2, [Ledger()])
+    assert report.density == 1.0
+    assert report.sparse_density is None
+    assert "no self-attention call yet" in str(report)
+
+
+def test_to_dict_is_json_and_text_names_the_fall_back():
+    report = Report.of("S()", 2, [ledger()])
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    assert "calls" not in report.to_dict()
+    assert "gradients are wanted x2" in str(report)
+
+
+def test_times_are_measured():
+    book = Ledger()
+    call = book.open("a", 0, "cond")
+    with call.timed(torch.device("cpu")):
+        torch.randn(200, 200) @ torch.randn(200, 200)
+    assert Report.of("S()", 1, [book]).attention_seconds == call.seconds > 0
