@@ -144,7 +144,8 @@ def _size_of_ids(ids: Any) -> tuple[int, int, int] | None:
         frames, height, width = [int(x) + 1 for x in (flat.amax(0) - flat.amin(0)).tolist()][:3]
         size = frames, height, width
         _SIZES[ids] = ids._version, size
-    return size
+    found: tuple[int, int, int] = size
+    return found
 
 
 _SIZES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -1,1 +1,54 @@
-"""."""
+"""Block-sparse attention kernels: they know torch, and nothing of Diffusers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffsparse_kernels.dispatch import (
+        attention,
+        attention_with_mass,
+        backend_for,
+        backends,
+        block_mass,
+        block_sparse_attention,
+        break_even,
+    )
+    from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError
+    from diffsparse_kernels.lists import BlockLists
+    from diffsparse_kernels.select import select_heads, select_mass, select_rows
+
+__all__ = [
+    "BackendError",
+    "BlockLists",
+    "DiffsparseError",
+    "KernelInputError",
+    "attention",
+    "attention_with_mass",
+    "backend_for",
+    "backends",
+    "block_mass",
+    "block_sparse_attention",
+    "break_even",
+    "select_heads",
+    "select_mass",
+    "select_rows",
+]
+
+_HOME = {
+    "errors": ("BackendError", "DiffsparseError", "KernelInputError"),
+    "lists": ("BlockLists",),
+    "select": ("select_heads", "select_mass", "select_rows"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'diffsparse_kernels' has no attribute {name!r}")
+    home = next((module for module, names in _HOME.items() if name in names), "dispatch")
+    return getattr(import_module(f"diffsparse_kernels.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

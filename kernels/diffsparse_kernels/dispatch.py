@@ -1,0 +1,220 @@
+"""The public functions: check the arguments once, choose a backend, call one custom op."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from diffsparse_kernels import ops
+from diffsparse_kernels.errors import BackendError, KernelInputError
+from diffsparse_kernels.lists import BlockLists
+
+# name -> (module, kinds of device); the first that fits is taken
+_BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cpu": ("diffsparse_kernels.cpu", ("cpu",)),
+    "reference": ("diffsparse_kernels.reference", ("cpu", "cuda", "mps", "xpu", "meta")),
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dense attention that also returns its log-sum-exp.
+
+    Args:
+        q: [B, H, N_q, D]; k: [B, H, N_kv, D]; v: [B, H, N_kv, D_v]. float32, bfloat16, float16 or float64; any strides.
+        scale: of the scores, 1/sqrt(D) by default.
+        key_mask: bool [B, N_kv], True where a key may be attended to.
+        backend: by name; chosen by the device if None.
+
+    Returns:
+        out [B, H, N_q, D_v] of q's dtype, and the natural-log LSE of the scaled scores, float32 (float64 for float64
+        inputs) [B, H, N_q]. A query without any key gets 0 and -inf.
+
+    Raises:
+        KernelInputError: shapes, dtypes or devices that don't fit. BackendError: a backend that can't run here.
+    """
+    _check(q, k, v, key_mask)
+    out, lse = ops.attention(q, k, v, _scale(q, scale), key_mask, _choose(q, backend))
+    return out, lse
+
+
+def attention_with_mass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse_cached: Tensor,
+    *,
+    q_block: int,
+    kv_block: int,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention`, and in the same pass `block_mass` against `lse_cached` -> out, lse, mass."""
+    _check(q, k, v, key_mask)
+    _check_lse(q, lse_cached)
+    _check_blocks(q_block, kv_block)
+    out, lse, mass = ops.attention_with_mass(
+        q, k, v, lse_cached, q_block, kv_block, _scale(q, scale), key_mask, _choose(q, backend)
+    )
+    return out, lse, mass
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    q_block: int,
+    kv_block: int,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax weight in each tile: mass[p, q] = sum of exp(score - lse_row) over rows of p and keys of q.
+
+    With the call's own LSE the rows of tokens sum to 1; with that of an earlier step each is scaled by its drift
+    (AdaSpa, arXiv 2502.21079, Eq. 4). Rows whose lse is not finite count for nothing.
+
+    Args:
+        q: [B, H, N_q, D]; k: [B, H, N_kv, D]; lse: [B, H, N_q].
+        q_block, kv_block: edges of a tile in tokens.
+        scale, key_mask, backend: as in `attention`.
+
+    Returns:
+        float32 (float64 for float64 inputs) [B, H, nQ, nK].
+    """
+    _check(q, k, k, key_mask)
+    _check_lse(q, lse)
+    _check_blocks(q_block, kv_block)
+    mass: Tensor = ops.block_mass(q, k, lse, q_block, kv_block, _scale(q, scale), key_mask, _choose(q, backend))
+    return mass
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the listed blocks only; the others count as -inf before the softmax.
+
+    Args and returns as in `attention`; the LSE is that of the listed blocks, so parts computed apart can be merged.
+    A query row without any listed key gets 0 and -inf.
+    """
+    _check(q, k, v, key_mask)
+    _check_lists(q, k, lists)
+    out, lse = ops.block_sparse_attention(
+        q, k, v, lists.idx, lists.cnt, lists.q_block, lists.kv_block, _scale(q, scale), key_mask, _choose(q, backend)
+    )
+    return out, lse
+
+
+def backends() -> dict[str, str]:
+    """Every backend by name: "available", or the reason why it is not."""
+    return {name: _reason(name) or "available" for name in _BACKENDS}
+
+
+def backend_for(device: torch.device) -> str:
+    """Name of the backend that calls on `device` take: DIFFSPARSE_BACKEND if set, else the first that fits."""
+    named = os.environ.get("DIFFSPARSE_BACKEND")
+    if named:
+        return named
+    for name, (_, devices) in _BACKENDS.items():
+        if device.type in devices and not _reason(name):
+            return name
+    raise BackendError(f"no backend runs on {device.type!r}; known: {', '.join(_BACKENDS)}")
+
+
+def break_even(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> float:
+    """Density above which dense attention is faster than block-sparse attention of `block` tokens."""
+    return load(backend_for(device)).break_even(dtype, head_dim, block)  # type: ignore[no-any-return]
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """The module of a backend, imported now if it was not."""
+    if name not in _BACKENDS:
+        raise BackendError(f"no backend is called {name!r}; known: {', '.join(_BACKENDS)}")
+    return import_module(_BACKENDS[name][0])
+
+
+def _reason(name: str) -> str:
+    try:
+        load(name)
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def _choose(q: Tensor, name: str | None) -> str:
+    name = name or backend_for(q.device)
+    if name not in _BACKENDS:
+        raise BackendError(f"no backend is called {name!r}; known: {', '.join(_BACKENDS)}")
+    if q.device.type not in _BACKENDS[name][1]:
+        raise BackendError(f"backend {name!r} runs on {', '.join(_BACKENDS[name][1])}; got tensors on {q.device.type}")
+    return name
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise KernelInputError(f"wanted q, k, v as [B, H, N, D]; got {shapes}")
+    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise KernelInputError(
+            f"wanted q [B, H, N_q, D], k [B, H, N_kv, D], v [B, H, N_kv, D_v]; got {shapes}. "
+            "Expand grouped key heads first"
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES):
+        raise KernelInputError(f"wanted one float dtype for q, k, v; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise KernelInputError(f"wanted q, k, v on one device; got {q.device}, {k.device}, {v.device}")
+    if 0 in q.shape or 0 in v.shape:
+        raise KernelInputError(f"wanted at least one sample, head, token and channel; got {shapes}")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], k.shape[2])):
+        raise KernelInputError(
+            f"wanted key_mask bool [{k.shape[0]}, {k.shape[2]}]; got {key_mask.dtype} {tuple(key_mask.shape)}"
+        )
+
+
+def _check_lse(q: Tensor, lse: Tensor) -> None:
+    if lse.shape != q.shape[:3]:
+        raise KernelInputError(f"wanted lse {tuple(q.shape[:3])}; got {tuple(lse.shape)}")
+
+
+def _check_blocks(q_block: int, kv_block: int) -> None:
+    if min(q_block, kv_block) < 1:
+        raise KernelInputError(f"wanted blocks of at least 1 token; got {q_block} and {kv_block}")
+
+
+def _check_lists(q: Tensor, k: Tensor, lists: BlockLists) -> None:
+    if (lists.q_len, lists.kv_len) != (q.shape[2], k.shape[2]):
+        raise KernelInputError(
+            f"the lists are for {lists.q_len} queries and {lists.kv_len} keys; got {q.shape[2]} and {k.shape[2]}. "
+            "Build them anew for this length"
+        )
+    if lists.cnt.shape[0] not in (1, q.shape[0]) or lists.cnt.shape[1] != q.shape[1]:
+        raise KernelInputError(f"wanted lists [{q.shape[0]} or 1, {q.shape[1]}, nQ, W]; got {tuple(lists.idx.shape)}")
+    if lists.idx.device != q.device:
+        raise KernelInputError(f"the lists are on {lists.idx.device}, q on {q.device}; move one of them")

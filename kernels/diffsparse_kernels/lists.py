@@ -1,0 +1,137 @@
+"""`BlockLists`: which key blocks each query block visits. The contract of all block-sparse kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from diffsparse_kernels.errors import KernelInputError
+
+
+def blocks_of(length: int, block: int) -> int:
+    """Number of blocks of `block` tokens in `length`; the last may be ragged."""
+    return -(-length // block)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLists:
+    """Ascending lists of the key blocks that each query block visits.
+
+    idx: int32 [B|1, H, nQ, W], block numbers; entries at or behind `cnt` are padding (zero).
+    cnt: int32 [B|1, H, nQ], how many entries of each list count.
+    q_block, kv_block: edge of a block in tokens. q_len, kv_len: tokens; the last blocks may be ragged.
+
+    Raises:
+        KernelInputError: shapes, dtypes, devices or block counts that don't belong together.
+    """
+
+    idx: Tensor
+    cnt: Tensor
+    q_block: int
+    kv_block: int
+    q_len: int
+    kv_len: int
+
+    def __post_init__(self) -> None:
+        idx, cnt = self.idx, self.cnt
+        if idx.ndim != 4 or cnt.shape != idx.shape[:3]:
+            raise KernelInputError(
+                f"wanted idx [B|1, H, nQ, W] and cnt [B|1, H, nQ]; got {tuple(idx.shape)} and {tuple(cnt.shape)}"
+            )
+        if idx.dtype != torch.int32 or cnt.dtype != torch.int32:
+            raise KernelInputError(f"wanted idx and cnt as int32; got {idx.dtype} and {cnt.dtype}")
+        if idx.device != cnt.device:
+            raise KernelInputError(f"wanted idx and cnt on one device; got {idx.device} and {cnt.device}")
+        if min(self.q_block, self.kv_block) < 1:
+            raise KernelInputError(f"wanted blocks of at least 1 token; got {self.q_block} and {self.kv_block}")
+        if idx.shape[2] != self.q_blocks or idx.shape[3] > self.kv_blocks:
+            raise KernelInputError(
+                f"{self.q_len} x {self.kv_len} tokens in blocks of {self.q_block} x {self.kv_block} want lists for "
+                f"{self.q_blocks} rows, no wider than {self.kv_blocks}; got {idx.shape[2]} rows, {idx.shape[3]} wide"
+            )
+
+    @property
+    def q_blocks(self) -> int:
+        """nQ, the number of query blocks."""
+        return blocks_of(self.q_len, self.q_block)
+
+    @property
+    def kv_blocks(self) -> int:
+        """nK, the number of key blocks."""
+        return blocks_of(self.kv_len, self.kv_block)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the lists hold."""
+        return self.idx.nbytes + self.cnt.nbytes
+
+    def density(self) -> Tensor:
+        """Share of all blocks that are listed: float32, 0-dim, on the lists' device (no sync)."""
+        return self.cnt.float().mean() / self.kv_blocks
+
+    @classmethod
+    def from_mask(
+        cls, mask: Tensor, *, q_block: int, kv_block: int, q_len: int, kv_len: int, width: int | None = None
+    ) -> BlockLists:
+        """Lists of the True blocks of `mask`, bool [B|1, H, nQ, nK].
+
+        width: length of the padded lists. By default the longest list on the CPU, and nK elsewhere, where asking
+        for the longest would wait for the device. Entries beyond a given width are dropped, the highest first.
+        """
+        if mask.dtype != torch.bool or mask.ndim != 4:
+            raise KernelInputError(f"wanted a bool mask [B|1, H, nQ, nK]; got {mask.dtype} {tuple(mask.shape)}")
+        wanted = (blocks_of(q_len, q_block), blocks_of(kv_len, kv_block))
+        if tuple(mask.shape[2:]) != wanted:
+            raise KernelInputError(
+                f"{q_len} x {kv_len} tokens in blocks of {q_block} x {kv_block} want a mask of {wanted[0]} x "
+                f"{wanted[1]} blocks; got {mask.shape[2]} x {mask.shape[3]}"
+            )
+        cnt = mask.sum(-1, dtype=torch.int32)
+        if width is None:
+            width = max(int(cnt.max()), 1) if mask.device.type == "cpu" else mask.shape[-1]
+        # Compaction without a sort: the running count tells each True block its place, all others share a spare one.
+        place = mask.cumsum(-1).sub_(1).masked_fill_(~mask, width).clamp_(max=width)
+        numbers = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
+        idx = numbers.new_zeros(*mask.shape[:3], width + 1).scatter_(-1, place, numbers)[..., :width]
+        return cls(idx.contiguous(), cnt.clamp(max=width), q_block, kv_block, q_len, kv_len)
+
+    def to_mask(self) -> Tensor:
+        """The same blocks as a bool mask [B|1, H, nQ, nK]."""
+        listed = torch.arange(self.idx.shape[-1], device=self.idx.device) < self.cnt[..., None]
+        spare = self.idx.long().masked_fill(~listed, self.kv_blocks)
+        mask = torch.zeros(*self.cnt.shape, self.kv_blocks + 1, dtype=torch.bool, device=self.idx.device)
+        return mask.scatter_(-1, spare, True)[..., :-1]
+
+    def to_block_mask(self) -> BlockMask:
+        """The same blocks for torch's FlexAttention, all of them full blocks."""
+        wide = self.from_mask(
+            self.to_mask(),
+            q_block=self.q_block,
+            kv_block=self.kv_block,
+            q_len=self.q_len,
+            kv_len=self.kv_len,
+            width=self.kv_blocks,
+        )
+        return BlockMask.from_kv_blocks(
+            torch.zeros_like(wide.cnt),
+            torch.zeros_like(wide.idx),
+            wide.cnt,
+            wide.idx,
+            BLOCK_SIZE=(self.q_block, self.kv_block),
+            seq_lengths=(self.q_len, self.kv_len),
+        )
+
+    @classmethod
+    def from_block_mask(cls, block_mask: BlockMask) -> BlockLists:
+        """Lists of the full blocks of torch's `BlockMask`; one with partial blocks has no equal here."""
+        idx, cnt = block_mask.full_kv_indices, block_mask.full_kv_num_blocks
+        if idx is None or cnt is None or bool(block_mask.kv_num_blocks.any()):
+            raise KernelInputError(
+                "wanted a BlockMask of full blocks only; got one with partial blocks, which need its mask_mod"
+            )
+        q_block, kv_block = block_mask.BLOCK_SIZE
+        q_len, kv_len = block_mask.seq_lengths
+        return cls(idx.int(), cnt.int(), q_block, kv_block, q_len, kv_len)

@@ -1,0 +1,136 @@
+"""Kernels as custom ops: opaque to `torch.compile`, each with a fake that knows the shapes of its outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffsparse_kernels.lists import BlockLists, blocks_of
+
+
+def _module(backend: str):  # type: ignore[no-untyped-def]  # a module, whose functions are checked where it is defined
+    from diffsparse_kernels.dispatch import load
+
+    return load(backend)
+
+
+def _accumulated(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+@torch.library.custom_op("diffsparse_kernels::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Dense attention -> out, lse."""
+    out, lse = _module(backend).attention(q, k, v, scale, key_mask)
+    return out.contiguous(), lse.contiguous()
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_accumulated(q))
+
+
+@torch.library.custom_op("diffsparse_kernels::attention_with_mass", mutates_args=())
+def attention_with_mass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse_cached: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    key_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense attention with the block mass -> out, lse, mass."""
+    out, lse, mass = _module(backend).attention_with_mass(q, k, v, lse_cached, q_block, kv_block, scale, key_mask)
+    return out.contiguous(), lse.contiguous(), mass.contiguous()
+
+
+@attention_with_mass.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse_cached: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    key_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = blocks_of(q.shape[2], q_block), blocks_of(k.shape[2], kv_block)
+    accumulated = _accumulated(q)
+    return (
+        q.new_empty(*q.shape[:3], v.shape[3]),
+        q.new_empty(q.shape[:3], dtype=accumulated),
+        q.new_empty(*q.shape[:2], *tiles, dtype=accumulated),
+    )
+
+
+@torch.library.custom_op("diffsparse_kernels::block_mass", mutates_args=())
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    key_mask: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """Block mass alone."""
+    mass: Tensor = _module(backend).block_mass(q, k, lse, q_block, kv_block, scale, key_mask)
+    return mass.contiguous()
+
+
+@block_mass.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    key_mask: Tensor | None,
+    backend: str,
+) -> Tensor:
+    tiles = blocks_of(q.shape[2], q_block), blocks_of(k.shape[2], kv_block)
+    return q.new_empty(*q.shape[:2], *tiles, dtype=_accumulated(q))
+
+
+@torch.library.custom_op("diffsparse_kernels::block_sparse_attention", mutates_args=())
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    cnt: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    key_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Block-sparse attention -> out, lse."""
+    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2])
+    out, lse = _module(backend).block_sparse_attention(q, k, v, lists, scale, key_mask)
+    return out.contiguous(), lse.contiguous()
+
+
+@block_sparse_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    cnt: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    key_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_accumulated(q))

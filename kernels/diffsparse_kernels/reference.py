@@ -1,0 +1,100 @@
+"""The oracle: exact attention in plain torch, on any device, in strips of query rows so that memory stays bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from diffsparse_kernels.lists import BlockLists, blocks_of
+
+_STRIP_BYTES = 256 * 2**20
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Dense attention -> out [B, H, N_q, D_v] and LSE [B, H, N_q]."""
+    parts = [_softmax(_scores(q[:, :, rows], k, scale, key_mask), v) for rows in _strips(q, k)]
+    return _join(parts, q)
+
+
+def attention_with_mass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense attention, its LSE, and the block mass against the given LSE."""
+    return (*attention(q, k, v, scale, key_mask), block_mass(q, k, lse, q_block, kv_block, scale, key_mask))
+
+
+def block_mass(
+    q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, scale: float, key_mask: Tensor | None
+) -> Tensor:
+    """Sum of exp(score - lse) over each tile, [B, H, nQ, nK]; rows whose lse is not finite count for nothing."""
+    parts = []
+    for rows in _strips(q, k, q_block):
+        scores = _scores(q[:, :, rows], k, scale, key_mask)
+        cached = lse[:, :, rows, None].to(scores.dtype)
+        weights = torch.where(cached.isfinite(), (scores - cached).exp(), 0.0)
+        parts.append(_tile_sums(weights, q_block, kv_block))
+    return torch.cat(parts, 2)
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention over the listed blocks; a row without any gets 0 and an LSE of -inf."""
+    mask = lists.to_mask()
+    parts = []
+    for rows in _strips(q, k, lists.q_block):
+        scores = _scores(q[:, :, rows], k, scale, key_mask)
+        blocks = mask[:, :, rows.start // lists.q_block : blocks_of(rows.stop, lists.q_block)]
+        tokens = blocks.repeat_interleave(lists.q_block, 2)[:, :, : scores.shape[2]]
+        tokens = tokens.repeat_interleave(lists.kv_block, 3)[..., : scores.shape[3]]
+        parts.append(_softmax(scores.masked_fill(~tokens, -torch.inf), v))
+    return _join(parts, q)
+
+
+def _strips(q: Tensor, k: Tensor, multiple: int = 1) -> Iterator[slice]:
+    """Row ranges whose scores fit the budget, each but the last a multiple of `multiple` rows."""
+    batch, heads, length, _ = q.shape
+    row_bytes = batch * heads * k.shape[2] * 8
+    rows = max(_STRIP_BYTES // row_bytes // multiple, 1) * multiple
+    for start in range(0, length, rows):
+        yield slice(start, min(start + rows, length))
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(exact) @ k.to(exact).transpose(-1, -2) * scale  # [B, H, rows, N_kv]
+    return scores if key_mask is None else scores.masked_fill(~key_mask[:, None, None], -torch.inf)
+
+
+def _softmax(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    lse = scores.logsumexp(-1)
+    weights = torch.where(lse.isneginf()[..., None], 0.0, (scores - lse[..., None]).exp())
+    return weights @ v.to(scores.dtype), lse
+
+
+def _join(parts: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]:
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 2).to(q.dtype), torch.cat(lses, 2)
+
+
+def _tile_sums(weights: Tensor, q_block: int, kv_block: int) -> Tensor:
+    """[B, H, rows, N_kv] -> [B, H, ceil(rows / q_block), ceil(N_kv / kv_block)]."""
+    rows, columns = weights.shape[2:]
+    padded = torch.nn.functional.pad(weights, (0, -columns % kv_block, 0, -rows % q_block))
+    tiles: Tensor = padded.unflatten(3, (-1, kv_block)).sum(-1)
+    sums: Tensor = tiles.unflatten(2, (-1, q_block)).sum(3)
+    return sums
+
+
+def break_even(dtype: torch.dtype, head_dim: int, block: int) -> float:
+    """The reference computes everything and saves nothing: it is never left for speed, or nothing would run sparse."""
+    return 1.0
