@@ -1,1 +1,1 @@
-"""."""
+"""Known models and their defaults, the embedded tiny model, and generation."""

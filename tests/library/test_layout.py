@@ -45,7 +45,17 @@ def test_counts(layout):
         (ModelSpec("after"), Grid(3, 4, 5, after=7), 77, Layout(3, 4, 5, 10, 7)),
         (ModelSpec("after"), Grid(3, 4, 5, after=7), 62, None),
     ],
-    ids=str,
+    ids=[
+        "video",
+        "unexpected-text",
+        "spatial",
+        "temporal",
+        "no-grid",
+        "text-before",
+        "text-after",
+        "text-both",
+        "too-short",
+    ],
 )
 def test_layout_of_a_sequence(spec, grid, tokens, expected):
     assert spec.layout(grid, tokens) == expected

@@ -1,0 +1,244 @@
+"""Known models: where they live on the hub, and the call arguments that their authors recommend."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from diffsparse.errors import ConfigError, InputFileError, UnknownNameError
+from diffsparse.names import closest
+
+if TYPE_CHECKING:
+    import torch
+
+Offload = Literal["none", "model", "sequential", "group"]
+OFFLOADS: tuple[str, ...] = ("none", "model", "sequential", "group")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model that can be loaded by name.
+
+    hub, image_hub: checkpoints for text and for image input; image_class: the pipeline class of the latter, if not the
+    one that the checkpoint names. defaults: call arguments. flow_shift: of the scheduler, where it depends on the size.
+    float32_vae: keep the VAE in float32, as the model's authors do.
+    """
+
+    hub: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    image_hub: str = ""
+    image_class: str = ""
+    fps: int = 16
+    dtype: str = "bfloat16"
+    output: Literal["video", "image"] = "video"
+    flow_shift: float | None = None
+    float32_vae: bool = False
+
+
+def _size(height: int, width: int, frames: int | None, steps: int, guidance: float | None) -> dict[str, Any]:
+    named = {
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+FAMILIES: dict[str, Family] = {
+    "tiny": Family("", fps=8, dtype="float32"),
+    "tiny-twin": Family("", fps=8, dtype="float32"),
+    "wan2.1-1.3b": Family(
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _size(480, 832, 81, 50, 5.0), flow_shift=3.0, fps=16, float32_vae=True
+    ),
+    "wan2.1-14b": Family(
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        _size(720, 1280, 81, 50, 5.0),
+        image_hub="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+        flow_shift=5.0,
+        fps=16,
+        float32_vae=True,
+    ),
+    "wan2.2-a14b": Family(
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        _size(720, 1280, 81, 40, 4.0),
+        image_hub="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        fps=16,
+        float32_vae=True,
+    ),
+    "wan2.2-5b": Family(
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        _size(704, 1280, 121, 50, 5.0),
+        image_hub="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        image_class="WanImageToVideoPipeline",
+        fps=24,
+        float32_vae=True,
+    ),
+    "hunyuan-video": Family(
+        "hunyuanvideo-community/HunyuanVideo",
+        _size(720, 1280, 129, 50, 6.0),
+        image_hub="hunyuanvideo-community/HunyuanVideo-I2V",
+        fps=24,
+    ),
+    "hunyuan-video-1.5": Family(
+        "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
+        _size(480, 832, 121, 50, None),
+        image_hub="hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v",
+        fps=24,
+    ),
+    "cogvideox1.5-5b": Family(
+        "THUDM/CogVideoX1.5-5B",
+        _size(768, 1360, 81, 50, 6.0),
+        image_hub="THUDM/CogVideoX1.5-5B-I2V",
+        fps=16,
+    ),
+    "ltx-video": Family(
+        "Lightricks/LTX-Video",
+        _size(480, 704, 161, 50, 3.0),
+        image_hub="Lightricks/LTX-Video",
+        image_class="LTXImageToVideoPipeline",
+        fps=24,
+    ),
+    "mochi": Family("genmo/mochi-1-preview", _size(480, 848, 85, 64, 4.5), fps=30),
+    "flux": Family("black-forest-labs/FLUX.1-dev", _size(1024, 1024, None, 28, 3.5), output="image"),
+    "sd3.5": Family("stabilityai/stable-diffusion-3.5-large", _size(1024, 1024, None, 28, 4.5), output="image"),
+    "qwen-image": Family(
+        "Qwen/Qwen-Image", {**_size(1024, 1024, None, 50, None), "true_cfg_scale": 4.0}, output="image"
+    ),
+}
+
+
+def resolve(name: str, with_image: bool = False) -> tuple[str, Family]:
+    """Where to load `name` from (a folder, a hub id, or "" for the embedded models) and what is known about it.
+
+    Raises:
+        UnknownNameError: neither a known name, nor a folder with a pipeline, nor a hub id "owner/name".
+        ConfigError: an input image for a model that takes none.
+    """
+    if name in FAMILIES:
+        family = FAMILIES[name]
+        if with_image and not family.image_hub:
+            able = ", ".join(key for key, row in FAMILIES.items() if row.image_hub)
+            raise ConfigError(f"model {name!r} takes no input image; those that do: {able}")
+        return (family.image_hub if with_image else family.hub), family
+    if Path(name).is_dir():
+        return name, Family(name, dtype="auto")
+    if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists():
+        return name, Family(name, dtype="auto")
+    raise UnknownNameError(
+        f"no model is called {name!r}, and it is no folder of a saved pipeline; known: {closest(name, FAMILIES)}"
+    )
+
+
+def load(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    offload: str = "none",
+    vae_tiling: bool = False,
+    with_image: bool = False,
+) -> Any:
+    """Load a pipeline, ready to be called.
+
+    Args:
+        name: a key of `FAMILIES`, a folder written by `save_pretrained`, or a hub id.
+        dtype: "float32", "bfloat16", "float16", or "auto": the family's, float32 on a CPU.
+        device: such as "cuda" or "cpu"; "auto" takes a CUDA device if there is one.
+        offload: "none", "model", "sequential" or "group": how weights wait on the CPU.
+        vae_tiling: decode in tiles, which saves memory at large sizes.
+        with_image: load the variant that takes an input image.
+
+    Raises:
+        UnknownNameError, ConfigError: a name or option that doesn't exist. InputFileError: weights that can't be read.
+    """
+    import torch
+
+    for option, value, known in (("dtype", dtype, DTYPES), ("offload", offload, OFFLOADS)):
+        if value not in known:
+            raise ConfigError(f"{option} wants one of {', '.join(known)}; got {value!r}")
+    source, family = resolve(name, with_image)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if offload != "none" and device == "cpu":
+        raise ConfigError(f"offload {offload!r} wants a GPU to offload from; got device 'cpu'. Leave it at 'none'")
+    pipe = _tiny(name, _dtype(dtype, family, device)) if not source else _pretrained(source, family, dtype, device)
+    if family.flow_shift is not None:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=family.flow_shift)
+    if vae_tiling:
+        _tile(pipe)
+    _place(pipe, device, offload)
+    return pipe
+
+
+def defaults(name: str, pipe: Any) -> dict[str, Any]:
+    """Call arguments for `name`: the family's, the embedded model's own, or none for a strange pipeline."""
+    if name in ("tiny", "tiny-twin"):
+        from diffsparse_pipelines import tiny
+
+        return tiny.defaults(_variant(name))
+    return dict(FAMILIES[name].defaults) if name in FAMILIES else {}
+
+
+def _variant(name: str) -> str:
+    return "twin" if name == "tiny-twin" else "default"
+
+
+def _tiny(name: str, dtype: torch.dtype) -> Any:
+    from diffsparse_pipelines import tiny
+
+    return tiny.load(_variant(name), dtype=dtype)
+
+
+def _dtype(asked: str, family: Family, device: str) -> torch.dtype:
+    import torch
+
+    if asked == "auto":
+        named = "bfloat16" if family.dtype == "auto" else family.dtype
+        asked = "float32" if device == "cpu" else named
+    return getattr(torch, asked)  # type: ignore[no-any-return]
+
+
+def _pretrained(source: str, family: Family, dtype: str, device: str) -> Any:
+    import diffusers
+    import torch
+
+    from diffsparse_pipelines.loading import from_pretrained
+
+    options: dict[str, Any] = {}
+    cls = getattr(diffusers, family.image_class) if family.image_class and source == family.image_hub else None
+    cls = cls or diffusers.DiffusionPipeline
+    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
+        raise InputFileError(f"{source} holds no model_index.json; wanted a folder written by save_pretrained")
+    try:
+        if family.float32_vae:
+            vae = diffusers.AutoencoderKLWan
+            options["vae"] = from_pretrained(vae, source, torch.float32, subfolder="vae")
+        return from_pretrained(cls, source, _dtype(dtype, family, device), **options)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputFileError(
+            f"can't load {source!r}: {reason} Wanted a folder written by save_pretrained, or a hub id and a connection "
+            "to the hub (or its files in the local cache)"
+        ) from error
+
+
+def _tile(pipe: Any) -> None:
+    enable = getattr(getattr(pipe, "vae", None), "enable_tiling", None)
+    if enable is None:
+        raise ConfigError(f"{type(pipe).__name__} has no VAE that can decode in tiles; leave out --vae-tiling")
+    enable()
+
+
+def _place(pipe: Any, device: str, offload: str) -> None:
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=True)
+    else:
+        pipe.to(device)

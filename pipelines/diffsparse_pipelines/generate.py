@@ -1,0 +1,182 @@
+"""Generation: one pipeline call with progress, its raw frames, its time; and the command built on it."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from diffsparse.errors import ConfigError
+from diffsparse_pipelines import options
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from rich.progress import Progress
+
+
+class Generation(NamedTuple):
+    """frames: float32 [F, H, W, C] in [0, 1]; latents: of the last step, if the pipeline shows them; seconds: wall."""
+
+    frames: np.ndarray
+    latents: torch.Tensor | None
+    seconds: float
+
+
+def call_arguments(pipe: Any, defaults: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """What to call `pipe` with: defaults that it knows, overruled by what was chosen.
+
+    Raises:
+        ConfigError: something was chosen that this pipeline doesn't take.
+    """
+    known = set(inspect.signature(type(pipe).__call__).parameters)
+    strange = sorted(name for name in chosen if name not in known and name not in ("height", "width"))
+    if strange:
+        raise ConfigError(f"{type(pipe).__name__} takes no {', '.join(strange)}; leave it out")
+    return {name: value for name, value in {**defaults, **chosen}.items() if name in known}
+
+
+def generation(pipe: Any, arguments: dict[str, Any], seed: int, progress: Progress | None = None) -> Generation:
+    """Call `pipe` once with a seeded generator.
+
+    Args:
+        pipe: a Diffusers pipeline.
+        arguments: call arguments, with the prompt.
+        seed: of a generator on the CPU, so that every device starts from the same noise.
+        progress: a running rich progress display that gets one task for this call's steps.
+
+    Raises:
+        ConfigError: the pipeline refused the arguments.
+    """
+    import torch
+
+    last: dict[str, Any] = {}
+    names = inspect.signature(type(pipe).__call__).parameters
+    task = progress.add_task("steps", total=None) if progress else None
+
+    def after_step(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        last["latents"] = tensors.get("latents")
+        if progress is not None and task is not None:
+            progress.update(task, completed=step + 1, total=len(pipe.scheduler.timesteps))
+        return tensors
+
+    watched = {"callback_on_step_end": after_step} if "callback_on_step_end" in names else {}
+    pipe.set_progress_bar_config(disable=True)
+    start = time.perf_counter()
+    try:
+        out = pipe(**arguments, **watched, generator=torch.Generator().manual_seed(seed), output_type="np")
+    except ValueError as error:
+        raise ConfigError(f"{type(pipe).__name__} refused the call: {error}") from error
+    finally:
+        if progress is not None and task is not None:
+            progress.remove_task(task)
+    seconds = time.perf_counter() - start
+    return Generation(_frames(out), last.get("latents"), seconds)
+
+
+def _frames(out: Any) -> np.ndarray:
+    import numpy as np
+
+    frames = np.asarray(out.frames[0] if hasattr(out, "frames") else out.images[:1], dtype=np.float32)
+    return frames
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="What should be seen.", show_default="a caption for tiny")] = None,
+    out: Annotated[Path, typer.Option(help="A file: .mp4, .gif, .png (a sheet of frames), .jpg.")] = Path("out.mp4"),
+    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    image: Annotated[Path | None, typer.Option(help="An input image, for models that take one.")] = None,
+    model: options.Model = "tiny",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    offload: options.Offload = "none",
+    vae_tiling: options.VaeTiling = False,
+    steps: options.Steps = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    frames: options.NumFrames = None,
+    guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
+    strategy: Annotated[str, typer.Option(help="adaspa, random, or dense.", rich_help_panel="Strategy")] = "adaspa",
+    sparsity: Annotated[
+        float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel="Strategy")
+    ] = 0.8,
+    block: options.Block = 64,
+    searches: options.Searches = "0.6",
+    head_adaptive: options.HeadAdaptive = True,
+    recall_threshold: options.RecallThreshold = 0.8,
+    dense_first: options.DenseFirst = "0.2",
+    dense_last: options.DenseLast = "0",
+    dense_layers: options.DenseLayers = "",
+    strict: options.Strict = False,
+) -> None:
+    """Generate a video or an image from a prompt, with sparse attention."""
+    chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
+    plan = options.schedule(dense_first, dense_last, dense_layers)
+    knobs = {
+        "sparsity": sparsity,
+        "block": block,
+        "searches": options.amounts(searches, "--searches"),
+        "head_adaptive": head_adaptive,
+        "recall_threshold": recall_threshold,
+    }
+    names = model, strategy, prompt
+    loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
+    _generate(names, knobs, chosen, plan, strict, loading, out, seed, image)
+
+
+def _generate(
+    names: tuple[str, str, str | None],
+    knobs: dict[str, Any],
+    chosen: dict[str, Any],
+    plan: Any,
+    strict: bool,
+    loading: dict[str, Any],
+    out: Path,
+    seed: int,
+    image: Path | None,
+) -> None:
+    from rich.console import Console
+
+    import diffsparse
+    from diffsparse.files import folder
+    from diffsparse.strategies import parse
+    from diffsparse_pipelines import families, media
+    from diffsparse_pipelines.progress import bar
+
+    console = Console()
+    model, strategy_names, prompt = names
+    strategies = parse(strategy_names, **knobs)
+    if len(strategies) != 1:
+        raise ConfigError(f"generate wants one strategy; got {strategy_names!r}. To compare several, use evaluate")
+    _, family = families.resolve(model, image is not None)
+    expected = 1 if family.output == "image" else 2
+    if family.hub or model.startswith("tiny"):
+        media.check_suffix(out, expected)
+    folder(out.parent)
+    if image is not None:
+        chosen["image"] = media.read_image(image)
+    prompt = _prompt(model, prompt)
+    with console.status(f"loading {model}"):
+        pipe = families.load(model, **loading, with_image=image is not None)
+    arguments = call_arguments(pipe, families.defaults(model, pipe), {**chosen, "prompt": prompt})
+    count = arguments.get("num_inference_steps")
+    console.print(f"{strategies[0]}, {plan.describe(count)}" if count else f"{strategies[0]}")
+    with diffsparse.apply(pipe, strategies[0], schedule=plan, strict=strict) as handle, bar(console) as progress:
+        result = generation(pipe, arguments, seed, progress)
+    console.print(str(handle.report()), highlight=False)
+    media.save(result.frames, out, family.fps)
+    console.print(f"{result.seconds:.1f} s -> {out}")
+
+
+def _prompt(model: str, prompt: str | None) -> str:
+    if prompt is not None:
+        return prompt
+    if model.startswith("tiny"):
+        from diffsparse_pipelines import tiny
+
+        return tiny.prompts(1)[0]
+    raise ConfigError(f"--prompt is missing: model {model!r} wants a text of what should be seen")

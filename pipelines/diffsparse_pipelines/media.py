@@ -1,0 +1,126 @@
+"""Frames to files: videos, animations, contact sheets, images. Files are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffsparse.errors import ConfigError, InputFileError
+from diffsparse.files import whole
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Frames = np.ndarray
+VIDEO = (".mp4", ".gif")
+IMAGE = (".png", ".jpg", ".jpeg", ".webp")
+_VISIBLE = 256  # pixels: smaller frames are enlarged in files, where people look at them
+
+
+def check_suffix(path: Path, frames: int) -> None:
+    """Raise ConfigError unless `path` ends in a format that can hold so many frames."""
+    known = IMAGE if frames == 1 else (*VIDEO, ".png")
+    if path.suffix.lower() not in known:
+        raise ConfigError(
+            f"can't write {'an image' if frames == 1 else 'a video'} to {path.name!r}; "
+            f"wanted a name that ends in {', '.join(known)}"
+        )
+
+
+def save(frames: Frames, path: str | Path, fps: int = 16) -> Path:
+    """Write frames, float [F, H, W, C] in [0, 1], in the format that the name asks for.
+
+    .mp4 and .gif show all frames; .png is a sheet of up to 8 of them side by side; one frame makes an image.
+
+    Raises:
+        ConfigError: a format that can't hold them. OutputFileError: the file can't be written.
+    """
+    path = Path(path)
+    check_suffix(path, len(frames))
+    pixels = _enlarged(to_bytes(frames))
+    with whole(path) as temporary:
+        if path.suffix.lower() == ".mp4":
+            _write_mp4(_even(pixels), temporary, fps)
+        elif path.suffix.lower() == ".gif":
+            _write_gif(pixels, temporary, fps)
+        else:
+            _write_image(side_by_side(pixels), temporary)
+    return path
+
+
+def to_bytes(frames: Frames) -> Frames:
+    """float [0, 1] -> uint8, rounded."""
+    pixels: Frames = (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
+    return pixels
+
+
+def side_by_side(pixels: Frames, most: int = 8) -> Frames:
+    """Up to `most` frames of [F, H, W, C], evenly spread, as one picture [H, W', C] with white gaps."""
+    chosen = pixels[np.unique(np.linspace(0, len(pixels) - 1, min(most, len(pixels))).round().astype(int))]
+    gap = np.full_like(chosen[0][:, :2], 255)
+    return np.concatenate([part for frame in chosen for part in (frame, gap)][:-1], axis=1)
+
+
+def sheet(rows: dict[str, Frames], path: str | Path) -> Path:
+    """Write a picture with one labelled row of frames for each entry of `rows`."""
+    from PIL import Image, ImageDraw
+
+    strips = {label: side_by_side(_enlarged(to_bytes(frames), 96)) for label, frames in rows.items()}
+    width, label_height = max(strip.shape[1] for strip in strips.values()), 16
+    height = sum(strip.shape[0] + label_height for strip in strips.values())
+    canvas = Image.new("RGB", (width, height), "white")
+    draw, top = ImageDraw.Draw(canvas), 0
+    for label, strip in strips.items():
+        draw.text((2, top + 2), label, fill="black")
+        canvas.paste(Image.fromarray(strip), (0, top + label_height))
+        top += strip.shape[0] + label_height
+    with whole(path) as temporary:
+        canvas.save(temporary)
+    return Path(path)
+
+
+def read_image(path: str | Path) -> Image:
+    """An RGB image from a file.
+
+    Raises:
+        InputFileError: no such file, or not an image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise InputFileError(f"can't read the image {path}: {error}") from error
+
+
+def _enlarged(pixels: Frames, least: int = _VISIBLE) -> Frames:
+    factor = max(1, -(-least // min(pixels.shape[1:3])))
+    return pixels.repeat(factor, 1).repeat(factor, 2)
+
+
+def _even(pixels: Frames) -> Frames:
+    """H.264 wants even sizes: the last row and column are repeated."""
+    _, height, width, _ = pixels.shape
+    return np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def _write_mp4(pixels: Frames, path: Path, fps: int) -> None:
+    import imageio.v2 as imageio
+
+    imageio.mimwrite(path, list(pixels), fps=fps, codec="libx264", macro_block_size=1, quality=8)
+
+
+def _write_gif(pixels: Frames, path: Path, fps: int) -> None:
+    from PIL import Image
+
+    first, *rest = [Image.fromarray(frame) for frame in pixels]
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+
+
+def _write_image(pixels: Frames, path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(pixels).save(path)

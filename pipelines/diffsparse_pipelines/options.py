@@ -1,0 +1,104 @@
+"""Command-line options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from diffsparse.errors import ConfigError
+from diffsparse.schedule import Schedule
+
+_MODEL, _SIZE, _SPARSE = "Model", "Size and sampling", "Strategy"
+
+Model = Annotated[
+    str, typer.Option(help="A known name, a folder of a saved pipeline, or a hub id.", rich_help_panel=_MODEL)
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.", rich_help_panel=_MODEL)]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.", rich_help_panel=_MODEL)]
+Offload = Annotated[
+    str, typer.Option(help="How weights wait on the CPU: none, model, sequential, group.", rich_help_panel=_MODEL)
+]
+VaeTiling = Annotated[
+    bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory at large sizes.", rich_help_panel=_MODEL)
+]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default="model's", rich_help_panel=_SIZE)]
+Height = Annotated[int | None, typer.Option(help="Pixels.", show_default="model's", rich_help_panel=_SIZE)]
+Width = Annotated[int | None, typer.Option(help="Pixels.", show_default="model's", rich_help_panel=_SIZE)]
+NumFrames = Annotated[
+    int | None, typer.Option("--frames", help="Frames of a video.", show_default="model's", rich_help_panel=_SIZE)
+]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", show_default="model's", rich_help_panel=_SIZE)]
+NegativePrompt = Annotated[str | None, typer.Option(help="What should not be seen.", rich_help_panel=_SIZE)]
+Block = Annotated[int, typer.Option(help="Edge of a block in tokens.", rich_help_panel=_SPARSE)]
+Searches = Annotated[
+    str,
+    typer.Option(
+        help="AdaSpa's later searches: steps (int) or fractions, separated by commas.", rich_help_panel=_SPARSE
+    ),
+]
+HeadAdaptive = Annotated[bool, typer.Option(help="AdaSpa's sparsity by head.", rich_help_panel=_SPARSE)]
+RecallThreshold = Annotated[
+    float, typer.Option(help="Retained mass above which a head may drop more.", rich_help_panel=_SPARSE)
+]
+DenseFirst = Annotated[
+    str, typer.Option(help="Dense steps at the start: a number, or a fraction such as 0.2.", rich_help_panel=_SPARSE)
+]
+DenseLast = Annotated[str, typer.Option(help="Dense steps at the end, likewise.", rich_help_panel=_SPARSE)]
+DenseLayers = Annotated[
+    str, typer.Option(help="Layers that stay dense: numbers separated by commas.", rich_help_panel=_SPARSE)
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Fail where a call would fall back to dense.", rich_help_panel=_SPARSE)
+]
+
+
+def amount(text: str, option: str) -> int | float:
+    """A number of steps ("3") or a fraction ("0.2").
+
+    Raises:
+        ConfigError: neither.
+    """
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise ConfigError(f"{option} wants a number such as 3 or a fraction such as 0.2; got {text!r}") from None
+
+
+def amounts(text: str, option: str) -> tuple[int | float, ...]:
+    """Numbers or fractions, separated by commas; an empty text is an empty tuple."""
+    return tuple(amount(part.strip(), option) for part in text.split(",") if part.strip())
+
+
+def schedule(dense_first: str, dense_last: str, dense_layers: str) -> Schedule:
+    """The schedule that the three options describe."""
+    layers = amounts(dense_layers, "--dense-layers")
+    if not all(isinstance(layer, int) for layer in layers):
+        raise ConfigError(f"--dense-layers wants whole numbers separated by commas; got {dense_layers!r}")
+    return Schedule(
+        amount(dense_first, "--dense-first"),
+        amount(dense_last, "--dense-last"),
+        tuple(int(layer) for layer in layers),
+    )
+
+
+def sampling(
+    steps: int | None,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    guidance: float | None,
+    negative_prompt: str | None,
+) -> dict[str, Any]:
+    """Call arguments that were given; counts must be positive.
+
+    Raises:
+        ConfigError: a count below one.
+    """
+    counts = {"num_inference_steps": steps, "height": height, "width": width, "num_frames": frames}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            option = {"num_inference_steps": "--steps", "num_frames": "--frames"}.get(name, f"--{name}")
+            raise ConfigError(f"{option} wants a whole number of at least 1; got {value}")
+    given = {**counts, "guidance_scale": guidance, "negative_prompt": negative_prompt}
+    return {name: value for name, value in given.items() if value is not None}

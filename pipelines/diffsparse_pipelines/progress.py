@@ -1,0 +1,12 @@
+"""The progress bar of long work: what, how far, how long still."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def bar(console: Console) -> Progress:
+    """A progress display with counts, time spent and time left, which disappears when done."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)

@@ -1,0 +1,90 @@
+"""A small, really trained text-to-video model inside the package: `load()` needs no network and no GPU.
+
+Its numbers rank methods and catch bugs; they predict nothing about Wan 2.1 (see README.md in this folder).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanPipeline
+
+from diffsparse_pipelines.loading import from_pretrained, no_bars
+from diffsparse_pipelines.tiny.build import TEXT_LENGTH, VARIANTS
+from diffsparse_pipelines.tiny.data import sample
+
+__all__ = ["TinyPipeline", "defaults", "folder", "load", "prompts"]
+
+_ROUNDING = "`num_frames - 1` has to be divisible by 1"
+_LOG = logging.getLogger("diffusers.pipelines.wan.pipeline_wan")
+
+
+class TinyPipeline(WanPipeline):  # type: ignore[misc]
+    """The stock pipeline, called with the number of frames that is wanted.
+
+    With a VAE that keeps every frame, the stock `n % 1 != 1` is always true, and n frames asked for give n + 1.
+    """
+
+    @functools.wraps(WanPipeline.__call__)
+    def __call__(self, prompt: Any = None, *, num_frames: int = 17, **options: Any) -> Any:
+        """Generate `num_frames` frames; all other options are those of `WanPipeline`."""
+        _LOG.addFilter(_not_about_rounding)
+        try:
+            return super().__call__(prompt, num_frames=num_frames - 1, **options)
+        finally:
+            _LOG.removeFilter(_not_about_rounding)
+
+
+def _not_about_rounding(record: logging.LogRecord) -> bool:
+    return _ROUNDING not in record.getMessage()
+
+
+def folder(variant: str = "default") -> Path:
+    """Where a variant lies, in the layout of `WanPipeline.from_pretrained`."""
+    _known(variant)
+    return Path(__file__).parent / "weights" / variant
+
+
+def load(variant: str = "default", dtype: torch.dtype = torch.float32) -> TinyPipeline:
+    """The embedded pipeline, in evaluation mode on the CPU.
+
+    Args:
+        variant: "default" (64x64 pixels, 17 frames, 4352 tokens) or "twin" (32x32, 9 frames, 576 tokens, for tests).
+        dtype: of transformer and text encoder; the weights are kept as bfloat16, the VAE always runs in float32.
+
+    Raises:
+        LookupError: no such variant.
+    """
+    path = folder(variant)
+    with no_bars():
+        pipe: TinyPipeline = from_pretrained(TinyPipeline, str(path), dtype, local_files_only=True)
+    return pipe
+
+
+def defaults(variant: str = "default") -> dict[str, Any]:
+    """The call arguments that a variant was trained for, without prompt and generator."""
+    _known(variant)
+    sizes = VARIANTS[variant]
+    return {
+        "height": sizes.pixels,
+        "width": sizes.pixels,
+        "num_frames": sizes.frames,
+        "num_inference_steps": 15,
+        "guidance_scale": 1.0,
+        "negative_prompt": "",
+        "max_sequence_length": TEXT_LENGTH,
+    }
+
+
+def prompts(n: int, seed: int = 0) -> list[str]:
+    """`n` captions of the kind that the model knows; the same `n` and `seed` give the same captions."""
+    return [str(caption) for caption in sample(n, seed)]
+
+
+def _known(variant: str) -> None:
+    if variant not in VARIANTS:
+        raise LookupError(f"wanted one of the tiny model's variants {', '.join(VARIANTS)}; got {variant!r}")

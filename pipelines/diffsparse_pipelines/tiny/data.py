@@ -1,0 +1,136 @@
+"""Captioned clips, drawn on demand: one coloured shape that crosses a plain, striped or gradient background."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COLOURS = {"red": (1.0, 0.12, 0.1), "green": (0.1, 0.9, 0.2), "blue": (0.15, 0.3, 1.0), "yellow": (1.0, 0.9, 0.1)}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y grows downwards
+BACKGROUNDS = ("plain", "striped", "gradient")
+FASTEST = 0.075  # share of the frame that an object crosses between two frames, at most
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a clip shows; `str()` gives the words that the model is trained on."""
+
+    colour: str
+    shape: str
+    direction: str
+    background: str
+
+    def __str__(self) -> str:
+        return f"a {self.colour} {self.shape} moving {self.direction} on a {self.background} background"
+
+
+CAPTIONS = tuple(Caption(*words) for words in itertools.product(COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS))
+WORDS = (
+    *("<pad>", "</s>", "<unk>", "a", "moving", "on", "background", "and", "over", "the"),
+    *(*COLOURS, *SHAPES, *DIRECTIONS, *BACKGROUNDS),
+)
+
+
+def sample(count: int, seed: int) -> list[Caption]:
+    """`count` captions, drawn with equal chance and without repeats as long as there are enough of them."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(len(CAPTIONS), generator=generator) for _ in range(-(-count // len(CAPTIONS)))]
+    return [CAPTIONS[int(i)] for i in torch.cat(rounds or [torch.empty(0)])[:count]]
+
+
+def clips(batch: int, frames: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw captions and one clip for each.
+
+    Args:
+        batch: clips to draw.
+        frames: frames of a clip.
+        size: height and width in pixels.
+        generator: the only source of chance; its device is where the clips are drawn.
+
+    Returns:
+        video float32 [B, 3, F, H, W] in [-1, 1], and the place of each caption in `CAPTIONS`, int64 [B].
+    """
+    picked = torch.randint(len(CAPTIONS), (batch,), generator=generator, device=generator.device)
+    return render([CAPTIONS[i] for i in picked.tolist()], frames, size, generator), picked
+
+
+def render(captions: list[Caption], frames: int, size: int, generator: torch.Generator) -> Tensor:
+    """One clip for each caption: place, speed, size and background colours are drawn from `generator`.
+
+    Returns:
+        video float32 [B, 3, F, H, W] in [-1, 1], on the device of the generator.
+    """
+    device = generator.device
+    axis = (torch.arange(size, device=device) + 0.5) / size
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    centre, radius = _paths(captions, frames, generator)
+    dx = x - centre[:, :, 0, None, None]  # [B, F, H, W]
+    dy = y - centre[:, :, 1, None, None]
+    outside = _distance([c.shape for c in captions], dx, dy, radius[:, None, None, None])
+    cover = (0.5 - outside * size).clamp(0, 1)[:, None]  # one pixel of soft edge
+    paint = torch.tensor([COLOURS[c.colour] for c in captions], device=device)[:, :, None, None, None]
+    behind = _backgrounds([c.background for c in captions], x, y, generator)[:, :, None]
+    return (behind * (1 - cover) + paint * cover) * 2 - 1
+
+
+def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)
+
+
+def _paths(captions: list[Caption], frames: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Centres [B, F, 2] as (x, y) and radii [B], in shares of the frame; objects stay whole inside it."""
+    count, device = len(captions), generator.device
+    radius = _uniform(count, 0.15, 0.2, generator)
+    room = 1 - 2 * radius
+    way = (room * _uniform(count, 0.6, 1.0, generator)).clamp(max=FASTEST * (frames - 1))
+    start = radius + _uniform(count, 0, 1, generator) * (room - way)
+    beside = radius + _uniform(count, 0, 1, generator) * room
+    time = torch.linspace(0, 1, frames, device=device) if frames > 1 else torch.zeros(1, device=device)
+    along = start[:, None] + way[:, None] * time  # [B, F]
+    heading = torch.tensor([DIRECTIONS[c.direction] for c in captions], device=device)
+    along = torch.where(heading.sum(1, keepdim=True) > 0, along, 1 - along)
+    across = beside[:, None].expand(-1, frames)
+    level = (heading[:, 0] != 0)[:, None, None]
+    return torch.where(level, torch.stack((along, across), -1), torch.stack((across, along), -1)), radius
+
+
+def _distance(shapes: list[str], dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
+    """Signed distance to the outline, negative inside; an upright triangle stands on its base."""
+    sides = {
+        "circle": (dx * dx + dy * dy).sqrt() - radius,
+        "square": torch.maximum(dx.abs(), dy.abs()) - 0.85 * radius,
+        "triangle": torch.maximum(0.894 * dx.abs() - 0.447 * (dy + 1.05 * radius), dy - 0.85 * radius),
+    }
+    return torch.stack([sides[shape][i] for i, shape in enumerate(shapes)])
+
+
+def _backgrounds(kinds: list[str], x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    """Still pictures [B, 3, H, W] in [0, 1] of muted colours, always darker than the objects."""
+    count = len(kinds)
+    hue = _uniform(count, 0, 1, generator)
+    dark = _rgb(hue, _uniform(count, 0.35, 0.75, generator), _uniform(count, 0.15, 0.3, generator))
+    near = (hue + _uniform(count, 0, 0.15, generator)) % 1
+    light = _rgb(near, _uniform(count, 0.3, 0.7, generator), _uniform(count, 0.45, 0.65, generator))
+    level = (_uniform(count, 0, 1, generator) < 0.5)[:, None, None]
+    along = torch.where(level, x, y)  # [B, H, W]
+    period = _uniform(count, 0.35, 0.6, generator)[:, None, None]
+    phase = _uniform(count, 0, 1, generator)[:, None, None]
+    mixes = {
+        "plain": torch.zeros_like(along),
+        "striped": (3 * torch.sin(2 * math.pi * (along / period + phase)) + 0.5).clamp(0, 1),
+        "gradient": along,
+    }
+    mix = torch.stack([mixes[kind][i] for i, kind in enumerate(kinds)])[:, None]
+    return dark[:, :, None, None] * (1 - mix) + light[:, :, None, None] * mix
+
+
+def _rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """HSV to RGB, all in [0, 1]: [B] each to [B, 3]."""
+    sector = torch.stack([(hue * 6 + n) % 6 for n in (5, 3, 1)], -1)
+    chroma = torch.minimum(sector, 4 - sector).clamp(0, 1)
+    return value[:, None] * (1 - saturation[:, None] * chroma)

@@ -1,0 +1,51 @@
+"""A picture of unselected clips: one row per prompt, time runs to the right."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+
+from diffsparse_pipelines import tiny
+from diffsparse_pipelines.tiny.build import VARIANTS
+
+
+def generate(pipe: Any, prompt: str, seed: int, **options: Any) -> Tensor:
+    """One clip float32 [F, 3, H, W] in [0, 1]; the same seed gives the same clip."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = pipe(prompt, generator=generator, output_type="pt", **options).frames
+    clip: Tensor = frames[0].float().cpu()
+    return clip
+
+
+def contact_sheet(clips: list[Tensor], every: int = 2, scale: int = 2) -> Image.Image:
+    """Lay out clips [F, 3, H, W] as rows of every `every`-th frame, enlarged `scale` times."""
+    tiles = F.pad(torch.stack(clips)[:, ::every], (1, 1, 1, 1), value=1.0)  # [N, F, 3, H, W]
+    rows, columns, _, height, width = tiles.shape
+    picture = tiles.clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
+    image = Image.fromarray((picture * 255).round().byte().numpy())
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def main() -> None:
+    """Write a sheet of the first clips: prompts of seed 0, clip i drawn once with seed i."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--variant", choices=VARIANTS, default="default")
+    parser.add_argument("--clips", type=int, default=10, help="number of clips (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("sheet.png"), help="PNG to write (default: %(default)s)")
+    chosen = parser.parse_args()
+    pipe = tiny.load(chosen.variant)
+    pipe.set_progress_bar_config(disable=True)
+    jobs = list(enumerate(tiny.prompts(chosen.clips)))
+    clips = [generate(pipe, text, i, **tiny.defaults(chosen.variant)) for i, text in track(jobs, "clips")]
+    contact_sheet(clips).save(chosen.out, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
