@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffsparse_kernels import BlockLists, select_rows
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share, keep_count
+from diffsparse_kernels import BlockLists, select_rows
 
 _FEW_STEPS = 10
 

@@ -1,1 +1,1 @@
-"""."""
+"""Fidelity against speed: metrics, experiments, kernel benchmarks, reports."""

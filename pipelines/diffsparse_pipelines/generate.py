@@ -139,15 +139,13 @@ def _generate(
     seed: int,
     image: Path | None,
 ) -> None:
-    from rich.console import Console
-
     import diffsparse
     from diffsparse.files import folder
     from diffsparse.strategies import parse
     from diffsparse_pipelines import families, media
-    from diffsparse_pipelines.progress import bar
+    from diffsparse_pipelines.progress import bar, terminal
 
-    console = Console()
+    console = terminal()
     model, strategy_names, prompt = names
     strategies = parse(strategy_names, **knobs)
     if len(strategies) != 1:

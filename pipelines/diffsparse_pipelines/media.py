@@ -81,6 +81,21 @@ def sheet(rows: dict[str, Frames], path: str | Path) -> Path:
     return Path(path)
 
 
+def read(path: str | Path) -> Frames:
+    """Frames float32 [F, H, W, C] in [0, 1] of a video or image file, after its codec: for pictures, not for metrics.
+
+    Raises:
+        InputFileError: the file can't be read.
+    """
+    import imageio.v3 as imageio
+
+    try:
+        pixels = np.asarray(imageio.imread(path))
+    except OSError as error:
+        raise InputFileError(f"can't read {path}: {error}") from error
+    return (pixels if pixels.ndim == 4 else pixels[None]).astype(np.float32) / 255
+
+
 def read_image(path: str | Path) -> Image:
     """An RGB image from a file.
 

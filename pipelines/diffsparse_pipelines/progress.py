@@ -1,4 +1,4 @@
-"""The progress bar of long work: what, how far, how long still."""
+"""What people see of long work: how far, how long still."""
 
 from __future__ import annotations
 
@@ -10,3 +10,9 @@ def bar(console: Console) -> Progress:
     """A progress display with counts, time spent and time left, which disappears when done."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+
+
+def terminal() -> Console:
+    """The console to print on; wide enough for tables where the output goes to a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_pipelines import BUILDERS, run
 
 import diffsparse
 from diffsparse import AdaSpa, Layout, Schedule
 from diffsparse.errors import ConfigError
 from diffsparse.report import CallRecord
 from diffsparse.site import Site
+from support.tiny_pipelines import BUILDERS, run
 
 # --- the paper, literally ---------------------------------------------------------------------------------------
 

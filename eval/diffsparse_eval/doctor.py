@@ -1,0 +1,64 @@
+"""`diffsparse doctor`: what is installed, which devices are there, which backends run and why others don't."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+
+def examine() -> dict[str, Any]:
+    """All findings as plain values: `versions`, `system`, `devices`, `backends`, `models`."""
+    import torch
+
+    import diffsparse_kernels
+    from diffsparse.models import SPECS
+    from diffsparse_eval import environment
+
+    return {
+        "versions": environment.versions(),
+        "system": environment.system(),
+        "devices": {"cpu": diffsparse_kernels.backend_for(torch.device("cpu")), **_gpus()},
+        "backends": diffsparse_kernels.backends(),
+        "models": {"embedded": _embedded(), "known layouts": f"{len(SPECS)} classes; all others by default"},
+    }
+
+
+def _gpus() -> dict[str, str]:
+    import torch
+
+    import diffsparse_kernels
+
+    if not torch.cuda.is_available():
+        return {"cuda": "no CUDA device" if torch.version.cuda else "torch was built without CUDA"}
+    chosen = diffsparse_kernels.backend_for(torch.device("cuda"))
+    return {f"cuda:{i}": f"{torch.cuda.get_device_name(i)}, {chosen}" for i in range(torch.cuda.device_count())}
+
+
+def _embedded() -> str:
+    from diffsparse_pipelines import tiny
+    from diffsparse_pipelines.tiny.build import VARIANTS
+
+    missing = [name for name in VARIANTS if not (tiny.folder(name) / "model_index.json").is_file()]
+    return f"missing: {', '.join(missing)}; install the package anew" if missing else ", ".join(VARIANTS)
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a bug report.")] = False) -> None:
+    """Show versions, devices, and which backends run here."""
+    from rich.table import Table
+
+    from diffsparse_pipelines.progress import terminal
+
+    found = examine()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for topic, values in found.items():
+        for i, (name, value) in enumerate(values.items()):
+            table.add_row(topic if i == 0 else "", name, str(value))
+    terminal().print(table, highlight=False)

@@ -1,0 +1,75 @@
+"""Where a number was measured: versions, device, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("diffsparse", "torch", "diffusers", "transformers", "accelerate", "triton", "numpy")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str | torch.device) -> str:
+    """The name of a GPU, or of the processor with the threads in use."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+
+
+@cache
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, "+" behind it if files were changed; None elsewhere."""
+    folder = Path(__file__).parent
+    head = _git("rev-parse", "--short=12", "HEAD", folder=folder)
+    if head is None or not _git("ls-files", Path(__file__).name, folder=folder):
+        return None
+    return head + ("+" if _git("status", "--porcelain", "--untracked-files=no", folder=folder) else "")
+
+
+def _git(*arguments: str, folder: Path) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def system() -> dict[str, Any]:
+    """Operating system, processor, cores and threads."""
+    return {
+        "platform": platform.platform(),
+        "executable": sys.executable,
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,165 @@
+"""`diffsparse evaluate`: strategies beside dense, with metrics, videos and a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffsparse.errors import ConfigError, InputFileError
+from diffsparse.schedule import Schedule
+from diffsparse_pipelines import options
+
+PROMPTS = Path(__file__).with_name("prompts.txt")
+
+
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv, report.md, videos and a sheet.")],
+    strategy: Annotated[str, typer.Option(help="Names separated by commas: adaspa, random, dense.")] = "adaspa,random",
+    sparsity: Annotated[str, typer.Option(help="Numbers in [0, 1) separated by commas.")] = "0.8",
+    prompts: Annotated[str, typer.Option(help="How many built-in prompts, or a file with one a line.")] = "2",
+    seeds: Annotated[str, typer.Option(help="Numbers separated by commas.")] = "0",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop results that the folder holds.")] = False,
+    model: options.Model = "tiny",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    offload: options.Offload = "none",
+    vae_tiling: options.VaeTiling = False,
+    steps: options.Steps = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    frames: options.NumFrames = None,
+    guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
+    block: options.Block = 64,
+    searches: options.Searches = "0.6",
+    head_adaptive: options.HeadAdaptive = True,
+    recall_threshold: options.RecallThreshold = 0.8,
+    dense_first: options.DenseFirst = "0.2",
+    dense_last: options.DenseLast = "0",
+    dense_layers: options.DenseLayers = "",
+    strict: options.Strict = False,
+) -> None:
+    """Compare strategies with dense attention: fidelity and speed, same prompts and seeds, one process.
+
+    A run that was interrupted goes on where it stopped.
+    """
+    knobs = {
+        "block": block,
+        "searches": options.amounts(searches, "--searches"),
+        "head_adaptive": head_adaptive,
+        "recall_threshold": recall_threshold,
+    }
+    chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
+    plan = options.schedule(dense_first, dense_last, dense_layers)
+    compared = strategies(strategy, sparsity, knobs)
+    texts = read_prompts(prompts, model)
+    numbers = read_seeds(seeds)
+    loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
+    _evaluate(model, compared, texts, numbers, chosen, plan, strict, loading, out, overwrite)
+
+
+def _evaluate(
+    model: str,
+    compared: tuple[Any, ...],
+    texts: tuple[str, ...],
+    seeds: tuple[int, ...],
+    chosen: dict[str, Any],
+    plan: Schedule,
+    strict: bool,
+    loading: dict[str, Any],
+    out: Path,
+    overwrite: bool,
+) -> None:
+    from diffsparse.files import folder
+    from diffsparse_eval import report
+    from diffsparse_eval.experiment import Experiment, Results, run
+    from diffsparse_eval.pictures import write_sheet
+    from diffsparse_pipelines import families
+    from diffsparse_pipelines.generate import call_arguments
+    from diffsparse_pipelines.progress import bar, terminal
+
+    console = terminal()
+    _, family = families.resolve(model)
+    folder(out)
+    with console.status(f"loading {model}"):
+        pipe = families.load(model, **loading)
+    arguments = call_arguments(pipe, families.defaults(model, pipe), chosen)
+    experiment = Experiment(model, compared, texts, seeds, arguments, plan, strict, family.fps)
+    results = Results(out, experiment.settings(pipe), overwrite)
+    if results.rows:
+        console.print(f"going on with {len(results.rows)} rows of {results.path}", soft_wrap=True)
+    with bar(console) as progress:
+        for row in run(experiment, pipe, results, progress):
+            progress.console.print(_line(row), highlight=False, soft_wrap=True)
+    wanted = [results.find(p, s, x) for p, s, listed in experiment.jobs() for x in listed]
+    rows = [row for row in wanted if row is not None]
+    report.write(rows, out)
+    write_sheet(rows, texts[0], seeds[0], out)
+    console.print(report.table(rows, "mean ± 95 % interval over prompts and seeds"))
+    console.print(report.facts(rows), highlight=False)
+    console.print(f"videos, sheet.png, report.md, results.json and results.csv are in {out}", soft_wrap=True)
+
+
+def _line(row: dict[str, Any]) -> str:
+    psnr = "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.2f} dB"
+    named = row["strategy"] if row["strategy"] == "dense" else f"{row['strategy']} {row['sparsity']:g}"
+    return f"{named:<12} {psnr:>9}  {row['seconds']:.1f} s, dense {row['dense_seconds']:.1f} s  {row['prompt'][:60]}"
+
+
+def strategies(names: str, sparsity: str, knobs: dict[str, Any]) -> tuple[Any, ...]:
+    """Each named strategy at each sparsity; those without that knob once.
+
+    Raises:
+        UnknownNameError, ConfigError: a name or number that doesn't fit.
+    """
+    from diffsparse.strategies import parse
+
+    shares = [float(share) for share in options.amounts(sparsity, "--sparsity")]
+    if not shares:
+        raise ConfigError("--sparsity wants one or more numbers in [0, 1), separated by commas; got none")
+    listed = [made for share in shares for made in parse(names, sparsity=share, **knobs)]
+    return tuple(dict.fromkeys(listed))
+
+
+def read_prompts(wanted: str, model: str) -> tuple[str, ...]:
+    """Built-in prompts by number, or the lines of a file; lines that are empty or begin with # don't count.
+
+    Raises:
+        ConfigError: a number below one, or above what there is. InputFileError: a file that is missing or empty.
+    """
+    if not wanted.lstrip("-").isdecimal():
+        return _lines(Path(wanted))
+    if model.startswith("tiny"):
+        from diffsparse_pipelines import tiny
+
+        listed = tuple(tiny.prompts(max(int(wanted), 0)))
+    else:
+        listed = _lines(PROMPTS)[: max(int(wanted), 0)]
+    if int(wanted) < 1 or len(listed) < int(wanted):
+        raise ConfigError(f"--prompts wants a file, or a number from 1 to {len(_lines(PROMPTS))}; got {wanted}")
+    return listed
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(f"can't read the prompt file {path}: {error}") from error
+    found = tuple(line for line in lines if line and not line.startswith("#"))
+    if not found:
+        raise InputFileError(f"the prompt file {path} holds no prompt; write one a line")
+    return found
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Seeds from a comma-separated list.
+
+    Raises:
+        ConfigError: none, or something that is no whole number.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--seeds wants whole numbers separated by commas; got {text!r}")
+    return tuple(dict.fromkeys(int(part) for part in parts))

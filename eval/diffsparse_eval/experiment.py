@@ -1,0 +1,220 @@
+"""Run strategies beside dense attention, of the same prompt and seed, in one process; go on where a run stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffsparse
+from diffsparse import Dense, Schedule
+from diffsparse.errors import ConfigError, InputFileError
+from diffsparse.files import folder, whole
+from diffsparse_eval import environment, metrics
+from diffsparse_pipelines import media
+from diffsparse_pipelines.generate import Generation, generation
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+RESULTS = "results.json"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared.
+
+    model: a name for the rows. arguments: of the pipeline call, without prompt. schedule: of the sparse runs.
+    """
+
+    model: str
+    strategies: tuple[Any, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    arguments: dict[str, Any]
+    schedule: Schedule = field(default_factory=Schedule)
+    strict: bool = False
+    fps: int = 16
+
+    def settings(self, pipe: Any) -> dict[str, Any]:
+        """All that decides the rows, as plain values: results of other settings are never mixed."""
+        weights = pipe.transformer
+        return {
+            "model": self.model,
+            "arguments": self.arguments,
+            "schedule": repr(self.schedule),
+            "strict": self.strict,
+            "device": environment.device_name(weights.device),
+            "dtype": str(weights.dtype).removeprefix("torch."),
+            "versions": environment.versions(),
+        }
+
+    def jobs(self) -> list[tuple[str, int, list[Any]]]:
+        """Prompt, seed and strategies in the order of running; `Dense()` on the first gives the noise floor."""
+        pairs = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        first = [s for s in self.strategies if s != Dense()]
+        return [(*pair, [Dense(), *first] if i == 0 else list(self.strategies)) for i, pair in enumerate(pairs)]
+
+
+class Results:
+    """The rows of one experiment and the folder they live in: `results.json` is whole after each row."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], overwrite: bool = False) -> None:
+        self.out, self.settings, self.rows = folder(out), settings, []
+        self.path = self.out / RESULTS
+        if self.path.exists() and not overwrite:
+            self.rows = self._read()
+
+    rows: list[Row]
+
+    def _read(self) -> list[Row]:
+        try:
+            kept = json.loads(self.path.read_text())
+            settings, rows = kept["settings"], kept["rows"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputFileError(
+                f"can't read {self.path}: {error!r}; choose another --out or use --overwrite"
+            ) from error
+        changed = [key for key, value in self.settings.items() if settings.get(key) != _plain(value)]
+        if changed:
+            raise ConfigError(
+                f"{self.path} holds results of another experiment (it differs in {', '.join(changed)}); "
+                "choose another --out or use --overwrite"
+            )
+        return list(rows)
+
+    def find(self, prompt: str, seed: int, strategy: Any) -> Row | None:
+        """The row of a run that is done."""
+        wanted = (prompt, seed, repr(strategy))
+        return next((r for r in self.rows if (r["prompt"], r["seed"], r["arguments"]) == wanted), None)
+
+    def add(self, row: Row) -> None:
+        """Keep a row, on disk too."""
+        self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        """Write `results.json`."""
+        kept = {"settings": self.settings, "definitions": metrics.DEFINITIONS, "rows": self.rows}
+        with whole(self.path) as temporary:
+            temporary.write_text(json.dumps(kept, indent=1, default=str, allow_nan=False) + "\n")
+
+
+def run(experiment: Experiment, pipe: Any, results: Results, progress: Progress) -> Iterator[Row]:
+    """Yield each new row when its run is done; rows that `results` has are not run again."""
+    jobs = experiment.jobs()
+    total = sum(1 + len(strategies) for _, _, strategies in jobs)
+    task = progress.add_task("runs", total=total)
+    warm = False
+    for number, (prompt, seed, strategies) in enumerate(jobs):
+        missing = [s for s in strategies if results.find(prompt, seed, s) is None]
+        progress.advance(task, len(strategies) - len(missing))
+        if not missing:
+            progress.advance(task)
+            continue
+        if not warm:
+            warm = True
+            _warm_up(experiment, pipe, prompt, missing, progress)
+        call = {**experiment.arguments, "prompt": prompt}
+        dense = generation(pipe, call, seed, progress)
+        progress.advance(task)
+        name = f"p{number // len(experiment.seeds):02}-s{seed}"
+        media.save(dense.frames, results.out / _file(f"dense-{name}", dense), experiment.fps)
+        for strategy in missing:
+            row = _row(experiment, pipe, call, seed, strategy, dense, results, name, progress)
+            _compare_attention(row, results.rows)
+            results.add(row)
+            progress.advance(task)
+            yield row
+
+
+def _warm_up(experiment: Experiment, pipe: Any, prompt: str, strategies: list[Any], progress: Progress) -> None:
+    """Two steps each, one dense and one sparse: kernels are built and memory is there before anything is timed."""
+    call = {**experiment.arguments, "prompt": prompt, "num_inference_steps": 2}
+    generation(pipe, call, 0, progress)
+    for strategy in strategies:
+        with diffsparse.apply(pipe, strategy, schedule=Schedule(dense_first=1)):
+            generation(pipe, call, 0, progress)
+
+
+def _row(
+    experiment: Experiment,
+    pipe: Any,
+    call: dict[str, Any],
+    seed: int,
+    strategy: Any,
+    dense: Generation,
+    results: Results,
+    name: str,
+    progress: Progress,
+) -> Row:
+    with diffsparse.apply(pipe, strategy, schedule=experiment.schedule, strict=experiment.strict) as handle:
+        sparse = generation(pipe, call, seed, progress)
+    report = handle.report()
+    label = type(strategy).__name__.lower()
+    asked = getattr(strategy, "sparsity", 0.0)
+    media.save(sparse.frames, results.out / _file(f"{label}-{asked:g}-{name}", sparse), experiment.fps)
+    frames, height, width = sparse.frames.shape[:3]
+    return {
+        "model": experiment.model,
+        "strategy": label,
+        "arguments": repr(strategy),
+        "sparsity": asked,
+        "density": report.density,
+        "sparse_density": report.sparse_density,
+        "steps": report.steps,
+        "dense_steps": report.dense_steps,
+        "psnr_db": _finite(metrics.psnr_db(dense.frames, sparse.frames)),
+        "psnr_db_min": _finite(metrics.psnr_db_min(dense.frames, sparse.frames)),
+        "ssim": metrics.ssim(dense.frames, sparse.frames),
+        "latent_cosine": metrics.latent_cosine(dense.latents, sparse.latents),
+        "dense_seconds": dense.seconds,
+        "seconds": sparse.seconds,
+        "speedup": dense.seconds / sparse.seconds,
+        "attention_seconds": report.attention_seconds,
+        "attention_share": None,
+        "attention_speedup": None,
+        "recall": report.recall,
+        "memory_bytes": report.memory_bytes,
+        "fallbacks": report.fallbacks,
+        "backends": report.backends,
+        "dense_backend": _dense_backend(report.backends),
+        "device": environment.device_name(pipe.transformer.device),
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+        "prompt": call["prompt"],
+        "seed": seed,
+        "size": f"{width}x{height}x{frames}",
+        "schedule": repr(experiment.schedule),
+    }
+
+
+def _compare_attention(row: Row, earlier: list[Row]) -> None:
+    """Fill in share and speed-up of attention from the run with `Dense()`, which has timed every dense product."""
+    dense = next((r for r in [*earlier, row] if r["strategy"] == "dense"), None)
+    if dense and row["attention_seconds"]:
+        row["attention_share"] = dense["attention_seconds"] / dense["seconds"]
+        row["attention_speedup"] = dense["attention_seconds"] / row["attention_seconds"]
+
+
+def _dense_backend(backends: dict[str, int]) -> str:
+    from diffsparse_kernels import backends as ours
+
+    return ", ".join(name for name in backends if name not in ours()) or "native"
+
+
+def _file(stem: str, result: Generation) -> str:
+    return f"{stem}.{'png' if len(result.frames) == 1 else 'mp4'}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))

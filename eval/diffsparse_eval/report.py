@@ -1,0 +1,107 @@
+"""Rows to tables, files and pictures."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from diffsparse.files import whole
+from diffsparse_eval.metrics import DEFINITIONS, mean_and_interval
+
+Row = dict[str, Any]
+
+# column -> (heading, digits)
+_COLUMNS = {
+    "density": ("density", 2),
+    "sparse_density": ("of sparse calls", 2),
+    "psnr_db": ("PSNR dB", 2),
+    "psnr_db_min": ("worst frame", 2),
+    "ssim": ("SSIM", 4),
+    "latent_cosine": ("latent cosine", 4),
+    "seconds": ("seconds", 1),
+    "speedup": ("speed-up", 2),
+    "attention_speedup": ("attention", 2),
+}
+_SHOWN = ("density", "psnr_db", "ssim", "seconds", "speedup", "attention_speedup")  # in a terminal
+
+
+def groups(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows of equal strategy and arguments, in order of appearance; dense first."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["strategy"] != "dense"):
+        label = row["strategy"] if row["strategy"] == "dense" else f"{row['strategy']} {row['sparsity']:g}"
+        found.setdefault(label, []).append(row)
+    return found
+
+
+def summary(rows: list[Row]) -> list[dict[str, str]]:
+    """One record of texts for each strategy: mean and half-width of the 95 % interval over prompts and seeds."""
+    return [
+        {"strategy": label, "runs": str(len(group)), **{c: _cell(c, group) for c in _COLUMNS}}
+        for label, group in groups(rows).items()
+    ]
+
+
+def _cell(column: str, group: list[Row]) -> str:
+    values = [row[column] for row in group if row[column] is not None]
+    if not values:
+        return "identical" if column.startswith("psnr") else "-"
+    mean, half = mean_and_interval(values)
+    digits = _COLUMNS[column][1]
+    spread = f" ± {half:.{digits}f}" if half is not None and half >= 0.5 * 10**-digits else ""
+    return f"{mean:.{digits}f}{spread}"
+
+
+def table(rows: list[Row], title: str) -> Table:
+    """The summary for a terminal."""
+    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1))
+    shown.add_column("strategy", no_wrap=True)
+    for column in _SHOWN:
+        shown.add_column(_COLUMNS[column][0], justify="right")
+    for record in summary(rows):
+        shown.add_row(record["strategy"], *(record[column] for column in _SHOWN))
+    return shown
+
+
+def markdown(rows: list[Row]) -> str:
+    """The summary as a Markdown table."""
+    heads = ["strategy", "runs", *(heading for heading, _ in _COLUMNS.values())]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *(list(record.values()) for record in summary(rows))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def facts(rows: list[Row]) -> str:
+    """One line on where and how the rows came about."""
+    row, dense = rows[0], next((r for r in rows if r["strategy"] == "dense"), None)
+    parts = [row["model"], row["size"], f"{row['steps']} steps, of which {_dense_steps(rows)} dense", row["dtype"]]
+    parts += [f"dense backend {row['dense_backend']}", row["device"]]
+    if dense:
+        floor = "identical" if dense["psnr_db"] is None else f"{dense['psnr_db']:.1f} dB"
+        parts += [f"attention {dense['attention_share']:.0%} of a dense call", f"noise floor (dense again) {floor}"]
+    versions = row["versions"]
+    parts += [f"torch {versions['torch']}", f"Diffusers {versions['diffusers']}", f"commit {row['commit']}"]
+    return "; ".join(parts)
+
+
+def _dense_steps(rows: list[Row]) -> str:
+    counts = sorted({row["dense_steps"] for row in rows if row["strategy"] != "dense"})
+    return " or ".join(map(str, counts)) or "all"
+
+
+def write(rows: list[Row], out: Path) -> None:
+    """Write `results.csv` and `report.md` into `out`."""
+    flat = [{k: v for k, v in row.items() if not isinstance(v, dict)} for row in rows]
+    with whole(out / "results.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(flat[0]))
+        writer.writeheader()
+        writer.writerows(flat)
+    meanings = "\n".join(f"- `{name}`: {meaning}" for name, meaning in DEFINITIONS.items())
+    with whole(out / "report.md") as temporary:
+        temporary.write_text(
+            f"# {rows[0]['model']}: sparse beside dense\n\n{facts(rows)}\n\n{markdown(rows)}\n\n"
+            f"Mean ± half-width of the 95 % confidence interval over prompts and seeds.\n\n## Columns\n{meanings}\n"
+        )
