@@ -27,12 +27,13 @@ def break_even(dtype: torch.dtype, head_dim: int, block: int) -> float:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    bias = None if key_mask is None else _bias(key_mask[:, None, None], q)
-    out, lse = _flash(*_computable(q, k, v), scale, bias)
+    dtype = q.dtype
+    q, k, v = _computable(q, k, v)
+    out, lse = _flash(q, k, v, scale, None if key_mask is None else _bias(key_mask[:, None, None], q))
     if key_mask is not None:
         dead = ~key_mask.any(-1)
         out[dead], lse[dead] = 0, -torch.inf
-    return out.to(q.dtype), lse
+    return out.to(dtype), lse
 
 
 def attention_with_mass(

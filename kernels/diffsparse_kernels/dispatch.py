@@ -165,7 +165,9 @@ def _reason(name: str) -> str:
 
 
 def _choose(q: Tensor, name: str | None) -> str:
-    name = name or backend_for(q.device)
+    """A checked name, or an empty one: the op then takes the device's backend when it runs."""
+    if name is None:
+        return ""
     if name not in _BACKENDS:
         raise BackendError(f"no backend is called {name!r}; known: {', '.join(_BACKENDS)}")
     if q.device.type not in _BACKENDS[name][1]:

@@ -8,10 +8,11 @@ from torch import Tensor
 from diffsparse_kernels.lists import BlockLists, blocks_of
 
 
-def _module(backend: str):  # type: ignore[no-untyped-def]  # a module, whose functions are checked where it is defined
-    from diffsparse_kernels.dispatch import load
+def _module(backend: str, q: Tensor):  # type: ignore[no-untyped-def]  # a module, checked where it is defined
+    """The backend of that name, or the device's if it is empty: chosen here, where no compiler looks."""
+    from diffsparse_kernels.dispatch import backend_for, load
 
-    return load(backend)
+    return load(backend or backend_for(q.device))
 
 
 def _accumulated(q: Tensor) -> torch.dtype:
@@ -23,7 +24,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    out, lse = _module(backend).attention(q, k, v, scale, key_mask)
+    out, lse = _module(backend, q).attention(q, k, v, scale, key_mask)
     return out.contiguous(), lse.contiguous()
 
 
@@ -45,7 +46,7 @@ def attention_with_mass(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention with the block mass -> out, lse, mass."""
-    out, lse, mass = _module(backend).attention_with_mass(q, k, v, lse_cached, q_block, kv_block, scale, key_mask)
+    out, lse, mass = _module(backend, q).attention_with_mass(q, k, v, lse_cached, q_block, kv_block, scale, key_mask)
     return out.contiguous(), lse.contiguous(), mass.contiguous()
 
 
@@ -82,7 +83,7 @@ def block_mass(
     backend: str,
 ) -> Tensor:
     """Block mass alone."""
-    mass: Tensor = _module(backend).block_mass(q, k, lse, q_block, kv_block, scale, key_mask)
+    mass: Tensor = _module(backend, q).block_mass(q, k, lse, q_block, kv_block, scale, key_mask)
     return mass.contiguous()
 
 
@@ -116,7 +117,7 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention -> out, lse."""
     lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2])
-    out, lse = _module(backend).block_sparse_attention(q, k, v, lists, scale, key_mask)
+    out, lse = _module(backend, q).block_sparse_attention(q, k, v, lists, scale, key_mask)
     return out.contiguous(), lse.contiguous()
 
 

@@ -77,7 +77,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None) -> Tens
 
 def _softmax(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     lse = scores.logsumexp(-1)
-    weights = torch.where(lse.isneginf()[..., None], 0.0, (scores - lse[..., None]).exp())
+    weights = scores.softmax(-1).masked_fill(lse.isneginf()[..., None], 0.0)
     return weights @ v.to(scores.dtype), lse
 
 

@@ -1,0 +1,256 @@
+"""Every kernel of every CPU backend against float64, over odd sizes, formats, masks and views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffsparse_kernels as dk
+from diffsparse_kernels import cpu
+from support import exact
+
+BACKENDS = ("cpu", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@dataclass(frozen=True)
+class Size:
+    batch: int = 2
+    heads: int = 3
+    q_len: int = 96
+    kv_len: int = 96
+    dim: int = 32
+    value_dim: int | None = None
+    q_block: int = 32
+    kv_block: int = 32
+
+    def __str__(self) -> str:
+        return f"b{self.batch}h{self.heads}q{self.q_len}k{self.kv_len}d{self.dim}x{self.q_block}-{self.kv_block}"
+
+    @property
+    def blocks(self) -> tuple[int, int, int, int]:
+        return self.batch, self.heads, -(-self.q_len // self.q_block), -(-self.kv_len // self.kv_block)
+
+    @property
+    def scale(self) -> float:
+        return self.dim**-0.5
+
+    def qkv(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        q = torch.randn(self.batch, self.heads, self.q_len, self.dim)
+        k = torch.randn(self.batch, self.heads, self.kv_len, self.dim)
+        v = torch.randn(self.batch, self.heads, self.kv_len, self.value_dim or self.dim)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+
+    def lists(self, mask: Tensor) -> dk.BlockLists:
+        return dk.BlockLists.from_mask(
+            mask, q_block=self.q_block, kv_block=self.kv_block, q_len=self.q_len, kv_len=self.kv_len
+        )
+
+    def allowed(self, mask: Tensor, keys: Tensor | None = None) -> Tensor:
+        tokens = exact.element_mask(mask, self.q_block, self.kv_block, self.q_len, self.kv_len)
+        return tokens if keys is None else tokens & keys[:, None, None]
+
+
+SIZES = [
+    Size(),
+    Size(batch=1, heads=1, q_len=1, kv_len=1, dim=8),
+    Size(batch=1, q_len=97, kv_len=97),  # ragged by one token
+    Size(q_len=95, kv_len=95, dim=40),
+    Size(q_len=64, kv_len=200, dim=72, q_block=16, kv_block=64),  # cross-attention, unlike blocks
+    Size(q_len=130, kv_len=30, dim=96, q_block=128, kv_block=16),
+    Size(dim=64, value_dim=24),
+    Size(heads=1, q_len=33, kv_len=257, dim=128, q_block=32, kv_block=128),
+]
+LARGE = Size(batch=1, heads=2, q_len=517, kv_len=517, dim=64, q_block=64, kv_block=64)
+
+
+def random_mask(size: Size, density: float = 0.5) -> Tensor:
+    return torch.rand(size.blocks) < density
+
+
+def uniform_mask(size: Size, keep: int = 1) -> Tensor:
+    return dk.select_rows(torch.rand(size.blocks), keep)
+
+
+MASKS = {
+    "random": random_mask,
+    "sparse": lambda size: random_mask(size, 0.15),  # with empty rows
+    "equal": uniform_mask,
+    "full": lambda size: torch.ones(size.blocks, dtype=torch.bool),
+    "empty": lambda size: torch.zeros(size.blocks, dtype=torch.bool),
+}
+
+
+def assert_attention(got: tuple[Tensor, Tensor], qkv: tuple[Tensor, ...], allowed: Tensor, scale: float) -> None:
+    q, k, v = qkv
+    out, lse = got
+    want, want_lse = exact.softmax_attention(q, k, v, allowed, scale)
+    assert out.dtype == q.dtype
+    assert lse.dtype == torch.promote_types(q.dtype, torch.float32)
+    low = exact.eager(q, k, v, allowed, scale)
+    assert (out.double() - want).abs().max().item() <= exact.tolerance(want, low)
+    dead = want_lse.isneginf()
+    assert torch.equal(lse.isneginf(), dead)
+    assert (out[dead] == 0).all()
+    scores = (q @ k.mT * scale).masked_fill(~allowed, -torch.inf).logsumexp(-1)
+    alive = ~dead
+    if alive.any():
+        limit = exact.tolerance(want_lse[alive], scores[alive])
+        assert (lse.double() - want_lse)[alive].abs().max().item() <= limit
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_dense(size: Size, dtype: torch.dtype, backend: str) -> None:
+    qkv = size.qkv(dtype)
+    allowed = torch.ones(size.batch, size.heads, size.q_len, size.kv_len, dtype=torch.bool)
+    assert_attention(dk.attention(*qkv, backend=backend), qkv, allowed, size.scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_block_sparse(size: Size, kind: str, dtype: torch.dtype, backend: str) -> None:
+    qkv, mask = size.qkv(dtype), MASKS[kind](size)
+    got = dk.block_sparse_attention(*qkv, size.lists(mask), backend=backend)
+    assert_attention(got, qkv, size.allowed(mask), size.scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_than_one_gather(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same result where the rows don't fit one gather or one strip."""
+    monkeypatch.setattr(cpu, "_GATHER_BYTES", 40_000)
+    monkeypatch.setattr(cpu, "_STRIP_BYTES", 40_000)
+    qkv, mask = LARGE.qkv(dtype), random_mask(LARGE, 0.4)
+    got = dk.block_sparse_attention(*qkv, LARGE.lists(mask), backend=backend)
+    assert_attention(got, qkv, LARGE.allowed(mask), LARGE.scale)
+    whole = torch.ones(1, LARGE.heads, LARGE.q_len, LARGE.kv_len, dtype=torch.bool)
+    _, lse = dk.attention(*qkv, backend=backend)
+    out, again, _ = dk.attention_with_mass(*qkv, lse, q_block=64, kv_block=64, backend=backend)
+    assert_attention((out, again), qkv, whole, LARGE.scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [Size(), Size(q_len=97, kv_len=97), LARGE], ids=str)
+def test_padded_keys(size: Size, dtype: torch.dtype, backend: str) -> None:
+    """Each sample has its own text length, one of them none at all."""
+    qkv, mask = size.qkv(dtype), random_mask(size, 0.6)
+    keys = torch.rand(size.batch, size.kv_len) < 0.7
+    keys[-1, size.kv_len // 3 :] = False
+    if size.batch > 1:
+        keys[0] = False
+    got = dk.block_sparse_attention(*qkv, size.lists(mask), key_mask=keys, backend=backend)
+    assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
+    whole = torch.ones_like(mask)
+    assert_attention(dk.attention(*qkv, key_mask=keys, backend=backend), qkv, size.allowed(whole, keys), size.scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [*SIZES, LARGE], ids=str)
+def test_mass(size: Size, dtype: torch.dtype, masked: bool, backend: str) -> None:
+    """Both ways to the mass, with an LSE of another step, one of whose rows never had a key."""
+    q, k, v = size.qkv(dtype)
+    keys = (torch.rand(size.batch, size.kv_len) < 0.6) if masked else None
+    lse = torch.randn(size.batch, size.heads, size.q_len) + 4
+    lse[..., 0] = -torch.inf
+    scores = q.double() @ k.double().mT * size.scale
+    if keys is not None:
+        scores = scores.masked_fill(~keys[:, None, None], -torch.inf)
+    weights = (scores - lse.double()[..., None]).exp()
+    weights[..., 0, :] = 0
+    want = exact.tile_sums(weights, size.q_block, size.kv_block)
+    low = (q @ k.mT * size.scale).double() - lse.double()[..., None]
+    if keys is not None:
+        low = low.masked_fill(~keys[:, None, None], -torch.inf)
+    rounded = low.exp()
+    rounded[..., 0, :] = 0
+    limit = exact.tolerance(want, exact.tile_sums(rounded, size.q_block, size.kv_block).float())
+    blocks = {"q_block": size.q_block, "kv_block": size.kv_block, "key_mask": keys, "backend": backend}
+    out, _, fused = dk.attention_with_mass(q, k, v, lse, **blocks)
+    for mass in (fused, dk.block_mass(q, k, lse, **blocks)):
+        assert mass.shape == size.blocks
+        assert mass.dtype == torch.float32
+        assert (mass.double() - want).abs().max().item() <= limit
+    allowed = torch.ones(size.batch, size.heads, size.q_len, size.kv_len, dtype=torch.bool)
+    allowed = allowed if keys is None else allowed & keys[:, None, None]
+    assert (out.double() - exact.softmax_attention(q, k, v, allowed, size.scale)[0]).abs().max().item() <= (
+        exact.tolerance(
+            exact.softmax_attention(q, k, v, allowed, size.scale)[0], exact.eager(q, k, v, allowed, size.scale)
+        )
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mass_of_the_own_lse_sums_to_the_rows(backend: str) -> None:
+    size = Size(q_len=97, kv_len=97)
+    q, k, v = size.qkv(torch.float32)
+    _, lse = dk.attention(q, k, v, backend=backend)
+    mass = dk.block_mass(q, k, lse, q_block=32, kv_block=32, backend=backend)
+    rows = torch.tensor([32.0, 32.0, 32.0, 1.0]).expand(2, 3, 4)
+    torch.testing.assert_close(mass.sum(-1), rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_strides(dtype: torch.dtype, backend: str) -> None:
+    """Views as processors make them, [B, N, H, D] under the hood, and such with gaps, give the same bits."""
+    size = Size(q_len=100, kv_len=100)
+    qkv, mask = size.qkv(dtype), random_mask(size)
+    lists = size.lists(mask)
+    want = dk.block_sparse_attention(*qkv, lists, backend=backend)
+    token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    gapped = [torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0] for x in qkv]
+    fused = torch.cat(qkv, -1).split(size.dim, -1)
+    for views in (token_major, gapped, fused):
+        got = dk.block_sparse_attention(*views, lists, backend=backend)
+        assert_attention(got, qkv, size.allowed(mask), size.scale)
+        torch.testing.assert_close(got[0], want[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_is_exact(backend: str) -> None:
+    size = SIZES[4]
+    qkv, mask = size.qkv(torch.float64), random_mask(size)
+    out, lse = dk.block_sparse_attention(*qkv, size.lists(mask), backend=backend)
+    want, want_lse = exact.softmax_attention(*qkv, size.allowed(mask), size.scale)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, want_lse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_mask_serves_the_batch(backend: str) -> None:
+    size = Size(q_len=70, kv_len=70)
+    qkv, mask = size.qkv(torch.float32), random_mask(size)[:1]
+    got = dk.block_sparse_attention(*qkv, size.lists(mask), backend=backend)
+    assert_attention(got, qkv, size.allowed(mask).expand(2, -1, -1, -1), size.scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores_stay_finite(backend: str) -> None:
+    size = Size()
+    q, k, v = size.qkv(torch.float32)
+    mask = uniform_mask(size, 2)
+    got = dk.block_sparse_attention(100 * q, 100 * k, v, size.lists(mask), backend=backend)
+    assert_attention(got, (100 * q, 100 * k, v), size.allowed(mask), size.scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_merge_by_their_lse(backend: str) -> None:
+    """Attention over some blocks and over the others, merged by LSE, is attention over all."""
+    size = Size(q_len=97, kv_len=97)
+    qkv, mask = size.qkv(torch.float32), random_mask(size)
+    (a, a_lse), (b, b_lse) = (dk.block_sparse_attention(*qkv, size.lists(m), backend=backend) for m in (mask, ~mask))
+    weight = torch.sigmoid(a_lse - b_lse)[..., None]
+    whole, lse = dk.attention(*qkv, backend=backend)
+    torch.testing.assert_close(weight * a + (1 - weight) * b, whole)
+    torch.testing.assert_close(torch.logaddexp(a_lse, b_lse), lse)
