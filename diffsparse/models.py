@@ -103,13 +103,13 @@ def list_grid(patch: Patch, inputs: Inputs) -> Grid | None:
 
 
 def packed_grid(patch: Patch, inputs: Inputs) -> Grid | None:
-    """Packed image tokens [B, N, C] whose size stands in `img_shapes`, `img_sizes` or in `img_ids` [N, 3 or 4].
+    """Packed image tokens [B, N, C] whose size stands in `img_shapes`, in `img_ids` or in `position_ids` [N, 3 or 4].
 
     Tokens of reference images, or ids that can't be read because the model is being compiled, leave a grid of
     one row: it has no geometry, but the right number of tokens.
     """
     tokens = inputs["hidden_states"].shape[1]
-    size = _listed_size(inputs) or _size_of_ids(inputs.get("img_ids"))
+    size = _listed_size(inputs) or _size_of_ids(inputs.get("img_ids", inputs.get("position_ids")))
     if size is not None and size[0] * size[1] * size[2] == tokens:
         return Grid(*size)
     return Grid(1, 1, tokens)
@@ -155,6 +155,7 @@ _AFTER = ModelSpec("after")
 _BEFORE_PACKED = ModelSpec("before", packed_grid)
 
 SPECS: dict[str, ModelSpec] = {
+    "AnyFlowTransformer3DModel": ModelSpec(grid=frames_first_grid),
     "AuraFlowTransformer2DModel": _BEFORE,
     "BriaFiboTransformer2DModel": _BEFORE_PACKED,
     "BriaTransformer2DModel": _BEFORE_PACKED,
@@ -174,7 +175,9 @@ SPECS: dict[str, ModelSpec] = {
     "HunyuanVideo15Transformer3DModel": _AFTER,
     "HunyuanVideoFramepackTransformer3DModel": ModelSpec("after", history_grid),
     "HunyuanVideoTransformer3DModel": _AFTER,
+    "JoyImageEditTransformer3DModel": _AFTER,
     "Kandinsky5Transformer3DModel": ModelSpec(grid=channels_last_grid),
+    "Krea2Transformer2DModel": _BEFORE_PACKED,
     "LongCatImageTransformer2DModel": _BEFORE_PACKED,
     "Lumina2Transformer2DModel": _BEFORE,
     "MochiTransformer3DModel": _AFTER,
@@ -201,6 +204,8 @@ def patch_of(model: torch.nn.Module) -> Patch:
     """Patch size from the model's configuration."""
     config = getattr(model, "config", None)
     space, time = getattr(config, "patch_size", None), getattr(config, "patch_size_t", None)
+    if space is None:  # Z-Image lists the sizes that it can take, its default first
+        space, time = (next(iter(getattr(config, name, ())), None) for name in ("all_patch_size", "all_f_patch_size"))
     if isinstance(space, tuple | list):
         time, space = space[0], space[-1]
     return Patch(time or 1, space or 1)

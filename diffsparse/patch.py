@@ -166,7 +166,9 @@ def _apply(model: torch.nn.Module, strategy: Any, schedule: Schedule, strict: bo
 
     def before_forward(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run.grid = spec.grid(patch, {**dict(zip(names, args, strict=False)), **kwargs})
-        if not torch.compiler.is_compiling():  # processors may have been replaced, backends set, since last time
+        if not torch.compiler.is_compiling():
+            run.notice_idleness(type(model).__name__)
+            # Processors may have been replaced, and backends set, since last time.
             for module in modules.values():
                 _adopt(module)
 

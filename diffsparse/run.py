@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -179,7 +180,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self.ledger = Ledger()
         self._memories: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._masks: dict[tuple[Any, ...], str | None] = {}
-        self._run = -1
+        self._run, self._forwards = -1, 0
         self.pre_hook: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
@@ -197,6 +198,19 @@ class Run(ModelHook):  # type: ignore[misc]
         self._masks.clear()
         self.clock.reset()
         return module
+
+    def notice_idleness(self, model: str) -> None:
+        """Say, once, that a whole forward pass went by without any attention that could be made sparse."""
+        self._forwards += 1
+        if self._forwards != 2 or self.ledger.calls:
+            return
+        reason = (
+            f"{model} ran, but none of its attention was recognised as self-attention over its latents, so nothing is "
+            "sparse: the order of its tokens is not known (see diffsparse.models.SPECS)"
+        )
+        if self.strict:
+            raise DenseFallbackError(f"{reason}; apply with strict=False to allow it")
+        warnings.warn(reason, UserWarning, stacklevel=2)
 
     def attend(self, layer: Layer, call: Call, layout: Layout, number: int = 0) -> Tensor:
         """One self-attention call: dense where the schedule or the call itself demands it, else the strategy's."""
