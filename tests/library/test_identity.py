@@ -90,7 +90,12 @@ def test_layouts(name: str, shape: Shape) -> None:
     assert found <= {want, (*want[:3], 0, 0)}
 
 
-JOINT = [name for name, case in CASES.items() if case.layout and sum(case.layout(Shape())[3:])]
+# Mochi pools its text into the modulation of all tokens: there the words are everywhere.
+JOINT = [
+    name
+    for name, case in CASES.items()
+    if case.layout and sum(case.layout(Shape())[3:]) and name != "MochiTransformer3DModel"
+]
 
 
 @pytest.mark.parametrize("name", JOINT)
