@@ -22,7 +22,9 @@ from diffsparse.report import Report
 from diffsparse.run import Call, Layer, Run
 from diffsparse.schedule import Schedule
 
-HOOK = "diffsparse"
+# A child module without weights carries the stateful hook. On the model itself, a hook would replace its `forward`
+# by one that is bound to it, and a deep copy would then run the original's.
+BEACON = "_diffsparse"
 _ATTENTION = (Attention, MochiAttention, AttentionModuleMixin)
 _NATIVE = AttentionBackendName.NATIVE
 
@@ -162,21 +164,36 @@ def _apply(model: torch.nn.Module, strategy: Any, schedule: Schedule, strict: bo
     for name, module in modules.items():
         module.__dict__["_diffsparse"] = run.add_layer(name)
         _adopt(module)
-    patch, names, spec = patch_of(model), argument_names(model), run.spec
+    run.pre_hook = model.register_forward_pre_hook(_Watch(model, run, list(modules.values())), with_kwargs=True)
+    beacon = torch.nn.Module()
+    model.add_module(BEACON, beacon)
+    HookRegistry.check_if_exists_or_initialize(beacon).register_hook(run, BEACON)
+    _forget_registries(model)
+    return run
 
-    def before_forward(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run.grid = spec.grid(patch, {**dict(zip(names, args, strict=False)), **kwargs})
+
+class _Watch:
+    """Before each forward pass: reads the token grid, and adopts processors that were replaced since the last."""
+
+    def __init__(self, model: torch.nn.Module, run: Run, modules: list[torch.nn.Module]) -> None:
+        self.run, self.modules, self.model = run, modules, type(model).__name__
+        self.patch, self.names = patch_of(model), argument_names(model)
+
+    def __call__(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run = self.run
+        run.grid = run.spec.grid(self.patch, {**dict(zip(self.names, args, strict=False)), **kwargs})
         if not torch.compiler.is_compiling():
-            run.notice_idleness(type(model).__name__)
-            # Processors may have been replaced, and backends set, since last time.
-            for module in modules.values():
+            run.notice_idleness(self.model)
+            for module in self.modules:
                 _adopt(module)
 
-    run.pre_hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
-    registry = HookRegistry.check_if_exists_or_initialize(model)
-    registry.register_hook(run, HOOK)
-    registry.invalidate_child_registries_cache()
-    return run
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied model is not applied: nobody watches it."""
+        return _nobody
+
+
+def _nobody(*_: Any) -> None:
+    """The watch of a copied model."""
 
 
 def _adopt(module: Any) -> None:
@@ -209,21 +226,25 @@ def _release(module: Any) -> None:
 
 
 def _run_of(model: torch.nn.Module) -> Run | None:
-    registry = getattr(model, "_diffusers_hook", None)
-    run = registry.get_hook(HOOK) if registry is not None else None
+    registry = getattr(model._modules.get(BEACON), "_diffusers_hook", None)
+    run = registry.get_hook(BEACON) if registry is not None else None
     return run if isinstance(run, Run) else None
+
+
+def _forget_registries(model: torch.nn.Module) -> None:
+    """Diffusers remembers which modules have hooks, from release to release in another way; let it look again."""
+    registry: Any = getattr(model, "_diffusers_hook", None)
+    if hasattr(registry, "_child_registries_cache"):
+        registry._child_registries_cache = None
 
 
 def _remove(model: torch.nn.Module) -> None:
     run = _run_of(model)
     if run is None:
         return
-    run.pre_hook.remove()
-    registry: Any = model._diffusers_hook
-    registry.remove_hook(HOOK, recurse=False)
-    registry.invalidate_child_registries_cache()
-    forward = model.__dict__.get("forward")
-    if getattr(forward, "__func__", None) is type(model).forward:  # the registry leaves the plain method behind
-        del model.__dict__["forward"]
+    if run.pre_hook is not None:  # a copy has none
+        run.pre_hook.remove()
+    del model._modules[BEACON]
+    _forget_registries(model)
     for _, module in _attentions(model):
         _release(module)
