@@ -165,6 +165,18 @@ def _token_major(out: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+class _Context(StateManager):  # type: ignore[misc]
+    """Told by `cache_context` which pass this is: a name in Diffusers 0.40, a record with a name and more later."""
+
+    def __init__(self) -> None:
+        super().__init__(dict)
+        self.current: Any = None
+
+    def set_context(self, context: Any) -> None:
+        """Called when a context is entered, and with None when it is left."""
+        self.current = context
+
+
 class Run(ModelHook):  # type: ignore[misc]
     """All that one applied transformer remembers. As a stateful hook it is told the branch and the end of a call."""
 
@@ -173,8 +185,8 @@ class Run(ModelHook):  # type: ignore[misc]
     def __init__(self, spec: ModelSpec, strategy: Any, schedule: Schedule, strict: bool, pipe: Any) -> None:
         super().__init__()
         self.spec, self.strategy, self.schedule, self.strict = spec, strategy, schedule, strict
-        self.states = StateManager(dict)
-        self.clock = Clock(pipe, lambda: self.states._context)
+        self.context = _Context()
+        self.clock = Clock(pipe, lambda: self.context.current)
         self.grid: Grid | None = None
         self.layers: list[Layer] = []
         self.ledger = Ledger()

@@ -37,7 +37,7 @@ def loop(model: Any, forward: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]
     """A few denoising steps on one input that moves a little."""
     outs = []
     for step in range(STEPS):
-        with torch.no_grad(), model.cache_context("cond", step_index=step, num_inference_steps=STEPS):
+        with torch.no_grad(), model.cache_context("cond"):
             moved = {**kwargs, "hidden_states": kwargs["hidden_states"] * (1 - 0.1 * step)}
             outs.append(forward(**moved, return_dict=False)[0])
     return outs

@@ -1,0 +1,34 @@
+"""HunyuanVideo, text to video: plain Diffusers, and the three lines that make it sparse."""
+
+import torch
+import typer
+from diffusers import HunyuanVideoPipeline
+from diffusers.utils import export_to_video
+
+import diffsparse
+from diffsparse import AdaSpa
+
+
+def main(
+    prompt: str = "Waves roll onto a black sand beach.",
+    model: str = "hunyuanvideo-community/HunyuanVideo",
+    sparsity: float = 0.8,
+    height: int = 720,
+    width: int = 1280,
+    frames: int = 129,
+    steps: int = 50,
+    out: str = "hunyuan_video.mp4",
+) -> None:
+    cuda = torch.cuda.is_available()
+    pipe = HunyuanVideoPipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if cuda else torch.float32)
+    pipe.vae.enable_tiling()
+    if cuda:
+        pipe.enable_model_cpu_offload()
+    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+        video = pipe(prompt, height=height, width=width, num_frames=frames, num_inference_steps=steps).frames[0]
+    print(sparse.report())
+    export_to_video(video, out, fps=24)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,31 @@
+"""Stable Diffusion 3.5, text to image: plain Diffusers, and the three lines that make it sparse."""
+
+import torch
+import typer
+from diffusers import StableDiffusion3Pipeline
+
+import diffsparse
+from diffsparse import AdaSpa
+
+
+def main(
+    prompt: str = "A paper lantern floats down a dark river.",
+    model: str = "stabilityai/stable-diffusion-3.5-large",
+    sparsity: float = 0.8,
+    height: int = 1024,
+    width: int = 1024,
+    steps: int = 28,
+    out: str = "sd3.png",
+) -> None:
+    cuda = torch.cuda.is_available()
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if cuda else torch.float32)
+    if cuda:
+        pipe.enable_model_cpu_offload()
+    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+        image = pipe(prompt, height=height, width=width, num_inference_steps=steps).images[0]
+    print(sparse.report())
+    image.save(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
