@@ -90,7 +90,8 @@ def read(path: str | Path) -> Frames:
     import imageio.v3 as imageio
 
     try:
-        pixels = np.asarray(imageio.imread(path))
+        plugin = "FFMPEG" if Path(path).suffix.lower() == ".mp4" else "pillow"
+        pixels = np.asarray(imageio.imread(path, plugin=plugin))
     except OSError as error:
         raise InputFileError(f"can't read {path}: {error}") from error
     return (pixels if pixels.ndim == 4 else pixels[None]).astype(np.float32) / 255

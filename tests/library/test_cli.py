@@ -1,0 +1,116 @@
+"""The command line: quick help, one clear line and exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffsparse
+from diffsparse.cli import COMMANDS, load, main
+
+
+def status(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
+
+
+def test_help_lists_every_command_and_imports_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+    code = "import sys; from diffsparse.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load(name) is not None
+    assert status([name, "--help"]) == 0
+    assert f"diffsparse {name}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(["--version"]) == 0
+    assert diffsparse.__version__ in capsys.readouterr().out
+
+
+BAD = {
+    "unknown model": (["generate", "--model", "wan2.1-1.3c"], "known: wan2.1-1.3b"),
+    "unknown strategy": (["generate", "--strategy", "adaspar"], "no strategy is called 'adaspar'; known: adaspa"),
+    "two strategies": (["generate", "--strategy", "adaspa,random"], "wants one strategy"),
+    "sparsity one": (["generate", "--sparsity", "1.0"], "sparsity wants a number in [0, 1)"),
+    "negative sparsity": (["generate", "--sparsity", "-0.1"], "sparsity wants a number in [0, 1)"),
+    "zero frames": (["generate", "--frames", "0"], "--frames wants a whole number of at least 1; got 0"),
+    "zero steps": (["generate", "--steps", "0"], "--steps wants a whole number of at least 1; got 0"),
+    "no prompt": (["generate", "--model", "flux", "--out", "a.png"], "--prompt is missing"),
+    "missing image": (["generate", "--model", "wan2.1-14b", "--image", "none.png"], "can't read the image none.png"),
+    "image for a text model": (["generate", "--image", "none.png"], "takes no input image; those that do"),
+    "strange suffix": (["generate", "--out", "a.avi"], "wanted a name that ends in .mp4"),
+    "video as image": (["generate", "--model", "flux", "--out", "a.mp4", "--prompt", "x"], "can't write an image"),
+    "bad searches": (["generate", "--searches", "soon"], "--searches wants a number"),
+    "bad dense steps": (["generate", "--dense-first", "1.5"], "dense_first wants an int >= 0 or a fraction"),
+    "bad layers": (["generate", "--dense-layers", "0.5"], "--dense-layers wants whole numbers"),
+    "bad block": (["generate", "--block", "0"], "block"),
+    "bad dtype": (["generate", "--dtype", "int8"], "dtype wants one of"),
+    "offload without a gpu": (["generate", "--device", "cpu", "--offload", "model"], "wants a GPU to offload from"),
+    "empty strategies": (["evaluate", "--out", "OUT", "--strategy", ","], "wanted one or more strategies"),
+    "empty sparsity": (["evaluate", "--out", "OUT", "--sparsity", ""], "--sparsity wants one or more numbers"),
+    "sparsity list": (["evaluate", "--out", "OUT", "--sparsity", "0.5,1"], "sparsity wants a number in [0, 1)"),
+    "no prompts": (["evaluate", "--out", "OUT", "--prompts", "0"], "--prompts wants a file, or a number from 1"),
+    "prompt file": (["evaluate", "--out", "OUT", "--prompts", "none.txt"], "can't read the prompt file none.txt"),
+    "seeds": (["evaluate", "--out", "OUT", "--seeds", "one"], "--seeds wants whole numbers"),
+    "bench tokens": (["bench", "--tokens", "0"], "--tokens wants whole numbers of at least 1"),
+    "bench heads": (["bench", "--heads", "0"], "--heads wants whole numbers of at least 1"),
+    "bench dtype": (["bench", "--dtype", "int4"], "--dtype wants some of"),
+    "bench sparsity": (["bench", "--sparsity", "1"], "--sparsity wants numbers in [0, 1)"),
+    "bench backend": (["bench", "--backend", "fast"], "backend 'fast': unknown"),
+    "bench rounds": (["bench", "--rounds", "0"], "--rounds wants at least 1"),
+    "bench out": (["bench", "--out", "a.xls"], "--out wants a .csv or .json file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_with_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, message = BAD[name]
+    assert status([str(tmp_path / "out") if part == "OUT" else part for part in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_an_empty_prompt_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n# nothing\n")
+    assert status(["evaluate", "--out", str(tmp_path / "out"), "--prompts", str(file)]) == 2
+    assert "holds no prompt; write one a line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_an_output_that_cannot_be_written(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "below" / "out.mp4"
+    assert status([command, "--out", str(out)]) == 2
+    assert "can't write to the folder" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "a.mp4")
+    assert status(["generate", "--model", str(tmp_path), "--prompt", "x", "--out", out]) == 2
+    assert "holds no model_index.json" in capsys.readouterr().err
+
+
+def test_a_folder_with_broken_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model_index.json").write_text("{broken")
+    out = str(tmp_path / "a.mp4")
+    assert status(["generate", "--model", str(tmp_path), "--prompt", "x", "--out", out]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: can't load")
