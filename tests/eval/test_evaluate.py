@@ -1,0 +1,142 @@
+"""An experiment end to end on the embedded twin: rows, files, resuming, reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import diffsparse_eval.experiment as experiment_module
+from diffsparse import AdaSpa, Dense, Random
+from diffsparse.cli import main
+from diffsparse_eval import evaluate, report
+from diffsparse_eval.metrics import DEFINITIONS
+
+COMMAND = ["evaluate", "--model", "tiny-twin", "--steps", "4", "--block", "16", "--prompts", "2"]
+COMMAND += ["--sparsity", "0.5,0.8", "--searches", "2"]
+KEYS = {
+    *("model", "strategy", "arguments", "sparsity", "density", "sparse_density", "dense_steps", "psnr_db", "ssim"),
+    *("latent_cosine", "psnr_db_min", "dense_seconds", "seconds", "speedup", "attention_speedup", "dense_backend"),
+    *("device", "dtype", "versions", "commit", "seed", "size", "prompt", "attention_share"),
+}
+
+
+def call(arguments: list[str], code: int = 0) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert (ended.value.code or 0) == code
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("results")
+    call([*COMMAND, "--out", str(out)])
+    return out
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((out / "results.json").read_text())["rows"]
+    return rows
+
+
+def test_rows_are_complete_and_consistent(results: Path) -> None:
+    rows = rows_of(results)
+    assert len(rows) == 1 + 2 * 4  # the noise floor, and prompts x strategies x sparsities
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["seconds"])
+        assert row["size"] == "32x32x9"
+        assert row["dense_backend"] == "native"
+        assert 0 < row["attention_share"] < 1
+    floor = rows[0]
+    assert (floor["strategy"], floor["psnr_db"], floor["density"]) == ("dense", None, 1.0)
+    assert floor["attention_speedup"] == 1.0
+    for row in rows[1:]:
+        assert row["dense_steps"] == 1
+        assert row["sparse_density"] == pytest.approx(1 - row["sparsity"], abs=0.05)
+        assert row["density"] == pytest.approx((1 + 3 * row["sparse_density"]) / 4, abs=1e-6)
+        assert row["psnr_db"] > row["psnr_db_min"] - 1e-9
+
+
+def test_files(results: Path) -> None:
+    names = {path.name for path in results.iterdir()}
+    assert {"results.json", "results.csv", "report.md", "sheet.png"} <= names
+    assert {"dense-p00-s0.mp4", "dense-p01-s0.mp4", "adaspa-0.8-p01-s0.mp4", "random-0.5-p00-s0.mp4"} <= names
+    with (results / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["strategy"] for row in table] == [row["strategy"] for row in rows_of(results)]
+    text = (results / "report.md").read_text()
+    assert "| adaspa 0.8 | 2 |" in text
+    assert "noise floor (dense again) identical" in text
+    assert all(f"`{name}`" in text for name in DEFINITIONS)
+    with Image.open(results / "sheet.png") as sheet:
+        assert sheet.height == 5 * (256 + 16)
+
+
+def test_an_interrupted_run_goes_on(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "again"
+    shutil.copytree(results, out)
+    kept = json.loads((out / "results.json").read_text())
+    lost = [row for row in kept["rows"] if row["prompt"] != kept["rows"][0]["prompt"] and row["strategy"] == "random"]
+    kept["rows"] = [row for row in kept["rows"] if row not in lost]
+    (out / "results.json").write_text(json.dumps(kept))
+    calls: list[int] = []
+    real = experiment_module.generation
+    monkeypatch.setattr(experiment_module, "generation", lambda *a, **k: calls.append(1) or real(*a, **k))
+    call([*COMMAND, "--out", str(out)])
+    rows = rows_of(out)
+    assert len(calls) == (1 + 2) + 1 + 2  # warm-ups, one dense, two random
+    fresh = {(r["prompt"], r["arguments"]): r["psnr_db"] for r in rows}
+    assert fresh == {(r["prompt"], r["arguments"]): r["psnr_db"] for r in rows_of(results)}
+    calls.clear()
+    call([*COMMAND, "--out", str(out)])
+    assert not calls
+
+
+def test_other_settings_are_not_mixed(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call([*COMMAND, "--dense-first", "2", "--out", str(results)], code=2)
+    assert "holds results of another experiment (it differs in schedule)" in capsys.readouterr().err
+
+
+def test_broken_results_are_told_and_overwritten_on_demand(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text("{broken")
+    short = [*COMMAND, "--prompts", "1", "--sparsity", "0.5", "--strategy", "random", "--out", str(tmp_path)]
+    call(short, code=2)
+    assert "use --overwrite" in capsys.readouterr().err
+    call([*short, "--overwrite"])
+    assert [row["strategy"] for row in rows_of(tmp_path)] == ["dense", "random"]
+
+
+def test_strategies_are_listed_once() -> None:
+    made = evaluate.strategies("adaspa,dense,random", "0.5,0.8", {"block": 16})
+    assert made == (
+        *(AdaSpa(0.5, block=16), Dense(), Random(0.5, block=16)),
+        *(AdaSpa(0.8, block=16), Random(0.8, block=16)),
+    )
+
+
+def test_prompts_and_seeds(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("# a comment\n one \n\ntwo\n", encoding="utf-8")
+    assert evaluate.read_prompts(str(file), "wan2.1-1.3b") == ("one", "two")
+    assert len(evaluate.read_prompts("16", "wan2.1-1.3b")) == 16
+    assert len(evaluate.read_prompts("20", "tiny")) == 20
+    assert evaluate.read_seeds("3, 1,3") == (3, 1)
+
+
+def test_summaries_show_mean_and_interval() -> None:
+    row = dict.fromkeys(report._COLUMNS, 1.0)
+    rows = [{**row, "strategy": "adaspa", "sparsity": 0.8, "psnr_db": value} for value in (20.0, 22.0, 24.0)]
+    rows.append({**row, "strategy": "dense", "sparsity": 0.0, "psnr_db": None})
+    dense, sparse = report.summary(rows)
+    assert dense["strategy"] == "dense"
+    assert dense["psnr_db"] == "identical"
+    assert sparse["psnr_db"] == "22.00 ± 4.97"
+    assert sparse["ssim"] == "1.0000"
