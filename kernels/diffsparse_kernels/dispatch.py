@@ -17,6 +17,7 @@ from diffsparse_kernels.lists import BlockLists
 # name -> (module, kinds of device); the first that fits is taken
 _BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("diffsparse_kernels.cpu", ("cpu",)),
+    "triton": ("diffsparse_kernels.triton", ("cuda",)),
     "reference": ("diffsparse_kernels.reference", ("cpu", "cuda", "mps", "xpu", "meta")),
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

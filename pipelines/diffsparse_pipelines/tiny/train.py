@@ -56,8 +56,9 @@ class Piece:
 # The more tokens show an object, the more noise it takes to hide where it is: hence the large shifts.
 PIECES = {
     "default": (
-        Piece("strided17", (17, 1), (8, 2), (8, 2), batch=6, shift=9, early=5, late=2),
-        Piece("strided9", (9, 2), (8, 2), (8, 2), batch=10, shift=7, early=5, late=2),
+        Piece("coarse17", (17, 1), (4, 4), (4, 4), batch=16, shift=9, early=6, late=2),
+        Piece("strided17", (17, 1), (8, 2), (8, 2), batch=6, shift=12, early=4, late=2),
+        Piece("strided9", (9, 2), (8, 2), (8, 2), batch=10, shift=9, early=2, late=1),
         Piece("dense5", (5, 1), (16, 1), (16, 1), batch=5, shift=5, early=1, late=1),
         Piece("window17", (17, 1), (8, 1), (8, 1), batch=5, shift=5, early=1, late=1),
         Piece("rows17", (17, 1), (8, 2), (16, 1), batch=2, shift=9, early=0.3, late=1),

@@ -1,0 +1,82 @@
+"""The Triton kernel in Triton's interpreter, on the CPU. Run by test_triton.py in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import diffsparse_kernels as dk
+from diffsparse_kernels import KernelInputError, triton
+from support import exact
+from support.cases import MASKS, Size, assert_attention, random_mask
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = [
+    Size(batch=1, heads=2, q_len=200, kv_len=200, dim=64, q_block=64, kv_block=64),
+    Size(batch=2, heads=1, q_len=129, kv_len=257, dim=72, q_block=64, kv_block=128),  # both ends ragged
+    Size(batch=1, heads=2, q_len=256, kv_len=256, dim=128, q_block=128, kv_block=128),
+    Size(batch=1, heads=1, q_len=33, kv_len=65, dim=96, q_block=16, kv_block=32),
+    Size(batch=1, heads=1, q_len=1, kv_len=1, dim=8, q_block=16, kv_block=16),
+    Size(batch=1, heads=2, q_len=70, kv_len=90, dim=40, value_dim=24, q_block=32, kv_block=32),
+]
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def test_the_interpreter_is_on() -> None:
+    assert triton.INTERPRETED
+
+
+@pytest.mark.parametrize("kind", ["random", "sparse", "full", "empty"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_block_sparse(size: Size, dtype: torch.dtype, kind: str) -> None:
+    qkv, mask = size.qkv(dtype), MASKS[kind](size)
+    got = triton.block_sparse_attention(*qkv, size.lists(mask), size.scale, None)
+    assert_attention(got, qkv, size.allowed(mask), size.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_padded_keys(size: Size, dtype: torch.dtype) -> None:
+    qkv, mask = size.qkv(dtype), random_mask(size, 0.7)
+    keys = torch.rand(size.batch, size.kv_len) < 0.6
+    keys[0] = size.batch == 1
+    got = triton.block_sparse_attention(*qkv, size.lists(mask), size.scale, keys)
+    assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_dense_with_mass(size: Size, dtype: torch.dtype) -> None:
+    q, k, v = size.qkv(dtype)
+    cached = torch.randn(size.batch, size.heads, size.q_len) + 4
+    cached[..., 0] = -torch.inf
+    sizes = (size.q_block, size.kv_block, size.scale, None)
+    out, lse, fused = triton.attention_with_mass(q, k, v, cached, *sizes)
+    allowed = torch.ones(size.batch, size.heads, size.q_len, size.kv_len, dtype=torch.bool)
+    assert_attention((out, lse), (q, k, v), allowed, size.scale)
+    weights = (q.double() @ k.double().mT * size.scale - cached.double()[..., None]).exp()
+    weights[..., 0, :] = 0
+    want = exact.tile_sums(weights, size.q_block, size.kv_block)
+    for mass in (fused, triton.block_mass(q, k, cached, *sizes)):
+        torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_views_of_any_strides_and_one_mask_for_the_batch() -> None:
+    size = Size(batch=2, heads=2, q_len=100, kv_len=100, dim=64, q_block=32, kv_block=64)
+    qkv, mask = size.qkv(torch.float32), random_mask(size)[:1]
+    token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    fused = torch.cat(qkv, -1).split(size.dim, -1)
+    gapped = [torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0] for x in qkv]
+    for views in (token_major, fused, gapped):
+        got = triton.block_sparse_attention(*views, size.lists(mask), size.scale, None)
+        assert_attention(got, qkv, size.allowed(mask).expand(2, -1, -1, -1), size.scale)
+
+
+def test_what_the_kernel_cannot_do_is_told() -> None:
+    size = Size(q_block=48, kv_block=48)
+    with pytest.raises(KernelInputError, match=r"wants blocks of 16, 32, 64, 128 tokens; got 48 and 48"):
+        triton.block_sparse_attention(*size.qkv(torch.float32), size.lists(random_mask(size)), size.scale, None)
+    with pytest.raises(KernelInputError, match="wants float32, bfloat16 or float16"):
+        triton.attention(*Size().qkv(torch.float64), Size().scale, None)
+    assert dk.backends()["triton"] == "available"

@@ -1,0 +1,84 @@
+"""Sizes, masks and the comparison that all kernel tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import diffsparse_kernels as dk
+from support import exact
+
+
+@dataclass(frozen=True)
+class Size:
+    batch: int = 2
+    heads: int = 3
+    q_len: int = 96
+    kv_len: int = 96
+    dim: int = 32
+    value_dim: int | None = None
+    q_block: int = 32
+    kv_block: int = 32
+
+    def __str__(self) -> str:
+        return f"b{self.batch}h{self.heads}q{self.q_len}k{self.kv_len}d{self.dim}x{self.q_block}-{self.kv_block}"
+
+    @property
+    def blocks(self) -> tuple[int, int, int, int]:
+        return self.batch, self.heads, -(-self.q_len // self.q_block), -(-self.kv_len // self.kv_block)
+
+    @property
+    def scale(self) -> float:
+        return self.dim**-0.5
+
+    def qkv(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        q = torch.randn(self.batch, self.heads, self.q_len, self.dim)
+        k = torch.randn(self.batch, self.heads, self.kv_len, self.dim)
+        v = torch.randn(self.batch, self.heads, self.kv_len, self.value_dim or self.dim)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+
+    def lists(self, mask: Tensor) -> dk.BlockLists:
+        return dk.BlockLists.from_mask(
+            mask, q_block=self.q_block, kv_block=self.kv_block, q_len=self.q_len, kv_len=self.kv_len
+        )
+
+    def allowed(self, mask: Tensor, keys: Tensor | None = None) -> Tensor:
+        tokens = exact.element_mask(mask, self.q_block, self.kv_block, self.q_len, self.kv_len)
+        return tokens if keys is None else tokens & keys[:, None, None]
+
+
+def random_mask(size: Size, density: float = 0.5) -> Tensor:
+    return torch.rand(size.blocks) < density
+
+
+def uniform_mask(size: Size, keep: int = 1) -> Tensor:
+    return dk.select_rows(torch.rand(size.blocks), keep)
+
+
+MASKS = {
+    "random": random_mask,
+    "sparse": lambda size: random_mask(size, 0.15),  # with empty rows
+    "equal": uniform_mask,
+    "full": lambda size: torch.ones(size.blocks, dtype=torch.bool),
+    "empty": lambda size: torch.zeros(size.blocks, dtype=torch.bool),
+}
+
+
+def assert_attention(got: tuple[Tensor, Tensor], qkv: tuple[Tensor, ...], allowed: Tensor, scale: float) -> None:
+    q, k, v = qkv
+    out, lse = got
+    want, want_lse = exact.softmax_attention(q, k, v, allowed, scale)
+    assert out.dtype == q.dtype
+    assert lse.dtype == torch.promote_types(q.dtype, torch.float32)
+    low = exact.eager(q, k, v, allowed, scale)
+    assert (out.double() - want).abs().max().item() <= exact.tolerance(want, low)
+    dead = want_lse.isneginf()
+    assert torch.equal(lse.isneginf(), dead)
+    assert (out[dead] == 0).all()
+    scores = (q @ k.mT * scale).masked_fill(~allowed, -torch.inf).logsumexp(-1)
+    alive = ~dead
+    if alive.any():
+        limit = exact.tolerance(want_lse[alive], scores[alive])
+        assert (lse.double() - want_lse)[alive].abs().max().item() <= limit
