@@ -173,7 +173,7 @@ def _check(q: Tensor, q_block: int, kv_block: int) -> None:
 
 def _padded(head_dim: int) -> int:
     """Head sizes are padded to powers of two in registers, at least the 16 that tensor cores want."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return int(max(16, triton.next_power_of_2(head_dim)))
 
 
 def _capability(q: Tensor) -> int:
