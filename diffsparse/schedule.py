@@ -26,7 +26,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("dense_first", "dense_last"):
-            _check_amount(name, getattr(self, name))
+            check_amount(name, getattr(self, name))
+        layers = self.dense_layers
+        if not isinstance(layers, tuple) or not all(isinstance(layer, int) for layer in layers):
+            raise ConfigError(f"dense_layers wants a tuple of layer numbers such as (0, -1); got {layers!r}")
 
     def bounds(self, steps: int | None) -> tuple[int, int | None]:
         """First sparse step and first step of the dense end (None: the run's length is unknown)."""
@@ -59,7 +62,8 @@ def resolve(amount: int | float, steps: int | None) -> int:
     return max(1, round(amount * steps)) if steps else 1
 
 
-def _check_amount(name: str, amount: int | float) -> None:
+def check_amount(name: str, amount: int | float) -> None:
+    """Raise ConfigError unless `amount` is a number of steps (int) or a share of them (float in [0, 1])."""
     if isinstance(amount, bool) or not isinstance(amount, int | float):
         raise ConfigError(f"{name} wants a number of steps (int) or a fraction (float), got {amount!r}")
     if amount < 0 or (isinstance(amount, float) and not amount <= 1):

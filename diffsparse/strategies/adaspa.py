@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
+from diffsparse.schedule import check_amount
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share, keep_count
 from diffsparse_kernels import BlockLists, select_rows
@@ -54,11 +55,12 @@ class AdaSpa:
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)
         check_block(self.block)
-        if not 0 <= self.recall_threshold <= 1:
+        if not isinstance(self.recall_threshold, int | float) or not 0 <= self.recall_threshold <= 1:
             raise ConfigError(f"recall_threshold wants a number in [0, 1]; got {self.recall_threshold!r}")
+        if not isinstance(self.searches, tuple):
+            raise ConfigError(f"searches wants a tuple of steps or fractions such as (0.6,); got {self.searches!r}")
         for search in self.searches:
-            if search < 0 or (isinstance(search, float) and search > 1):
-                raise ConfigError(f"searches wants steps (int >= 0) or fractions in [0, 1]; got {search!r}")
+            check_amount("searches", search)
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Dense attention over q, k, v [B, H, N, D] with the first search."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffsparse.errors import ConfigError
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share, keep_count
 from diffsparse_kernels import BlockLists, select_rows
@@ -28,6 +29,8 @@ class Random:
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)
         check_block(self.block)
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed wants a whole number of at least 0; got {self.seed!r}")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Block-sparse attention over q, k, v [B, H, N, D]."""

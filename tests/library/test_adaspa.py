@@ -281,8 +281,12 @@ def test_head_adaptive_keeps_the_mean_density(s, heads, n, seed):
         ({"sparsity": math.nan}, "sparsity wants"),
         ({"block": 0}, "block wants a positive number"),
         ({"recall_threshold": 1.5}, r"recall_threshold wants a number in \[0, 1\]"),
-        ({"searches": (1.5,)}, "searches wants steps"),
-        ({"searches": (-1,)}, "searches wants steps"),
+        ({"recall_threshold": math.nan}, r"recall_threshold wants a number in \[0, 1\]"),
+        ({"searches": (1.5,)}, "searches wants an int >= 0 or a fraction"),
+        ({"searches": (-1,)}, "searches wants an int >= 0 or a fraction"),
+        ({"searches": (math.nan,)}, "searches wants an int >= 0 or a fraction"),
+        ({"searches": ("late",)}, "searches wants a number of steps"),
+        ({"searches": 0.5}, "searches wants a tuple"),
     ],
 )
 def test_bad_knobs_are_refused(knobs, message):

@@ -47,3 +47,9 @@ def test_describe():
 def test_bad_amounts_are_refused(amount):
     with pytest.raises(ConfigError, match="dense_first wants"):
         Schedule(dense_first=amount)
+
+
+@pytest.mark.parametrize("layers", [3, ("a",), [0]])
+def test_bad_layers_are_refused(layers):
+    with pytest.raises(ConfigError, match="dense_layers wants a tuple"):
+        Schedule(dense_layers=layers)
