@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from skimage.measure import label, regionprops
 from skimage.metrics import peak_signal_noise_ratio
 from torch import Tensor
@@ -36,6 +38,7 @@ from diffsparse_pipelines.tiny.sheet import generate
 BLOCK = 64
 SPARSITIES = (0.5, 0.8)
 _BRIGHT, _NEAR = 0.75, 0.5  # backgrounds are never brighter than 0.65
+_PROGRESS = Console(stderr=True)
 _LEAST_AREA, _LEAST_WAY = 0.02, 0.15  # shares of the frame; real objects cover 4 to 12 % and cross 36 to 70 %
 
 
@@ -68,7 +71,7 @@ def judge(clip: Tensor, caption: Caption) -> Verdict:
     way, aside = _way(centres, DIRECTIONS[caption.direction], len(frames)) if len(seen) > 2 else (0.0, 0.0)
     return Verdict(
         caption=str(caption),
-        one_object=len(seen) >= 0.8 * len(frames) and sum(whole) >= 0.8 * len(frames),
+        one_object=bool(len(seen) >= 0.8 * len(frames) and sum(whole) >= 0.8 * len(frames)),
         right_colour=area[caption.colour] > _LEAST_AREA and others < 0.5 * area[caption.colour],
         right_way=way > _LEAST_WAY and way > 1.5 * aside,
         way=round(way, 3),
@@ -169,7 +172,8 @@ class Structure:
 
 def visual(pipe: Any, options: dict[str, Any], clips: int) -> list[Verdict]:
     """Gate 1: verdicts on the first clips, prompts of seed 0, clip i drawn once with seed i."""
-    return [judge(generate(pipe, str(c), i, **options), c) for i, c in enumerate(sample(clips, 0))]
+    jobs = track(list(enumerate(sample(clips, 0))), "clips", console=_PROGRESS, transient=True)
+    return [judge(generate(pipe, str(c), i, **options), c) for i, c in jobs]
 
 
 def structure(pipe: Any, options: dict[str, Any], clips: int) -> Structure:
@@ -177,7 +181,8 @@ def structure(pipe: Any, options: dict[str, Any], clips: int) -> Structure:
     recall = Recall()
     oracle: dict[float, list[float]] = {s: [] for s in SPARSITIES}
     random: dict[float, list[float]] = {s: [] for s in SPARSITIES}
-    for i, caption in enumerate(sample(clips, 0)):
+    jobs = track(list(enumerate(sample(clips, 0))), "structure", console=_PROGRESS, transient=True)
+    for i, caption in jobs:
         with diffsparse.apply(pipe, recall, schedule=Schedule(dense_first=0)):
             dense = generate(pipe, str(caption), i, **options).numpy()
         for kind, found in ((Oracle, oracle), (Random, random)):
