@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
+from diffsparse.order import RASTER, check_order
 from diffsparse.schedule import check_amount
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share, keep_count
@@ -32,6 +33,7 @@ class AdaSpa:
     head_adaptive: give heads that hold their mass in few blocks a sparsity of (1+s)/2, as many of the others
         (3s-1)/2, and leave the rest at s (section 4.3).
     recall_threshold: retained mass above which a head counts as one that can drop more.
+    order: of the tokens, one for all heads (`diffsparse.order`); raster order is the paper's.
 
     The paper leaves open, and here it is decided:
     - Heads are ranked within one layer, sample and search. At most half of them are raised, so that the raised and
@@ -51,10 +53,12 @@ class AdaSpa:
     block: int = 64
     head_adaptive: bool = True
     recall_threshold: float = 0.8
+    order: str = RASTER
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)
         check_block(self.block)
+        check_order(self.order)
         if not isinstance(self.recall_threshold, int | float) or not 0 <= self.recall_threshold <= 1:
             raise ConfigError(f"recall_threshold wants a number in [0, 1]; got {self.recall_threshold!r}")
         if not isinstance(self.searches, tuple):

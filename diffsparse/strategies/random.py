@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
+from diffsparse.order import RASTER, check_order
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share, keep_count
 from diffsparse_kernels import BlockLists, select_rows
@@ -20,15 +21,18 @@ class Random:
     sparsity: share of blocks dropped, in [0, 1). Blocks that hold text are always kept.
     seed: which blocks; they differ by layer and head, and stay the same over steps, branches and runs.
     block: edge of a block in tokens.
+    order: of the tokens (`diffsparse.order`).
     """
 
     sparsity: float = 0.8
     seed: int = 0
     block: int = 64
+    order: str = RASTER
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)
         check_block(self.block)
+        check_order(self.order)
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed wants a whole number of at least 0; got {self.seed!r}")
 

@@ -33,6 +33,7 @@ def evaluate(
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
     block: options.Block = 64,
+    order: options.Order = "FHW",
     searches: options.Searches = "0.6",
     head_adaptive: options.HeadAdaptive = True,
     recall_threshold: options.RecallThreshold = 0.8,
@@ -47,6 +48,7 @@ def evaluate(
     """
     knobs = {
         "block": block,
+        "order": order,
         "searches": options.amounts(searches, "--searches"),
         "head_adaptive": head_adaptive,
         "recall_threshold": recall_threshold,

@@ -105,6 +105,7 @@ def generate(
         float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel="Strategy")
     ] = 0.8,
     block: options.Block = 64,
+    order: options.Order = "FHW",
     searches: options.Searches = "0.6",
     head_adaptive: options.HeadAdaptive = True,
     recall_threshold: options.RecallThreshold = 0.8,
@@ -119,6 +120,7 @@ def generate(
     knobs = {
         "sparsity": sparsity,
         "block": block,
+        "order": order,
         "searches": options.amounts(searches, "--searches"),
         "head_adaptive": head_adaptive,
         "recall_threshold": recall_threshold,

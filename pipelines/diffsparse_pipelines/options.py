@@ -31,6 +31,10 @@ NumFrames = Annotated[
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", show_default="model's", rich_help_panel=_SIZE)]
 NegativePrompt = Annotated[str | None, typer.Option(help="What should not be seen.", rich_help_panel=_SIZE)]
 Block = Annotated[int, typer.Option(help="Edge of a block in tokens.", rich_help_panel=_SPARSE)]
+Order = Annotated[
+    str,
+    typer.Option(help="Of the tokens: FHW, FWH, ..., tile4x8x8, or hilbert.", rich_help_panel=_SPARSE),
+]
 Searches = Annotated[
     str,
     typer.Option(

@@ -56,6 +56,7 @@ BAD = {
     "bad dense steps": (["generate", "--dense-first", "1.5"], "dense_first wants an int >= 0 or a fraction"),
     "bad layers": (["generate", "--dense-layers", "0.5"], "--dense-layers wants whole numbers"),
     "bad block": (["generate", "--block", "0"], "block"),
+    "bad order": (["generate", "--order", "zigzag"], "order wants one of FHW"),
     "bad dtype": (["generate", "--dtype", "int8"], "dtype wants one of"),
     "offload without a gpu": (["generate", "--device", "cpu", "--offload", "model"], "wants a GPU to offload from"),
     "empty strategies": (["evaluate", "--out", "OUT", "--strategy", ","], "wanted one or more strategies"),

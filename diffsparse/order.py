@@ -1,0 +1,98 @@
+"""Token orders: which token stands where, so that tokens that attend to each other share blocks. Text never moves."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from diffsparse.errors import ConfigError
+from diffsparse.layout import Layout
+
+RASTER = "FHW"
+AXES = tuple("".join(axes) for axes in itertools.permutations(RASTER))
+_TILE = re.compile(r"tile(\d+)x(\d+)x(\d+)")
+
+
+def check_order(order: str) -> None:
+    """Raise ConfigError unless `order` names one.
+
+    Names: the six orders of the axes, slowest first ("FHW" is raster order; PAROAttention, arXiv 2506.16054, section
+    4.1); "tile4x8x8", boxes of frames x rows x columns one after the other; "hilbert", a space-filling curve.
+    """
+    tile = _TILE.fullmatch(order) if isinstance(order, str) else None
+    if order in AXES or order == "hilbert" or (tile and all(int(edge) for edge in tile.groups())):
+        return
+    raise ConfigError(f"order wants one of {', '.join(AXES)}, tileFxHxW such as tile4x8x8, or hilbert; got {order!r}")
+
+
+@lru_cache(maxsize=64)
+def permutation(order: str, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The order as a pair of inverses, int64 [N] each, on the CPU.
+
+    Returns:
+        `forward`, the raster places of the tokens in their new order, and `back`, which undoes it:
+        `x[forward][back]` is x.
+
+    Raises:
+        ConfigError: no such order.
+    """
+    check_order(order)
+    axes = (torch.arange(n) for n in (layout.frames, layout.height, layout.width))
+    cells = torch.cartesian_prod(*axes).view(-1, 3)  # [video, 3], raster order
+    video = _rank(_key(order, cells))
+    tokens = torch.arange(layout.tokens)
+    inside = slice(layout.text_before, layout.text_before + layout.video)
+    tokens[inside] = video + layout.text_before
+    return tokens, tokens.argsort()
+
+
+def _rank(keys: list[Tensor]) -> Tensor:
+    """Stable sort by several keys, the first being the slowest: places in the new order."""
+    found = torch.arange(len(keys[0]))
+    for key in reversed(keys):
+        found = found[key[found].argsort(stable=True)]
+    return found
+
+
+def _key(order: str, cells: Tensor) -> list[Tensor]:
+    if order == "hilbert":
+        return [_hilbert(cells)]
+    tile = _TILE.fullmatch(order)
+    if tile:
+        edges = torch.tensor([int(edge) for edge in tile.groups()])
+        outer, inner = cells // edges, cells % edges
+        return [*outer.unbind(1), *inner.unbind(1)]
+    return [cells[:, RASTER.index(axis)] for axis in order]
+
+
+def _hilbert(cells: Tensor) -> Tensor:
+    """Position of each cell [M, 3] on the Hilbert curve through the smallest cube of a power of two, int64 [M].
+
+    Skilling, "Programming the Hilbert curve" (2004). Cells of a box that is no such cube keep the curve's order, with
+    jumps where it leaves the box.
+    """
+    bits = max(int(cells.max()).bit_length(), 1)
+    x = list(cells.unbind(1))
+    for bit in range(bits - 1, 0, -1):
+        high, below = 1 << bit, (1 << bit) - 1
+        for i in range(3):
+            set_ = (x[i] & high) > 0
+            swap = (x[0] ^ x[i]) & below
+            x[0] = torch.where(set_, x[0] ^ below, x[0] ^ swap)
+            if i:
+                x[i] = torch.where(set_, x[i], x[i] ^ swap)
+    x[1] = x[1] ^ x[0]
+    x[2] = x[2] ^ x[1]
+    carry = torch.zeros_like(x[0])
+    for bit in range(bits - 1, 0, -1):
+        carry = torch.where((x[2] & (1 << bit)) > 0, carry ^ ((1 << bit) - 1), carry)
+    x = [axis ^ carry for axis in x]
+    place = torch.zeros_like(x[0])
+    for bit in range(bits - 1, -1, -1):
+        for axis in x:
+            place = (place << 1) | ((axis >> bit) & 1)
+    return place
