@@ -164,10 +164,10 @@ def _generate(
         pipe = families.load(model, **loading, with_image=image is not None)
     arguments = call_arguments(pipe, families.defaults(model, pipe), {**chosen, "prompt": prompt})
     count = arguments.get("num_inference_steps")
-    console.print(f"{strategies[0]}, {plan.describe(count)}" if count else f"{strategies[0]}")
+    console.print(f"{strategies[0]}, {plan.describe(count)}" if count else f"{strategies[0]}", soft_wrap=True)
     with diffsparse.apply(pipe, strategies[0], schedule=plan, strict=strict) as handle, bar(console) as progress:
         result = generation(pipe, arguments, seed, progress)
-    console.print(str(handle.report()), highlight=False)
+    console.print(str(handle.report()), highlight=False, soft_wrap=True)
     media.save(result.frames, out, family.fps)
     console.print(f"{result.seconds:.1f} s -> {out}")
 
