@@ -209,10 +209,13 @@ class Run(ModelHook):  # type: ignore[misc]
 
     def reset_state(self, module: torch.nn.Module | None = None) -> torch.nn.Module | None:
         """Drop what strategies remember; the report of the last run stays readable."""
-        self._memories.clear()
-        self._masks.clear()
+        self._forget()
         self.clock.reset()
         return module
+
+    def _forget(self) -> None:
+        self._memories.clear()
+        self._masks.clear()
 
     def notice_idleness(self, model: str) -> None:
         """Say, once, that a whole forward pass went by without any attention that could be made sparse."""
@@ -232,15 +235,14 @@ class Run(ModelHook):  # type: ignore[misc]
         moment = self.clock.read(layer, number)
         if moment.run != self._run:
             self._run, self.ledger = moment.run, Ledger()
-            self._memories.clear()
-            self._masks.clear()
+            self._forget()
         record = self.ledger.open(layer.name, moment.step, moment.branch)
         with record.timed(call.query.device):
             mask, obstacle = self._examine(call, layout, moment)
-            if obstacle:
-                return self._fall_back(layer, call, record, obstacle)
-            call = call.ungrouped()
+            call = call if obstacle else call.ungrouped()
             site = self._site(layer, call, layout, moment, number, record, mask)
+            if obstacle:
+                return site.fall_back(call.query, call.key, call.value, obstacle)
             out = self._choose(layer, call, site)
             if mask is None or record.kind == "dense":
                 return out
@@ -311,15 +313,6 @@ class Run(ModelHook):  # type: ignore[misc]
             return None, None
         key = (moment.branch, call.attn_mask.shape, call.attn_mask.dtype)
         return read_mask(call.attn_mask, layout, self._masks, key)
-
-    def _fall_back(self, layer: Layer, call: Call, record: CallRecord, reason: str) -> Tensor:
-        if self.strict:
-            raise DenseFallbackError(
-                f"layer {layer.name!r} at step {record.step} would run dense ({reason}); "
-                "apply with strict=False to allow it"
-            )
-        record.ran_dense(reason, planned=False, backend=layer.user_backend().value)
-        return call.dense(layer.user_backend())
 
 
 def _nbytes(memory: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -28,14 +28,14 @@ class WrongResultError(DiffsparseError, ArithmeticError):
 
 @dataclass(frozen=True)
 class Case:
-    """One size: batch 1, `heads` x `tokens` x `head_dim`, square blocks, `sparsity` of them dropped at random."""
+    """One size: batch 1, `heads` x `tokens` x `head_dim`, square blocks, shares of them dropped at random."""
 
     tokens: int
     heads: int
     head_dim: int
     dtype: str
     block: int
-    sparsity: float
+    sparsities: tuple[float, ...]
 
     def tensors(self, device: str) -> list[torch.Tensor]:
         """q, k, v [1, H, N, D], normally distributed, seeded."""
@@ -46,7 +46,7 @@ class Case:
         dtype = getattr(torch, self.dtype)
         return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)]
 
-    def lists(self, device: str) -> BlockLists:
+    def lists(self, sparsity: float, device: str) -> BlockLists:
         """Random blocks, equally many in each row: (1 - sparsity) of a row, rounded, at least one."""
         import torch
 
@@ -55,7 +55,7 @@ class Case:
 
         edge = blocks_of(self.tokens, self.block)
         mass = torch.rand(1, self.heads, edge, edge, generator=torch.Generator().manual_seed(1))
-        mask = select_rows(mass, max(1, round((1 - self.sparsity) * edge))).to(device)
+        mask = select_rows(mass, max(1, round((1 - sparsity) * edge))).to(device)
         sizes = {"q_block": self.block, "kv_block": self.block, "q_len": self.tokens, "kv_len": self.tokens}
         return BlockLists.from_mask(mask, **sizes)
 
@@ -63,6 +63,15 @@ class Case:
     def flops(self) -> float:
         """Of dense attention, two matrix products."""
         return 4.0 * self.heads * self.tokens**2 * self.head_dim
+
+
+class Entry(NamedTuple):
+    """One contestant of a case; error is that of `check`."""
+
+    backend: str
+    kind: Literal["dense", "mass", "sparse"]
+    density: float = 1.0
+    error: float | None = None
 
 
 def dense_backends(device: str) -> dict[str, Any]:
@@ -88,23 +97,21 @@ def measure(case: Case, device: str, backends: list[str], rounds: int) -> list[R
     from diffsparse_kernels import attention, block_mass, block_sparse_attention
 
     q, k, v = case.tensors(device)
-    lists = case.lists(device)
     _, lse = attention(q, k, v)
-    contestants: dict[tuple[str, str], Callable[[], Any]] = {
-        (name, "dense"): _sdpa(member, q, k, v) for name, member in dense_backends(device).items()
+    contestants: dict[Entry, Callable[[], Any]] = {
+        Entry(name, "dense"): _sdpa(member, q, k, v) for name, member in dense_backends(device).items()
     }
-    errors = {}
     for name in backends:
-        errors[name] = check(q, k, v, lists, name)
-        contestants[name, "sparse"] = partial(block_sparse_attention, q, k, v, lists, backend=name)
-        contestants[name, "mass"] = partial(
-            block_mass, q, k, lse, q_block=case.block, kv_block=case.block, backend=name
-        )
+        mass = partial(block_mass, q, k, lse, q_block=case.block, kv_block=case.block, backend=name)
+        contestants[Entry(name, "mass")] = mass
+    for sparsity, name in itertools.product(case.sparsities, backends):
+        lists = case.lists(sparsity, device)
+        entry = Entry(name, "sparse", float(lists.density()), check(q, k, v, lists, name))
+        contestants[entry] = partial(block_sparse_attention, q, k, v, lists, backend=name)
     with torch.inference_mode():
         seconds = _take_turns(contestants, rounds)
-    dense = min(value for (_, kind), value in seconds.items() if kind == "dense")
-    density = float(lists.density())
-    return [_row(case, device, *key, value, dense, density, errors.get(key[0])) for key, value in seconds.items()]
+    dense = min(value for entry, value in seconds.items() if entry.kind == "dense")
+    return [_row(case, device, entry, value, dense) for entry, value in seconds.items()]
 
 
 def _sdpa(member: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], Any]:
@@ -149,48 +156,46 @@ def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists)
     return out
 
 
-def _take_turns(contestants: dict[tuple[str, str], Callable[[], Any]], rounds: int) -> dict[tuple[str, str], float]:
+def _take_turns(contestants: dict[Entry, Callable[[], Any]], rounds: int) -> dict[Entry, float]:
     """Median seconds of each; a dense kernel that can't run here is left out."""
     import torch
     from torch.utils.benchmark import Timer
 
     timers = {
-        key: Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        for key, call in contestants.items()
+        entry: Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        for entry, call in contestants.items()
     }
-    times: dict[tuple[str, str], list[float]] = {}
-    for turn, (key, timer) in itertools.product(range(rounds + 1), timers.items()):
+    times: dict[Entry, list[float]] = {}
+    for turn, (entry, timer) in itertools.product(range(rounds + 1), timers.items()):
         try:
             elapsed = timer.timeit(1).mean
         except RuntimeError:
-            if key[1] != "dense":
+            if entry.kind != "dense":
                 raise
             continue
         if turn > 0:  # the first warms up
-            times.setdefault(key, []).append(elapsed)
-    return {key: sorted(found)[len(found) // 2] for key, found in times.items()}
+            times.setdefault(entry, []).append(elapsed)
+    return {entry: sorted(found)[len(found) // 2] for entry, found in times.items()}
 
 
-def _row(
-    case: Case, device: str, backend: str, kind: str, seconds: float, dense: float, density: float, error: float | None
-) -> Row:
+def _row(case: Case, device: str, entry: Entry, seconds: float, dense: float) -> Row:
     from diffsparse_eval import environment
 
-    share = {"dense": 1.0, "sparse": density, "mass": 0.5}[kind]  # the mass pass has one product of two
+    share = 0.5 if entry.kind == "mass" else entry.density  # the mass pass has one product of two
     return {
         "device": environment.device_name(device),
-        "backend": backend,
-        "kind": kind,
+        "backend": entry.backend,
+        "kind": entry.kind,
         "tokens": case.tokens,
         "heads": case.heads,
         "head_dim": case.head_dim,
         "dtype": case.dtype,
         "block": case.block,
-        "density": 1.0 if kind != "sparse" else density,
+        "density": entry.density,
         "ms": seconds * 1e3,
         "tflops": share * case.flops / seconds / 1e12,
         "speedup": dense / seconds,
-        "max_error": error if kind == "sparse" else None,
+        "max_error": entry.error,
         "torch": environment.versions()["torch"],
         "commit": environment.commit(),
         "seed": 0,
@@ -250,8 +255,9 @@ def _cases(tokens: str, sparsity: str, head_dim: str, dtype: str, block: str, he
     for name, values in sizes.items():
         if not values or not all(isinstance(value, int) and value > 0 for value in values):
             raise ConfigError(f"{name} wants whole numbers of at least 1; got {counts[name]!r}")
-    product = itertools.product(dtypes, sizes["--head-dim"], sizes["--tokens"], sizes["--block"], shares)
-    return [Case(int(n), heads, int(d), name, int(b), float(s)) for name, d, n, b, s in product]
+    product = itertools.product(dtypes, sizes["--head-dim"], sizes["--tokens"], sizes["--block"])
+    dropped = tuple(map(float, shares))
+    return [Case(int(n), heads, int(d), name, int(b), dropped) for name, d, n, b in product]
 
 
 def _named(wanted: str, device: str) -> list[str]:
@@ -274,18 +280,15 @@ def _check_out(out: Path) -> None:
 
 
 def _write(rows: list[Row], out: Path) -> None:
-    import csv
     import json
 
     from diffsparse.files import whole
+    from diffsparse_eval.report import write_csv
 
-    with whole(out) as temporary, temporary.open("w", newline="") as file:
-        if out.suffix == ".json":
-            json.dump({"rows": rows}, file, indent=1)
-            return
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    if out.suffix == ".csv":
+        return write_csv(rows, out)
+    with whole(out) as temporary:
+        temporary.write_text(json.dumps({"rows": rows}, indent=1))
 
 
 def _table(rows: list[Row]) -> Any:

@@ -106,8 +106,8 @@ def _evaluate(
 
 def _line(row: dict[str, Any]) -> str:
     psnr = "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.2f} dB"
-    named = row["strategy"] if row["strategy"] == "dense" else f"{row['strategy']} {row['sparsity']:g}"
-    return f"{named:<12} {psnr:>9}  {row['seconds']:.1f} s, dense {row['dense_seconds']:.1f} s  {row['prompt'][:60]}"
+    seconds = f"{row['seconds']:.1f} s, dense {row['dense_seconds']:.1f} s"
+    return f"{row['label']:<12} {psnr:>9}  {seconds}  {row['prompt'][:60]}"
 
 
 def strategies(names: str, sparsity: str, knobs: dict[str, Any]) -> tuple[Any, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +123,12 @@ def run(experiment: Experiment, pipe: Any, results: Results, progress: Progress)
         call = {**experiment.arguments, "prompt": prompt}
         dense = generation(pipe, call, seed, progress)
         progress.advance(task)
-        name = f"p{number // len(experiment.seeds):02}-s{seed}"
-        media.save(dense.frames, results.out / _file(f"dense-{name}", dense), experiment.fps)
+        run_name = f"p{number // len(experiment.seeds):02}-s{seed}"
+        dense_file = _save(experiment, results.out, f"dense {run_name}", dense)
         for strategy in missing:
-            row = _row(experiment, pipe, call, seed, strategy, dense, results, name, progress)
+            row, sparse = _row(experiment, pipe, call, seed, strategy, dense, progress)
+            again = strategy == Dense()
+            row["file"] = dense_file if again else _save(experiment, results.out, f"{row['label']} {run_name}", sparse)
             _compare_attention(row, results.rows)
             results.add(row)
             progress.advance(task)
@@ -148,22 +151,18 @@ def _row(
     seed: int,
     strategy: Any,
     dense: Generation,
-    results: Results,
-    name: str,
     progress: Progress,
-) -> Row:
+) -> tuple[Row, Generation]:
     with diffsparse.apply(pipe, strategy, schedule=experiment.schedule, strict=experiment.strict) as handle:
         sparse = generation(pipe, call, seed, progress)
     report = handle.report()
-    label = type(strategy).__name__.lower()
-    asked = getattr(strategy, "sparsity", 0.0)
-    media.save(sparse.frames, results.out / _file(f"{label}-{asked:g}-{name}", sparse), experiment.fps)
     frames, height, width = sparse.frames.shape[:3]
-    return {
+    row = {
         "model": experiment.model,
-        "strategy": label,
+        "strategy": type(strategy).__name__.lower(),
+        "label": label(strategy),
         "arguments": repr(strategy),
-        "sparsity": asked,
+        "sparsity": getattr(strategy, "sparsity", 0.0),
         "density": report.density,
         "sparse_density": report.sparse_density,
         "steps": report.steps,
@@ -192,6 +191,19 @@ def _row(
         "size": f"{width}x{height}x{frames}",
         "schedule": repr(experiment.schedule),
     }
+    return row, sparse
+
+
+def label(strategy: Any) -> str:
+    """Name, sparsity and what else differs from the defaults: `adaspa 0.8 order=tile4x4x4`."""
+    parts = [type(strategy).__name__.lower()]
+    for knob in fields(strategy):
+        value = getattr(strategy, knob.name)
+        if knob.name == "sparsity":
+            parts.append(f"{value:g}")
+        elif value != knob.default:
+            parts.append(f"{knob.name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return " ".join(parts)
 
 
 def _compare_attention(row: Row, earlier: list[Row]) -> None:
@@ -208,8 +220,11 @@ def _dense_backend(backends: dict[str, int]) -> str:
     return ", ".join(name for name in backends if name not in ours()) or "native"
 
 
-def _file(stem: str, result: Generation) -> str:
-    return f"{stem}.{'png' if len(result.frames) == 1 else 'mp4'}"
+def _save(experiment: Experiment, out: Path, stem: str, result: Generation) -> str:
+    """Write the frames under a name that every file system takes; returns it."""
+    name = re.sub(r"[^\w.=-]+", "-", stem) + (".png" if len(result.frames) == 1 else ".mp4")
+    media.save(result.frames, out / name, experiment.fps)
+    return name
 
 
 def _finite(value: float) -> float | None:

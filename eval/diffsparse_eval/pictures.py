@@ -18,7 +18,6 @@ def write_sheet(rows: list[dict[str, Any]], prompt: str, seed: int, out: Path) -
         row = next((r for r in group if (r["prompt"], r["seed"]) == (prompt, seed)), None)
         if row is None:
             continue
-        stem = "dense" if row["strategy"] == "dense" else f"{row['strategy']}-{row['sparsity']:g}"
-        psnr = "" if row["psnr_db"] is None else f", {row['psnr_db']:.1f} dB, {row['speedup']:.2f}x"
-        strips[f"{label}{psnr}"] = media.read(next(out.glob(f"{stem}-p00-s{seed}.*")))
+        figures = "" if row["psnr_db"] is None else f", {row['psnr_db']:.1f} dB, {row['speedup']:.2f}x"
+        strips[f"{label}{figures}"] = media.read(out / row["file"])
     media.sheet(strips, out / "sheet.png")

@@ -33,8 +33,7 @@ def groups(rows: list[Row]) -> dict[str, list[Row]]:
     """Rows of equal strategy and arguments, in order of appearance; dense first."""
     found: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["strategy"] != "dense"):
-        label = row["strategy"] if row["strategy"] == "dense" else f"{row['strategy']} {row['sparsity']:g}"
-        found.setdefault(label, []).append(row)
+        found.setdefault(row["label"], []).append(row)
     return found
 
 
@@ -95,13 +94,18 @@ def _dense_steps(rows: list[Row]) -> str:
 def write(rows: list[Row], out: Path) -> None:
     """Write `results.csv` and `report.md` into `out`."""
     flat = [{k: v for k, v in row.items() if not isinstance(v, dict)} for row in rows]
-    with whole(out / "results.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(flat[0]))
-        writer.writeheader()
-        writer.writerows(flat)
+    write_csv(flat, out / "results.csv")
     meanings = "\n".join(f"- `{name}`: {meaning}" for name, meaning in DEFINITIONS.items())
     with whole(out / "report.md") as temporary:
         temporary.write_text(
             f"# {rows[0]['model']}: sparse beside dense\n\n{facts(rows)}\n\n{markdown(rows)}\n\n"
             f"Mean ± half-width of the 95 % confidence interval over prompts and seeds.\n\n## Columns\n{meanings}\n"
         )
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """Write rows of equal keys, whole or not at all."""
+    with whole(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -13,13 +13,13 @@ import diffsparse_kernels.cpu
 from diffsparse.cli import main
 from diffsparse_eval import bench, doctor, environment
 
-CASE = bench.Case(tokens=200, heads=2, head_dim=16, dtype="float32", block=32, sparsity=0.6)
+CASE = bench.Case(tokens=200, heads=2, head_dim=16, dtype="float32", block=32, sparsities=(0.6,))
 
 
 def test_rows_compare_with_dense_of_the_same_case() -> None:
     rows = bench.measure(CASE, "cpu", ["cpu"], rounds=2)
-    assert [(r["backend"], r["kind"]) for r in rows] == [("sdpa", "dense"), ("cpu", "sparse"), ("cpu", "mass")]
-    dense, sparse, _ = rows
+    assert [(r["backend"], r["kind"]) for r in rows] == [("sdpa", "dense"), ("cpu", "mass"), ("cpu", "sparse")]
+    dense, _, sparse = rows
     assert dense["speedup"] == 1
     assert sparse["speedup"] == pytest.approx(dense["ms"] / sparse["ms"])
     assert sparse["density"] == pytest.approx(3 / 7)  # 0.4 of 7 blocks, rounded
@@ -30,7 +30,7 @@ def test_rows_compare_with_dense_of_the_same_case() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_wrong_kernel_is_not_timed(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = bench.Case(200, 2, 16, dtype, 32, 0.6)
+    case = bench.Case(200, 2, 16, dtype, 32, (0.6,))
     bench.measure(case, "cpu", ["cpu"], rounds=1)
     right = diffsparse_kernels.cpu.block_sparse_attention
 

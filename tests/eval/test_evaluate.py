@@ -66,12 +66,14 @@ def test_rows_are_complete_and_consistent(results: Path) -> None:
 def test_files(results: Path) -> None:
     names = {path.name for path in results.iterdir()}
     assert {"results.json", "results.csv", "report.md", "sheet.png"} <= names
-    assert {"dense-p00-s0.mp4", "dense-p01-s0.mp4", "adaspa-0.8-p01-s0.mp4", "random-0.5-p00-s0.mp4"} <= names
+    assert {"dense-p00-s0.mp4", "dense-p01-s0.mp4", "random-0.5-block=16-p00-s0.mp4"} <= names
+    assert all((results / row["file"]).exists() for row in rows_of(results))
+    assert len({row["file"] for row in rows_of(results)}) == 1 + 2 * 4
     with (results / "results.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [row["strategy"] for row in table] == [row["strategy"] for row in rows_of(results)]
     text = (results / "report.md").read_text()
-    assert "| adaspa 0.8 | 2 |" in text
+    assert "| adaspa 0.8 searches=2 block=16 | 2 |" in text
     assert "noise floor (dense again) identical" in text
     assert all(f"`{name}`" in text for name in DEFINITIONS)
     with Image.open(results / "sheet.png") as sheet:
@@ -133,8 +135,8 @@ def test_prompts_and_seeds(tmp_path: Path) -> None:
 
 def test_summaries_show_mean_and_interval() -> None:
     row = dict.fromkeys(report._COLUMNS, 1.0)
-    rows = [{**row, "strategy": "adaspa", "sparsity": 0.8, "psnr_db": value} for value in (20.0, 22.0, 24.0)]
-    rows.append({**row, "strategy": "dense", "sparsity": 0.0, "psnr_db": None})
+    rows = [{**row, "strategy": "adaspa", "label": "adaspa 0.8", "psnr_db": value} for value in (20.0, 22.0, 24.0)]
+    rows.append({**row, "strategy": "dense", "label": "dense", "psnr_db": None})
     dense, sparse = report.summary(rows)
     assert dense["strategy"] == "dense"
     assert dense["psnr_db"] == "identical"
