@@ -2,11 +2,13 @@
 
 Rows that keep equally many blocks are computed together, in groups small enough for the cache, by torch's own flash
 kernel; bfloat16 takes its scores in float32 and its weighted sum in bfloat16; float16 is computed in float32, since
-CPUs multiply it slowly.
+CPUs multiply it slowly. What a step leaves behind is overwritten by the next: fresh pages of memory would cost as much
+as the products.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,13 +18,14 @@ from torch import Tensor
 
 from diffsparse_kernels.lists import BlockLists
 
-_GATHER_BYTES = 2 * 2**20  # keys and values gathered at a time: what a core's cache holds
+_GATHER_BYTES = 4 * 2**20  # keys and values gathered at a time, about what caches hold
+_LEAST_ROWS = 2  # computed at a time, or some threads would idle
 _STRIP_BYTES = 16 * 2**20  # scores of one strip of query rows
 
 
 def break_even(dtype: torch.dtype, head_dim: int, block: int) -> float:
-    """Density above which dense attention is faster, as measured on AVX-512 machines."""
-    return 0.7 if dtype != torch.bfloat16 else 0.9
+    """Density above which dense attention is faster, as measured on a machine with AVX-512 and bfloat16 products."""
+    return 0.7 if block >= 128 else 0.6
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -49,9 +52,9 @@ def attention_with_mass(
     """Dense attention, its LSE and the block mass, one pass over strips of rows."""
     outs, lses, masses = [], [], []
     exact = torch.promote_types(q.dtype, torch.float32)
-    keys, values = k.to(exact).transpose(-1, -2), v.to(exact)
+    keys, values, scratch = k.to(exact).transpose(-1, -2), v.to(exact), _Scratch()
     for rows in _strips(q, k, q_block):
-        scores = _scores(q[:, :, rows], keys, scale, key_mask)
+        scores = _scores(q[:, :, rows], keys, scale, key_mask, scratch)
         top = scores.amax(-1, keepdim=True)
         weights = scores.sub_(top.masked_fill(top.isneginf(), 0)).exp_()  # [B, H, rows, N_kv]
         tiles = _column_sums(weights, kv_block)  # [B, H, rows, nK]
@@ -70,11 +73,12 @@ def block_mass(
     """Sum of exp(score - lse) over each tile, one pass over keys in strips of rows."""
     masses = []
     exact = torch.promote_types(q.dtype, torch.float32)
-    keys = k.to(exact).transpose(-1, -2)
+    keys, scratch = k.to(exact).transpose(-1, -2), _Scratch()
     for rows in _strips(q, k, q_block):
         cached = lse[:, :, rows, None].to(exact)
-        weights = _scores(q[:, :, rows], keys, scale, key_mask).sub_(cached.masked_fill(~cached.isfinite(), torch.inf))
-        masses.append(_row_sums(_column_sums(weights.exp_(), kv_block), q_block))
+        scores = _scores(q[:, :, rows], keys, scale, key_mask, scratch)
+        weights = scores.sub_(cached.masked_fill(~cached.isfinite(), torch.inf)).exp_()
+        masses.append(_row_sums(_column_sums(weights, kv_block), q_block))
     return torch.cat(masses, 2)
 
 
@@ -82,15 +86,35 @@ def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks."""
-    work = _Blocks.of(*_computable(q, k, v), lists, key_mask)
+    work, scratch = _Blocks.of(*_computable(q, k, v), lists, key_mask), _Scratch()
     for group in _groups(lists, q.shape[0]):
-        if group.cnt == lists.kv_blocks:
+        if group.cnt == 0:
+            work.out.flatten(0, 2)[group.row], work.lse.flatten(0, 2)[group.row] = 0, -torch.inf
+        elif group.cnt == lists.kv_blocks:
             _dense_rows(work, group, scale)
-        elif group.cnt:
-            _sparse_rows(work, group, scale)
+        else:
+            _sparse_rows(work, group, scale, scratch)
     rows = slice(None, q.shape[2])
     out = work.out.flatten(2, 3)[:, :, rows].to(q.dtype)
     return out, work.lse.flatten(2, 3)[:, :, rows]
+
+
+class _Scratch:
+    """Memory that the steps of one call share, by name."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of `shape` whose values are whatever was there."""
+        size = math.prod(shape)
+        if name not in self._kept or self._kept[name].numel() < size:
+            self._kept[name] = torch.empty(size, dtype=dtype)
+        return self._kept[name][:size].view(shape)
+
+    def gather(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
+        """`x.index_select(0, rows)`."""
+        return torch.index_select(x, 0, rows, out=self.take(name, (len(rows), *x.shape[1:]), x.dtype))
 
 
 class _Group(NamedTuple):
@@ -122,8 +146,8 @@ class _Blocks(NamedTuple):
             _cut(k, lists.kv_block).flatten(0, 2),
             _cut(v, lists.kv_block).flatten(0, 2),
             mask,
-            q.new_zeros(*q_blocks.shape[:4], v.shape[-1]),
-            q.new_full(q_blocks.shape[:4], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)),
+            q.new_empty(*q_blocks.shape[:4], v.shape[-1]),
+            q.new_empty(q_blocks.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32)),
             lists,
         )
 
@@ -138,33 +162,33 @@ def _groups(lists: BlockLists, batch: int) -> Iterator[_Group]:
         yield _Group(row, idx[row, : key // 2], key // 2, bool(key % 2))
 
 
-def _sparse_rows(work: _Blocks, group: _Group, scale: float) -> None:
+def _sparse_rows(work: _Blocks, group: _Group, scale: float, scratch: _Scratch) -> None:
     """Gather the kept keys and values of a few rows at a time, and attend to them."""
     lists, dim = work.lists, work.k.shape[-1] + work.v.shape[-1]
     per_row = group.cnt * lists.kv_block * dim * work.k.element_size()
     columns = group.cnt * lists.kv_block - (-lists.kv_len % lists.kv_block if group.ragged else 0)
     q, out, lse = work.q.flatten(0, 2), work.out.flatten(0, 2), work.lse.flatten(0, 2)
-    for row, idx in zip(*(x.split(max(1, _GATHER_BYTES // per_row)) for x in (group.row, group.idx)), strict=True):
+    at_a_time = max(_LEAST_ROWS, _GATHER_BYTES // per_row)
+    for row, idx in zip(group.row.split(at_a_time), group.idx.split(at_a_time), strict=True):
         head = row // lists.q_blocks  # of [B * H]
         blocks = (head[:, None] * lists.kv_blocks + idx).flatten()
-        keys, values = (
-            x.index_select(0, blocks).view(1, len(row), -1, x.shape[-1])[:, :, :columns] for x in (work.k, work.v)
-        )
+        keys = scratch.gather("keys", work.k, blocks).view(len(row), -1, q.shape[-1])[:, :columns]
+        values = scratch.gather("values", work.v, blocks).view(len(row), -1, out.shape[-1])[:, :columns]
         bias = _gathered_bias(work, head, idx, columns)
-        part, part_lse = _product(q.index_select(0, row)[None], keys, values, scale, bias)
+        part, part_lse = _product(scratch.gather("queries", q, row), keys, values, scale, bias, scratch)
         if bias is not None:
-            dead = bias[0, :, 0].isneginf().all(-1)
-            part[0, dead], part_lse[0, dead] = 0, -torch.inf
-        out[row], lse[row] = part[0], part_lse[0]
+            dead = bias[:, 0].isneginf().all(-1)
+            part[dead], part_lse[dead] = 0, -torch.inf
+        out[row], lse[row] = part, part_lse
 
 
 def _gathered_bias(work: _Blocks, head: Tensor, idx: Tensor, columns: int) -> Tensor | None:
-    """The key mask of the gathered blocks as an additive bias [1, rows, 1, columns]."""
+    """The key mask of the gathered blocks as an additive bias [rows, 1, columns]."""
     if work.mask is None:
         return None
     sample = head // work.q.shape[1]
     blocks = (sample[:, None] * work.lists.kv_blocks + idx).flatten()
-    mask = work.mask.index_select(0, blocks).view(1, len(idx), 1, -1)[..., :columns]
+    mask = work.mask.index_select(0, blocks).view(len(idx), 1, -1)[..., :columns]
     return _bias(mask, work.q)
 
 
@@ -180,6 +204,7 @@ def _dense_rows(work: _Blocks, group: _Group, scale: float) -> None:
         if work.mask is not None:
             mask = work.mask.view(-1, lists.kv_blocks * lists.kv_block)[sample, : lists.kv_len]
             if not mask.any():
+                work.out[sample, inner, rows], work.lse[sample, inner, rows] = 0, -torch.inf
                 continue
             bias = _bias(mask[None, None, None], q)
         part, part_lse = _flash(q, keys[head][None, None], values[head][None, None], scale, bias)
@@ -187,8 +212,14 @@ def _dense_rows(work: _Blocks, group: _Group, scale: float) -> None:
         work.lse[sample, inner, rows] = part_lse[0, 0].unflatten(0, (-1, lists.q_block))
 
 
-def _product(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _mixed(q, k, v, scale, bias) if q.dtype == torch.bfloat16 else _flash(q, k, v, scale, bias)
+def _product(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, scratch: _Scratch
+) -> tuple[Tensor, Tensor]:
+    """Attention of [rows, block, D] to [rows, columns, D]."""
+    if q.dtype == torch.bfloat16:
+        return _mixed(q, k, v, scale, bias, scratch)
+    out, lse = _flash(q[None], k[None], v[None], scale, None if bias is None else bias[None])
+    return out[0], lse[0]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -201,15 +232,20 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -
     return out[..., :width], lse
 
 
-def _mixed(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _mixed(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, scratch: _Scratch
+) -> tuple[Tensor, Tensor]:
     """Scores in float32, weighted sum in bfloat16: twice as fast as flash, and as exact."""
-    scores = (q.float() * scale) @ k.float().transpose(-1, -2)
+    shape = (*q.shape[:2], k.shape[1])
+    keys = scratch.take("exact keys", tuple(k.shape), torch.float32).copy_(k)
+    scores = torch.bmm(q.float() * scale, keys.mT, out=scratch.take("scores", shape, torch.float32))
     if bias is not None:
-        scores = scores + bias.float()
+        scores += bias
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top.masked_fill(top.isneginf(), 0)).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = (weights.to(v.dtype) @ v).float() / total.masked_fill(total == 0, 1)
+    rounded = scratch.take("weights", shape, v.dtype).copy_(weights)
+    out = (rounded @ v).float() / total.masked_fill(total == 0, 1)
     return out.to(q.dtype), (top + total.log())[..., 0]
 
 
@@ -225,8 +261,9 @@ def _bias(mask: Tensor, q: Tensor) -> Tensor:
 
 def _cut(x: Tensor, block: int) -> Tensor:
     """[B, H, N, D] -> [B, H, n, block, D], contiguous, the ragged tail filled with zeros."""
-    padded: Tensor = F.pad(x, (0, 0, 0, -x.shape[2] % block)).contiguous()
-    blocks: Tensor = padded.unflatten(2, (-1, block))
+    missing = -x.shape[2] % block
+    padded = F.pad(x, (0, 0, 0, missing)) if missing else x  # padding by nothing would copy
+    blocks: Tensor = padded.contiguous().unflatten(2, (-1, block))
     return blocks
 
 
@@ -238,8 +275,10 @@ def _strips(q: Tensor, k: Tensor, multiple: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, length))
 
 
-def _scores(q: Tensor, keys: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
-    scores = (q.to(keys.dtype) * scale) @ keys
+def _scores(q: Tensor, keys: Tensor, scale: float, key_mask: Tensor | None, scratch: _Scratch) -> Tensor:
+    """q [B, H, rows, D] times keys [B, H, D, N_kv], valid until the next strip."""
+    scores = scratch.take("scores", (*q.shape[:3], keys.shape[-1]), keys.dtype)
+    torch.matmul(q.to(keys.dtype) * scale, keys, out=scores)
     return scores if key_mask is None else scores.masked_fill_(~key_mask[:, None, None], -torch.inf)
 
 
