@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffsparse.report import Report
     from diffsparse.schedule import Schedule
     from diffsparse.site import Site
-    from diffsparse.strategies import AdaSpa, Dense, Random
+    from diffsparse.strategies import PARO, AdaSpa, Dense, Random
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,7 @@ _HOME = {
     "DiffsparseError": "diffsparse.errors",
     "Handle": "diffsparse.patch",
     "Layout": "diffsparse.layout",
+    "PARO": "diffsparse.strategies",
     "Random": "diffsparse.strategies",
     "Report": "diffsparse.report",
     "Schedule": "diffsparse.schedule",
@@ -39,6 +40,7 @@ _HOME = {
 }
 
 __all__ = [
+    "PARO",
     "AdaSpa",
     "Dense",
     "DiffsparseError",

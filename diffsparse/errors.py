@@ -10,6 +10,7 @@ __all__ = [
     "InputFileError",
     "KernelInputError",
     "OutputFileError",
+    "PlanError",
     "UnknownNameError",
     "UnsupportedModelError",
 ]
@@ -33,6 +34,10 @@ class InputFileError(DiffsparseError, OSError):
 
 class OutputFileError(DiffsparseError, OSError):
     """A file or folder can't be written."""
+
+
+class PlanError(DiffsparseError, ValueError):
+    """A plan that doesn't belong to this model, layout or strategy, or whose values make no sense."""
 
 
 class UnknownNameError(DiffsparseError, LookupError):

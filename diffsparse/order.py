@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,50 @@ def permutation(order: str, layout: Layout) -> tuple[Tensor, Tensor]:
     inside = slice(layout.text_before, layout.text_before + layout.video)
     tokens[inside] = video + layout.text_before
     return tokens, tokens.argsort()
+
+
+class HeadOrders(NamedTuple):
+    """An order for each head: `forward` and its inverse `back`, int64 [H, N], as `permutation` gives them."""
+
+    forward: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(cls, names: tuple[str, ...], picked: Tensor, layout: Layout, device: torch.device) -> HeadOrders:
+        """Head h gets the order `names[picked[h]]`."""
+        forward, back = _tables(names, layout, device)
+        picked = picked.to(device, torch.int64, non_blocking=True)
+        return cls(forward[picked], back[picked])
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [B, H, N, D] with each head's tokens in its order; contiguous. One copy, whatever the strides of x."""
+        batch, heads, tokens, dim = x.shape
+        head = torch.arange(heads, device=x.device)[:, None]  # [H, 1]
+        if x.transpose(1, 2).is_contiguous():
+            flat, rows = x.transpose(1, 2).reshape(-1, dim), self.forward * heads + head  # of [N, H]
+        else:
+            flat, rows = x.reshape(-1, dim), self.forward + head * tokens  # of [H, N]
+        return flat.index_select(0, _batched(rows, batch)).view(x.shape)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """The raster order again: [B, H, N, D], stored as [B, N, H, D], as processors want it next."""
+        batch, heads, tokens, dim = x.shape
+        rows = self.back.T + torch.arange(heads, device=x.device) * tokens  # [N, H]
+        raster = x.reshape(-1, dim).index_select(0, _batched(rows, batch))
+        return raster.view(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def _batched(rows: Tensor, batch: int) -> Tensor:
+    """Row numbers within a sample to those within a batch, flat."""
+    first = torch.arange(batch, device=rows.device) * rows.numel()
+    return (first[:, None, None] + rows).flatten()
+
+
+@lru_cache(maxsize=16)
+def _tables(names: tuple[str, ...], layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All orders and their inverses, int64 [orders, N] each, on the device."""
+    forward, back = zip(*(permutation(name, layout) for name in names), strict=True)
+    return torch.stack(forward).to(device), torch.stack(back).to(device)
 
 
 def _rank(keys: list[Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ from diffsparse.schedule import Schedule
 # A child module without weights carries the stateful hook. On the model itself, a hook would replace its `forward`
 # by one that is bound to it, and a deep copy would then run the original's.
 BEACON = "_diffsparse"
+BARE = "transformer"  # what a transformer is called that comes without its pipeline: the name it has in most
 _ATTENTION = (Attention, MochiAttention, AttentionModuleMixin)
 _NATIVE = AttentionBackendName.NATIVE
 
@@ -119,23 +120,31 @@ def apply(target: Any, strategy: Any, *, schedule: Schedule | None = None, stric
             f"a strategy is an object with a method attend(q, k, v, site), such as AdaSpa(); got {strategy!r}"
         )
     pipe = None if isinstance(target, torch.nn.Module) else target
-    models = _transformers(target)
+    models = models_of(target)
+    check = getattr(strategy, "check", None)
+    if check is not None:
+        check(models)
     for model in models.values():
         _remove(model)
     schedule = Schedule() if schedule is None else schedule
-    runs = [_apply(model, strategy, schedule, strict, pipe) for model in models.values()]
+    runs = [_apply(name, model, strategy, schedule, strict, pipe) for name, model in models.items()]
     return Handle(strategy, models, runs)
 
 
 def remove(target: Any) -> None:
     """Undo `apply` on a pipeline or transformer; one that was never touched stays as it is."""
-    for model in _transformers(target).values():
+    for model in models_of(target).values():
         _remove(model)
 
 
-def _transformers(target: Any) -> dict[str, torch.nn.Module]:
+def models_of(target: Any) -> dict[str, torch.nn.Module]:
+    """The transformers of a pipeline that can be applied to, by name; a bare transformer is one of its own.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
     if isinstance(target, torch.nn.Module):
-        found = {type(target).__name__: target}
+        found = {BARE: target}
     else:
         parts = getattr(target, "components", None)
         parts = parts if isinstance(parts, dict) else {}
@@ -158,11 +167,11 @@ def _attentions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]
             yield name, module
 
 
-def _apply(model: torch.nn.Module, strategy: Any, schedule: Schedule, strict: bool, pipe: Any) -> Run:
-    run = Run(spec_of(model), strategy, schedule, strict, pipe)
+def _apply(name: str, model: torch.nn.Module, strategy: Any, schedule: Schedule, strict: bool, pipe: Any) -> Run:
+    run = Run(name, spec_of(model), strategy, schedule, strict, pipe)
     modules = dict(_attentions(model))
-    for name, module in modules.items():
-        module.__dict__["_diffsparse"] = run.add_layer(name)
+    for path, module in modules.items():
+        module.__dict__["_diffsparse"] = run.add_layer(path)
         _adopt(module)
     run.pre_hook = model.register_forward_pre_hook(_Watch(model, run, list(modules.values())), with_kwargs=True)
     beacon = torch.nn.Module()

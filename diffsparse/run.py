@@ -184,9 +184,9 @@ class Run(ModelHook):  # type: ignore[misc]
 
     _is_stateful = True
 
-    def __init__(self, spec: ModelSpec, strategy: Any, schedule: Schedule, strict: bool, pipe: Any) -> None:
+    def __init__(self, name: str, spec: ModelSpec, strategy: Any, schedule: Schedule, strict: bool, pipe: Any) -> None:
         super().__init__()
-        self.spec, self.strategy, self.schedule, self.strict = spec, strategy, schedule, strict
+        self.name, self.spec, self.strategy, self.schedule, self.strict = name, spec, strategy, schedule, strict
         self.context = _Context()
         self.clock = Clock(pipe, lambda: self.context.current)
         self.grid: Grid | None = None
@@ -200,7 +200,7 @@ class Run(ModelHook):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         """A copied model is not applied: its hook has no layers."""
-        return Run(self.spec, self.strategy, self.schedule, self.strict, None)
+        return Run(self.name, self.spec, self.strategy, self.schedule, self.strict, None)
 
     def add_layer(self, name: str) -> Layer:
         """The layer for the attention module `name`."""
@@ -286,6 +286,7 @@ class Run(ModelHook):  # type: ignore[misc]
         key = (layer.index, number, moment.branch, moment.steps, call.query.shape, layout)
         backend = layer.user_backend()
         return Site(
+            self.name,
             layer.name,
             layer.index,
             moment.step,

@@ -9,44 +9,58 @@ from torch import Tensor
 
 from diffsparse.errors import ConfigError, UnknownNameError
 from diffsparse.names import closest
+from diffsparse.plan import Planned
 from diffsparse.site import Site
 from diffsparse.strategies.adaspa import AdaSpa
 from diffsparse.strategies.dense import Dense
+from diffsparse.strategies.paro import PARO
 from diffsparse.strategies.random import Random
 
-__all__ = ["STRATEGIES", "AdaSpa", "Dense", "Random", "Strategy", "parse"]
+__all__ = ["PARO", "STRATEGIES", "AdaSpa", "Dense", "Random", "Strategy", "parse"]
 
 
 class Strategy(Protocol):
     """Anything with this method is a strategy.
 
     It may also have `observe(q, k, v, site)`, which is called in place of dense attention on the last of the dense
-    first steps, and returns the dense output.
+    first steps, and returns the dense output; `check(models)`, which `apply` calls with the transformers by name
+    before it changes anything; and `order`, a token order for all heads (`diffsparse.order`).
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Attention over q, k, v [B, H, N, D] -> [B, H, N, D]."""
 
 
-STRATEGIES: dict[str, type[Any]] = {"adaspa": AdaSpa, "dense": Dense, "random": Random}
+STRATEGIES: dict[str, type[Any]] = {"adaspa": AdaSpa, "dense": Dense, "paro": PARO, "random": Random}
 
 
 def parse(names: str, **knobs: Any) -> list[Any]:
-    """Strategies from a comma-separated list such as "adaspa,random", each given the knobs that it has.
+    """Strategies from a comma-separated list such as "adaspa,paro:plan.safetensors".
+
+    Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon.
 
     Raises:
         UnknownNameError: a name that is no strategy's.
-        ConfigError: no name at all, or a knob out of range.
+        ConfigError: no name at all, a knob out of range, a plan that is missing or for a strategy that takes none.
+        InputFileError, PlanError: a plan that can't be read, or is another strategy's.
     """
-    listed = [name.strip().lower() for name in names.split(",") if name.strip()]
+    listed = [name.strip() for name in names.split(",") if name.strip()]
     if not listed:
         raise ConfigError(f"wanted one or more strategies out of {', '.join(STRATEGIES)}; got an empty list")
     return [_make(name, knobs) for name in listed]
 
 
-def _make(name: str, knobs: dict[str, Any]) -> Any:
+def _make(text: str, knobs: dict[str, Any]) -> Any:
+    name, colon, plan = text.partition(":")
+    name = name.lower()
     if name not in STRATEGIES:
         raise UnknownNameError(f"no strategy is called {name!r}; known: {closest(name, STRATEGIES)}")
     cls = STRATEGIES[name]
+    if issubclass(cls, Planned):
+        if not plan:
+            raise ConfigError(f"strategy {name!r} wants a plan, as in {name}:plan.safetensors (diffsparse calibrate)")
+        return cls.load(plan)
+    if colon:
+        raise ConfigError(f"strategy {name!r} takes no plan; got {text!r}")
     own = {field.name for field in fields(cls)}
     return cls(**{key: value for key, value in knobs.items() if key in own and value is not None})

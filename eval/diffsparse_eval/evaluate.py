@@ -7,16 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from diffsparse.errors import ConfigError, InputFileError
+from diffsparse.errors import ConfigError
 from diffsparse.schedule import Schedule
 from diffsparse_pipelines import options
-
-PROMPTS = Path(__file__).with_name("prompts.txt")
+from diffsparse_pipelines.prompts import read_prompts, read_seeds
 
 
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv, report.md, videos and a sheet.")],
-    strategy: Annotated[str, typer.Option(help="Names separated by commas: adaspa, random, dense.")] = "adaspa,random",
+    strategy: Annotated[
+        str, typer.Option(help="Names separated by commas: adaspa, random, dense, paro:PLAN.")
+    ] = "adaspa,random",
     sparsity: Annotated[str, typer.Option(help="Numbers in [0, 1) separated by commas.")] = "0.8",
     prompts: Annotated[str, typer.Option(help="How many built-in prompts, or a file with one a line.")] = "2",
     seeds: Annotated[str, typer.Option(help="Numbers separated by commas.")] = "0",
@@ -123,45 +124,3 @@ def strategies(names: str, sparsity: str, knobs: dict[str, Any]) -> tuple[Any, .
         raise ConfigError("--sparsity wants one or more numbers in [0, 1), separated by commas; got none")
     listed = [made for share in shares for made in parse(names, sparsity=share, **knobs)]
     return tuple(dict.fromkeys(listed))
-
-
-def read_prompts(wanted: str, model: str) -> tuple[str, ...]:
-    """Built-in prompts by number, or the lines of a file; lines that are empty or begin with # don't count.
-
-    Raises:
-        ConfigError: a number below one, or above what there is. InputFileError: a file that is missing or empty.
-    """
-    if not wanted.lstrip("-").isdecimal():
-        return _lines(Path(wanted))
-    if model.startswith("tiny"):
-        from diffsparse_pipelines import tiny
-
-        listed = tuple(tiny.prompts(max(int(wanted), 0)))
-    else:
-        listed = _lines(PROMPTS)[: max(int(wanted), 0)]
-    if int(wanted) < 1 or len(listed) < int(wanted):
-        raise ConfigError(f"--prompts wants a file, or a number from 1 to {len(_lines(PROMPTS))}; got {wanted}")
-    return listed
-
-
-def _lines(path: Path) -> tuple[str, ...]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(f"can't read the prompt file {path}: {error}") from error
-    found = tuple(line for line in lines if line and not line.startswith("#"))
-    if not found:
-        raise InputFileError(f"the prompt file {path} holds no prompt; write one a line")
-    return found
-
-
-def read_seeds(text: str) -> tuple[int, ...]:
-    """Seeds from a comma-separated list.
-
-    Raises:
-        ConfigError: none, or something that is no whole number.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--seeds wants whole numbers separated by commas; got {text!r}")
-    return tuple(dict.fromkeys(int(part) for part in parts))

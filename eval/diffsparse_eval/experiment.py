@@ -14,6 +14,8 @@ import diffsparse
 from diffsparse import Dense, Schedule
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.files import folder, whole
+from diffsparse.plan import Planned
+from diffsparse.search import SEARCHES
 from diffsparse_eval import environment, metrics
 from diffsparse_pipelines import media
 from diffsparse_pipelines.generate import Generation, generation
@@ -197,13 +199,24 @@ def _row(
 def label(strategy: Any) -> str:
     """Name, sparsity and what else differs from the defaults: `adaspa 0.8 order=tile4x4x4`."""
     parts = [type(strategy).__name__.lower()]
-    for knob in fields(strategy):
-        value = getattr(strategy, knob.name)
-        if knob.name == "sparsity":
+    for name, value, default in _knobs(strategy):
+        if name == "sparsity":
             parts.append(f"{value:g}")
-        elif value != knob.default:
-            parts.append(f"{knob.name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
+        elif value != default:
+            parts.append(f"{name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
     return " ".join(parts)
+
+
+def _knobs(strategy: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and default of what was chosen; for a strategy that runs on a plan, in the search that made it."""
+    if isinstance(strategy, Planned):
+        settings = strategy.plan.settings
+        for knob in fields(SEARCHES[strategy.plan.strategy]):
+            value = settings.get(knob.name, knob.default)
+            yield knob.name, tuple(value) if isinstance(value, list) else value, knob.default
+    else:
+        for knob in fields(strategy):
+            yield knob.name, getattr(strategy, knob.name), knob.default
 
 
 def _compare_attention(row: Row, earlier: list[Row]) -> None:

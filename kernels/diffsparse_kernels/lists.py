@@ -98,6 +98,11 @@ class BlockLists:
         idx = numbers.new_zeros(*mask.shape[:3], width + 1).scatter_(-1, place, numbers)[..., :width]
         return cls(idx.contiguous(), cnt.clamp(max=width), q_block, kv_block, q_len, kv_len)
 
+    def to(self, device: torch.device | str) -> BlockLists:
+        """The same lists on another device."""
+        idx, cnt = (x.to(device, non_blocking=True) for x in (self.idx, self.cnt))
+        return BlockLists(idx, cnt, self.q_block, self.kv_block, self.q_len, self.kv_len)
+
     def to_mask(self) -> Tensor:
         """The same blocks as a bool mask [B|1, H, nQ, nK]."""
         listed = torch.arange(self.idx.shape[-1], device=self.idx.device) < self.cnt[..., None]

@@ -100,7 +100,9 @@ def generate(
     frames: options.NumFrames = None,
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
-    strategy: Annotated[str, typer.Option(help="adaspa, random, or dense.", rich_help_panel="Strategy")] = "adaspa",
+    strategy: Annotated[
+        str, typer.Option(help="adaspa, random, dense, or paro:PLAN.", rich_help_panel="Strategy")
+    ] = "adaspa",
     sparsity: Annotated[
         float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel="Strategy")
     ] = 0.8,

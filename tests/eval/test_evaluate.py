@@ -16,6 +16,7 @@ from diffsparse import AdaSpa, Dense, Random
 from diffsparse.cli import main
 from diffsparse_eval import evaluate, report
 from diffsparse_eval.metrics import DEFINITIONS
+from diffsparse_pipelines.prompts import read_prompts, read_seeds
 
 COMMAND = ["evaluate", "--model", "tiny-twin", "--steps", "4", "--block", "16", "--prompts", "2"]
 COMMAND += ["--sparsity", "0.5,0.8", "--searches", "2"]
@@ -127,10 +128,10 @@ def test_strategies_are_listed_once() -> None:
 def test_prompts_and_seeds(tmp_path: Path) -> None:
     file = tmp_path / "p.txt"
     file.write_text("# a comment\n one \n\ntwo\n", encoding="utf-8")
-    assert evaluate.read_prompts(str(file), "wan2.1-1.3b") == ("one", "two")
-    assert len(evaluate.read_prompts("16", "wan2.1-1.3b")) == 16
-    assert len(evaluate.read_prompts("20", "tiny")) == 20
-    assert evaluate.read_seeds("3, 1,3") == (3, 1)
+    assert read_prompts(str(file), "wan2.1-1.3b") == ("one", "two")
+    assert len(read_prompts("16", "wan2.1-1.3b")) == 16
+    assert len(read_prompts("20", "tiny")) == 20
+    assert read_seeds("3, 1,3") == (3, 1)
 
 
 def test_summaries_show_mean_and_interval() -> None:

@@ -1,0 +1,12 @@
+"""Offline searches: each watches some runs of a pipeline and ends with a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffsparse.search.calibrate import Search, calibrate
+from diffsparse.search.paro import PAROSearch
+
+__all__ = ["SEARCHES", "PAROSearch", "Search", "calibrate"]
+
+SEARCHES: dict[str, type[Any]] = {"paro": PAROSearch}

@@ -1,0 +1,150 @@
+"""Drive an offline search over runs of a pipeline; what it has added up is on disk after each run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffsparse.errors import ConfigError, InputFileError, PlanError
+from diffsparse.files import whole
+from diffsparse.layout import Layout
+from diffsparse.patch import apply, models_of
+from diffsparse.plan import Plan, fingerprints
+from diffsparse.schedule import Schedule
+from diffsparse.site import Site
+
+_KEY = "diffsparse"
+
+
+class Sums:
+    """What a search has added up so far: tensors on the CPU by "model.layer.what", and the layout they are of."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.layout: Layout | None = None
+
+    def add(self, site: Site, what: str, value: Tensor, shape: tuple[int, ...], at: Any = ...) -> None:
+        """Add `value` to place `at` of the tensor `what` [shape] of this layer, zero at first.
+
+        Raises:
+            PlanError: the runs differ in size.
+        """
+        if self.layout not in (None, site.layout):
+            raise PlanError(f"all runs of a search want one size; got {self.layout} and {site.layout}")
+        self.layout = site.layout
+        total = self.tensors.setdefault(f"{site.model}.{site.layer}.{what}", torch.zeros(shape))
+        total[at] += value.cpu()
+
+    def of(self, what: str) -> dict[str, Tensor]:
+        """All tensors of that kind, by "model.layer"."""
+        ending = f".{what}"
+        return {name.removesuffix(ending): x for name, x in self.tensors.items() if name.endswith(ending)}
+
+
+class Search(Protocol):
+    """An offline search: a frozen dataclass whose fields are its knobs.
+
+    strategy: whose plans it makes. passes: how often each prompt is run.
+    """
+
+    strategy: str
+    passes: int
+
+    def watcher(self, number: int, sums: Sums) -> Any:
+        """The strategy that runs in pass `number`; it adds to `sums` what it sees."""
+
+    def plan(self, sums: Sums) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Settings and tensors of the plan."""
+
+
+@dataclass
+class _Progress:
+    """Where a search stands, and the file that says so."""
+
+    path: Path
+    key: str
+    done: int = 0
+    sums: Sums = field(default_factory=Sums)
+
+    def load(self) -> None:
+        """Go on where the file stopped, if there is one.
+
+        Raises:
+            InputFileError: it can't be read. ConfigError: it is of another search.
+        """
+        if not self.path.exists():
+            return
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})[_KEY])
+                self.sums.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise InputFileError(f"can't read {self.path}: {error}; delete it to begin anew") from error
+        if header["key"] != self.key:
+            raise ConfigError(
+                f"{self.path} is of a search with other settings; delete it, or choose another --out, to begin anew"
+            )
+        self.done = header["done"]
+        self.sums.layout = Layout(**header["layout"])
+
+    def save(self) -> None:
+        layout = None if self.sums.layout is None else vars(self.sums.layout)
+        header = {"key": self.key, "done": self.done, "layout": layout}
+        with whole(self.path) as temporary:
+            save_file(self.sums.tensors, temporary, metadata={_KEY: json.dumps(header)})
+
+
+def calibrate(
+    pipe: Any,
+    search: Any,
+    calls: Sequence[Callable[[], Any]],
+    names: Sequence[str],
+    out: Path,
+    after_run: Callable[[int], Any] = lambda done: None,
+) -> Plan:
+    """Run `calls` under each pass of `search`, and write the plan to `out`.
+
+    A search that was killed goes on after the last run that it finished, and ends with the same plan.
+
+    Args:
+        pipe: a Diffusers pipeline, or a transformer.
+        search: such as `PAROSearch(sparsity=0.8)`.
+        calls: functions that run `pipe` once, each with its own prompt and seed, always in the same way.
+        names: what tells the calls apart; a search is only continued with the same ones.
+        out: a `.safetensors` file; the work so far is kept beside it until the plan is written.
+        after_run: told how many runs are done, at first those of an earlier attempt.
+
+    Raises:
+        ConfigError: no calls, or the file beside `out` is of another search.
+        PlanError: the calls differ in size, or the pipeline never attended.
+    """
+    if not calls or len(calls) != len(names):
+        raise ConfigError(f"a search wants one or more calls, each with a name; got {len(calls)} and {len(names)}")
+    models = fingerprints(models_of(pipe))
+    key = hashlib.sha256(json.dumps([repr(search), models, list(names)]).encode()).hexdigest()
+    progress = _Progress(out.with_name(f"{out.name}.partial"), key)
+    progress.load()
+    after_run(progress.done)
+    for number in range(progress.done, search.passes * len(calls)):
+        turn, call = divmod(number, len(calls))
+        with apply(pipe, search.watcher(turn, progress.sums), schedule=Schedule(dense_first=0)):
+            calls[call]()
+        progress.done = number + 1
+        progress.save()
+        after_run(progress.done)
+    if progress.sums.layout is None:
+        raise PlanError("the runs held no self-attention over a token grid; there is nothing to plan")
+    settings, tensors = search.plan(progress.sums)
+    plan = Plan(search.strategy, models, progress.sums.layout, settings, tensors)
+    plan.save(out)
+    progress.path.unlink()
+    return plan

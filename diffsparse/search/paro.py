@@ -1,0 +1,165 @@
+"""The offline search of PAROAttention: an order for each head, then static masks (arXiv 2506.16054, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffsparse.errors import ConfigError
+from diffsparse.order import AXES, HeadOrders, check_order
+from diffsparse.search.calibrate import Sums
+from diffsparse.site import Site
+from diffsparse.strategies.blocks import check_block, check_share
+from diffsparse.strategies.paro import group_of, pack
+from diffsparse_kernels import select_heads
+
+_SMALL, _SPARSE = 1e-3, 0.9  # epsilon and sigma of section 4.1
+_STRIP = 512  # query rows of the attention map that exist at a time
+
+
+@dataclass(frozen=True)
+class PAROSearch:
+    """Find what `PARO` runs on: two passes over each prompt, both dense.
+
+    The first scores every candidate order for every head; the second adds up the softmax mass of each block, in the
+    order chosen, over the steps of each group. A head keeps the blocks above a threshold that leaves the share asked.
+
+    sparsity: share of blocks dropped, in [0, 1). Blocks that hold text are always kept.
+    orders: candidates (`diffsparse.order`). The paper's are the six orders of the axes.
+    metric: "recall", the mass in the best blocks at this sparsity (ours), or "paper", block sparsity and incoherence
+        together. In print the larger-is-better block sparsity enters a minimum with the wrong sign; here it is
+        mended: alpha * (1 - M_sparse) + (1 - alpha) * M_quant, each normalised over the candidates.
+    alpha: weight of block sparsity in the paper's metric, which leaves it open.
+    groups: parts of the run with masks of their own.
+    block: edge of a block in tokens.
+    looks: steps of a run at which orders are scored, evenly spread.
+    """
+
+    sparsity: float = 0.8
+    orders: tuple[str, ...] = AXES
+    metric: Literal["recall", "paper"] = "recall"
+    alpha: float = 0.5
+    groups: int = 4
+    block: int = 64
+    looks: int = 4
+
+    strategy: ClassVar[str] = "paro"
+    passes: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_share("sparsity", self.sparsity)
+        check_block(self.block)
+        if not isinstance(self.orders, tuple) or not self.orders:
+            raise ConfigError(f"orders wants a tuple of one or more orders; got {self.orders!r}")
+        for order in self.orders:
+            check_order(order)
+        if self.metric not in ("recall", "paper"):
+            raise ConfigError(f"metric wants 'recall' or 'paper'; got {self.metric!r}")
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"alpha wants a number in [0, 1]; got {self.alpha!r}")
+        for name in ("groups", "looks"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} wants a whole number of at least 1; got {getattr(self, name)!r}")
+
+    def watcher(self, number: int, sums: Sums) -> Watcher:
+        """Scores orders in the first pass, sums masses in the second."""
+        if number == 0:
+            return Watcher(partial(self._score, sums))
+        return Watcher(partial(self._sum, sums, {name: self._choose(x) for name, x in sums.of("scores").items()}))
+
+    def plan(self, sums: Sums) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Orders and masks of all layers."""
+        tensors = {}
+        for name, mass in sums.of("mass").items():  # [groups, H, nQ, nK]
+            assert sums.layout is not None
+            sink = sums.layout.text_sink(self.block)
+            if sink is not None:  # text has the first places, as if it held all mass
+                mass = torch.where(sink, mass.amax((-2, -1), keepdim=True), mass)
+            tensors[f"{name}.masks"] = pack(select_heads(mass, 1 - self.sparsity))
+            tensors[f"{name}.orders"] = self._choose(sums.of("scores")[name]).to(torch.uint8)
+        knobs = ("sparsity", "block", "groups", "metric", "alpha")
+        return {"orders": list(self.orders), **{knob: getattr(self, knob) for knob in knobs}}, tensors
+
+    def _score(self, sums: Sums, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
+        if site.steps and site.step not in {(2 * i + 1) * site.steps // (2 * self.looks) for i in range(self.looks)}:
+            return
+        heads, shape = q.shape[1], (2, len(self.orders), q.shape[1])
+        for i in range(len(self.orders)):
+            picked = torch.full((heads,), i)
+            orders = HeadOrders.of(self.orders, picked, site.layout, q.device)
+            scores = self._recall if self.metric == "recall" else self._paper
+            sums.add(site, "scores", scores(*_ordered(orders, q, k, lse), site).float(), shape, (slice(None), i))
+
+    def _recall(self, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> Tensor:
+        """Mass in the best blocks, and all mass: [2, H]."""
+        mass = site.block_mass(q, k, lse, self.block).flatten(2)  # [B, H, nQ * nK]
+        kept = max(1, round((1 - self.sparsity) * mass.shape[-1]))
+        return torch.stack((mass.topk(kept).values.sum(-1).sum(0), mass.sum(-1).sum(0)))
+
+    def _paper(self, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> Tensor:
+        """Sums of 1 - M_sparse and of M_quant over the batch: [2, H]."""
+        busy, incoherent = torch.zeros(2, q.shape[1], device=q.device)
+        blocks = site.layout.blocks(self.block) ** 2
+        for tiles, real in _tiles(q, k, lse, self.block, site):
+            small = ((tiles < _SMALL) & real).sum((-3, -1)) / real.sum((-3, -1))  # [B, H, rows, nK]
+            mean = tiles.sum((-3, -1)) / real.sum((-3, -1))
+            busy += (small < _SPARSE).float().sum((0, 2, 3)) / blocks
+            incoherent += (tiles.amax((-3, -1)) / mean.clamp(min=1e-30)).sum((0, 2, 3)) / blocks
+        return torch.stack((busy, incoherent))
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """Best candidate of each head, int64 [H], from sums [2, orders, H]."""
+        if self.metric == "recall":
+            recall: Tensor = scores[0] / scores[1].clamp(min=torch.finfo(torch.float32).tiny)
+            return recall.argmax(0)
+        busy, incoherent = scores / scores.sum(1, keepdim=True).clamp(min=1e-30)
+        cost: Tensor = self.alpha * busy + (1 - self.alpha) * incoherent
+        return cost.argmin(0)
+
+    def _sum(self, sums: Sums, chosen: dict[str, Tensor], q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
+        picked = chosen[f"{site.model}.{site.layer}"]
+        orders = HeadOrders.of(self.orders, picked, site.layout, q.device)
+        mass = site.block_mass(*_ordered(orders, q, k, lse), self.block).sum(0)  # [H, nQ, nK]
+        group = group_of(site.step, site.steps, self.groups)
+        sums.add(site, "mass", mass, (self.groups, *mass.shape), group)
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Runs dense and shows each call to `look(q, k, lse, site)`."""
+
+    look: Callable[[Tensor, Tensor, Tensor, Site], None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Dense attention over q, k, v [B, H, N, D]."""
+        out, lse = site.dense_with_lse(q, k, v)
+        self.look(q, k, lse, site)
+        return out
+
+
+def _ordered(orders: HeadOrders, q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return orders.apply(q), orders.apply(k), lse.gather(-1, orders.forward.expand(lse.shape))
+
+
+def _tiles(q: Tensor, k: Tensor, lse: Tensor, block: int, site: Site) -> Iterator[tuple[Tensor, Tensor]]:
+    """The softmax map in strips of whole block rows: [B, H, rows, block, nK, block], and which entries are real."""
+    scale = q.shape[-1] ** -0.5 if site.scale is None else site.scale
+    rows = max(_STRIP // block, 1) * block
+    for start in range(0, q.shape[2], rows):
+        part = slice(start, start + rows)
+        scores = (q[:, :, part].float() * scale) @ k.float().mT - lse[:, :, part, None]
+        if site.key_mask is not None:
+            scores = scores.masked_fill(~site.key_mask[:, None, None], -torch.inf)
+        missing = -scores.shape[-1] % block, -scores.shape[-2] % block
+        padded = F.pad(scores.exp(), (0, missing[0], 0, missing[1]))
+        real = F.pad(torch.ones_like(scores[0, 0], dtype=torch.bool), (0, missing[0], 0, missing[1]))
+        yield (
+            padded.unflatten(-1, (-1, block)).unflatten(-3, (-1, block)),
+            real.unflatten(-1, (-1, block)).unflatten(-3, (-1, block)),
+        )

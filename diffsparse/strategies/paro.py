@@ -1,0 +1,67 @@
+"""PAROAttention: a token order for each head and static block masks, both found offline (arXiv 2506.16054)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsparse.order import HeadOrders
+from diffsparse.plan import Plan, Planned
+from diffsparse.site import Site
+from diffsparse_kernels import BlockLists
+
+
+@dataclass(frozen=True, repr=False)
+class PARO(Planned):
+    """Pattern-aware reordering with static block masks (arXiv 2506.16054).
+
+    Each head attends with its tokens in the order that gathers its attention in few blocks (section 4.1); the blocks
+    it keeps were found offline for a few groups of steps (section 4.2) and are the same for all prompts.
+    `diffsparse calibrate --strategy paro` makes the plan; `PARO.load(path)` reads it. Text never moves, and blocks
+    that hold text are always kept. Skipped blocks are left out of the softmax, as in the authors' kernel.
+
+    plan: settings `sparsity`, `block`, `orders` (names), `groups`; for each layer `orders`, uint8 [H], and `masks`,
+        bits of bool [groups, H, nQ, nK].
+    """
+
+    plan: Plan
+    _plan_of = "paro"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Block-sparse attention over q, k, v [B, H, N, D] in each head's order."""
+        self.plan.check_layout(site.layout)
+        settings = self.plan.settings
+        picked = self.plan.part(site.model, site.layer, "orders")
+        orders = HeadOrders.of(tuple(settings["orders"]), picked, site.layout, q.device)
+        group = group_of(site.step, site.steps, settings["groups"])
+        if site.memory.get("group") != group:
+            site.memory.update(group=group, lists=self._lists(site, group, q.device))
+        q, k, v = (orders.apply(x) for x in (q, k, v))
+        return orders.undo(site.sparse(q, k, v, site.memory["lists"]))
+
+    def _lists(self, site: Site, group: int, device: torch.device) -> BlockLists:
+        block, tokens = self.plan.settings["block"], site.layout.tokens
+        blocks = site.layout.blocks(block)
+        mask = unpack(self.plan.part(site.model, site.layer, "masks")[group], blocks)[None]
+        sizes = {"q_block": block, "kv_block": block, "q_len": tokens, "kv_len": tokens}
+        return BlockLists.from_mask(mask, **sizes).to(device)  # made where its width is known without waiting
+
+
+def group_of(step: int, steps: int | None, groups: int) -> int:
+    """The group, out of `groups` equal parts of the run, that a step belongs to; the first if nobody knows `steps`."""
+    return min(step * groups // steps, groups - 1) if steps else 0
+
+
+def pack(masks: Tensor) -> Tensor:
+    """bool [..., nQ, nK] to bits, uint8 [..., bytes]."""
+    return torch.from_numpy(np.packbits(masks.flatten(-2).cpu().numpy(), axis=-1))
+
+
+def unpack(bits: Tensor, blocks: int) -> Tensor:
+    """The inverse of `pack` for square masks: bool [..., blocks, blocks]."""
+    flat = np.unpackbits(bits.numpy(), axis=-1, count=blocks * blocks)
+    mask: Tensor = torch.from_numpy(flat).bool()
+    return mask.view(*bits.shape[:-1], blocks, blocks)

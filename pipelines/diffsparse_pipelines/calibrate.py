@@ -1,0 +1,138 @@
+"""`diffsparse calibrate`: an offline search over a few prompts, which ends with a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffsparse.errors import ConfigError, OutputFileError, UnknownNameError
+from diffsparse_pipelines import options
+from diffsparse_pipelines.prompts import read_prompts, read_seeds
+
+if TYPE_CHECKING:
+    from diffsparse.plan import Plan
+
+_SEARCH = "Search"
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option(help="The plan to write, a .safetensors file.")],
+    strategy: Annotated[str, typer.Option(help="Whose plan: paro.", rich_help_panel=_SEARCH)] = "paro",
+    sparsity: Annotated[float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel=_SEARCH)] = 0.8,
+    orders: Annotated[
+        str,
+        typer.Option(
+            help="Candidate token orders, separated by commas: FHW, ..., tile4x8x8, hilbert.", rich_help_panel=_SEARCH
+        ),
+    ] = "FHW,FWH,HFW,HWF,WFH,WHF",
+    metric: Annotated[
+        str,
+        typer.Option(help="How orders are ranked: recall, or paper (sparsity, incoherence).", rich_help_panel=_SEARCH),
+    ] = "recall",
+    alpha: Annotated[
+        float, typer.Option(help="Weight of sparsity in the paper's metric.", rich_help_panel=_SEARCH)
+    ] = 0.5,
+    groups: Annotated[int, typer.Option(help="Parts of the run with masks of their own.", rich_help_panel=_SEARCH)] = 4,
+    looks: Annotated[int, typer.Option(help="Steps of a run at which orders are scored.", rich_help_panel=_SEARCH)] = 4,
+    block: Annotated[int, typer.Option(help="Edge of a block in tokens.", rich_help_panel=_SEARCH)] = 64,
+    prompts: Annotated[str, typer.Option(help="How many built-in prompts, or a file with one a line.")] = "2",
+    seeds: Annotated[str, typer.Option(help="Numbers separated by commas.")] = "0",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan.")] = False,
+    model: options.Model = "tiny",
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    offload: options.Offload = "none",
+    vae_tiling: options.VaeTiling = False,
+    steps: options.Steps = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    frames: options.NumFrames = None,
+    guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
+) -> None:
+    """Search token orders and block masks offline, on a few prompts, for a strategy that runs on a plan.
+
+    A search that was interrupted goes on where it stopped, and ends with the same plan.
+    """
+    candidates = tuple(part.strip() for part in orders.split(",") if part.strip())
+    knobs = {
+        "sparsity": sparsity,
+        "orders": candidates,
+        "metric": metric,
+        "alpha": alpha,
+        "groups": groups,
+        "looks": looks,
+        "block": block,
+    }
+    search = _search(strategy, knobs)
+    chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
+    pairs = [(prompt, seed) for prompt in read_prompts(prompts, model) for seed in read_seeds(seeds)]
+    loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
+    _check_out(out, overwrite)
+    _calibrate(model, search, pairs, chosen, loading, out)
+
+
+def _search(name: str, knobs: dict[str, Any]) -> Any:
+    from dataclasses import fields
+
+    from diffsparse.names import closest
+    from diffsparse.search import SEARCHES
+
+    if name not in SEARCHES:
+        raise UnknownNameError(f"no search is called {name!r}; known: {closest(name, SEARCHES)}")
+    own = {field.name for field in fields(SEARCHES[name])}
+    return SEARCHES[name](**{key: value for key, value in knobs.items() if key in own})
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    from diffsparse.files import folder
+
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out wants a .safetensors file; got {out.name!r}")
+    if out.exists() and not overwrite:
+        raise OutputFileError(f"{out} exists; choose another --out or use --overwrite")
+    folder(out.parent)
+
+
+def _calibrate(
+    model: str,
+    search: Any,
+    pairs: list[tuple[str, int]],
+    chosen: dict[str, Any],
+    loading: dict[str, Any],
+    out: Path,
+) -> None:
+    from diffsparse.search import calibrate as search_over
+    from diffsparse_pipelines import families
+    from diffsparse_pipelines.generate import call_arguments, generation
+    from diffsparse_pipelines.progress import bar, terminal
+
+    console = terminal()
+    with console.status(f"loading {model}"):
+        pipe = families.load(model, **loading)
+    arguments = call_arguments(pipe, families.defaults(model, pipe), chosen)
+    with bar(console) as progress:
+        task = progress.add_task("runs", total=search.passes * len(pairs))
+
+        def run(prompt: str, seed: int) -> None:
+            generation(pipe, {**arguments, "prompt": prompt}, seed, progress)
+
+        calls = [lambda pair=pair: run(*pair) for pair in pairs]
+        names = [f"{prompt} | {seed} | {arguments}" for prompt, seed in pairs]
+        plan = search_over(pipe, search, calls, names, out, lambda done: progress.update(task, completed=done))
+    console.print(summary(plan), highlight=False)
+    console.print(f"-> {out} ({out.stat().st_size / 2**20:.2f} MiB)", soft_wrap=True)
+
+
+def summary(plan: Plan) -> str:
+    """A few lines on what a plan holds."""
+    from collections import Counter
+
+    names = plan.settings.get("orders", [])
+    picked = [names[int(i)] for name, x in plan.tensors.items() if name.endswith(".orders") for i in x]
+    rows = [("strategy", plan.strategy), ("layout", str(plan.layout)), ("models", ", ".join(plan.models.values()))]
+    rows += [(name, str(value)) for name, value in plan.settings.items() if name != "orders"]
+    rows.append(("orders", ", ".join(f"{name} x{count}" for name, count in Counter(picked).most_common())))
+    return "\n".join(f"{name:<10} {value}" for name, value in rows)
