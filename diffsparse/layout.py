@@ -35,6 +35,11 @@ class Layout:
         return self.text_before + self.video + self.text_after
 
     @property
+    def grid(self) -> Layout:
+        """The video without the text."""
+        return Layout(self.frames, self.height, self.width)
+
+    @property
     def has_text(self) -> bool:
         """Whether any token is off the grid."""
         return self.text_before + self.text_after > 0

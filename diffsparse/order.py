@@ -52,7 +52,10 @@ def permutation(order: str, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 class HeadOrders(NamedTuple):
-    """An order for each head: `forward` and its inverse `back`, int64 [H, N], as `permutation` gives them."""
+    """An order for each head: `forward` and its inverse `back`, int64 [H, N].
+
+    Here all text comes last, whatever its place: the blocks of the video are then the same for prompts of any length.
+    """
 
     forward: Tensor
     back: Tensor
@@ -90,9 +93,15 @@ def _batched(rows: Tensor, batch: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _tables(names: tuple[str, ...], layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All orders and their inverses, int64 [orders, N] each, on the device."""
-    forward, back = zip(*(permutation(name, layout) for name in names), strict=True)
-    return torch.stack(forward).to(device), torch.stack(back).to(device)
+    """All orders and their inverses, text last, int64 [orders, N] each, on the device."""
+    forward = torch.stack([text_last(permutation(name, layout)[0], layout) for name in names]).to(device)
+    return forward, forward.argsort()
+
+
+def text_last(x: Tensor, layout: Layout) -> Tensor:
+    """x [..., N] with the tokens before the video moved behind it."""
+    before, rest = x.split([layout.text_before, layout.tokens - layout.text_before], -1)
+    return torch.cat([rest[..., : layout.video], before, rest[..., layout.video :]], -1)
 
 
 def _rank(keys: list[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ class Plan:
 
     strategy: whose plan it is, such as "paro".
     models: fingerprint of each transformer of the pipeline, by its name there.
-    layout: of the tokens that the search saw.
+    layout: of the video tokens that the search saw.
     settings: the knobs of the search, plain values.
     tensors: "transformer.blocks.0.attn1.masks" and so on: model, layer, what.
 
@@ -105,10 +105,10 @@ class Plan:
             )
 
     def check_layout(self, layout: Layout) -> None:
-        """Raise PlanError unless the tokens stand as they stood in the search."""
-        if layout != self.layout:
+        """Raise PlanError unless the video has the size that the search saw; text may have any length."""
+        if layout.grid != self.layout:
             raise PlanError(
-                f"the plan's blocks are those of {self.layout}; got {layout}. Calibrate at this size and length"
+                f"the plan's blocks are those of {self.layout}; got {layout.grid}. Calibrate at this size and length"
             )
 
     def part(self, model: str, layer: str, what: str) -> Tensor:

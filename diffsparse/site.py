@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 import diffsparse_kernels as kernels
 from diffsparse.errors import DenseFallbackError
 from diffsparse.layout import Layout
+from diffsparse.order import text_last
 from diffsparse.report import CallRecord
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -54,6 +55,12 @@ class Site:
     def block_mass(self, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, block: int) -> torch.Tensor:
         """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK]; `lse` may be of an earlier step."""
         return kernels.block_mass(q, k, lse, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask)
+
+    def text_last(self) -> Site:
+        """This call as one whose text comes after the video: what `order.HeadOrders` makes of it."""
+        text = self.layout.tokens - self.layout.video
+        keys = None if self.key_mask is None else text_last(self.key_mask, self.layout)
+        return replace(self, layout=replace(self.layout, text_before=0, text_after=text), key_mask=keys)
 
     def found(self, recall: torch.Tensor) -> None:
         """Report the share of the softmax mass that the chosen blocks hold, any shape."""

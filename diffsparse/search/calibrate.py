@@ -26,7 +26,7 @@ _KEY = "diffsparse"
 
 
 class Sums:
-    """What a search has added up so far: tensors on the CPU by "model.layer.what", and the layout they are of."""
+    """What a search has added up so far: tensors on the CPU by "model.layer.what", and the video they are of."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -38,9 +38,9 @@ class Sums:
         Raises:
             PlanError: the runs differ in size.
         """
-        if self.layout not in (None, site.layout):
-            raise PlanError(f"all runs of a search want one size; got {self.layout} and {site.layout}")
-        self.layout = site.layout
+        if self.layout not in (None, site.layout.grid):
+            raise PlanError(f"all runs of a search want one size; got {self.layout} and {site.layout.grid}")
+        self.layout = site.layout.grid
         total = self.tensors.setdefault(f"{site.model}.{site.layer}.{what}", torch.zeros(shape))
         total[at] += value.cpu()
 

@@ -17,7 +17,8 @@ from diffsparse.search.calibrate import Sums
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share
 from diffsparse.strategies.paro import group_of, pack
-from diffsparse_kernels import select_heads
+from diffsparse_kernels import block_mass, select_heads
+from diffsparse_kernels.lists import blocks_of
 
 _SMALL, _SPARSE = 1e-3, 0.9  # epsilon and sigma of section 4.1
 _STRIP = 512  # query rows of the attention map that exist at a time
@@ -30,7 +31,7 @@ class PAROSearch:
     The first scores every candidate order for every head; the second adds up the softmax mass of each block, in the
     order chosen, over the steps of each group. A head keeps the blocks above a threshold that leaves the share asked.
 
-    sparsity: share of blocks dropped, in [0, 1). Blocks that hold text are always kept.
+    sparsity: share of the video's blocks dropped, in [0, 1). Text is always kept and not counted.
     orders: candidates (`diffsparse.order`). The paper's are the six orders of the axes.
     metric: "recall", the mass in the best blocks at this sparsity (ours), or "paper", block sparsity and incoherence
         together. In print the larger-is-better block sparsity enters a minimum with the wrong sign; here it is
@@ -77,10 +78,6 @@ class PAROSearch:
         """Orders and masks of all layers."""
         tensors = {}
         for name, mass in sums.of("mass").items():  # [groups, H, nQ, nK]
-            assert sums.layout is not None
-            sink = sums.layout.text_sink(self.block)
-            if sink is not None:  # text has the first places, as if it held all mass
-                mass = torch.where(sink, mass.amax((-2, -1), keepdim=True), mass)
             tensors[f"{name}.masks"] = pack(select_heads(mass, 1 - self.sparsity))
             tensors[f"{name}.orders"] = self._choose(sums.of("scores")[name]).to(torch.uint8)
         knobs = ("sparsity", "block", "groups", "metric", "alpha")
@@ -90,23 +87,32 @@ class PAROSearch:
         if site.steps and site.step not in {(2 * i + 1) * site.steps // (2 * self.looks) for i in range(self.looks)}:
             return
         heads, shape = q.shape[1], (2, len(self.orders), q.shape[1])
+        scores = self._recall if self.metric == "recall" else self._paper
         for i in range(len(self.orders)):
-            picked = torch.full((heads,), i)
-            orders = HeadOrders.of(self.orders, picked, site.layout, q.device)
-            scores = self._recall if self.metric == "recall" else self._paper
-            sums.add(site, "scores", scores(*_ordered(orders, q, k, lse), site).float(), shape, (slice(None), i))
+            video = self._ordered(torch.full((heads,), i), q, k, lse, site)
+            sums.add(site, "scores", scores(*video, site.scale), shape, (slice(None), i))
 
-    def _recall(self, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> Tensor:
+    def _ordered(self, picked: Tensor, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+        """The video rows of q, k and lse, head h in the order `picked[h]`."""
+        orders, video = HeadOrders.of(self.orders, picked, site.layout, q.device), site.layout.video
+        lse = lse.gather(-1, orders.forward.expand(lse.shape))
+        return orders.apply(q)[:, :, :video], orders.apply(k)[:, :, :video], lse[..., :video]
+
+    def _recall(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> Tensor:
         """Mass in the best blocks, and all mass: [2, H]."""
-        mass = site.block_mass(q, k, lse, self.block).flatten(2)  # [B, H, nQ * nK]
+        mass = self._mass(q, k, lse, scale).flatten(2)  # [B, H, n * n]
         kept = max(1, round((1 - self.sparsity) * mass.shape[-1]))
         return torch.stack((mass.topk(kept).values.sum(-1).sum(0), mass.sum(-1).sum(0)))
 
-    def _paper(self, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> Tensor:
+    def _mass(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> Tensor:
+        """Softmax mass of the video's blocks, [B, H, n, n]."""
+        return block_mass(q, k, lse, q_block=self.block, kv_block=self.block, scale=scale)
+
+    def _paper(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> Tensor:
         """Sums of 1 - M_sparse and of M_quant over the batch: [2, H]."""
         busy, incoherent = torch.zeros(2, q.shape[1], device=q.device)
-        blocks = site.layout.blocks(self.block) ** 2
-        for tiles, real in _tiles(q, k, lse, self.block, site):
+        blocks = blocks_of(q.shape[2], self.block) ** 2
+        for tiles, real in _tiles(q, k, lse, self.block, scale):
             small = ((tiles < _SMALL) & real).sum((-3, -1)) / real.sum((-3, -1))  # [B, H, rows, nK]
             mean = tiles.sum((-3, -1)) / real.sum((-3, -1))
             busy += (small < _SPARSE).float().sum((0, 2, 3)) / blocks
@@ -123,9 +129,8 @@ class PAROSearch:
         return cost.argmin(0)
 
     def _sum(self, sums: Sums, chosen: dict[str, Tensor], q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
-        picked = chosen[f"{site.model}.{site.layer}"]
-        orders = HeadOrders.of(self.orders, picked, site.layout, q.device)
-        mass = site.block_mass(*_ordered(orders, q, k, lse), self.block).sum(0)  # [H, nQ, nK]
+        video = self._ordered(chosen[f"{site.model}.{site.layer}"], q, k, lse, site)
+        mass = self._mass(*video, site.scale).sum(0)  # [H, n, n]
         group = group_of(site.step, site.steps, self.groups)
         sums.add(site, "mass", mass, (self.groups, *mass.shape), group)
 
@@ -143,23 +148,17 @@ class Watcher:
         return out
 
 
-def _ordered(orders: HeadOrders, q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return orders.apply(q), orders.apply(k), lse.gather(-1, orders.forward.expand(lse.shape))
+def _tiles(q: Tensor, k: Tensor, lse: Tensor, block: int, scale: float | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The softmax map in strips of whole block rows: [B, H, rows, block, n, block], and which entries are real."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    for part in torch.arange(q.shape[2]).split(max(_STRIP // block, 1) * block):
+        rows = slice(int(part[0]), int(part[-1]) + 1)
+        weights = ((q[:, :, rows].float() * scale) @ k.float().mT - lse[:, :, rows, None]).exp()
+        yield _cut(weights, block), _cut(torch.ones_like(weights[0, 0], dtype=torch.bool), block)
 
 
-def _tiles(q: Tensor, k: Tensor, lse: Tensor, block: int, site: Site) -> Iterator[tuple[Tensor, Tensor]]:
-    """The softmax map in strips of whole block rows: [B, H, rows, block, nK, block], and which entries are real."""
-    scale = q.shape[-1] ** -0.5 if site.scale is None else site.scale
-    rows = max(_STRIP // block, 1) * block
-    for start in range(0, q.shape[2], rows):
-        part = slice(start, start + rows)
-        scores = (q[:, :, part].float() * scale) @ k.float().mT - lse[:, :, part, None]
-        if site.key_mask is not None:
-            scores = scores.masked_fill(~site.key_mask[:, None, None], -torch.inf)
-        missing = -scores.shape[-1] % block, -scores.shape[-2] % block
-        padded = F.pad(scores.exp(), (0, missing[0], 0, missing[1]))
-        real = F.pad(torch.ones_like(scores[0, 0], dtype=torch.bool), (0, missing[0], 0, missing[1]))
-        yield (
-            padded.unflatten(-1, (-1, block)).unflatten(-3, (-1, block)),
-            real.unflatten(-1, (-1, block)).unflatten(-3, (-1, block)),
-        )
+def _cut(x: Tensor, block: int) -> Tensor:
+    """[..., rows, columns] -> [..., nR, block, nC, block], ragged ends filled with zeros."""
+    padded: Tensor = F.pad(x, (0, -x.shape[-1] % block, 0, -x.shape[-2] % block))
+    tiles: Tensor = padded.unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
+    return tiles

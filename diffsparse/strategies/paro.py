@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.order import HeadOrders
@@ -24,7 +25,7 @@ class PARO(Planned):
     that hold text are always kept. Skipped blocks are left out of the softmax, as in the authors' kernel.
 
     plan: settings `sparsity`, `block`, `orders` (names), `groups`; for each layer `orders`, uint8 [H], and `masks`,
-        bits of bool [groups, H, nQ, nK].
+        bits of bool [groups, H, n, n] over the n blocks of the video.
     """
 
     plan: Plan
@@ -36,6 +37,7 @@ class PARO(Planned):
         settings = self.plan.settings
         picked = self.plan.part(site.model, site.layer, "orders")
         orders = HeadOrders.of(tuple(settings["orders"]), picked, site.layout, q.device)
+        site = site.text_last()
         group = group_of(site.step, site.steps, settings["groups"])
         if site.memory.get("group") != group:
             site.memory.update(group=group, lists=self._lists(site, group, q.device))
@@ -44,8 +46,11 @@ class PARO(Planned):
 
     def _lists(self, site: Site, group: int, device: torch.device) -> BlockLists:
         block, tokens = self.plan.settings["block"], site.layout.tokens
-        blocks = site.layout.blocks(block)
-        mask = unpack(self.plan.part(site.model, site.layer, "masks")[group], blocks)[None]
+        video = unpack(self.plan.part(site.model, site.layer, "masks")[group], site.layout.grid.blocks(block))
+        missing = site.layout.blocks(block) - video.shape[-1]
+        mask = F.pad(video, (0, missing, 0, missing), value=True)[None]
+        sink = site.layout.text_sink(block)
+        mask = mask if sink is None else mask | sink
         sizes = {"q_block": block, "kv_block": block, "q_len": tokens, "kv_len": tokens}
         return BlockLists.from_mask(mask, **sizes).to(device)  # made where its width is known without waiting
 

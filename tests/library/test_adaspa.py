@@ -120,7 +120,7 @@ def make_site(layout, memory, step, steps, key_mask=None, scale=None):
 
     record = CallRecord("blocks.0.attn1", step, "cond")
     return Site(
-        "blocks.0.attn1", 0, step, steps, "cond", layout, memory, scale, key_mask,
+        "transformer", "blocks.0.attn1", 0, step, steps, "cond", layout, memory, scale, key_mask,
         _dense=sdpa, _backend="native", _record=record,
     )  # fmt: skip
 
