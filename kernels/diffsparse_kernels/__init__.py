@@ -16,12 +16,13 @@ if TYPE_CHECKING:
         break_even,
     )
     from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError
-    from diffsparse_kernels.lists import BlockLists
+    from diffsparse_kernels.lists import BlockLists, Boxes
     from diffsparse_kernels.select import select_heads, select_mass, select_rows
 
 __all__ = [
     "BackendError",
     "BlockLists",
+    "Boxes",
     "DiffsparseError",
     "KernelInputError",
     "attention",
@@ -38,7 +39,7 @@ __all__ = [
 
 _HOME = {
     "errors": ("BackendError", "DiffsparseError", "KernelInputError"),
-    "lists": ("BlockLists",),
+    "lists": ("BlockLists", "Boxes"),
     "select": ("select_heads", "select_mass", "select_rows"),
 }
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels.lists import BlockLists, Boxes
 
 _GATHER_BYTES = 4 * 2**20  # keys and values gathered at a time, about what caches hold
 _LEAST_ROWS = 2  # computed at a time, or some threads would idle
@@ -83,14 +83,20 @@ def block_mass(
 
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, key_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_mask: Tensor | None,
+    boxes: Boxes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks."""
-    work, scratch = _Blocks.of(*_computable(q, k, v), lists, key_mask), _Scratch()
+    work, scratch = _Blocks.of(*_computable(q, k, v), lists, key_mask, boxes), _Scratch()
     for group in _groups(lists, q.shape[0]):
         if group.cnt == 0:
             work.out.flatten(0, 2)[group.row], work.lse.flatten(0, 2)[group.row] = 0, -torch.inf
-        elif group.cnt == lists.kv_blocks:
+        elif group.cnt == lists.kv_blocks and boxes is None:
             _dense_rows(work, group, scale)
         else:
             _sparse_rows(work, group, scale, scratch)
@@ -133,19 +139,26 @@ class _Blocks(NamedTuple):
     k: Tensor  # [B * H * nK, kv_block, D]
     v: Tensor  # [B * H * nK, kv_block, D_v]
     mask: Tensor | None  # [B * nK, kv_block]
+    boxes: Boxes | None  # place [nK, A, kv_block]; low, high [nQ, A, q_block]
     out: Tensor  # [B, H, nQ, q_block, D_v]
     lse: Tensor  # [B, H, nQ, q_block]
     lists: BlockLists
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_mask: Tensor | None) -> _Blocks:
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_mask: Tensor | None, boxes: Boxes | None
+    ) -> _Blocks:
         q_blocks = _cut(q, lists.q_block)
         mask = None if key_mask is None else _cut(key_mask[:, None, :, None], lists.kv_block).flatten(0, 2)[..., 0]
+        if boxes is not None:
+            cut = zip(boxes, (lists.kv_block, lists.q_block, lists.q_block), strict=True)
+            boxes = Boxes(*(_cut(x[None, :, :, None], block)[0, ..., 0].transpose(0, 1) for x, block in cut))
         return cls(
             q_blocks,
             _cut(k, lists.kv_block).flatten(0, 2),
             _cut(v, lists.kv_block).flatten(0, 2),
             mask,
+            boxes,
             q.new_empty(*q_blocks.shape[:4], v.shape[-1]),
             q.new_empty(q_blocks.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32)),
             lists,
@@ -174,22 +187,28 @@ def _sparse_rows(work: _Blocks, group: _Group, scale: float, scratch: _Scratch) 
         blocks = (head[:, None] * lists.kv_blocks + idx).flatten()
         keys = scratch.gather("keys", work.k, blocks).view(len(row), -1, q.shape[-1])[:, :columns]
         values = scratch.gather("values", work.v, blocks).view(len(row), -1, out.shape[-1])[:, :columns]
-        bias = _gathered_bias(work, head, idx, columns)
+        bias = _gathered_bias(work, row, idx, columns)
         part, part_lse = _product(scratch.gather("queries", q, row), keys, values, scale, bias, scratch)
         if bias is not None:
-            dead = bias[:, 0].isneginf().all(-1)
-            part[dead], part_lse[dead] = 0, -torch.inf
+            dead = bias.isneginf().all(-1)  # [rows, 1 | q_block]
+            part.masked_fill_(dead[..., None], 0)
+            part_lse.masked_fill_(dead, -torch.inf)
         out[row], lse[row] = part, part_lse
 
 
-def _gathered_bias(work: _Blocks, head: Tensor, idx: Tensor, columns: int) -> Tensor | None:
-    """The key mask of the gathered blocks as an additive bias [rows, 1, columns]."""
-    if work.mask is None:
-        return None
-    sample = head // work.q.shape[1]
-    blocks = (sample[:, None] * work.lists.kv_blocks + idx).flatten()
-    mask = work.mask.index_select(0, blocks).view(len(idx), 1, -1)[..., :columns]
-    return _bias(mask, work.q)
+def _gathered_bias(work: _Blocks, row: Tensor, idx: Tensor, columns: int) -> Tensor | None:
+    """Key mask and boxes of the gathered blocks as an additive bias [rows, 1 | q_block, columns]."""
+    visible: Tensor | None = None
+    if work.boxes is not None:
+        low, high = (x[row % work.lists.q_blocks, ..., None] for x in work.boxes[1:])  # [rows, A, q_block, 1]
+        place = work.boxes.place[idx].transpose(1, 2).flatten(2)[:, :, None, :columns]  # [rows, A, 1, columns]
+        visible = ((low <= place) & (place <= high)).all(1) | (place[:, 0] < 0)
+    if work.mask is not None:
+        sample = row // (work.lists.q_blocks * work.q.shape[1])
+        blocks = (sample[:, None] * work.lists.kv_blocks + idx).flatten()
+        mask = work.mask.index_select(0, blocks).view(len(idx), 1, -1)[..., :columns]
+        visible = mask if visible is None else visible & mask
+    return None if visible is None else _bias(visible, work.q)
 
 
 def _dense_rows(work: _Blocks, group: _Group, scale: float) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffsparse_kernels import ops
 from diffsparse_kernels.errors import BackendError, KernelInputError
-from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels.lists import BlockLists, Boxes
 
 # name -> (module, kinds of device); the first that fits is taken
 _BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -113,17 +113,21 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    boxes: Boxes | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks only; the others count as -inf before the softmax.
 
-    Args and returns as in `attention`; the LSE is that of the listed blocks, so parts computed apart can be merged.
-    A query row without any listed key gets 0 and -inf.
+    Args and returns as in `attention`, and `boxes`, which hide keys within the listed blocks; the LSE is that of the
+    keys seen, so parts computed apart can be merged. A query that sees no key gets 0 and -inf.
     """
     _check(q, k, v, key_mask)
     _check_lists(q, k, lists)
+    if boxes is not None:
+        _check_boxes(q, k, boxes)
+    name, scale = _choose(q, backend), _scale(q, scale)
     out, lse = ops.block_sparse_attention(
-        q, k, v, lists.idx, lists.cnt, lists.q_block, lists.kv_block, _scale(q, scale), key_mask, _choose(q, backend)
+        q, k, v, lists.idx, lists.cnt, lists.q_block, lists.kv_block, scale, key_mask, *(boxes or (None,) * 3), name
     )
     return out, lse
 
@@ -221,3 +225,13 @@ def _check_lists(q: Tensor, k: Tensor, lists: BlockLists) -> None:
         raise KernelInputError(f"wanted lists [{q.shape[0]} or 1, {q.shape[1]}, nQ, W]; got {tuple(lists.idx.shape)}")
     if lists.idx.device != q.device:
         raise KernelInputError(f"the lists are on {lists.idx.device}, q on {q.device}; move one of them")
+
+
+def _check_boxes(q: Tensor, k: Tensor, boxes: Boxes) -> None:
+    axes = boxes.place.shape[0]
+    wanted = (axes, k.shape[2]), (axes, q.shape[2]), (axes, q.shape[2])
+    if tuple(tuple(x.shape) for x in boxes) != wanted or any(x.dtype != torch.int32 for x in boxes):
+        got = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in boxes)
+        raise KernelInputError(f"wanted boxes as int32 [A, {k.shape[2]}] and twice [A, {q.shape[2]}]; got {got}")
+    if any(x.device != q.device for x in boxes):
+        raise KernelInputError(f"the boxes are on {boxes.place.device}, q on {q.device}; move one of them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,24 @@ from diffsparse_kernels.errors import KernelInputError
 def blocks_of(length: int, block: int) -> int:
     """Number of blocks of `block` tokens in `length`; the last may be ragged."""
     return -(-length // block)
+
+
+class Boxes(NamedTuple):
+    """Which keys each query may see, token by token, within the listed blocks: those inside its box.
+
+    place: int32 [A, N_kv], coordinates of the keys on A axes; a key whose first coordinate is negative is seen by all.
+    low, high: int32 [A, N_q], the first and last coordinate that each query sees.
+    """
+
+    place: Tensor
+    low: Tensor
+    high: Tensor
+
+    def visible(self, queries: slice = slice(None)) -> Tensor:
+        """The same as a bool mask [queries, N_kv]."""
+        low, high = self.low[:, queries, None], self.high[:, queries, None]
+        place = self.place[:, None]
+        return ((low <= place) & (place <= high)).all(0) | (place[0] < 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
 
 
 def _module(backend: str, q: Tensor):  # type: ignore[no-untyped-def]  # a module, checked where it is defined
@@ -113,11 +113,15 @@ def block_sparse_attention(
     kv_block: int,
     scale: float,
     key_mask: Tensor | None,
+    place: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention -> out, lse."""
     lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2])
-    out, lse = _module(backend, q).block_sparse_attention(q, k, v, lists, scale, key_mask)
+    boxes = None if place is None or low is None or high is None else Boxes(place, low, high)
+    out, lse = _module(backend, q).block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
     return out.contiguous(), lse.contiguous()
 
 
@@ -132,6 +136,9 @@ def _(
     kv_block: int,
     scale: float,
     key_mask: Tensor | None,
+    place: Tensor | None,
+    low: Tensor | None,
+    high: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_accumulated(q))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
 
 _STRIP_BYTES = 256 * 2**20
 
@@ -46,7 +46,13 @@ def block_mass(
 
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, key_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_mask: Tensor | None,
+    boxes: Boxes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks; a row without any gets 0 and an LSE of -inf."""
     mask = lists.to_mask()
@@ -56,6 +62,7 @@ def block_sparse_attention(
         blocks = mask[:, :, rows.start // lists.q_block : blocks_of(rows.stop, lists.q_block)]
         tokens = blocks.repeat_interleave(lists.q_block, 2)[:, :, : scores.shape[2]]
         tokens = tokens.repeat_interleave(lists.kv_block, 3)[..., : scores.shape[3]]
+        tokens = tokens if boxes is None else tokens & boxes.visible(rows)
         parts.append(_softmax(scores.masked_fill(~tokens, -torch.inf), v))
     return _join(parts, q)
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffsparse_kernels.errors import KernelInputError
-from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
 
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,10 +87,17 @@ def block_mass(
 
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, key_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_mask: Tensor | None,
+    boxes: Boxes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks."""
-    out, lse, _ = _run(q, k, v, scale, key_mask, q_block=lists.q_block, kv_block=lists.kv_block, lists=lists)
+    q_block, kv_block = lists.q_block, lists.kv_block
+    out, lse, _ = _run(q, k, v, scale, key_mask, q_block=q_block, kv_block=kv_block, lists=lists, boxes=boxes)
     return out, lse
 
 
@@ -105,6 +112,7 @@ def _run(
     kv_block: int,
     lists: BlockLists | None = None,
     cached: Tensor | None = None,
+    boxes: Boxes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate what is asked for, and launch; outputs that are not asked for are empty."""
     _check(q, q_block, kv_block)
@@ -131,6 +139,7 @@ def _run(
             q if lists is None else lists.idx,
             q if lists is None else lists.cnt,
             q if key_mask is None else key_mask.contiguous().view(torch.uint8),
+            *((q, q, q) if boxes is None else (x.contiguous() for x in boxes)),
             scale * LOG2E,
             n_q,
             n_kv,
@@ -149,6 +158,7 @@ def _run(
             BLOCK_N=tile.block_n,
             SPARSE=lists is not None,
             MASKED=key_mask is not None,
+            AXES=0 if boxes is None else boxes.place.shape[0],
             VALUES=v is not None,
             MASS=cached is not None,
             RAGGED=n_kv % kv_block != 0,
@@ -184,6 +194,21 @@ def _capability(q: Tensor) -> int:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _in_box(  # type: ignore[no-untyped-def]
+    scores, place_ptr, low_ptr, high_ptr, rows, columns, n_q, n_kv, AXES: tl.constexpr
+):
+    """-inf where a key's place is outside the query's box on some axis; a negative first place is inside all."""
+    first = tl.load(place_ptr + columns, mask=columns < n_kv, other=0)
+    for axis in tl.static_range(AXES):
+        place = tl.load(place_ptr + axis * n_kv + columns, mask=columns < n_kv, other=0)[None, :]  # [1, BLOCK_N]
+        low = tl.load(low_ptr + axis * n_q + rows, mask=rows < n_q, other=0)[:, None]  # [M, 1]
+        high = tl.load(high_ptr + axis * n_q + rows, mask=rows < n_q, other=0)[:, None]
+        inside = (low <= place) & (place <= high) | (first < 0)[None, :]
+        scores = tl.where(inside, scores, -float("inf"))
+    return scores
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
@@ -195,6 +220,9 @@ def _attend(  # type: ignore[no-untyped-def]
     idx_ptr,
     cnt_ptr,
     key_mask_ptr,
+    place_ptr,
+    low_ptr,
+    high_ptr,
     scale_log2,
     n_q,
     n_kv,
@@ -222,6 +250,7 @@ def _attend(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     SPARSE: tl.constexpr,
     MASKED: tl.constexpr,
+    AXES: tl.constexpr,
     VALUES: tl.constexpr,
     MASS: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -279,6 +308,8 @@ def _attend(  # type: ignore[no-untyped-def]
         if MASKED:
             allowed = tl.load(key_mask_ptr + b * n_kv + columns, mask=columns < n_kv, other=0)
             scores = tl.where((allowed != 0)[None, :], scores, -float("inf"))
+        if AXES > 0:
+            scores = _in_box(scores, place_ptr, low_ptr, high_ptr, rows, columns, n_q, n_kv, AXES)
         top = tl.max(scores, 1)
         now = tl.maximum(highest, top) if VALUES else top
         base = tl.where(now == -float("inf"), 0.0, now)

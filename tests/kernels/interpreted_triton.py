@@ -8,7 +8,7 @@ import torch
 import diffsparse_kernels as dk
 from diffsparse_kernels import KernelInputError, triton
 from support import exact
-from support.cases import MASKS, Size, assert_attention, random_mask
+from support.cases import MASKS, Size, assert_attention, random_boxes, random_mask, seen
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = [
@@ -43,6 +43,14 @@ def test_padded_keys(size: Size, dtype: torch.dtype) -> None:
     keys[0] = size.batch == 1
     got = triton.block_sparse_attention(*qkv, size.lists(mask), size.scale, keys)
     assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_boxes(size: Size, dtype: torch.dtype) -> None:
+    qkv, mask, boxes = size.qkv(dtype), random_mask(size, 0.8), random_boxes(size, axes=3)
+    got = triton.block_sparse_attention(*qkv, size.lists(mask), size.scale, None, boxes)
+    assert_attention(got, qkv, size.allowed(mask) & seen(boxes), size.scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

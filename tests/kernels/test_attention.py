@@ -8,7 +8,7 @@ import torch
 import diffsparse_kernels as dk
 from diffsparse_kernels import cpu
 from support import exact
-from support.cases import MASKS, Size, assert_attention, random_mask, uniform_mask
+from support.cases import MASKS, Size, assert_attention, random_boxes, random_mask, seen, uniform_mask
 
 BACKENDS = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +76,22 @@ def test_padded_keys(size: Size, dtype: torch.dtype, backend: str) -> None:
     assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
     whole = torch.ones_like(mask)
     assert_attention(dk.attention(*qkv, key_mask=keys, backend=backend), qkv, size.allowed(whole, keys), size.scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["random", "full"])
+@pytest.mark.parametrize("size", [*SIZES, LARGE], ids=str)
+def test_boxes(size: Size, kind: str, dtype: torch.dtype, backend: str) -> None:
+    """Token by token within the blocks, with padded keys on top."""
+    qkv, mask, boxes = size.qkv(dtype), MASKS[kind](size), random_boxes(size)
+    keys = torch.rand(size.batch, size.kv_len) < 0.8
+    allowed = size.allowed(mask, keys) & seen(boxes)
+    got = dk.block_sparse_attention(*qkv, size.lists(mask), key_mask=keys, boxes=boxes, backend=backend)
+    assert_attention(got, qkv, allowed, size.scale)
+    bare = dk.block_sparse_attention(*qkv, size.lists(mask), boxes=boxes, backend=backend)
+    assert_attention(bare, qkv, size.allowed(mask) & seen(boxes), size.scale)
+    assert torch.equal(boxes.visible(), seen(boxes))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -30,15 +30,16 @@ CHIPS = {
 POINTERS = {
     "*bf16": ("q_ptr", "k_ptr", "v_ptr", "out_ptr"),
     "*fp32": ("lse_ptr", "mass_ptr", "cached_ptr"),
-    "*i32": ("idx_ptr", "cnt_ptr"),
+    "*i32": ("idx_ptr", "cnt_ptr", "place_ptr", "low_ptr", "high_ptr"),
     "*u8": ("key_mask_ptr",),
     "fp32": ("scale_log2",),
 }
 ALIGNED = ("q_b", "q_h", "q_n", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n")
-SPARSE = {"SPARSE": True, "MASKED": False, "VALUES": True, "MASS": False, "RAGGED": True}
+SPARSE = {"SPARSE": True, "MASKED": False, "AXES": 0, "VALUES": True, "MASS": False, "RAGGED": True}
 VARIANTS = {
     "sparse": SPARSE,
     "masked": {**SPARSE, "MASKED": True},
+    "boxes": {**SPARSE, "AXES": 3},
     "fused": {**SPARSE, "SPARSE": False, "MASS": True},
     "mass": {**SPARSE, "SPARSE": False, "MASS": True, "VALUES": False},
 }
@@ -53,7 +54,7 @@ def test_in_the_interpreter() -> None:
     assert re.search(r"\.\.\.", done.stdout)
 
 
-def compiled(chip: int, head_dim: int, block: int, flags: dict[str, bool]) -> Any:
+def compiled(chip: int, head_dim: int, block: int, flags: dict[str, Any]) -> Any:
     """The kernel for `chip` in bfloat16, with the tile that the table gives it."""
     kernel, tile = backend._attend, backend.tile_for(chip, head_dim, block, block)
     padded = backend._padded(head_dim)

@@ -49,6 +49,23 @@ class Size:
         return tokens if keys is None else tokens & keys[:, None, None]
 
 
+def random_boxes(size: Size, axes: int = 2) -> dk.Boxes:
+    """Some queries see nothing, some keys are seen by all."""
+    place = torch.randint(0, 6, (axes, size.kv_len), dtype=torch.int32)
+    place[0, ::7] = -1
+    low = torch.randint(0, 6, (axes, size.q_len), dtype=torch.int32)
+    high = low + torch.randint(-1, 6, (axes, size.q_len), dtype=torch.int32)
+    return dk.Boxes(place, low, high)
+
+
+def seen(boxes: dk.Boxes) -> Tensor:
+    """bool [N_q, N_kv], one axis after the other."""
+    inside = torch.ones(boxes.low.shape[1], boxes.place.shape[1], dtype=torch.bool)
+    for place, low, high in zip(*boxes, strict=True):
+        inside &= (place[None] >= low[:, None]) & (place[None] <= high[:, None])
+    return inside | (boxes.place[0] < 0)[None]
+
+
 def random_mask(size: Size, density: float = 0.5) -> Tensor:
     return torch.rand(size.blocks) < density
 
