@@ -59,6 +59,7 @@ PIECES = {
         Piece("coarse17", (17, 1), (4, 4), (4, 4), batch=16, shift=9, early=6, late=2),
         Piece("strided17", (17, 1), (8, 2), (8, 2), batch=6, shift=12, early=4, late=2),
         Piece("strided9", (9, 2), (8, 2), (8, 2), batch=10, shift=9, early=2, late=1),
+        Piece("frame", (1, 1), (16, 1), (16, 1), batch=20, shift=4, early=4, late=0.5),
         Piece("dense5", (5, 1), (16, 1), (16, 1), batch=5, shift=5, early=1, late=1),
         Piece("window17", (17, 1), (8, 1), (8, 1), batch=5, shift=5, early=1, late=1),
         Piece("rows17", (17, 1), (8, 2), (16, 1), batch=2, shift=9, early=0.3, late=1),
