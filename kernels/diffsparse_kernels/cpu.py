@@ -246,11 +246,16 @@ def _add_means(work: _Blocks, means: Means, scale: float, scratch: _Scratch) -> 
         scores = scratch.take("coarse", (*q.shape[:3], keys.shape[-1]), keys.dtype)
         torch.matmul(q.to(keys.dtype), keys, out=scores)
         scores.unflatten(2, (-1, work.lists.q_block)).add_(bias[:, :, part, None])
-        both = torch.logaddexp(lse, scores.logsumexp(-1))
+        top = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(top.masked_fill(top.isneginf(), 0)).exp_()
+        both = torch.logaddexp(lse[..., None], top + weights.sum(-1, keepdim=True).log())
         base = both.masked_fill(both.isneginf(), 0)
-        weights = scores.sub_(base[..., None]).exp_()
-        out.copy_(torch.addcmul(weights @ means.value, out, (lse - base).exp_()[..., None]))
-        lse.copy_(both)
+        weights.mul_((top - base).exp_())
+        merged = scratch.take("merged", tuple(out.shape), keys.dtype).copy_(out).mul_((lse[..., None] - base).exp_())
+        flat = merged.flatten(0, 1)
+        torch.baddbmm(flat, weights.flatten(0, 1), means.value.flatten(0, 1), out=flat)
+        out.copy_(merged)
+        lse.copy_(both[..., 0])
 
 
 def _product(

@@ -122,7 +122,8 @@ def block_sparse_attention(
     Args and returns as in `attention`, and
         boxes: hide keys within the listed blocks.
         means: let each dropped block stand in the same softmax as its mean key and mean value, weighted by its number
-            of keys: n * exp(q . mean key * scale). Costs about 1 / kv_block of dense attention.
+            of keys: n * exp(q . mean key * scale). Costs about 1 / kv_block of dense attention. Keys that boxes hide
+            in listed blocks stay hidden.
 
     The LSE is that of all that was seen, so parts computed apart can be merged. A query that sees nothing gets 0 and
     -inf.
@@ -131,8 +132,6 @@ def block_sparse_attention(
     _check_lists(q, k, lists)
     if boxes is not None:
         _check_boxes(q, k, boxes)
-    if boxes is not None and means:
-        raise KernelInputError("means stand for whole blocks; boxes cut through blocks. Choose one of the two")
     parts = lists.idx, lists.cnt, lists.q_block, lists.kv_block
     rest = _scale(q, scale), key_mask, *(boxes or (None,) * 3), means, _choose(q, backend)
     out, lse = ops.block_sparse_attention(q, k, v, *parts, *rest)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import diffsparse_kernels as dk
 from support import exact
-from support.cases import MASKS, Size, random_boxes
+from support.cases import MASKS, Size, random_boxes, seen
 
 BACKENDS = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, size: Size, mask: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """softmax over kept keys and, with weight n, the means of dropped blocks; in the dtype of the inputs."""
-    scores = [(q @ k.mT * size.scale).masked_fill(~size.allowed(mask, keys), -torch.inf)]
+    scores = [(q @ k.mT * size.scale).masked_fill(~(size.allowed(mask, keys) & visible), -torch.inf)]
     values = [v]
     rows = torch.arange(size.q_len) // size.q_block
     for block, part in enumerate(torch.arange(size.kv_len).split(size.kv_block)):
@@ -80,8 +80,10 @@ def test_nothing_dropped_is_dense_and_equal_keys_lose_nothing(backend: str) -> N
     torch.testing.assert_close(lse, dense_lse)
 
 
-def test_boxes_and_means_exclude_each_other() -> None:
-    size = Size()
-    lists = size.lists(MASKS["full"](size))
-    with pytest.raises(dk.KernelInputError, match="Choose one"):
-        dk.block_sparse_attention(*size.qkv(torch.float32), lists, means=True, boxes=random_boxes(size))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_boxes_hide_keys_in_kept_blocks_only(backend: str) -> None:
+    size = Size(q_len=95, kv_len=95)
+    qkv, mask, boxes = size.qkv(torch.float64), MASKS["random"](size), random_boxes(size)
+    got = dk.block_sparse_attention(*qkv, size.lists(mask), means=True, boxes=boxes, backend=backend)
+    want = written_out(*qkv, size, mask, torch.ones(size.batch, size.kv_len, dtype=torch.bool), seen(boxes))
+    torch.testing.assert_close(got, want)
