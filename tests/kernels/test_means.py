@@ -23,7 +23,9 @@ SIZES = [
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, size: Size, mask: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def written_out(
+    q: Tensor, k: Tensor, v: Tensor, size: Size, mask: Tensor, keys: Tensor, visible: Tensor | bool = True
+) -> tuple[Tensor, Tensor]:
     """softmax over kept keys and, with weight n, the means of dropped blocks; in the dtype of the inputs."""
     scores = [(q @ k.mT * size.scale).masked_fill(~(size.allowed(mask, keys) & visible), -torch.inf)]
     values = [v]
