@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffsparse.report import Report
     from diffsparse.schedule import Schedule
     from diffsparse.site import Site
-    from diffsparse.strategies import PARO, AdaSpa, Dense, Random
+    from diffsparse.strategies import GNA, PARO, AdaSpa, Dense, Random
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ _HOME = {
     "AdaSpa": "diffsparse.strategies",
     "Dense": "diffsparse.strategies",
     "DiffsparseError": "diffsparse.errors",
+    "GNA": "diffsparse.strategies",
     "Handle": "diffsparse.patch",
     "Layout": "diffsparse.layout",
     "PARO": "diffsparse.strategies",
@@ -40,6 +41,7 @@ _HOME = {
 }
 
 __all__ = [
+    "GNA",
     "PARO",
     "AdaSpa",
     "Dense",

@@ -11,7 +11,7 @@ import torch
 import diffsparse_kernels as kernels
 from diffsparse.errors import DenseFallbackError
 from diffsparse.layout import Layout
-from diffsparse.order import text_last
+from diffsparse.order import HeadOrders, text_last
 from diffsparse.report import CallRecord
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -66,16 +66,35 @@ class Site:
         """Report the share of the softmax mass that the chosen blocks hold, any shape."""
         self._record.searched(recall)
 
-    def sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists) -> torch.Tensor:
-        """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster."""
-        density = lists.density()
+    def sparse(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lists: kernels.BlockLists,
+        *,
+        orders: HeadOrders | None = None,
+        boxes: kernels.Boxes | None = None,
+    ) -> torch.Tensor:
+        """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster.
+
+        orders: in which the lists count the tokens, if not as they stand; the output stands as q does.
+        boxes: hide keys token by token within the listed blocks; of the moved tokens too.
+        """
+        density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
         # A device is not asked for the value: waiting for it would cost more than it saves.
         if q.device.type == "cpu":
             limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
             if float(density) > limit:
                 return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
         self._record.ran_sparse(density, _kernel_name(q))
-        return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=self.key_mask)[0]
+        keys = self.key_mask
+        if orders is not None:
+            (q, k, v), keys = (orders.apply(x) for x in (q, k, v)), orders.keys(keys)
+        if keys is not None:
+            keys = keys.expand(q.shape[0], -1)
+        out, _ = kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=keys, boxes=boxes)
+        return out if orders is None else orders.undo(out)
 
     def fall_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reason: str) -> torch.Tensor:
         """Dense attention that nobody planned: counted by reason, an error under `strict=True`."""

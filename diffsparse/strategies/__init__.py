@@ -13,10 +13,11 @@ from diffsparse.plan import Planned
 from diffsparse.site import Site
 from diffsparse.strategies.adaspa import AdaSpa
 from diffsparse.strategies.dense import Dense
+from diffsparse.strategies.gna import GNA
 from diffsparse.strategies.paro import PARO
 from diffsparse.strategies.random import Random
 
-__all__ = ["PARO", "STRATEGIES", "AdaSpa", "Dense", "Random", "Strategy", "parse"]
+__all__ = ["GNA", "PARO", "STRATEGIES", "AdaSpa", "Dense", "Random", "Strategy", "parse"]
 
 
 class Strategy(Protocol):
@@ -31,7 +32,7 @@ class Strategy(Protocol):
         """Attention over q, k, v [B, H, N, D] -> [B, H, N, D]."""
 
 
-STRATEGIES: dict[str, type[Any]] = {"adaspa": AdaSpa, "dense": Dense, "paro": PARO, "random": Random}
+STRATEGIES: dict[str, type[Any]] = {"adaspa": AdaSpa, "dense": Dense, "gna": GNA, "paro": PARO, "random": Random}
 
 
 def parse(names: str, **knobs: Any) -> list[Any]:

@@ -37,12 +37,10 @@ class PARO(Planned):
         settings = self.plan.settings
         picked = self.plan.part(site.model, site.layer, "orders")
         orders = HeadOrders.of(tuple(settings["orders"]), picked, site.layout, q.device)
-        site = site.text_last()
         group = group_of(site.step, site.steps, settings["groups"])
         if site.memory.get("group") != group:
-            site.memory.update(group=group, lists=self._lists(site, group, q.device))
-        q, k, v = (orders.apply(x) for x in (q, k, v))
-        return orders.undo(site.sparse(q, k, v, site.memory["lists"]))
+            site.memory.update(group=group, lists=self._lists(site.text_last(), group, q.device))
+        return site.sparse(q, k, v, site.memory["lists"], orders=orders)
 
     def _lists(self, site: Site, group: int, device: torch.device) -> BlockLists:
         block, tokens = self.plan.settings["block"], site.layout.tokens

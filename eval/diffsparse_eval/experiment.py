@@ -200,6 +200,8 @@ def label(strategy: Any) -> str:
     """Name, sparsity and what else differs from the defaults: `adaspa 0.8 order=tile4x4x4`."""
     parts = [type(strategy).__name__.lower()]
     for name, value, default in _knobs(strategy):
+        if value is None:
+            continue
         if name == "sparsity":
             parts.append(f"{value:g}")
         elif value != default:

@@ -101,7 +101,7 @@ def generate(
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
     strategy: Annotated[
-        str, typer.Option(help="adaspa, random, dense, or paro:PLAN.", rich_help_panel="Strategy")
+        str, typer.Option(help="adaspa, gna, random, dense, or paro:PLAN.", rich_help_panel="Strategy")
     ] = "adaspa",
     sparsity: Annotated[
         float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel="Strategy")
@@ -111,6 +111,9 @@ def generate(
     searches: options.Searches = "0.6",
     head_adaptive: options.HeadAdaptive = True,
     recall_threshold: options.RecallThreshold = 0.8,
+    window: options.Window = "",
+    stride: options.Stride = "",
+    dilation: options.Dilation = "1x1x1",
     dense_first: options.DenseFirst = "0.2",
     dense_last: options.DenseLast = "0",
     dense_layers: options.DenseLayers = "",
@@ -126,6 +129,9 @@ def generate(
         "searches": options.amounts(searches, "--searches"),
         "head_adaptive": head_adaptive,
         "recall_threshold": recall_threshold,
+        "window": options.cells(window, "--window", 0),
+        "stride": options.cells(stride, "--stride", 1),
+        "dilation": options.cells(dilation, "--dilation", 1),
     }
     names = model, strategy, prompt
     loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
