@@ -23,7 +23,7 @@ class Site:
 
     q, k, v are [B, H, N, D] after rotary embedding; `layout` tells which of the N tokens lie on the grid.
     `model` is the transformer's name in the pipeline, `layer` the attention module's in the transformer.
-    `step` counts denoising steps from 0; `steps` is None if nobody knows the length of the run. `branch` names the
+    The model has `layers` such modules. `step` counts denoising steps from 0; `steps` is None if nobody knows the length of the run. `branch` names the
     guidance branch. `memory` is a dict that starts empty for each run x layer x branch and lasts to its end.
     """
 
@@ -38,6 +38,7 @@ class Site:
     scale: float | None = None
     key_mask: torch.Tensor | None = None
     strict: bool = False
+    layers: int = 1
     _dense: Attend = field(repr=False, kw_only=True)
     _backend: str = field(repr=False, kw_only=True)
     _record: CallRecord = field(repr=False, kw_only=True)
@@ -93,8 +94,20 @@ class Site:
             (q, k, v), keys = (orders.apply(x) for x in (q, k, v)), orders.keys(keys)
         if keys is not None:
             keys = keys.expand(q.shape[0], -1)
-        out, _ = kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=keys, boxes=boxes)
+        out, _ = self._product(q, k, v, lists, keys, boxes)
         return out if orders is None else orders.undo(out)
+
+    def _product(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lists: kernels.BlockLists,
+        key_mask: torch.Tensor | None,
+        boxes: kernels.Boxes | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kernel's output and LSE, of the moved tokens; what `Compensated` adds to."""
+        return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=key_mask, boxes=boxes)
 
     def fall_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reason: str) -> torch.Tensor:
         """Dense attention that nobody planned: counted by reason, an error under `strict=True`."""

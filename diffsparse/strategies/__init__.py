@@ -36,7 +36,7 @@ STRATEGIES: dict[str, type[Any]] = {"adaspa": AdaSpa, "dense": Dense, "gna": GNA
 
 
 def parse(names: str, **knobs: Any) -> list[Any]:
-    """Strategies from a comma-separated list such as "adaspa,paro:plan.safetensors".
+    """Strategies from a comma-separated list such as "adaspa,random+means,paro:plan.safetensors".
 
     Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon.
 
