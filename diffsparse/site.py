@@ -66,15 +66,25 @@ class Site:
         """Report the share of the softmax mass that the chosen blocks hold, any shape."""
         self._record.searched(recall)
 
-    def sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists) -> torch.Tensor:
-        """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster."""
+    def chose(self, modes: list[str]) -> None:
+        """Report by name what each head does."""
+        self._record.heads = tuple(modes)
+
+    def sparse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists, *, heads: int | None = None
+    ) -> torch.Tensor:
+        """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster.
+
+        heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
+        """
         density = lists.density()
         # A device is not asked for the value: waiting for it would cost more than it saves.
         if q.device.type == "cpu":
             limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
             if float(density) > limit:
                 return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
-        self._record.ran_sparse(density, _kernel_name(q))
+        overall = density if heads is None else 1 - (1 - density) * q.shape[1] / heads
+        self._record.ran_sparse(overall, _kernel_name(q))
         return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=self.key_mask)[0]
 
     def fall_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reason: str) -> torch.Tensor:

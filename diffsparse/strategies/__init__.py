@@ -15,8 +15,9 @@ from diffsparse.strategies.adaspa import AdaSpa
 from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.paro import PARO
 from diffsparse.strategies.random import Random
+from diffsparse.strategies.sparse_vdit import SparseVDiT
 
-__all__ = ["PARO", "STRATEGIES", "AdaSpa", "Dense", "Random", "Strategy", "parse"]
+__all__ = ["PARO", "STRATEGIES", "AdaSpa", "Dense", "Random", "SparseVDiT", "Strategy", "parse"]
 
 
 class Strategy(Protocol):
@@ -31,7 +32,13 @@ class Strategy(Protocol):
         """Attention over q, k, v [B, H, N, D] -> [B, H, N, D]."""
 
 
-STRATEGIES: dict[str, type[Any]] = {"adaspa": AdaSpa, "dense": Dense, "paro": PARO, "random": Random}
+STRATEGIES: dict[str, type[Any]] = {
+    "adaspa": AdaSpa,
+    "dense": Dense,
+    "paro": PARO,
+    "random": Random,
+    "sparse-vdit": SparseVDiT,
+}
 
 
 def parse(names: str, **knobs: Any) -> list[Any]:

@@ -74,6 +74,11 @@ def amounts(text: str, option: str) -> tuple[int | float, ...]:
     return tuple(amount(part.strip(), option) for part in text.split(",") if part.strip())
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def schedule(dense_first: str, dense_last: str, dense_layers: str) -> Schedule:
     """The schedule that the three options describe."""
     layers = amounts(dense_layers, "--dense-layers")
