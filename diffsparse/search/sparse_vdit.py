@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
@@ -40,7 +41,7 @@ class SparseVDiTSearch:
     weight: of the cost (lambda in the paper).
     modes: candidates beside full.
     cost: "sparsity", the share of blocks that a mode computes (the paper's 1 - S_i), or "time" (ours), the time of
-        its kernel call on this machine, as a share of full attention's.
+        its kernel call on this machine, as a share of that of torch's dense attention.
     groups: parts of the run with modes of their own; None: each step has its own, as in the paper.
     block: edge of a block in tokens.
     looks: steps of a run at which masses are added up, evenly spread.
@@ -51,6 +52,7 @@ class SparseVDiTSearch:
     - In print the appendix adds lambda * S_i; Eq. 2 and sense want 1 - S_i.
     - Errors are those of the video's rows, averaged over samples, guidance branches, the steps of a group and prompts.
       Each run goes on with what the mean so far, its own call included, would choose.
+    - A mode that costs no less than full is never chosen.
     - Steps at which a model never ran (experts of Wan 2.2) are full.
     """
 
@@ -100,7 +102,7 @@ class SparseVDiTSearch:
     def choose(self, errors: Tensor, seen: Tensor, costs: Tensor) -> Tensor:
         """The mode of each head, uint8 [..., H], from sums of errors [..., modes, H] over `seen` [...] calls."""
         mean = (errors / seen[..., None, None]).nan_to_num(nan=torch.inf)  # 0 / 0 where nothing was seen
-        loss = mean + self.weight * costs[:, None]
+        loss = (mean + self.weight * costs[:, None]).masked_fill(costs[:, None] >= 1, torch.inf)
         best = loss.argmin(-2, keepdim=True)  # [..., 1, H]
         numbers = torch.tensor([MODES.index(mode) for mode in self.modes])
         chosen = numbers[best].where(loss.gather(-2, best) <= self.epsilon, FULL)
@@ -126,13 +128,13 @@ class SparseVDiTSearch:
         return torch.tensor([0.0 if MODES.index(mode) == SKIP else share for mode in self.modes])
 
     def _timed(self, q: Tensor, k: Tensor, columns: Tensor, site: Site) -> Tensor:
-        """Time of each mode's kernel call on the video rows of q and k, over that of full attention's."""
+        """Time of each mode's kernel call on the video rows of q and k, over that of torch's dense attention."""
         seconds = []
-        for mode in ("full", *self.modes):
+        for mode in self.modes:
             modes = torch.full((q.shape[1],), MODES.index(mode))
             lists = head_lists(modes, columns, site.layout.grid, self.sparsity, self.block, q.device)
             seconds.append(_seconds(partial(block_sparse_attention, q, k, k, lists), q.device))
-        return torch.tensor(seconds[1:]) / seconds[0]
+        return torch.tensor(seconds) / _seconds(partial(F.scaled_dot_product_attention, q, k, k), q.device)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from diffsparse.strategies.paro import PARO
 from diffsparse.strategies.random import Random
 from diffsparse.strategies.sparse_vdit import SparseVDiT
 
-__all__ = ["PARO", "STRATEGIES", "AdaSpa", "Dense", "Random", "SparseVDiT", "Strategy", "parse"]
+__all__ = ["PARO", "STRATEGIES", "AdaSpa", "Dense", "Random", "SparseVDiT", "Strategy", "name_of", "parse"]
 
 
 class Strategy(Protocol):
@@ -39,6 +39,12 @@ STRATEGIES: dict[str, type[Any]] = {
     "random": Random,
     "sparse-vdit": SparseVDiT,
 }
+
+
+def name_of(strategy: object) -> str:
+    """The name under which `parse` knows the strategy; of a stranger's, that of its class in small letters."""
+    cls = type(strategy)
+    return next((name for name, known in STRATEGIES.items() if known is cls), cls.__name__.lower())
 
 
 def parse(names: str, **knobs: Any) -> list[Any]:

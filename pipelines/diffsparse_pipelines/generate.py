@@ -101,7 +101,7 @@ def generate(
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
     strategy: Annotated[
-        str, typer.Option(help="adaspa, random, dense, or paro:PLAN.", rich_help_panel="Strategy")
+        str, typer.Option(help="adaspa, random, dense, paro:PLAN or sparse-vdit:PLAN.", rich_help_panel="Strategy")
     ] = "adaspa",
     sparsity: Annotated[
         float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel="Strategy")
