@@ -22,7 +22,7 @@ _NONE_YET = "no self-attention call yet"
 class CallRecord:
     """One self-attention call. `reason` says why a dense call was dense; `planned` ones are no fall-backs.
 
-    heads: what each head did, by name, where a strategy chooses by head.
+    heads: what each head did, by name, where a strategy chooses by head. note: what else the user should know.
     """
 
     layer: str
@@ -35,6 +35,7 @@ class CallRecord:
     backend: str = "native"
     recall: torch.Tensor | None = None
     heads: tuple[str, ...] = ()
+    note: str = ""
     _marks: list[Any] = field(default_factory=list, repr=False)
 
     def ran_dense(self, reason: str, *, planned: bool, backend: str, kind: Kind = "dense") -> None:
@@ -98,7 +99,8 @@ class Report:
     softmax mass that the chosen blocks held when they were chosen; attention_seconds is the time inside
     self-attention; memory_bytes is what the strategy kept between steps (masks, LSE); fallbacks are the dense calls
     that nobody planned, by reason. Where a strategy chooses by head, modes is the share of heads in each mode, over
-    all calls in which it chose, and heads the modes of a layer's heads, by layer and step.
+    all calls in which it chose, and heads the modes of a layer's heads, by layer and step. notes is what
+    else the strategy has to say.
     """
 
     strategy: str
@@ -116,6 +118,7 @@ class Report:
     memory_bytes: int
     modes: dict[str, float] = field(default_factory=dict)
     heads: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     calls: tuple[CallRecord, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -129,7 +132,7 @@ class Report:
             strategy=repr(strategy),
             modules=modules,
             steps=len(steps),
-            density=_mean(densities) or 1.0,
+            density=sum(densities) / len(densities) if densities else 1.0,
             sparse_density=_mean(sparse),
             dense_steps=len(steps - {call.step for call in calls if call.kind == "sparse"}),
             dense_calls=len(calls) - len(sparse),
@@ -141,6 +144,7 @@ class Report:
             memory_bytes=sum(sum(ledger.memory.values()) for ledger in ledgers),
             modes=_shares(mode for call in calls for mode in call.heads),
             heads=_heads(calls),
+            notes=list(dict.fromkeys(call.note for call in calls if call.note)),
             calls=tuple(calls),
         )
 
@@ -178,6 +182,7 @@ class Report:
             ("fall-backs", _counts(self.fallbacks) or "none"),
             ("attention time", f"{self.attention_seconds:.2f} s"),
             ("memory kept", f"{self.memory_bytes / 2**20:.1f} MiB"),
+            *(("notes", note) for note in self.notes),
             *self._head_rows(),
         ]
         return "\n".join(f"{name:<18} {value}" for name, value in rows)

@@ -70,6 +70,10 @@ class Site:
         """Report by name what each head does."""
         self._record.heads = tuple(modes)
 
+    def note(self, text: str) -> None:
+        """Report what the user should know; equal notes are shown once."""
+        self._record.note = text
+
     def sparse(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists, *, heads: int | None = None
     ) -> torch.Tensor:

@@ -39,7 +39,7 @@ class SparseVDiT(Planned):
     hold text are kept in every mode but skip, whose other rows are zero.
 
     All of this is relative, so a plan serves other sizes and numbers of frames too: k follows from s, columns lie at
-    the same fraction of the video. A run of other length finds its steps at the same fraction.
+    the same fraction of the video; the report says so. A run of other length finds its steps at the same fraction.
 
     plan: settings `sparsity`, `block`; for each layer `modes`, uint8 [steps or groups, H], numbers of `MODES`, and
         `columns`, float32 [H, n], the share of each head's mass in each key block.
@@ -53,6 +53,8 @@ class SparseVDiT(Planned):
         table = self.plan.part(site.model, site.layer, "modes")
         modes = table[group_of(site.step, site.steps, len(table))]  # [H], on the CPU
         site.chose([MODES[mode] for mode in modes])
+        if site.layout.grid != self.plan.layout:
+            site.note(f"a plan of {self.plan.layout} serves {site.layout.grid}")
         full, sparse = ((modes == FULL) == wanted for wanted in (True, False))
         if not sparse.any():
             return site.dense(q, k, v, reason="all heads full")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from diffsparse.errors import ConfigError
+from diffsparse.errors import ConfigError, DiffsparseError
 from diffsparse_pipelines import options
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def generation(pipe: Any, arguments: dict[str, Any], seed: int, progress: Progre
     start = time.perf_counter()
     try:
         out = pipe(**arguments, **watched, generator=torch.Generator().manual_seed(seed), output_type="np")
+    except DiffsparseError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{type(pipe).__name__} refused the call: {error}") from error
     finally:
