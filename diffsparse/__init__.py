@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffsparse.report import Report
     from diffsparse.schedule import Schedule
     from diffsparse.site import Site
-    from diffsparse.strategies import GNA, PARO, AdaSpa, Dense, Random
+    from diffsparse.strategies import GNA, PARO, AdaSpa, Dense, Random, SparseVDiT
 
 __version__ = "0.1.0"
 
@@ -36,6 +36,7 @@ _HOME = {
     "Report": "diffsparse.report",
     "Schedule": "diffsparse.schedule",
     "Site": "diffsparse.site",
+    "SparseVDiT": "diffsparse.strategies",
     "apply": "diffsparse.patch",
     "remove": "diffsparse.patch",
 }
@@ -52,6 +53,7 @@ __all__ = [
     "Report",
     "Schedule",
     "Site",
+    "SparseVDiT",
     "apply",
     "remove",
 ]

@@ -23,8 +23,8 @@ class Site:
 
     q, k, v are [B, H, N, D] after rotary embedding; `layout` tells which of the N tokens lie on the grid.
     `model` is the transformer's name in the pipeline, `layer` the attention module's in the transformer.
-    The model has `layers` such modules. `step` counts denoising steps from 0; `steps` is None if nobody knows the length of the run. `branch` names the
-    guidance branch. `memory` is a dict that starts empty for each run x layer x branch and lasts to its end.
+    The model has `layers` such modules. `step` counts denoising steps from 0; `steps` is None if nobody knows the
+    length of the run. `branch` names the guidance branch. `memory` is a dict that starts empty for each run x layer x branch and lasts to its end.
     """
 
     model: str
@@ -67,6 +67,14 @@ class Site:
         """Report the share of the softmax mass that the chosen blocks hold, any shape."""
         self._record.searched(recall)
 
+    def chose(self, modes: list[str]) -> None:
+        """Report by name what each head does."""
+        self._record.heads = tuple(modes)
+
+    def note(self, text: str) -> None:
+        """Report what the user should know; equal notes are shown once."""
+        self._record.note = text
+
     def sparse(
         self,
         q: torch.Tensor,
@@ -76,11 +84,13 @@ class Site:
         *,
         orders: HeadOrders | None = None,
         boxes: kernels.Boxes | None = None,
+        heads: int | None = None,
     ) -> torch.Tensor:
         """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster.
 
         orders: in which the lists count the tokens, if not as they stand; the output stands as q does.
         boxes: hide keys token by token within the listed blocks; of the moved tokens too.
+        heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
         """
         density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
         # A device is not asked for the value: waiting for it would cost more than it saves.
@@ -88,7 +98,8 @@ class Site:
             limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
             if float(density) > limit:
                 return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
-        self._record.ran_sparse(density, _kernel_name(q))
+        overall = density if heads is None else 1 - (1 - density) * q.shape[1] / heads
+        self._record.ran_sparse(overall, _kernel_name(q))
         keys = self.key_mask
         if orders is not None:
             (q, k, v), keys = (orders.apply(x) for x in (q, k, v)), orders.keys(keys)

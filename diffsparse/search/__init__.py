@@ -6,7 +6,8 @@ from typing import Any
 
 from diffsparse.search.calibrate import Search, calibrate
 from diffsparse.search.paro import PAROSearch
+from diffsparse.search.sparse_vdit import SparseVDiTSearch
 
-__all__ = ["SEARCHES", "PAROSearch", "Search", "calibrate"]
+__all__ = ["SEARCHES", "PAROSearch", "Search", "SparseVDiTSearch", "calibrate"]
 
-SEARCHES: dict[str, type[Any]] = {"paro": PAROSearch}
+SEARCHES: dict[str, type[Any]] = {"paro": PAROSearch, "sparse-vdit": SparseVDiTSearch}

@@ -16,8 +16,9 @@ from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.gna import GNA
 from diffsparse.strategies.paro import PARO
 from diffsparse.strategies.random import Random
+from diffsparse.strategies.sparse_vdit import SparseVDiT
 
-__all__ = ["GNA", "PARO", "STRATEGIES", "AdaSpa", "Dense", "Random", "Strategy", "parse"]
+__all__ = ["GNA", "PARO", "STRATEGIES", "AdaSpa", "Dense", "Random", "SparseVDiT", "Strategy", "name_of", "parse"]
 
 
 class Strategy(Protocol):
@@ -32,7 +33,20 @@ class Strategy(Protocol):
         """Attention over q, k, v [B, H, N, D] -> [B, H, N, D]."""
 
 
-STRATEGIES: dict[str, type[Any]] = {"adaspa": AdaSpa, "dense": Dense, "gna": GNA, "paro": PARO, "random": Random}
+STRATEGIES: dict[str, type[Any]] = {
+    "adaspa": AdaSpa,
+    "dense": Dense,
+    "gna": GNA,
+    "paro": PARO,
+    "random": Random,
+    "sparse-vdit": SparseVDiT,
+}
+
+
+def name_of(strategy: object) -> str:
+    """The name under which `parse` knows the strategy; of a stranger's, that of its class in small letters."""
+    cls = type(strategy)
+    return next((name for name, known in STRATEGIES.items() if known is cls), cls.__name__.lower())
 
 
 def parse(names: str, **knobs: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,12 @@ class PARO(Planned):
         if site.memory.get("group") != group:
             site.memory.update(group=group, lists=self._lists(site.text_last(), group, q.device))
         return site.sparse(q, k, v, site.memory["lists"], orders=orders)
+
+    def facts(self) -> dict[str, str]:
+        """How many heads have each order."""
+        names = self.plan.settings["orders"]
+        counts = Counter(names[int(i)] for name, x in self.plan.tensors.items() if name.endswith(".orders") for i in x)
+        return {"orders": ", ".join(f"{name} x{count}" for name, count in counts.most_common())}
 
     def _lists(self, site: Site, group: int, device: torch.device) -> BlockLists:
         block, tokens = self.plan.settings["block"], site.layout.tokens

@@ -16,7 +16,7 @@ from diffsparse_pipelines.prompts import read_prompts, read_seeds
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv, report.md, videos and a sheet.")],
     strategy: Annotated[
-        str, typer.Option(help="Names separated by commas: adaspa, gna, random, dense, paro:PLAN.")
+        str, typer.Option(help="Names separated by commas: adaspa, gna, random, dense, paro:PLAN, sparse-vdit:PLAN.")
     ] = "adaspa,random",
     sparsity: Annotated[str, typer.Option(help="Numbers in [0, 1) separated by commas.")] = "0.8",
     prompts: Annotated[str, typer.Option(help="How many built-in prompts, or a file with one a line.")] = "2",

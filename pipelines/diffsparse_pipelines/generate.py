@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from diffsparse.errors import ConfigError
+from diffsparse.errors import ConfigError, DiffsparseError
 from diffsparse_pipelines import options
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def generation(pipe: Any, arguments: dict[str, Any], seed: int, progress: Progre
     start = time.perf_counter()
     try:
         out = pipe(**arguments, **watched, generator=torch.Generator().manual_seed(seed), output_type="np")
+    except DiffsparseError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{type(pipe).__name__} refused the call: {error}") from error
     finally:
@@ -101,7 +103,8 @@ def generate(
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
     strategy: Annotated[
-        str, typer.Option(help="adaspa, gna, random, dense, or paro:PLAN.", rich_help_panel="Strategy")
+        str,
+        typer.Option(help="adaspa, gna, random, dense, paro:PLAN or sparse-vdit:PLAN.", rich_help_panel="Strategy"),
     ] = "adaspa",
     sparsity: Annotated[
         float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel="Strategy")

@@ -110,6 +110,11 @@ def cells(text: str, option: str, least: int) -> tuple[int, int, int] | None:
     return frames, rows, columns
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def schedule(dense_first: str, dense_last: str, dense_layers: str) -> Schedule:
     """The schedule that the three options describe."""
     layers = amounts(dense_layers, "--dense-layers")
