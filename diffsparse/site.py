@@ -24,7 +24,8 @@ class Site:
     q, k, v are [B, H, N, D] after rotary embedding; `layout` tells which of the N tokens lie on the grid.
     `model` is the transformer's name in the pipeline, `layer` the attention module's in the transformer.
     The model has `layers` such modules. `step` counts denoising steps from 0; `steps` is None if nobody knows the
-    length of the run. `branch` names the guidance branch. `memory` is a dict that starts empty for each run x layer x branch and lasts to its end.
+    length of the run. `branch` names the guidance branch. `memory` is a dict that starts empty for each run x layer x
+    branch and lasts to its end.
     """
 
     model: str

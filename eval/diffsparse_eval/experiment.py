@@ -16,7 +16,7 @@ from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.files import folder, whole
 from diffsparse.plan import Planned
 from diffsparse.search import SEARCHES
-from diffsparse.strategies import name_of
+from diffsparse.strategies import Compensated, name_of
 from diffsparse_eval import environment, metrics
 from diffsparse_pipelines import media
 from diffsparse_pipelines.generate import Generation, generation
@@ -200,7 +200,9 @@ def _row(
 
 
 def label(strategy: Any) -> str:
-    """Name, sparsity and what else differs from the defaults: `adaspa 0.8 order=tile4x4x4`."""
+    """Name, sparsity and what else differs from the defaults: `adaspa 0.8 order=tile4x4x4`, `random 0.8 +means`."""
+    if isinstance(strategy, Compensated):
+        return f"{label(strategy.strategy)} +{strategy.by}"
     parts = [name_of(strategy)]
     for name, value, default in _knobs(strategy):
         if value is None:
