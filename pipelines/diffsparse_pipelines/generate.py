@@ -165,7 +165,7 @@ def _generate(
     prompt = _prompt(model, prompt)
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading, with_image=image is not None)
-    arguments = call_arguments(pipe, families.defaults(model, pipe), {**chosen, "prompt": prompt})
+    arguments = call_arguments(pipe, families.defaults(model), {**chosen, "prompt": prompt})
     count = arguments.get("num_inference_steps")
     console.print(f"{strategies[0]}, {plan.describe(count)}" if count else f"{strategies[0]}", soft_wrap=True)
     estimate = preflight(pipe, arguments, strategies[0], plan)
