@@ -70,11 +70,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of the whole model: seconds, those within self-attention, and the mean density of its calls."""
+    """One forward pass of the whole model: seconds within self-attention and outside, mean density of its calls."""
 
-    seconds: float
     attention: float
+    rest: float
     density: float
+
+    @property
+    def seconds(self) -> float:
+        """Both."""
+        return self.attention + self.rest
 
 
 class Stopwatch:
@@ -138,10 +143,11 @@ def run(trial: Trial, missing: list[Any], advance: Callable[[], None]) -> Iterat
             reports.append(report)
             for kind, one in passes.items() if turn else ():
                 timed.setdefault(kind, []).append(one)
-    dense = _middle(found[0]["dense"])
+    rest = median(one.rest for timed in found for passes in timed.values() for one in passes)
+    dense = {"dense": _middle(found[0]["dense"], rest)}
     for strategy, timed, report in zip(contestants, found, reports, strict=True):
         if strategy in missing:
-            typical = {"dense": dense, **{kind: _middle(passes) for kind, passes in timed.items()}}
+            typical = dense | {kind: _middle(passes, rest) for kind, passes in timed.items()}
             yield _row(trial, strategy, typical, report, count)
 
 
@@ -168,18 +174,16 @@ def _passes(
             seconds[kind] = watch.time(lambda step=step: rig.step(step, arguments))  # type: ignore[misc]
             advance()
         report = handle.report()
-    density = report.table("step")
-    passes = {
-        kind: Pass(seconds[kind], watch.attention(report, step), density[str(step)]) for kind, step in steps.items()
-    }
+    density, passes = report.table("step"), {}
+    for kind, step in steps.items():
+        attention = watch.attention(report, step)
+        passes[kind] = Pass(attention, seconds[kind] - attention, density[str(step)])
     return passes, report
 
 
-def _middle(passes: list[Pass]) -> Pass:
-    """The median of each figure."""
-    return Pass(
-        *(median(values) for values in zip(*((p.seconds, p.attention, p.density) for p in passes), strict=True))
-    )
+def _middle(passes: list[Pass], rest: float) -> Pass:
+    """Medians; outside of attention all passes do the same, and have one time."""
+    return Pass(median(p.attention for p in passes), rest, median(p.density for p in passes))
 
 
 def _row(trial: Trial, strategy: Any, typical: dict[Kind, Pass], report: Report, count: Flops) -> Row:
