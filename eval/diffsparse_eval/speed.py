@@ -144,10 +144,10 @@ def run(trial: Trial, missing: list[Any], advance: Callable[[], None]) -> Iterat
             for kind, one in passes.items() if turn else ():
                 timed.setdefault(kind, []).append(one)
     rest = median(one.rest for timed in found for passes in timed.values() for one in passes)
-    dense = {"dense": _middle(found[0]["dense"], rest)}
+    dense: dict[Kind, Pass] = {"dense": _middle(found[0]["dense"], rest)}
     for strategy, timed, report in zip(contestants, found, reports, strict=True):
         if strategy in missing:
-            typical = dense | {kind: _middle(passes, rest) for kind, passes in timed.items()}
+            typical: dict[Kind, Pass] = dense | {kind: _middle(passes, rest) for kind, passes in timed.items()}
             yield _row(trial, strategy, typical, report, count)
 
 
