@@ -30,11 +30,11 @@ def kinds(strategy: Any, schedule: Schedule, steps: int) -> list[Kind]:
     """What each of the `steps` steps does in the layers that may be sparse.
 
     A strategy with `observe` searches in its last dense step, or in its first step if none is dense; one with
-    `search_steps(steps)` searches again in those. One without a sparsity is dense throughout.
+    `search_steps(steps)` searches again in those. One without a sparsity, or of sparsity 0, is dense throughout.
     """
     first, end = schedule.bounds(steps)
     end = steps if end is None else end
-    if not getattr(strategy, "sparsity", 0) or first >= end:
+    if getattr(strategy, "sparsity", 0) == 0 or first >= end:
         return ["dense"] * steps
     again: set[int] = strategy.search_steps(steps) if hasattr(strategy, "search_steps") else set()
     found: list[Kind] = [
@@ -138,9 +138,15 @@ class Estimate:
     speedup: float
 
     @classmethod
-    def before(cls, count: Flops, strategy: Any, schedule: Schedule, steps: int) -> Estimate:
-        """From operations alone: as if the machine did all of them equally fast, and nothing else took time."""
-        density = 1.0 - float(getattr(strategy, "sparsity", 0))
+    def before(cls, count: Flops, strategy: Any, schedule: Schedule, steps: int) -> Estimate | None:
+        """From operations alone: as if the machine did all of them equally fast, and nothing else took time.
+
+        None if the strategy's sparsity is None: it depends on what it will see.
+        """
+        sparsity = getattr(strategy, "sparsity", 0)
+        if sparsity is None:
+            return None
+        density = 1.0 - float(sparsity)
         mean = sum(passes(kind, density) for kind in kinds(strategy, schedule, steps)) / steps
         layers = len(count.attention)
         fixed = sum(x for i, x in enumerate(count.attention) if schedule.excludes(i, layers)) / sum(count.attention)

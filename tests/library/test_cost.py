@@ -38,6 +38,7 @@ def test_the_papers_run_costs_19_of_50_passes() -> None:
     assert end_to_end(0.83, 50 / 19) == pytest.approx(2.07, abs=0.01)
     share = Flops((0.83,), 0.17)
     found = Estimate.before(share, AdaSpa(), Schedule(), 50)
+    assert found is not None
     assert found.attention_speedup == pytest.approx(2.63, abs=0.005)
     assert found.speedup == pytest.approx(2.07, abs=0.01)
 
@@ -55,13 +56,23 @@ def test_kinds_follow_the_schedule() -> None:
 @given(st.integers(1, 60), st.integers(0, 20), st.integers(0, 20), st.floats(0.01, 0.99))
 def test_no_run_beats_its_density(steps: int, first: int, last: int, sparsity: float) -> None:
     found = Estimate.before(Flops((1.0,), 1.0), AdaSpa(sparsity), Schedule(first, last), steps)
+    assert found is not None
     assert found.attention_speedup <= 1 / (1 - sparsity) + 1e-9
     assert found.speedup <= 2
+
+
+def test_a_sparsity_that_only_the_run_will_show() -> None:
+    class Windows:
+        sparsity = None
+
+    assert kinds(Windows(), Schedule(1), 3) == ["dense", "sparse", "sparse"]
+    assert Estimate.before(Flops((1.0,), 1.0), Windows(), Schedule(1), 3) is None
 
 
 def test_dense_layers_count_as_dense() -> None:
     count = Flops((1.0, 0.0, 3.0, 0.0), 4.0)
     found = Estimate.before(count, Random(0.5), Schedule(0, dense_layers=(0,)), 10)
+    assert found is not None
     assert found.attention_speedup == pytest.approx(4 / (1 + 3 * 0.5))
 
 
