@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,21 @@ def permutation(order: str, layout: Layout) -> tuple[Tensor, Tensor]:
     inside = slice(layout.text_before, layout.text_before + layout.video)
     tokens[inside] = video + layout.text_before
     return tokens, tokens.argsort()
+
+
+@lru_cache(maxsize=64)
+def permutation_on(order: str, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`permutation`, kept on a device."""
+    forward, back = permutation(order, layout)
+    return forward.to(device), back.to(device)
+
+
+def in_order(order: str, method: Callable[..., Tensor], qkv: tuple[Tensor, ...], site: Any) -> Tensor:
+    """Call `method(q, k, v, site)` with the tokens in that order, and put its output back in raster order."""
+    if order == RASTER:
+        return method(*qkv, site)
+    forward, back = permutation_on(order, site.layout, qkv[0].device)
+    return method(*(x.index_select(2, forward) for x in qkv), site).index_select(2, back)
 
 
 class HeadOrders(NamedTuple):

@@ -15,6 +15,7 @@ from diffsparse.order import text_last
 from diffsparse.report import CallRecord
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Look = Callable[[torch.Tensor, torch.Tensor, kernels.BlockLists, torch.Tensor | None], None]
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Site:
     _dense: Attend = field(repr=False, kw_only=True)
     _backend: str = field(repr=False, kw_only=True)
     _record: CallRecord = field(repr=False, kw_only=True)
+    _look: Look | None = field(default=None, repr=False, kw_only=True)
 
     def dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, reason: str = "strategy") -> torch.Tensor:
         """Dense attention on the user's own backend; `reason` goes into the report as a planned dense call."""
@@ -68,6 +70,8 @@ class Site:
 
     def sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists) -> torch.Tensor:
         """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster."""
+        if self._look is not None:
+            self._look(q, k, lists, self.key_mask)
         density = lists.density()
         # A device is not asked for the value: waiting for it would cost more than it saves.
         if q.device.type == "cpu":
