@@ -101,6 +101,7 @@ def _inspect(
     from diffsparse.inspection import Inspector
     from diffsparse.inspection import looks as steps_to_look_at
     from diffsparse.strategies import parse
+    from diffsparse_eval.experiment import label
     from diffsparse_pipelines import families
     from diffsparse_pipelines.generate import call_arguments, generation
     from diffsparse_pipelines.progress import bar, terminal
@@ -125,6 +126,7 @@ def _inspect(
     views = _found(inspector)
     facts = {
         "model": model,
+        "label": label(strategy),
         "strategy": repr(strategy),
         "schedule": repr(schedule),
         "sparsity": inspector.sparsity,
