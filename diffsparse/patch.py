@@ -149,7 +149,7 @@ def models_of(target: Any) -> dict[str, torch.nn.Module]:
         parts = getattr(target, "components", None)
         parts = parts if isinstance(parts, dict) else {}
         found = {name: x for name, x in parts.items() if "transformer" in name and isinstance(x, torch.nn.Module)}
-    found = {name: model for name, model in found.items() if any(_attentions(model))}
+    found = {name: model for name, model in found.items() if any(attentions(model))}
     if not found:
         raise UnsupportedModelError(
             f"{type(target).__name__} holds no transformer whose attention can be made sparse. Wanted: a pipeline with "
@@ -159,7 +159,8 @@ def models_of(target: Any) -> dict[str, torch.nn.Module]:
     return found
 
 
-def _attentions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def attentions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The attention modules of a transformer that `apply` adopts, by name, in its order."""
     if type(model).__name__ in LINEAR_ATTENTION or "UNet" in type(model).__name__:
         return
     for name, module in model.named_modules():
@@ -169,7 +170,7 @@ def _attentions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]
 
 def _apply(name: str, model: torch.nn.Module, strategy: Any, schedule: Schedule, strict: bool, pipe: Any) -> Run:
     run = Run(name, spec_of(model), strategy, schedule, strict, pipe)
-    modules = dict(_attentions(model))
+    modules = dict(attentions(model))
     for path, module in modules.items():
         module.__dict__["_diffsparse"] = run.add_layer(path)
         _adopt(module)
@@ -255,5 +256,5 @@ def _remove(model: torch.nn.Module) -> None:
         run.pre_hook.remove()
     del model._modules[BEACON]
     _forget_registries(model)
-    for _, module in _attentions(model):
+    for _, module in attentions(model):
         _release(module)

@@ -15,6 +15,7 @@ from diffsparse.order import HeadOrders, text_last
 from diffsparse.report import CallRecord
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Look = Callable[[torch.Tensor, torch.Tensor, kernels.BlockLists, torch.Tensor | None], None]
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Site:
     _dense: Attend = field(repr=False, kw_only=True)
     _backend: str = field(repr=False, kw_only=True)
     _record: CallRecord = field(repr=False, kw_only=True)
+    _look: Look | None = field(default=None, repr=False, kw_only=True)
 
     def dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, reason: str = "strategy") -> torch.Tensor:
         """Dense attention on the user's own backend; `reason` goes into the report as a planned dense call."""
@@ -93,6 +95,9 @@ class Site:
         boxes: hide keys token by token within the listed blocks; of the moved tokens too.
         heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
         """
+        if self._look is not None:
+            moved = (q, k) if orders is None else (orders.apply(q), orders.apply(k))
+            self._look(*moved, lists, self.key_mask if orders is None else orders.keys(self.key_mask))
         density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
         # A device is not asked for the value: waiting for it would cost more than it saves.
         if q.device.type == "cpu":

@@ -36,6 +36,16 @@ def device_name(device: str | torch.device) -> str:
     return f"{_processor()}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
 
 
+def memory(device: str | torch.device) -> int | None:
+    """Bytes of memory that the device has in all; None where nobody tells."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 @cache
 def _processor() -> str:
     info = Path("/proc/cpuinfo")

@@ -186,7 +186,7 @@ def _row(
         "heads": report.heads,
         "fallbacks": report.fallbacks,
         "backends": report.backends,
-        "dense_backend": _dense_backend(report.backends),
+        "dense_backend": dense_backend(report.backends),
         "device": environment.device_name(pipe.transformer.device),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "versions": environment.versions(),
@@ -234,7 +234,8 @@ def _compare_attention(row: Row, earlier: list[Row]) -> None:
         row["attention_speedup"] = dense["attention_seconds"] / row["attention_seconds"]
 
 
-def _dense_backend(backends: dict[str, int]) -> str:
+def dense_backend(backends: dict[str, int]) -> str:
+    """The user's own among the backends of a report."""
     from diffsparse_kernels import backends as ours
 
     return ", ".join(name for name in backends if name not in ours()) or "native"

@@ -136,7 +136,7 @@ def _calibrate(
     console = terminal()
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading)
-    arguments = call_arguments(pipe, families.defaults(model, pipe), chosen)
+    arguments = call_arguments(pipe, families.defaults(model), chosen)
     with bar(console) as progress:
         task = progress.add_task("runs", total=search.passes * len(pairs))
 

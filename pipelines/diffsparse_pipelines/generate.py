@@ -156,6 +156,7 @@ def _generate(
     from diffsparse.files import folder
     from diffsparse.strategies import parse
     from diffsparse_pipelines import families, media
+    from diffsparse_pipelines.preflight import announce, compare, preflight
     from diffsparse_pipelines.progress import bar, terminal
 
     console = terminal()
@@ -173,12 +174,18 @@ def _generate(
     prompt = _prompt(model, prompt)
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading, with_image=image is not None)
-    arguments = call_arguments(pipe, families.defaults(model, pipe), {**chosen, "prompt": prompt})
+    arguments = call_arguments(pipe, families.defaults(model), {**chosen, "prompt": prompt})
     count = arguments.get("num_inference_steps")
     console.print(f"{strategies[0]}, {plan.describe(count)}" if count else f"{strategies[0]}", soft_wrap=True)
+    estimate = preflight(pipe, arguments, strategies[0], plan)
+    if estimate is not None:
+        console.print(announce(estimate), highlight=False, soft_wrap=True)
     with diffsparse.apply(pipe, strategies[0], schedule=plan, strict=strict) as handle, bar(console) as progress:
         result = generation(pipe, arguments, seed, progress)
-    console.print(str(handle.report()), highlight=False, soft_wrap=True)
+    report = handle.report()
+    console.print(str(report), highlight=False, soft_wrap=True)
+    if estimate is not None and (afterwards := compare(estimate, report, result.seconds)):
+        console.print(afterwards, highlight=False, soft_wrap=True)
     media.save(result.frames, out, family.fps)
     console.print(f"{result.seconds:.1f} s -> {out}")
 
