@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffsparse.errors import DiffsparseError
+    from diffsparse.guidance import GuideHandle, guide
     from diffsparse.layout import Layout
     from diffsparse.patch import Handle, apply, remove
+    from diffsparse.preset import Preset
     from diffsparse.report import Report
     from diffsparse.schedule import Schedule
     from diffsparse.site import Site
@@ -28,14 +30,17 @@ _HOME = {
     "AdaSpa": "diffsparse.strategies",
     "Dense": "diffsparse.strategies",
     "DiffsparseError": "diffsparse.errors",
+    "GuideHandle": "diffsparse.guidance",
     "Handle": "diffsparse.patch",
     "Layout": "diffsparse.layout",
     "PARO": "diffsparse.strategies",
+    "Preset": "diffsparse.preset",
     "Random": "diffsparse.strategies",
     "Report": "diffsparse.report",
     "Schedule": "diffsparse.schedule",
     "Site": "diffsparse.site",
     "apply": "diffsparse.patch",
+    "guide": "diffsparse.guidance",
     "remove": "diffsparse.patch",
 }
 
@@ -44,13 +49,16 @@ __all__ = [
     "AdaSpa",
     "Dense",
     "DiffsparseError",
+    "GuideHandle",
     "Handle",
     "Layout",
+    "Preset",
     "Random",
     "Report",
     "Schedule",
     "Site",
     "apply",
+    "guide",
     "remove",
 ]
 
