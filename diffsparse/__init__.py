@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffsparse.errors import DiffsparseError
     from diffsparse.guidance import GuideHandle, guide
+    from diffsparse.guider import HeadGuidance
     from diffsparse.layout import Layout
     from diffsparse.patch import Handle, apply, remove
     from diffsparse.preset import Preset
@@ -32,6 +33,7 @@ _HOME = {
     "DiffsparseError": "diffsparse.errors",
     "GuideHandle": "diffsparse.guidance",
     "Handle": "diffsparse.patch",
+    "HeadGuidance": "diffsparse.guider",
     "Layout": "diffsparse.layout",
     "PARO": "diffsparse.strategies",
     "Preset": "diffsparse.preset",
@@ -51,6 +53,7 @@ __all__ = [
     "DiffsparseError",
     "GuideHandle",
     "Handle",
+    "HeadGuidance",
     "Layout",
     "Preset",
     "Random",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -111,16 +112,14 @@ class GuideHandle:
     def report(self) -> GuideReport:
         """Summary of the last (or running) pipeline call."""
         tallies = [guide.tally for guide in self._guides]
-        whole: dict[str, int] = {}
-        for tally in tallies:
-            for reason, count in tally.whole.items():
-                whole[reason] = whole.get(reason, 0) + count
         return GuideReport(
             self.preset,
-            sum(len(heads) for guide in self._guides for heads in guide.heads.values()),
-            *(sum(getattr(t, name) for t in tallies) for name in ("passes", "blocks_run", "blocks_skipped")),
-            whole,
-            sum(t.perturbed for t in tallies),
+            heads=sum(len(heads) for guide in self._guides for heads in guide.heads.values()),
+            passes=sum(tally.passes for tally in tallies),
+            blocks_run=sum(tally.blocks_run for tally in tallies),
+            blocks_skipped=sum(tally.blocks_skipped for tally in tallies),
+            whole=dict(sum((tally.whole for tally in tallies), Counter())),
+            perturbed=sum(tally.perturbed for tally in tallies),
         )
 
     def remove(self) -> None:
@@ -147,7 +146,7 @@ class _Tally:
     blocks_run: int = 0
     blocks_skipped: int = 0
     perturbed: int = 0
-    whole: dict[str, int] = field(default_factory=dict)
+    whole: Counter[str] = field(default_factory=Counter)
     touched: set[str] = field(default_factory=set)  # layers that were perturbed
     first_step: int | None = None
     delta: tuple[int, Tensor] | None = None  # of a step: what its passes get
@@ -309,7 +308,7 @@ class Guide:
                 tally.blocks_skipped += skipped
                 tally.blocks_run += len(self.prefix.blocks) - skipped
                 if self.prefix.obstacle:
-                    tally.whole[self.prefix.obstacle] = tally.whole.get(self.prefix.obstacle, 0) + 1
+                    tally.whole[self.prefix.obstacle] += 1
         tally.passes += 1
         if tally.passes == 1 and self.heads.keys() - tally.touched:
             missing = ", ".join(sorted(self.heads.keys() - tally.touched))

@@ -67,8 +67,7 @@ def resolve(names: Iterable[str], model: torch.nn.Module) -> Heads:
     for name in check_names(names):
         for place, heads in _match(name, everywhere, model):
             found.setdefault(place.path, set()).update(heads)
-    order = [place.path for place in everywhere] + [path for path in found]
-    return {path: tuple(sorted(found[path])) for path in dict.fromkeys(order) if path in found}
+    return {place.path: tuple(sorted(found[place.path])) for place in everywhere if place.path in found}
 
 
 def names_of(model: torch.nn.Module, pattern: Iterable[str] = ("*",)) -> list[str]:

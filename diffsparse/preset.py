@@ -15,7 +15,8 @@ from diffsparse.files import whole
 from diffsparse.heads import Heads, check_names, resolve
 from diffsparse.perturb import KINDS
 from diffsparse.plan import fingerprints
-from diffsparse.schedule import check_amount, resolve as step_of
+from diffsparse.schedule import check_amount
+from diffsparse.schedule import resolve as step_of
 
 BRANCHES = ("extra", "uncond")
 
