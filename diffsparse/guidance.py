@@ -248,8 +248,10 @@ class Guide:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        if self.busy:
+            return None
         moment, passes = self.run.clock.now, self.run.clock.passes
-        if self.busy or moment is None or passes == self._passes:  # no attention: a step cache had all the answers
+        if moment is None or passes == self._passes:  # no attention: a step cache had all the answers
             return None
         self._passes = passes
         tally = self._tally(moment)

@@ -53,18 +53,13 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
         stop: float = 1.0,
         enabled: bool = True,
     ) -> None:
-        super().__init__(
-            guidance_scale=guidance_scale,
-            perturbed_guidance_scale=perturbed_guidance_scale,
-            perturbed_guidance_start=perturbed_guidance_start,
-            perturbed_guidance_stop=perturbed_guidance_stop,
-            perturbed_guidance_layers=[0],  # the parent wants layers; this class never looks at them
-            guidance_rescale=guidance_rescale,
-            use_original_formulation=use_original_formulation,
-            start=start,
-            stop=stop,
-            enabled=enabled,
-        )
+        super(PerturbedAttentionGuidance, self).__init__(start, stop, enabled)  # the parent's own wants layers
+        self.guidance_scale = guidance_scale
+        self.skip_layer_guidance_scale = perturbed_guidance_scale
+        self.skip_layer_guidance_start = perturbed_guidance_start
+        self.skip_layer_guidance_stop = perturbed_guidance_stop
+        self.guidance_rescale = guidance_rescale
+        self.use_original_formulation = use_original_formulation
         self.preset = Preset(tuple(heads), strength=strength, kind=kind, text=text, scale=perturbed_guidance_scale)
         self._pass: tuple[_Pass, Perturber | None] | None = None
 
