@@ -35,8 +35,8 @@ def hunt(
     objective: Annotated[
         str,
         typer.Option(
-            help="What to raise: sharpness, colourfulness, contrast, steadiness, look:IMAGE, clip, pickscore, hps (these "
-            "three with an optional :CHECKPOINT), or module:function.",
+            help="What to raise: sharpness, colourfulness, contrast, steadiness, look:IMAGE, clip, pickscore, hps (the "
+            "last three with an optional :CHECKPOINT), or module:function.",
             rich_help_panel=_HUNT,
         ),
     ],
@@ -215,8 +215,8 @@ class _Session:
         total, kind = trials * len(pairs), "proxy hunt (not the paper's)" if self.proxy else "hunt"
         steps = self.searching.get("num_inference_steps", "?")
         self.console.print(
-            f"{kind}: {len(heads)} heads, {hunter.rounds} rounds for {hunter.k}: {trials} trials x {len(pairs)} images = "
-            f"{total} generations of {steps} steps, about {_duration(total * seconds)} at {seconds:.2f} s each",
+            f"{kind}: {len(heads)} heads, {hunter.rounds} rounds for {hunter.k}: {trials} trials x {len(pairs)} images "
+            f"= {total} generations of {steps} steps, about {_duration(total * seconds)} at {seconds:.2f} s each",
             highlight=False,
             soft_wrap=True,
         )
