@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffsparse.report import Report
     from diffsparse.schedule import Schedule
     from diffsparse.site import Site
-    from diffsparse.strategies import PARO, AdaSpa, Dense, Random
+    from diffsparse.strategies import GNA, PARO, AdaSpa, Dense, Random, SparseVDiT
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ _HOME = {
     "AdaSpa": "diffsparse.strategies",
     "Dense": "diffsparse.strategies",
     "DiffsparseError": "diffsparse.errors",
+    "GNA": "diffsparse.strategies",
     "GuideHandle": "diffsparse.guidance",
     "Handle": "diffsparse.patch",
     "HeadGuidance": "diffsparse.guider",
@@ -41,12 +42,14 @@ _HOME = {
     "Report": "diffsparse.report",
     "Schedule": "diffsparse.schedule",
     "Site": "diffsparse.site",
+    "SparseVDiT": "diffsparse.strategies",
     "apply": "diffsparse.patch",
     "guide": "diffsparse.guidance",
     "remove": "diffsparse.patch",
 }
 
 __all__ = [
+    "GNA",
     "PARO",
     "AdaSpa",
     "Dense",
@@ -60,6 +63,7 @@ __all__ = [
     "Report",
     "Schedule",
     "Site",
+    "SparseVDiT",
     "apply",
     "guide",
     "remove",

@@ -52,13 +52,15 @@ def permutation(order: str, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 class HeadOrders(NamedTuple):
-    """An order for each head: `forward` and its inverse `back`, int64 [H, N].
+    """An order for each head: `forward`, int64 [H, M], and its inverse `back`, int64 [H, N].
 
     Here all text comes last, whatever its place: the blocks of the video are then the same for prompts of any length.
+    M is N, or more where tiles are not full: `filled`, bool [M], then tells tokens from the copies that fill the gaps.
     """
 
     forward: Tensor
     back: Tensor
+    filled: Tensor | None = None
 
     @classmethod
     def of(cls, names: tuple[str, ...], picked: Tensor, layout: Layout, device: torch.device) -> HeadOrders:
@@ -68,26 +70,33 @@ class HeadOrders(NamedTuple):
         return cls(forward[picked], back[picked])
 
     def apply(self, x: Tensor) -> Tensor:
-        """x [B, H, N, D] with each head's tokens in its order; contiguous. One copy, whatever the strides of x."""
+        """x [B, H, N, D] -> [B, H, M, D], each head's tokens in its order; contiguous. One copy, whatever its strides."""
         batch, heads, tokens, dim = x.shape
         head = torch.arange(heads, device=x.device)[:, None]  # [H, 1]
         if x.transpose(1, 2).is_contiguous():
             flat, rows = x.transpose(1, 2).reshape(-1, dim), self.forward * heads + head  # of [N, H]
         else:
             flat, rows = x.reshape(-1, dim), self.forward + head * tokens  # of [H, N]
-        return flat.index_select(0, _batched(rows, batch)).view(x.shape)
+        return flat.index_select(0, _batched(rows, batch, heads * tokens)).view(batch, heads, -1, dim)
 
     def undo(self, x: Tensor) -> Tensor:
-        """The raster order again: [B, H, N, D], stored as [B, N, H, D], as processors want it next."""
+        """[B, H, M, D] in raster order again: [B, H, N, D], stored as [B, N, H, D], as processors want it next."""
         batch, heads, tokens, dim = x.shape
         rows = self.back.T + torch.arange(heads, device=x.device) * tokens  # [N, H]
-        raster = x.reshape(-1, dim).index_select(0, _batched(rows, batch))
-        return raster.view(batch, tokens, heads, dim).transpose(1, 2)
+        raster = x.reshape(-1, dim).index_select(0, _batched(rows, batch, heads * tokens))
+        return raster.view(batch, -1, heads, dim).transpose(1, 2)
+
+    def keys(self, mask: Tensor | None) -> Tensor | None:
+        """A key mask, bool [B, N], as one over the moved tokens, [B, M]. Only text is ever masked, alike in all heads."""
+        moved = None if mask is None else mask.index_select(1, self.forward[0])
+        if self.filled is None:
+            return moved
+        return self.filled[None] if moved is None else moved & self.filled
 
 
-def _batched(rows: Tensor, batch: int) -> Tensor:
-    """Row numbers within a sample to those within a batch, flat."""
-    first = torch.arange(batch, device=rows.device) * rows.numel()
+def _batched(rows: Tensor, batch: int, stride: int) -> Tensor:
+    """Row numbers within a sample to those within a batch whose samples are `stride` rows apart, flat."""
+    first = torch.arange(batch, device=rows.device) * stride
     return (first[:, None, None] + rows).flatten()
 
 

@@ -166,6 +166,10 @@ class Planned:
         """Called by `diffsparse.apply`: raise PlanError if the plan is another model's."""
         self.plan.check_models(models)
 
+    def facts(self) -> dict[str, str]:
+        """What the search found, in a few words by name."""
+        raise NotImplementedError
+
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The strategy of a plan file.

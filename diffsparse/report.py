@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
@@ -20,7 +20,10 @@ _NONE_YET = "no self-attention call yet"
 
 @dataclass
 class CallRecord:
-    """One self-attention call. `reason` says why a dense call was dense; `planned` ones are no fall-backs."""
+    """One self-attention call. `reason` says why a dense call was dense; `planned` ones are no fall-backs.
+
+    heads: what each head did, by name, where a strategy chooses by head. note: what else the user should know.
+    """
 
     layer: str
     step: int
@@ -31,6 +34,8 @@ class CallRecord:
     planned: bool = True
     backend: str = "native"
     recall: torch.Tensor | None = None
+    heads: tuple[str, ...] = ()
+    note: str = ""
     _marks: list[Any] = field(default_factory=list, repr=False)
 
     def ran_dense(self, reason: str, *, planned: bool, backend: str, kind: Kind = "dense") -> None:
@@ -93,7 +98,9 @@ class Report:
     density counts every self-attention call (dense = 1), sparse_density the sparse ones alone; recall is the mean
     softmax mass that the chosen blocks held when they were chosen; attention_seconds is the time inside
     self-attention; memory_bytes is what the strategy kept between steps (masks, LSE); fallbacks are the dense calls
-    that nobody planned, by reason.
+    that nobody planned, by reason. Where a strategy chooses by head, modes is the share of heads in each mode, over
+    all calls in which it chose, and heads the modes of a layer's heads, by layer and step. notes is what
+    else the strategy has to say.
     """
 
     strategy: str
@@ -109,6 +116,9 @@ class Report:
     fallbacks: dict[str, int]
     attention_seconds: float
     memory_bytes: int
+    modes: dict[str, float] = field(default_factory=dict)
+    heads: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     calls: tuple[CallRecord, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -122,7 +132,7 @@ class Report:
             strategy=repr(strategy),
             modules=modules,
             steps=len(steps),
-            density=_mean(densities) or 1.0,
+            density=sum(densities) / len(densities) if densities else 1.0,
             sparse_density=_mean(sparse),
             dense_steps=len(steps - {call.step for call in calls if call.kind == "sparse"}),
             dense_calls=len(calls) - len(sparse),
@@ -132,6 +142,9 @@ class Report:
             fallbacks=dict(Counter(c.reason for c in calls if c.kind == "dense" and not c.planned)),
             attention_seconds=sum(call.seconds for call in calls),
             memory_bytes=sum(sum(ledger.memory.values()) for ledger in ledgers),
+            modes=_shares(mode for call in calls for mode in call.heads),
+            heads=_heads(calls),
+            notes=list(dict.fromkeys(call.note for call in calls if call.note)),
             calls=tuple(calls),
         )
 
@@ -145,6 +158,14 @@ class Report:
         for call in self.calls:
             groups.setdefault(str(getattr(call, by)), []).append(float(call.density))
         return {key: sum(values) / len(values) for key, values in groups.items()}
+
+    def _head_rows(self) -> Iterator[tuple[str, str]]:
+        """Share of each mode; then, by layer, the mode that each head had at most steps."""
+        if self.modes:
+            yield "head modes", ", ".join(f"{name} {share:.1%}" for name, share in self.modes.items())
+        for layer, steps in self.heads.items():
+            by_head = zip(*(modes.split() for modes in steps.values()), strict=True)
+            yield layer, " ".join(Counter(modes).most_common(1)[0][0] for modes in by_head)
 
     def __str__(self) -> str:
         rows = [
@@ -161,8 +182,23 @@ class Report:
             ("fall-backs", _counts(self.fallbacks) or "none"),
             ("attention time", f"{self.attention_seconds:.2f} s"),
             ("memory kept", f"{self.memory_bytes / 2**20:.1f} MiB"),
+            *(("notes", note) for note in self.notes),
+            *self._head_rows(),
         ]
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
+
+
+def _shares(names: Iterable[str]) -> dict[str, float]:
+    counts = Counter(names)
+    return {name: count / counts.total() for name, count in counts.most_common()}
+
+
+def _heads(calls: list[CallRecord]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for call in calls:
+        if call.heads:
+            found.setdefault(call.layer, {})[str(call.step)] = " ".join(call.heads)
+    return found
 
 
 def _mean(values: list[float]) -> float | None:

@@ -318,6 +318,7 @@ class Run(ModelHook):  # type: ignore[misc]
             call.scale,
             None if mask is None else mask.keys,
             self.strict,
+            len(self.layers),
             _dense=lambda q, k, v: replace(call, query=q, key=k, value=v).dense(backend),
             _backend=backend.value,
             _record=record,

@@ -11,7 +11,7 @@ import torch
 import diffsparse_kernels as kernels
 from diffsparse.errors import DenseFallbackError
 from diffsparse.layout import Layout
-from diffsparse.order import text_last
+from diffsparse.order import HeadOrders, text_last
 from diffsparse.report import CallRecord
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -23,8 +23,8 @@ class Site:
 
     q, k, v are [B, H, N, D] after rotary embedding; `layout` tells which of the N tokens lie on the grid.
     `model` is the transformer's name in the pipeline, `layer` the attention module's in the transformer.
-    `step` counts denoising steps from 0; `steps` is None if nobody knows the length of the run. `branch` names the
-    guidance branch. `memory` is a dict that starts empty for each run x layer x branch and lasts to its end.
+    The model has `layers` such modules. `step` counts denoising steps from 0; `steps` is None if nobody knows the
+    length of the run. `branch` names the guidance branch. `memory` is a dict that starts empty for each run x layer x branch and lasts to its end.
     """
 
     model: str
@@ -38,6 +38,7 @@ class Site:
     scale: float | None = None
     key_mask: torch.Tensor | None = None
     strict: bool = False
+    layers: int = 1
     _dense: Attend = field(repr=False, kw_only=True)
     _backend: str = field(repr=False, kw_only=True)
     _record: CallRecord = field(repr=False, kw_only=True)
@@ -66,16 +67,58 @@ class Site:
         """Report the share of the softmax mass that the chosen blocks hold, any shape."""
         self._record.searched(recall)
 
-    def sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists) -> torch.Tensor:
-        """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster."""
-        density = lists.density()
+    def chose(self, modes: list[str]) -> None:
+        """Report by name what each head does."""
+        self._record.heads = tuple(modes)
+
+    def note(self, text: str) -> None:
+        """Report what the user should know; equal notes are shown once."""
+        self._record.note = text
+
+    def sparse(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lists: kernels.BlockLists,
+        *,
+        orders: HeadOrders | None = None,
+        boxes: kernels.Boxes | None = None,
+        heads: int | None = None,
+    ) -> torch.Tensor:
+        """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster.
+
+        orders: in which the lists count the tokens, if not as they stand; the output stands as q does.
+        boxes: hide keys token by token within the listed blocks; of the moved tokens too.
+        heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
+        """
+        density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
         # A device is not asked for the value: waiting for it would cost more than it saves.
         if q.device.type == "cpu":
             limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
             if float(density) > limit:
                 return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
-        self._record.ran_sparse(density, _kernel_name(q))
-        return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=self.key_mask)[0]
+        overall = density if heads is None else 1 - (1 - density) * q.shape[1] / heads
+        self._record.ran_sparse(overall, _kernel_name(q))
+        keys = self.key_mask
+        if orders is not None:
+            (q, k, v), keys = (orders.apply(x) for x in (q, k, v)), orders.keys(keys)
+        if keys is not None:
+            keys = keys.expand(q.shape[0], -1)
+        out, _ = self._product(q, k, v, lists, keys, boxes)
+        return out if orders is None else orders.undo(out)
+
+    def _product(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lists: kernels.BlockLists,
+        key_mask: torch.Tensor | None,
+        boxes: kernels.Boxes | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kernel's output and LSE, of the moved tokens; what `Compensated` adds to."""
+        return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=key_mask, boxes=boxes)
 
     def fall_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reason: str) -> torch.Tensor:
         """Dense attention that nobody planned: counted by reason, an error under `strict=True`."""

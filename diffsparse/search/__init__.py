@@ -8,7 +8,8 @@ from diffsparse.search.calibrate import Search, calibrate
 from diffsparse.search.hunt import HeadHunter, hunt
 from diffsparse.search.objectives import objective
 from diffsparse.search.paro import PAROSearch
+from diffsparse.search.sparse_vdit import SparseVDiTSearch
 
-__all__ = ["SEARCHES", "HeadHunter", "PAROSearch", "Search", "calibrate", "hunt", "objective"]
+__all__ = ["SEARCHES", "HeadHunter", "PAROSearch", "Search", "SparseVDiTSearch", "calibrate", "hunt", "objective"]
 
-SEARCHES: dict[str, type[Any]] = {"paro": PAROSearch}
+SEARCHES: dict[str, type[Any]] = {"paro": PAROSearch, "sparse-vdit": SparseVDiTSearch}

@@ -42,12 +42,23 @@ class Sums:
             raise PlanError(f"all runs of a search want one size; got {self.layout} and {site.layout.grid}")
         self.layout = site.layout.grid
         total = self.tensors.setdefault(f"{site.model}.{site.layer}.{what}", torch.zeros(shape))
+        if total.shape != shape:
+            raise PlanError(f"all runs of a search want one number of steps; got {total.shape[0]} and {shape[0]}")
         total[at] += value.cpu()
+
+    def has(self, site: Site, what: str) -> bool:
+        """Whether anything of that kind was added for this layer."""
+        return f"{site.model}.{site.layer}.{what}" in self.tensors
 
     def of(self, what: str) -> dict[str, Tensor]:
         """All tensors of that kind, by "model.layer"."""
         ending = f".{what}"
         return {name.removesuffix(ending): x for name, x in self.tensors.items() if name.endswith(ending)}
+
+
+def is_look(site: Site, looks: int) -> bool:
+    """Whether this step is one of `looks` evenly spread ones; all are, if nobody knows the run's length."""
+    return not site.steps or site.step in {(2 * i + 1) * site.steps // (2 * looks) for i in range(looks)}
 
 
 class Search(Protocol):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.order import AXES, HeadOrders, check_order
-from diffsparse.search.calibrate import Sums
+from diffsparse.search.calibrate import Sums, is_look
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share
 from diffsparse.strategies.paro import group_of, pack
@@ -72,19 +72,19 @@ class PAROSearch:
         """Scores orders in the first pass, sums masses in the second."""
         if number == 0:
             return Watcher(partial(self._score, sums))
-        return Watcher(partial(self._sum, sums, {name: self._choose(x) for name, x in sums.of("scores").items()}))
+        return Watcher(partial(self._sum, sums))
 
     def plan(self, sums: Sums) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Orders and masks of all layers."""
         tensors = {}
         for name, mass in sums.of("mass").items():  # [groups, H, nQ, nK]
             tensors[f"{name}.masks"] = pack(select_heads(mass, 1 - self.sparsity))
-            tensors[f"{name}.orders"] = self._choose(sums.of("scores")[name]).to(torch.uint8)
+            tensors[f"{name}.orders"] = self._picked(sums, name, mass.shape[1]).to(torch.uint8)
         knobs = ("sparsity", "block", "groups", "metric", "alpha")
         return {"orders": list(self.orders), **{knob: getattr(self, knob) for knob in knobs}}, tensors
 
     def _score(self, sums: Sums, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
-        if site.steps and site.step not in {(2 * i + 1) * site.steps // (2 * self.looks) for i in range(self.looks)}:
+        if not is_look(site, self.looks):
             return
         heads, shape = q.shape[1], (2, len(self.orders), q.shape[1])
         scores = self._recall if self.metric == "recall" else self._paper
@@ -128,8 +128,14 @@ class PAROSearch:
         cost: Tensor = self.alpha * busy + (1 - self.alpha) * incoherent
         return cost.argmin(0)
 
-    def _sum(self, sums: Sums, chosen: dict[str, Tensor], q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
-        video = self._ordered(chosen[f"{site.model}.{site.layer}"], q, k, lse, site)
+    def _picked(self, sums: Sums, name: str, heads: int) -> Tensor:
+        """Order of each head, int64 [H]; the first candidate for an expert that ran at no step that was looked at."""
+        scores = sums.of("scores").get(name)
+        return torch.zeros(heads, dtype=torch.int64) if scores is None else self._choose(scores)
+
+    def _sum(self, sums: Sums, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
+        picked = self._picked(sums, f"{site.model}.{site.layer}", q.shape[1])
+        video = self._ordered(picked, q, k, lse, site)
         mass = self._mass(*video, site.scale).sum(0)  # [H, n, n]
         group = group_of(site.step, site.steps, self.groups)
         sums.add(site, "mass", mass, (self.groups, *mass.shape), group)

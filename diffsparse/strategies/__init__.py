@@ -13,10 +13,12 @@ from diffsparse.plan import Planned
 from diffsparse.site import Site
 from diffsparse.strategies.adaspa import AdaSpa
 from diffsparse.strategies.dense import Dense
+from diffsparse.strategies.gna import GNA
 from diffsparse.strategies.paro import PARO
 from diffsparse.strategies.random import Random
+from diffsparse.strategies.sparse_vdit import SparseVDiT
 
-__all__ = ["PARO", "STRATEGIES", "AdaSpa", "Dense", "Random", "Strategy", "parse"]
+__all__ = ["GNA", "PARO", "STRATEGIES", "AdaSpa", "Dense", "Random", "SparseVDiT", "Strategy", "name_of", "parse"]
 
 
 class Strategy(Protocol):
@@ -31,11 +33,24 @@ class Strategy(Protocol):
         """Attention over q, k, v [B, H, N, D] -> [B, H, N, D]."""
 
 
-STRATEGIES: dict[str, type[Any]] = {"adaspa": AdaSpa, "dense": Dense, "paro": PARO, "random": Random}
+STRATEGIES: dict[str, type[Any]] = {
+    "adaspa": AdaSpa,
+    "dense": Dense,
+    "gna": GNA,
+    "paro": PARO,
+    "random": Random,
+    "sparse-vdit": SparseVDiT,
+}
+
+
+def name_of(strategy: object) -> str:
+    """The name under which `parse` knows the strategy; of a stranger's, that of its class in small letters."""
+    cls = type(strategy)
+    return next((name for name, known in STRATEGIES.items() if known is cls), cls.__name__.lower())
 
 
 def parse(names: str, **knobs: Any) -> list[Any]:
-    """Strategies from a comma-separated list such as "adaspa,paro:plan.safetensors".
+    """Strategies from a comma-separated list such as "adaspa,random+means,paro:plan.safetensors".
 
     Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,12 +38,16 @@ class PARO(Planned):
         settings = self.plan.settings
         picked = self.plan.part(site.model, site.layer, "orders")
         orders = HeadOrders.of(tuple(settings["orders"]), picked, site.layout, q.device)
-        site = site.text_last()
         group = group_of(site.step, site.steps, settings["groups"])
         if site.memory.get("group") != group:
-            site.memory.update(group=group, lists=self._lists(site, group, q.device))
-        q, k, v = (orders.apply(x) for x in (q, k, v))
-        return orders.undo(site.sparse(q, k, v, site.memory["lists"]))
+            site.memory.update(group=group, lists=self._lists(site.text_last(), group, q.device))
+        return site.sparse(q, k, v, site.memory["lists"], orders=orders)
+
+    def facts(self) -> dict[str, str]:
+        """How many heads have each order."""
+        names = self.plan.settings["orders"]
+        counts = Counter(names[int(i)] for name, x in self.plan.tensors.items() if name.endswith(".orders") for i in x)
+        return {"orders": ", ".join(f"{name} x{count}" for name, count in counts.most_common())}
 
     def _lists(self, site: Site, group: int, device: torch.device) -> BlockLists:
         block, tokens = self.plan.settings["block"], site.layout.tokens

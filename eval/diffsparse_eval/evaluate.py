@@ -16,7 +16,7 @@ from diffsparse_pipelines.prompts import read_prompts, read_seeds
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv, report.md, videos and a sheet.")],
     strategy: Annotated[
-        str, typer.Option(help="Names separated by commas: adaspa, random, dense, paro:PLAN.")
+        str, typer.Option(help="Names separated by commas: adaspa, gna, random, dense, paro:PLAN, sparse-vdit:PLAN.")
     ] = "adaspa,random",
     sparsity: Annotated[str, typer.Option(help="Numbers in [0, 1) separated by commas.")] = "0.8",
     prompts: Annotated[str, typer.Option(help="How many built-in prompts, or a file with one a line.")] = "2",
@@ -38,6 +38,9 @@ def evaluate(
     searches: options.Searches = "0.6",
     head_adaptive: options.HeadAdaptive = True,
     recall_threshold: options.RecallThreshold = 0.8,
+    window: options.Window = "",
+    stride: options.Stride = "",
+    dilation: options.Dilation = "1x1x1",
     dense_first: options.DenseFirst = "0.2",
     dense_last: options.DenseLast = "0",
     dense_layers: options.DenseLayers = "",
@@ -53,6 +56,9 @@ def evaluate(
         "searches": options.amounts(searches, "--searches"),
         "head_adaptive": head_adaptive,
         "recall_threshold": recall_threshold,
+        "window": options.cells(window, "--window", 0),
+        "stride": options.cells(stride, "--stride", 1),
+        "dilation": options.cells(dilation, "--dilation", 1),
     }
     chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
     plan = options.schedule(dense_first, dense_last, dense_layers)

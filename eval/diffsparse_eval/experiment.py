@@ -16,6 +16,7 @@ from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.files import folder, whole
 from diffsparse.plan import Planned
 from diffsparse.search import SEARCHES
+from diffsparse.strategies import name_of
 from diffsparse_eval import environment, metrics
 from diffsparse_pipelines import media
 from diffsparse_pipelines.generate import Generation, generation
@@ -161,7 +162,7 @@ def _row(
     frames, height, width = sparse.frames.shape[:3]
     row = {
         "model": experiment.model,
-        "strategy": type(strategy).__name__.lower(),
+        "strategy": name_of(strategy),
         "label": label(strategy),
         "arguments": repr(strategy),
         "sparsity": getattr(strategy, "sparsity", 0.0),
@@ -181,6 +182,8 @@ def _row(
         "attention_speedup": None,
         "recall": report.recall,
         "memory_bytes": report.memory_bytes,
+        "modes": report.modes,
+        "heads": report.heads,
         "fallbacks": report.fallbacks,
         "backends": report.backends,
         "dense_backend": _dense_backend(report.backends),
@@ -198,8 +201,10 @@ def _row(
 
 def label(strategy: Any) -> str:
     """Name, sparsity and what else differs from the defaults: `adaspa 0.8 order=tile4x4x4`."""
-    parts = [type(strategy).__name__.lower()]
+    parts = [name_of(strategy)]
     for name, value, default in _knobs(strategy):
+        if value is None:
+            continue
         if name == "sparsity":
             parts.append(f"{value:g}")
         elif value != default:

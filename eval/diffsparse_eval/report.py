@@ -95,12 +95,26 @@ def write(rows: list[Row], out: Path) -> None:
     """Write `results.csv` and `report.md` into `out`."""
     flat = [{k: v for k, v in row.items() if not isinstance(v, dict)} for row in rows]
     write_csv(flat, out / "results.csv")
+    heads = "".join(_heads(label, group[0]) for label, group in groups(rows).items() if group[0].get("heads"))
     meanings = "\n".join(f"- `{name}`: {meaning}" for name, meaning in DEFINITIONS.items())
     with whole(out / "report.md") as temporary:
         temporary.write_text(
             f"# {rows[0]['model']}: sparse beside dense\n\n{facts(rows)}\n\n{markdown(rows)}\n\n"
-            f"Mean ± half-width of the 95 % confidence interval over prompts and seeds.\n\n## Columns\n{meanings}\n"
+            f"Mean ± half-width of the 95 % confidence interval over prompts and seeds.\n{heads}\n"
+            f"## Columns\n{meanings}\n"
         )
+
+
+def _heads(label: str, row: Row) -> str:
+    """Section on the modes of a strategy that chooses by head: their shares, and each head's at each step."""
+    shares = ", ".join(f"{mode} {share:.1%}" for mode, share in row["modes"].items())
+    lines = [["layer", "head", *next(iter(row["heads"].values()))]]
+    lines.append(["---"] * len(lines[0]))
+    for layer, steps in row["heads"].items():
+        by_head = zip(*(modes.split() for modes in steps.values()), strict=True)
+        lines += [[layer, str(head), *modes] for head, modes in enumerate(by_head)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"\n## Modes of {label}, by head and step\n{shares}\n\n{table}\n"
 
 
 def write_csv(rows: list[Row], path: Path) -> None:

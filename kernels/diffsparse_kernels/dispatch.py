@@ -114,21 +114,27 @@ def block_sparse_attention(
     scale: float | None = None,
     key_mask: Tensor | None = None,
     boxes: Boxes | None = None,
+    means: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks only; the others count as -inf before the softmax.
 
-    Args and returns as in `attention`, and `boxes`, which hide keys within the listed blocks; the LSE is that of the
-    keys seen, so parts computed apart can be merged. A query that sees no key gets 0 and -inf.
+    Args and returns as in `attention`, and
+        boxes: hide keys within the listed blocks.
+        means: let each dropped block stand in the same softmax as its mean key and mean value, weighted by its number
+            of keys: n * exp(q . mean key * scale). Costs about 1 / kv_block of dense attention. Keys that boxes hide
+            in listed blocks stay hidden.
+
+    The LSE is that of all that was seen, so parts computed apart can be merged. A query that sees nothing gets 0 and
+    -inf.
     """
     _check(q, k, v, key_mask)
     _check_lists(q, k, lists)
     if boxes is not None:
         _check_boxes(q, k, boxes)
-    name, scale = _choose(q, backend), _scale(q, scale)
-    out, lse = ops.block_sparse_attention(
-        q, k, v, lists.idx, lists.cnt, lists.q_block, lists.kv_block, scale, key_mask, *(boxes or (None,) * 3), name
-    )
+    parts = lists.idx, lists.cnt, lists.q_block, lists.kv_block
+    rest = _scale(q, scale), key_mask, *(boxes or (None,) * 3), means, _choose(q, backend)
+    out, lse = ops.block_sparse_attention(q, k, v, *parts, *rest)
     return out, lse
 
 

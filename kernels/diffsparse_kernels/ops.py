@@ -116,12 +116,13 @@ def block_sparse_attention(
     place: Tensor | None,
     low: Tensor | None,
     high: Tensor | None,
+    means: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention -> out, lse."""
     lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2])
     boxes = None if place is None or low is None or high is None else Boxes(place, low, high)
-    out, lse = _module(backend, q).block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
+    out, lse = _module(backend, q).block_sparse_attention(q, k, v, lists, scale, key_mask, boxes, means)
     return out.contiguous(), lse.contiguous()
 
 
@@ -139,6 +140,7 @@ def _(
     place: Tensor | None,
     low: Tensor | None,
     high: Tensor | None,
+    means: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_accumulated(q))

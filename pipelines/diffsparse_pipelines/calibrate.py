@@ -14,29 +14,50 @@ from diffsparse_pipelines.prompts import read_prompts, read_seeds
 if TYPE_CHECKING:
     from diffsparse.plan import Plan
 
-_SEARCH = "Search"
+_SEARCH, _PARO, _VDIT = "Search", "Search of paro", "Search of sparse-vdit"
 
 
 def calibrate(
     out: Annotated[Path, typer.Option(help="The plan to write, a .safetensors file.")],
-    strategy: Annotated[str, typer.Option(help="Whose plan: paro.", rich_help_panel=_SEARCH)] = "paro",
+    strategy: Annotated[str, typer.Option(help="Whose plan: paro or sparse-vdit.", rich_help_panel=_SEARCH)] = "paro",
     sparsity: Annotated[float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel=_SEARCH)] = 0.8,
+    block: Annotated[int, typer.Option(help="Edge of a block in tokens.", rich_help_panel=_SEARCH)] = 64,
+    groups: Annotated[
+        int | None,
+        typer.Option(
+            help="Parts of the run with masks or modes of their own.",
+            show_default="paro 4, sparse-vdit one for each step",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
+    looks: Annotated[
+        int, typer.Option(help="Steps of a run at which it is only watched.", rich_help_panel=_SEARCH)
+    ] = 4,
     orders: Annotated[
         str,
         typer.Option(
-            help="Candidate token orders, separated by commas: FHW, ..., tile4x8x8, hilbert.", rich_help_panel=_SEARCH
+            help="Candidate token orders, separated by commas: FHW, ..., tile4x8x8, hilbert.", rich_help_panel=_PARO
         ),
     ] = "FHW,FWH,HFW,HWF,WFH,WHF",
     metric: Annotated[
         str,
-        typer.Option(help="How orders are ranked: recall, or paper (sparsity, incoherence).", rich_help_panel=_SEARCH),
+        typer.Option(help="How orders are ranked: recall, or paper (sparsity, incoherence).", rich_help_panel=_PARO),
     ] = "recall",
     alpha: Annotated[
-        float, typer.Option(help="Weight of sparsity in the paper's metric.", rich_help_panel=_SEARCH)
+        float, typer.Option(help="Weight of sparsity in the paper's metric.", rich_help_panel=_PARO)
     ] = 0.5,
-    groups: Annotated[int, typer.Option(help="Parts of the run with masks of their own.", rich_help_panel=_SEARCH)] = 4,
-    looks: Annotated[int, typer.Option(help="Steps of a run at which orders are scored.", rich_help_panel=_SEARCH)] = 4,
-    block: Annotated[int, typer.Option(help="Edge of a block in tokens.", rich_help_panel=_SEARCH)] = 64,
+    epsilon: Annotated[
+        float, typer.Option(help="Largest relative error and cost at which a head is sparse.", rich_help_panel=_VDIT)
+    ] = 0.1,
+    weight: Annotated[
+        float, typer.Option(help="Of the cost beside the error (the paper's lambda).", rich_help_panel=_VDIT)
+    ] = 0.1,
+    cost: Annotated[
+        str, typer.Option(help="Of a mode: sparsity, or time as measured here.", rich_help_panel=_VDIT)
+    ] = "sparsity",
+    modes: Annotated[
+        str, typer.Option(help="Candidates beside full, separated by commas.", rich_help_panel=_VDIT)
+    ] = "skip,diagonal,multi-diagonal,stripe",
     prompts: Annotated[str, typer.Option(help="How many built-in prompts, or a file with one a line.")] = "2",
     seeds: Annotated[str, typer.Option(help="Numbers separated by commas.")] = "0",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan.")] = False,
@@ -52,19 +73,22 @@ def calibrate(
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
 ) -> None:
-    """Search token orders and block masks offline, on a few prompts, for a strategy that runs on a plan.
+    """Search offline, on a few prompts, what a strategy that runs on a plan wants: orders and masks, or modes.
 
     A search that was interrupted goes on where it stopped, and ends with the same plan.
     """
-    candidates = tuple(part.strip() for part in orders.split(",") if part.strip())
     knobs = {
         "sparsity": sparsity,
-        "orders": candidates,
+        "block": block,
+        "looks": looks,
+        "orders": options.names(orders),
         "metric": metric,
         "alpha": alpha,
-        "groups": groups,
-        "looks": looks,
-        "block": block,
+        "epsilon": epsilon,
+        "weight": weight,
+        "cost": cost,
+        "modes": options.names(modes),
+        **({} if groups is None else {"groups": groups}),
     }
     search = _search(strategy, knobs)
     chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
@@ -128,11 +152,10 @@ def _calibrate(
 
 def summary(plan: Plan) -> str:
     """A few lines on what a plan holds."""
-    from collections import Counter
+    from diffsparse.strategies import STRATEGIES
 
-    names = plan.settings.get("orders", [])
-    picked = [names[int(i)] for name, x in plan.tensors.items() if name.endswith(".orders") for i in x]
     rows = [("strategy", plan.strategy), ("layout", str(plan.layout)), ("models", ", ".join(plan.models.values()))]
-    rows += [(name, str(value)) for name, value in plan.settings.items() if name != "orders"]
-    rows.append(("orders", ", ".join(f"{name} x{count}" for name, count in Counter(picked).most_common())))
+    facts = STRATEGIES[plan.strategy](plan).facts()
+    rows += [(name, str(value)) for name, value in plan.settings.items() if name not in facts]
+    rows += facts.items()
     return "\n".join(f"{name:<10} {value}" for name, value in rows)

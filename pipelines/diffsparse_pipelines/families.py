@@ -24,7 +24,8 @@ class Family:
 
     hub, image_hub: checkpoints for text and for image input; image_class: the pipeline class of the latter, if not the
     one that the checkpoint names. defaults: call arguments. flow_shift: of the scheduler, where it depends on the size.
-    float32_vae: keep the VAE in float32, as the model's authors do.
+    float32_vae: keep the VAE in float32, as the model's authors do. token: frames, rows and columns of pixels that
+    one token stands for.
     """
 
     hub: str
@@ -36,6 +37,7 @@ class Family:
     output: Literal["video", "image"] = "video"
     flow_shift: float | None = None
     float32_vae: bool = False
+    token: tuple[int, int, int] = (4, 16, 16)
 
 
 def _size(height: int, width: int, frames: int | None, steps: int, guidance: float | None) -> dict[str, Any]:
@@ -50,8 +52,8 @@ def _size(height: int, width: int, frames: int | None, steps: int, guidance: flo
 
 
 FAMILIES: dict[str, Family] = {
-    "tiny": Family("", fps=8, dtype="float32"),
-    "tiny-twin": Family("", fps=8, dtype="float32"),
+    "tiny": Family("", fps=8, dtype="float32", token=(1, 4, 4)),
+    "tiny-twin": Family("", fps=8, dtype="float32", token=(1, 4, 4)),
     "wan2.1-1.3b": Family(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _size(480, 832, 81, 50, 5.0), flow_shift=3.0, fps=16, float32_vae=True
     ),
@@ -77,6 +79,7 @@ FAMILIES: dict[str, Family] = {
         image_class="WanImageToVideoPipeline",
         fps=24,
         float32_vae=True,
+        token=(4, 32, 32),
     ),
     "hunyuan-video": Family(
         "hunyuanvideo-community/HunyuanVideo",
@@ -95,6 +98,7 @@ FAMILIES: dict[str, Family] = {
         _size(768, 1360, 81, 50, 6.0),
         image_hub="THUDM/CogVideoX1.5-5B-I2V",
         fps=16,
+        token=(8, 16, 16),
     ),
     "ltx-video": Family(
         "Lightricks/LTX-Video",
@@ -102,12 +106,18 @@ FAMILIES: dict[str, Family] = {
         image_hub="Lightricks/LTX-Video",
         image_class="LTXImageToVideoPipeline",
         fps=24,
+        token=(8, 32, 32),
     ),
-    "mochi": Family("genmo/mochi-1-preview", _size(480, 848, 85, 64, 4.5), fps=30),
-    "flux": Family("black-forest-labs/FLUX.1-dev", _size(1024, 1024, None, 28, 3.5), output="image"),
-    "sd3.5": Family("stabilityai/stable-diffusion-3.5-large", _size(1024, 1024, None, 28, 4.5), output="image"),
+    "mochi": Family("genmo/mochi-1-preview", _size(480, 848, 85, 64, 4.5), fps=30, token=(6, 16, 16)),
+    "flux": Family("black-forest-labs/FLUX.1-dev", _size(1024, 1024, None, 28, 3.5), output="image", token=(1, 16, 16)),
+    "sd3.5": Family(
+        "stabilityai/stable-diffusion-3.5-large", _size(1024, 1024, None, 28, 4.5), output="image", token=(1, 16, 16)
+    ),
     "qwen-image": Family(
-        "Qwen/Qwen-Image", {**_size(1024, 1024, None, 50, None), "true_cfg_scale": 4.0}, output="image"
+        "Qwen/Qwen-Image",
+        {**_size(1024, 1024, None, 50, None), "true_cfg_scale": 4.0},
+        output="image",
+        token=(1, 16, 16),
     ),
 }
 
@@ -181,6 +191,22 @@ def defaults(name: str, pipe: Any) -> dict[str, Any]:
 
         return tiny.defaults(_variant(name))
     return dict(FAMILIES[name].defaults) if name in FAMILIES else {}
+
+
+def grid(name: str, size: dict[str, Any]) -> tuple[int, int, int]:
+    """Tokens of a known model along frames, rows and columns, at the size given in pixels or else at its own.
+
+    Raises:
+        UnknownNameError: no known model. ConfigError: frames for an image model.
+    """
+    if name not in FAMILIES:
+        raise UnknownNameError(f"no known model is called {name!r}; known: {closest(name, FAMILIES)}")
+    family = FAMILIES[name]
+    if family.output == "image" and "num_frames" in size:
+        raise ConfigError(f"model {name!r} makes images; leave out --frames")
+    pixels = {"num_frames": 1, **defaults(name, None), **size}
+    frames, rows, columns = family.token
+    return -(-(pixels["num_frames"] - 1) // frames) + 1, pixels["height"] // rows, pixels["width"] // columns
 
 
 def _variant(name: str) -> str:

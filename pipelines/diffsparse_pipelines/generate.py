@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from diffsparse.errors import ConfigError
+from diffsparse.errors import ConfigError, DiffsparseError
 from diffsparse_pipelines import options
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def _call(pipe: Any, arguments: dict[str, Any], generator: Any, after_step: Any)
     pipe.set_progress_bar_config(disable=True)
     try:
         return pipe(**arguments, **watched, generator=generator, output_type="np")
+    except DiffsparseError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{type(pipe).__name__} refused the call: {error}") from error
 
@@ -125,7 +127,8 @@ def generate(
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
     strategy: Annotated[
-        str, typer.Option(help="adaspa, random, dense, or paro:PLAN.", rich_help_panel="Strategy")
+        str,
+        typer.Option(help="adaspa, gna, random, dense, paro:PLAN or sparse-vdit:PLAN.", rich_help_panel="Strategy"),
     ] = "adaspa",
     sparsity: Annotated[
         float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel="Strategy")
@@ -135,6 +138,9 @@ def generate(
     searches: options.Searches = "0.6",
     head_adaptive: options.HeadAdaptive = True,
     recall_threshold: options.RecallThreshold = 0.8,
+    window: options.Window = "",
+    stride: options.Stride = "",
+    dilation: options.Dilation = "1x1x1",
     dense_first: options.DenseFirst = "0.2",
     dense_last: options.DenseLast = "0",
     dense_layers: options.DenseLayers = "",
@@ -160,6 +166,9 @@ def generate(
         "searches": options.amounts(searches, "--searches"),
         "head_adaptive": head_adaptive,
         "recall_threshold": recall_threshold,
+        "window": options.cells(window, "--window", 0),
+        "stride": options.cells(stride, "--stride", 1),
+        "dilation": options.cells(dilation, "--dilation", 1),
     }
     preset = options.preset(heads, guidance_strength, guidance_scale)
     _check_compare(compare, preset)

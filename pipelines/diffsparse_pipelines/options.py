@@ -48,6 +48,25 @@ HeadAdaptive = Annotated[bool, typer.Option(help="AdaSpa's sparsity by head.", r
 RecallThreshold = Annotated[
     float, typer.Option(help="Retained mass above which a head may drop more.", rich_help_panel=_SPARSE)
 ]
+Window = Annotated[
+    str,
+    typer.Option(
+        help="GNA's: frames x rows x columns of tokens, such as 8x16x16; 0 is the whole axis.",
+        show_default="by sparsity",
+        rich_help_panel=_SPARSE,
+    ),
+]
+Stride = Annotated[
+    str,
+    typer.Option(
+        help="GNA's: neighbouring queries that share a window; 1x1x1 slides.",
+        show_default="a tile's edges",
+        rich_help_panel=_SPARSE,
+    ),
+]
+Dilation = Annotated[
+    str, typer.Option(help="GNA's: distance between tokens that see each other.", rich_help_panel=_SPARSE)
+]
 DenseFirst = Annotated[
     str, typer.Option(help="Dense steps at the start: a number, or a fraction such as 0.2.", rich_help_panel=_SPARSE)
 ]
@@ -108,6 +127,28 @@ def amount(text: str, option: str) -> int | float:
 def amounts(text: str, option: str) -> tuple[int | float, ...]:
     """Numbers or fractions, separated by commas; an empty text is an empty tuple."""
     return tuple(amount(part.strip(), option) for part in text.split(",") if part.strip())
+
+
+def cells(text: str, option: str, least: int) -> tuple[int, int, int] | None:
+    """Frames, rows and columns ("8x16x16"), each at least `least`; None if the text is empty.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if not text.strip():
+        return None
+    parts = [part.strip() for part in text.split("x")]
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise ConfigError(
+            f"{option} wants frames x rows x columns such as 8x16x16, each at least {least}; got {text!r}"
+        )
+    frames, rows, columns = map(int, parts)
+    return frames, rows, columns
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def schedule(dense_first: str, dense_last: str, dense_layers: str) -> Schedule:

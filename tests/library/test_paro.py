@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,17 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import diffsparse
-from diffsparse import PARO, Layout, Schedule
-from diffsparse.errors import ConfigError, PlanError
+from diffsparse import PARO, Layout
+from diffsparse.errors import ConfigError
 from diffsparse.order import AXES, HeadOrders, permutation
 from diffsparse.plan import Plan
-from diffsparse.search import PAROSearch, calibrate
+from diffsparse.search import PAROSearch
 from diffsparse.search.calibrate import Sums
 from diffsparse.strategies.paro import group_of, pack, unpack
 from support import exact
 from support.sites import site
-from support.tiny_pipelines import BUILDERS, run
 
 CPU = torch.device("cpu")
 LAYOUT = Layout(3, 4, 5, text_before=3, text_after=2)
@@ -177,83 +174,6 @@ def test_groups_are_equal_parts() -> None:
     assert [group_of(step, 10, 4) for step in range(10)] == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
     assert group_of(50, 10, 4) == 3
     assert group_of(7, None, 4) == 0
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", BUILDERS)
-def test_every_family_from_search_to_removal(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)
-    pipe, kwargs = BUILDERS[name]()
-    before = run(pipe, kwargs)
-    search = PAROSearch(0.5, block=8, groups=2, looks=2)
-    plan = calibrate(pipe, search, [lambda: run(pipe, kwargs)], ["one"], tmp_path / "plan.safetensors")
-    strategy = PARO.load(tmp_path / "plan.safetensors")
-    assert strategy == PARO(plan)
-    assert hash(strategy) == hash(PARO(plan))
-    with diffsparse.apply(pipe, strategy, schedule=Schedule(dense_first=1)) as handle:
-        sparse = run(pipe, kwargs)
-    report = handle.report()
-    assert sparse.isfinite().all()
-    assert report.sparse_calls > 0
-    assert not report.fallbacks
-    assert torch.equal(run(pipe, kwargs), before)
-
-
-def test_a_search_that_was_killed_ends_with_the_same_plan(tmp_path: Path) -> None:
-    pipe, kwargs = BUILDERS["wan"]()
-    search, names = PAROSearch(0.5, block=8, groups=2), ["a", "b"]
-    prompts = [lambda: run(pipe, kwargs), lambda: run(pipe, kwargs, prompt="another thing")]
-    whole = calibrate(pipe, search, prompts, names, tmp_path / "whole.safetensors")
-    seen: list[int] = []
-
-    class KilledError(BaseException):
-        pass
-
-    def killed_after(limit: int) -> Any:
-        left = [limit]
-
-        def hook(*_: Any) -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                raise KilledError
-
-        return hook
-
-    out = tmp_path / "parts.safetensors"
-    for limit in (3, 12, 13):  # within the first run, the second, and the second pass
-        handle = pipe.transformer.blocks[0].register_forward_pre_hook(killed_after(limit))
-        with pytest.raises(KilledError):
-            calibrate(pipe, search, prompts, names, out, seen.append)
-        handle.remove()
-        assert not out.exists()
-    plan = calibrate(pipe, search, prompts, names, out, seen.append)
-    assert plan == whole
-    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-    assert list(tmp_path.glob("*.partial")) == []
-    assert seen[0] == 0
-    assert 0 < seen[-2] < seen[-1] == 4
-    with pytest.raises(ConfigError, match="one or more calls"):
-        calibrate(pipe, search, [], [], out)
-
-
-def test_a_search_with_other_settings_is_not_continued(tmp_path: Path) -> None:
-    pipe, kwargs = BUILDERS["wan"]()
-    out = tmp_path / "plan.safetensors"
-
-    def fail() -> None:
-        raise KeyboardInterrupt
-
-    for search in (PAROSearch(block=8), PAROSearch(block=16)):
-        calls = [lambda: run(pipe, kwargs), fail]
-        with pytest.raises(ConfigError if search.block == 16 else KeyboardInterrupt):
-            calibrate(pipe, search, calls, ["a", "b"], out)
-
-
-def test_runs_of_different_size_are_refused(tmp_path: Path) -> None:
-    pipe, kwargs = BUILDERS["wan"]()
-    calls = [lambda: run(pipe, kwargs), lambda: run(pipe, kwargs, num_frames=5)]
-    with pytest.raises(PlanError, match="want one size"):
-        calibrate(pipe, PAROSearch(block=8), calls, ["a", "b"], tmp_path / "plan.safetensors")
 
 
 @pytest.mark.parametrize(

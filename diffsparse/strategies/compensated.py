@@ -1,0 +1,142 @@
+"""Compensation of what a strategy drops: by the means of the dropped blocks, or by what they gave when last seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import diffsparse_kernels as kernels
+from diffsparse.errors import ConfigError
+from diffsparse.order import RASTER
+from diffsparse.site import Site
+from diffsparse_kernels import BlockLists, Boxes
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """Any block-sparse strategy with its dropped blocks made up for; on the command line `adaspa+means`.
+
+    by: "means": each dropped block stands in the same softmax as its mean key and mean value, weighted by its number of
+        keys. Costs about 1 / block of dense attention at every step, and no memory.
+        "tail": the first sparse step after each choice of blocks runs dense too, and keeps for each query what the
+        dropped blocks gave: O_rest = (O - w O_s) / (1 - w) with w = exp(LSE_s - LSE). Later steps merge it by its LSE.
+        Costs that dense call, and 2HND + 4HN bytes for each layer, branch and sample.
+    budget: GiB that all tails together may take.
+    """
+
+    strategy: Any
+    by: Literal["means", "tail"] = "means"
+    budget: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.by not in _SITES:
+            raise ConfigError(f"compensation wants one of {', '.join(_SITES)}; got {self.by!r}")
+        if isinstance(self.strategy, Compensated) or not hasattr(self.strategy, "attend"):
+            raise ConfigError(f"wanted a strategy that is not compensated yet; got {self.strategy!r}")
+        if not isinstance(self.budget, int | float) or not self.budget > 0:
+            raise ConfigError(f"budget wants a positive number of GiB; got {self.budget!r}")
+
+    @property
+    def order(self) -> str:
+        """The strategy's own token order."""
+        return str(getattr(self.strategy, "order", RASTER))
+
+    @property
+    def sparsity(self) -> float:
+        """The strategy's own sparsity; 0 if it has none."""
+        return float(getattr(self.strategy, "sparsity", 0.0))
+
+    def check(self, models: dict[str, torch.nn.Module]) -> None:
+        """Called by `diffsparse.apply`: whatever the strategy checks."""
+        if hasattr(self.strategy, "check"):
+            self.strategy.check(models)
+
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Dense attention over q, k, v [B, H, N, D], watched by the strategy if it wants to."""
+        if hasattr(self.strategy, "observe"):
+            return self.strategy.observe(q, k, v, site)  # type: ignore[no-any-return]
+        return site.dense(q, k, v, reason="schedule")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """The strategy's attention over q, k, v [B, H, N, D], each sparse product compensated."""
+        ours = _SITES[self.by](**vars(site))
+        ours.budget = self.budget
+        return self.strategy.attend(q, k, v, ours)  # type: ignore[no-any-return]
+
+
+class _MeansSite(Site):
+    """Lets dropped blocks stand as their means."""
+
+    budget: float
+
+    def _product(
+        self, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_mask: Tensor | None, boxes: Boxes | None
+    ) -> tuple[Tensor, Tensor]:
+        return kernels.block_sparse_attention(
+            q, k, v, lists, scale=self.scale, key_mask=key_mask, boxes=boxes, means=True
+        )
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """What the dropped blocks of `lists` gave: out bfloat16 [B, H, N, D], lse float32 [B, H, N]."""
+
+    lists: BlockLists
+    out: Tensor
+    lse: Tensor
+
+    @classmethod
+    def of(cls, lists: BlockLists, dense: tuple[Tensor, Tensor], sparse: tuple[Tensor, Tensor]) -> _Tail:
+        """The difference of dense and sparse attention, by their LSEs."""
+        share = (sparse[1] - dense[1]).exp().clamp(max=1)[..., None]  # of the mass that the kept blocks hold
+        rest = 1 - share
+        none = rest <= torch.finfo(rest.dtype).eps
+        out = ((dense[0] - share * sparse[0]) / rest.masked_fill(none, 1)).masked_fill(none, 0)
+        lse = dense[1] + rest[..., 0].log()
+        return cls(lists, out.bfloat16(), lse.masked_fill(none[..., 0], -torch.inf))
+
+    def merged(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Sparse output and LSE with the tail added to the softmax."""
+        both = torch.logaddexp(lse, self.lse)
+        base = both.masked_fill(both.isneginf(), 0)
+        mine, theirs = ((x - base).exp()[..., None] for x in (self.lse, lse))
+        return (theirs * out + mine * self.out).to(out.dtype), both
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return int(self.out.nbytes + self.lse.nbytes)
+
+
+class _TailSite(Site):
+    """Keeps what dropped blocks gave at the first product with each choice of blocks, and adds it to later ones."""
+
+    budget: float
+
+    def _product(
+        self, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_mask: Tensor | None, boxes: Boxes | None
+    ) -> tuple[Tensor, Tensor]:
+        sparse = super()._product(q, k, v, lists, key_mask, boxes)
+        tail = self.memory.get("tail")
+        if tail is not None and tail.lists is lists:
+            return tail.merged(*sparse)  # type: ignore[no-any-return]
+        self._afford(q, v)
+        dense = kernels.attention(q, k, v, scale=self.scale, key_mask=key_mask)
+        self.memory["tail"] = _Tail.of(lists, dense, sparse)
+        return dense
+
+    def _afford(self, q: Tensor, v: Tensor) -> None:
+        """Refuse tails that would not fit, before the first of them is made."""
+        rows = q.shape[0] * q.shape[1] * q.shape[2]
+        wanted = self.layers * rows * (2 * v.shape[-1] + 4) / 2**30
+        if wanted > self.budget:
+            raise ConfigError(
+                f"the tails of {self.layers} layers want {wanted:.1f} GiB for each guidance branch; the budget is "
+                f"{self.budget:g} GiB. Give a larger budget, or compensate by means, which keeps nothing"
+            )
+
+
+_SITES: dict[str, type[Any]] = {"means": _MeansSite, "tail": _TailSite}

@@ -1,0 +1,174 @@
+"""GNA: windows that slide or jump over the grid, Generalized Neighborhood Attention (arXiv 2504.16922)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffsparse.errors import ConfigError
+from diffsparse.layout import Layout
+from diffsparse.order import HeadOrders
+from diffsparse.site import Site
+from diffsparse.strategies.blocks import check_block, check_share
+from diffsparse.windows import Cells, Flags, Tiling, fit, fit_sparsity, tiles_of
+from diffsparse_kernels import BlockLists, Boxes
+
+_EVERYWHERE = 2**31 - 1  # a place behind all others
+
+
+@dataclass(frozen=True)
+class GNA:
+    """Generalized Neighborhood Attention (arXiv 2504.16922): each query sees a window of the grid around it.
+
+    Tokens are moved into tiles of frames x rows x columns, one block each, so that a window is few blocks; blocks that
+    windows cut through are masked token by token, and where they cut none, nothing is. Which tokens see each other is
+    NATTEN's rule: near a border the window moves inwards instead of shrinking, and one of even size reaches one cell
+    further towards the start. Text sees everything and is seen by everything. Nothing is searched.
+
+    window: frames, rows and columns that a query sees; 0 is the whole axis, and so is more than it has. None: windows
+        with the grid's proportions whose share of computed blocks comes nearest to 1 - sparsity.
+    stride: neighbouring queries, along each axis, that share a window (1 slides, the window's size is blocked
+        attention). None: the edges of a tile, which wastes least.
+    dilation: distance between the cells that see each other, along each axis.
+    causal: along which axes a query sees no cell behind its own.
+    sparsity: share of the grid's blocks to drop, in [0, 1), where no window is given; None where one is.
+    block: tokens of a tile. Its edges are those of least work for these windows and this grid (`windows.fit`).
+
+    Tiles that the grid does not fill are computed whole; the density of the report counts that.
+    """
+
+    window: Cells | None = None
+    stride: Cells | None = None
+    dilation: Cells = (1, 1, 1)
+    causal: Flags = (False, False, False)
+    sparsity: float | None = 0.8
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        check_block(self.block)
+        for name, least in (("window", 0), ("stride", 1), ("dilation", 1)):
+            _check_cells(name, getattr(self, name), least)
+        if not isinstance(self.causal, tuple) or [type(flag) for flag in self.causal] != [bool] * 3:
+            raise ConfigError(f"causal wants True or False for frames, rows and columns; got {self.causal!r}")
+        if self.window is None:
+            check_share("sparsity", self.sparsity)  # type: ignore[arg-type]
+            return
+        object.__setattr__(self, "sparsity", None)
+        if self.stride and any(0 < size < step for size, step in zip(self.window, self.stride, strict=True)):
+            raise ConfigError(
+                f"stride wants at most the window's {self.window}, or queries would not see themselves; "
+                f"got {self.stride}"
+            )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Attention of q, k, v [B, H, N, D] within the windows."""
+        tiled = _tiled(self, site.layout, q.shape[1], q.device)
+        if tiled.share >= 1:
+            return site.dense(q, k, v, reason="windows that touch every block")
+        return site.sparse(q, k, v, tiled.lists, orders=tiled.orders, boxes=tiled.boxes)
+
+    def tiling(self, grid: Cells, tile: Cells | None = None) -> Tiling:
+        """Windows and tiles on a grid of frames x rows x columns of tokens; `tile` instead of the best fit."""
+        return _tiling(self, grid, tile)
+
+
+class Tiled(NamedTuple):
+    """The tokens tile by tile, text last, and who sees whom; without boxes, all tokens of listed blocks do.
+
+    share: of what dense attention over the unmoved tokens computes.
+    """
+
+    lists: BlockLists
+    orders: HeadOrders
+    boxes: Boxes | None
+    share: float
+
+
+@lru_cache(maxsize=64)
+def _tiling(gna: GNA, grid: Cells, tile: Cells | None) -> Tiling:
+    tiles = (tile,) if tile else tiles_of(gna.block)
+    if gna.window is None:
+        return fit_sparsity(grid, gna.sparsity or 0.0, gna.stride, gna.dilation, gna.causal, tiles)
+    return fit(grid, gna.window, gna.stride, gna.dilation, gna.causal, tiles)
+
+
+@lru_cache(maxsize=8)
+def _tiled(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tiled:
+    """All that a call needs, made on the CPU once for all layers, steps and branches."""
+    tiling = gna.tiling((layout.frames, layout.height, layout.width))
+    orders = _orders(tiling, layout)
+    tokens, tiles = len(orders.forward), math.prod(tiling.counts)
+    text = -(-tokens // gna.block) - tiles
+    mask = F.pad(_block_mask(tiling), (0, text, 0, text), value=True).expand(1, heads, tiles + text, tiles + text)
+    lists = BlockLists.from_mask(mask, q_block=gna.block, kv_block=gna.block, q_len=tokens, kv_len=tokens)
+    return Tiled(
+        lists.to(device),
+        HeadOrders(
+            orders.forward.to(device).expand(heads, -1),
+            orders.back.to(device).expand(heads, -1),
+            None if orders.filled is None else orders.filled.to(device),
+        ),
+        Boxes(*(x.to(device) for x in _boxes(tiling, tokens))) if tiling.cuts else None,
+        float(lists.density()) * tokens**2 / layout.tokens**2,
+    )
+
+
+def _orders(tiling: Tiling, layout: Layout) -> HeadOrders:
+    """Tile after tile, then the text; for one head, int64 [M] and [N]."""
+    frame, row, column = _spread([torch.tensor(axis.cells) for axis in tiling.axes], tiling, gap=-1)
+    filled = (frame >= 0) & (row >= 0) & (column >= 0)
+    video = ((frame * layout.height + row) * layout.width + column).masked_fill(~filled, 0) + layout.text_before
+    tokens = torch.arange(layout.tokens)
+    text = torch.cat([tokens[: layout.text_before], tokens[layout.text_before + layout.video :]])
+    forward = torch.cat([video, text])
+    filled = torch.cat([filled, torch.ones_like(text, dtype=torch.bool)])
+    back = torch.empty_like(tokens)
+    back[forward[filled]] = filled.nonzero()[:, 0]
+    return HeadOrders(forward, back, None if filled.all() else filled)
+
+
+def _block_mask(tiling: Tiling) -> Tensor:
+    """bool [tiles, tiles]: a tile sees the product of the tiles that it touches along each axis."""
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    for axis, edge, count in zip(tiling.axes, tiling.tile, tiling.counts, strict=True):
+        along = torch.zeros(count, count, dtype=torch.bool)
+        for tile, touched in enumerate(axis.touched(edge, edge)):
+            for keys in touched:
+                along[tile, keys.start : keys.stop] = True
+        mask = torch.kron(mask, along)
+    return mask
+
+
+def _boxes(tiling: Tiling, tokens: int) -> Boxes:
+    """Places of the keys and the range that each query sees, along three axes; text and what fills gaps sees all."""
+    spans = [torch.tensor(axis.spans) for axis in tiling.axes]
+    place = _spread([torch.arange(axis.length) for axis in tiling.axes], tiling, gap=0)
+    low = _spread([span[:, 0] for span in spans], tiling, gap=0)
+    high = _spread([span[:, 1] for span in spans], tiling, gap=_EVERYWHERE)
+    text = (0, tokens - place.shape[1])
+    return Boxes(F.pad(place, text, value=-1).int(), F.pad(low, text).int(), F.pad(high, text, value=_EVERYWHERE).int())
+
+
+def _spread(along: list[Tensor], tiling: Tiling, gap: int) -> Tensor:
+    """Values of the places of each axis, for every cell tile by tile: int64 [3, M], `gap` where a tile is not full."""
+    sizes = zip(along, tiling.tile, strict=True)
+    whole = torch.meshgrid(*(F.pad(x, (0, -len(x) % edge), value=gap) for x, edge in sizes), indexing="ij")
+    (f, h, w), (tf, th, tw) = tiling.counts, tiling.tile
+    tiles = torch.stack(whole).view(3, f, tf, h, th, w, tw).permute(0, 1, 3, 5, 2, 4, 6)
+    return tiles.flatten(1)
+
+
+def _check_cells(name: str, cells: Cells | None, least: int) -> None:
+    if cells is None and name != "dilation":
+        return
+    if not isinstance(cells, tuple) or len(cells) != 3 or any(type(n) is not int or n < least for n in cells):
+        raise ConfigError(
+            f"{name} wants three whole numbers of at least {least}, frames x rows x columns such as (4, 8, 8); "
+            f"got {cells!r}"
+        )

@@ -1,0 +1,114 @@
+"""Sparse-vDiT: one of five patterns for each head and step, found offline along real runs (arXiv 2506.03065)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffsparse.layout import Layout
+from diffsparse.order import RASTER, HeadOrders
+from diffsparse.plan import Plan, Planned
+from diffsparse.site import Site
+from diffsparse.strategies.blocks import keep_count
+from diffsparse.strategies.paro import group_of
+from diffsparse_kernels import BlockLists, select_rows
+
+MODES = ("full", "skip", "diagonal", "multi-diagonal", "stripe")
+FULL, SKIP, DIAGONAL, MULTI_DIAGONAL, STRIPE = range(len(MODES))
+_ORDERS = (RASTER, "HWF")  # multi-diagonal heads: frame-major to spatial-major
+
+
+@dataclass(frozen=True, repr=False)
+class SparseVDiT(Planned):
+    """One pattern for each head, layer and step, chosen offline (arXiv 2506.03065, section 4).
+
+    Of n video blocks at a sparsity s, every row of a sparse head keeps k = round((1 - s) n) key blocks:
+
+    - full: all of them, on the user's own backend;
+    - skip: none, the output is zero;
+    - diagonal: the k blocks nearest to the row's own, moved inwards at the ends;
+    - multi-diagonal: the same with the tokens in the order HWF, in which a place is next to itself in other frames;
+    - stripe: the k key blocks with the most softmax mass in the search, the same ones for all rows.
+
+    `diffsparse calibrate --strategy sparse-vdit` makes the plan; `SparseVDiT.load(path)` reads it. The paper leaves
+    widths, columns and text open. Here text is always kept: rows that hold text are dense in every mode, columns that
+    hold text are kept in every mode but skip, whose other rows are zero.
+
+    All of this is relative, so a plan serves other sizes and numbers of frames too: k follows from s, columns lie at
+    the same fraction of the video; the report says so. A run of other length finds its steps at the same fraction.
+
+    plan: settings `sparsity`, `block`; for each layer `modes`, uint8 [steps or groups, H], numbers of `MODES`, and
+        `columns`, float32 [H, n], the share of each head's mass in each key block.
+    """
+
+    plan: Plan
+    _plan_of = "sparse-vdit"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Attention over q, k, v [B, H, N, D], each head by its mode."""
+        table = self.plan.part(site.model, site.layer, "modes")
+        modes = table[group_of(site.step, site.steps, len(table))]  # [H], on the CPU
+        site.chose([MODES[mode] for mode in modes])
+        if site.layout.grid != self.plan.layout:
+            site.note(f"a plan of {self.plan.layout} serves {site.layout.grid}")
+        full, sparse = ((modes == FULL) == wanted for wanted in (True, False))
+        if not sparse.any():
+            return site.dense(q, k, v, reason="all heads full")
+        if not full.any():
+            return self._sparse(q, k, v, modes, site)
+        full, rest = (which.nonzero()[:, 0].to(q.device) for which in (full, sparse))
+        out = v.new_empty(v.shape)
+        out[:, full] = site.dense(q[:, full], k[:, full], v[:, full], reason="full heads")
+        out[:, rest] = self._sparse(q[:, rest], k[:, rest], v[:, rest], modes, site)
+        return out
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, modes: Tensor, site: Site) -> Tensor:
+        """The heads that aren't full; q, k, v hold no others."""
+        settings, heads, sparse = self.plan.settings, len(modes), modes != FULL
+        columns = self.plan.part(site.model, site.layer, "columns")[sparse]
+        modes = modes[sparse]
+        orders, layout = head_orders(modes, site.layout, q.device), site.text_last().layout
+        lists = head_lists(modes, columns, layout, settings["sparsity"], settings["block"], q.device)
+        return site.sparse(q, k, v, lists, orders=orders, heads=heads)
+
+    def facts(self) -> dict[str, str]:
+        """Share of heads, layers and steps in each mode."""
+        tables = [x for name, x in self.plan.tensors.items() if name.endswith(".modes")]
+        counts = Counter(int(mode) for table in tables for mode in table.flatten())
+        shares = (f"{mode} {counts[number] / counts.total():.1%}" for number, mode in enumerate(MODES))
+        return {"modes": ", ".join(shares)}
+
+
+def head_orders(modes: Tensor, layout: Layout, device: torch.device) -> HeadOrders:
+    """Spatial-major tokens for the heads that are multi-diagonal, raster order for the others; text last."""
+    return HeadOrders.of(_ORDERS, modes == MULTI_DIAGONAL, layout, device)
+
+
+def head_lists(
+    modes: Tensor, columns: Tensor, layout: Layout, sparsity: float, block: int, device: torch.device
+) -> BlockLists:
+    """The blocks of heads in `modes`, uint8 [H], whose columns weigh `columns`, float [H, any number of blocks].
+
+    layout: with all text behind the video.
+    """
+    blocks, keep = layout.grid.blocks(block), keep_count(sparsity, layout.grid.blocks(block))
+    modes = modes.to(device, non_blocking=True)[:, None, None]  # [H, 1, 1]
+    columns = columns.to(device, non_blocking=True)[:, None]  # [H, 1, any]
+    place = torch.arange(blocks, device=device)
+    nearest = select_rows(-(place[:, None] - place).abs().float(), keep)  # [n, n]
+    stripes = select_rows(_resampled(columns, blocks), keep)  # [H, 1, n]
+    video = torch.where(modes == STRIPE, stripes, nearest) & (modes != SKIP) | (modes == FULL)  # [H, n, n]
+    missing = layout.blocks(block) - blocks
+    text = layout.text_blocks(block).to(device, non_blocking=True)
+    mask = F.pad(video, (0, missing, 0, missing)) | text[:, None] | (text & (modes != SKIP))
+    sizes = {"q_block": block, "kv_block": block, "q_len": layout.tokens, "kv_len": layout.tokens}
+    return BlockLists.from_mask(mask[None], **sizes)
+
+
+def _resampled(columns: Tensor, blocks: int) -> Tensor:
+    """columns [H, 1, n] at the same fractions of another number of blocks."""
+    return columns if columns.shape[-1] == blocks else F.interpolate(columns, size=blocks, mode="area")

@@ -1,0 +1,91 @@
+"""Mean keys and values that stand for dropped blocks, against the formula written out block by block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffsparse_kernels as dk
+from support import exact
+from support.cases import MASKS, Size, random_boxes, seen
+
+BACKENDS = ("cpu", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = [
+    Size(),
+    Size(batch=1, q_len=97, kv_len=97),  # ragged by one token
+    Size(q_len=95, kv_len=95, dim=40),
+    Size(q_len=64, kv_len=200, dim=72, q_block=16, kv_block=64),
+    Size(dim=64, value_dim=24),
+    Size(batch=1, heads=2, q_len=517, kv_len=517, dim=64, q_block=64, kv_block=64),
+]
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def written_out(
+    q: Tensor, k: Tensor, v: Tensor, size: Size, mask: Tensor, keys: Tensor, visible: Tensor | bool = True
+) -> tuple[Tensor, Tensor]:
+    """softmax over kept keys and, with weight n, the means of dropped blocks; in the dtype of the inputs."""
+    scores = [(q @ k.mT * size.scale).masked_fill(~(size.allowed(mask, keys) & visible), -torch.inf)]
+    values = [v]
+    rows = torch.arange(size.q_len) // size.q_block
+    for block, part in enumerate(torch.arange(size.kv_len).split(size.kv_block)):
+        real = keys[:, part]  # [B, n]
+        count = real.sum(-1)
+        share = (real / count.clamp(min=1)[:, None]).to(q.dtype)[:, None, None]  # [B, 1, 1, n]
+        key, value = share @ k[:, :, part], share @ v[:, :, part]  # [B, H, 1, D]
+        score = q @ key.mT * size.scale + count.to(q.dtype).log()[:, None, None, None]
+        scores.append(score.masked_fill(mask[:, :, rows, block, None], -torch.inf))
+        values.append(value)
+    whole = torch.cat(scores, -1)
+    return whole.softmax(-1).nan_to_num(0.0) @ torch.cat(values, 2), whole.logsumexp(-1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_means(size: Size, kind: str, dtype: torch.dtype, masked: bool, backend: str) -> None:
+    qkv, mask = size.qkv(dtype), MASKS[kind](size)
+    keys = torch.rand(size.batch, size.kv_len) < (0.7 if masked else 1.1)
+    if masked:
+        keys[0] = False  # a sample without any key gets 0 and -inf
+    out, lse = dk.block_sparse_attention(
+        *qkv, size.lists(mask), means=True, key_mask=keys if masked else None, backend=backend
+    )
+    want, want_lse = written_out(*(x.double() for x in qkv), size, mask, keys)
+    low, low_lse = written_out(*qkv, size, mask, keys)
+    assert (out.double() - want).abs().max().item() <= exact.tolerance(want, low)
+    alive = ~want_lse.isneginf()
+    assert torch.equal(lse.isneginf(), ~alive)
+    if alive.any():
+        limit = exact.tolerance(want_lse[alive], low_lse[alive])
+        assert (lse.double() - want_lse)[alive].abs().max().item() <= limit
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_dropped_is_dense_and_equal_keys_lose_nothing(backend: str) -> None:
+    size = Size(q_len=95, kv_len=95)
+    q, k, v = size.qkv(torch.float64)
+    full, none = (MASKS[kind](size) for kind in ("full", "empty"))
+    dense, dense_lse = dk.attention(q, k, v, backend="reference")
+    out, lse = dk.block_sparse_attention(q, k, v, size.lists(full), means=True, backend=backend)
+    torch.testing.assert_close(out, dense)
+    torch.testing.assert_close(lse, dense_lse)
+    blocks = torch.arange(95) // size.kv_block
+    k = k[:, :, blocks * size.kv_block]  # keys alike within a block: their mean says all, even with every block dropped
+    dense, dense_lse = dk.attention(q, k, v, backend="reference")
+    out, lse = dk.block_sparse_attention(q, k, v, size.lists(none), means=True, backend=backend)
+    torch.testing.assert_close(out, dense)
+    torch.testing.assert_close(lse, dense_lse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_boxes_hide_keys_in_kept_blocks_only(backend: str) -> None:
+    size = Size(q_len=95, kv_len=95)
+    qkv, mask, boxes = size.qkv(torch.float64), MASKS["random"](size), random_boxes(size)
+    got = dk.block_sparse_attention(*qkv, size.lists(mask), means=True, boxes=boxes, backend=backend)
+    want = written_out(*qkv, size, mask, torch.ones(size.batch, size.kv_len, dtype=torch.bool), seen(boxes))
+    torch.testing.assert_close(got, want)
