@@ -94,7 +94,7 @@ class GuideReport:
         share = self.blocks_skipped / max(self.blocks_run + self.blocks_skipped, 1)
         whole = ", ".join(f"{reason} x{count}" for reason, count in self.whole.items())
         rows = [
-            ("guidance", repr(self.preset)),
+            ("head guidance", str(self.preset)),
             ("heads", str(self.heads)),
             ("extra passes", f"{self.passes}, blocks re-used {share:.0%}" + (f" (whole: {whole})" if whole else "")),
             ("perturbed", f"{self.perturbed} attention calls"),

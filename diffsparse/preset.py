@@ -67,6 +67,10 @@ class Preset:
         if self.kind == "self" and self.text:
             raise ConfigError("kind 'self' keeps the text as it is; leave text=False, or choose another kind")
 
+    def __str__(self) -> str:
+        branch = f"scale {self.scale:g}" if self.branch == "extra" else "the unconditional pass"
+        return f"{', '.join(self.heads)}: {self.kind}, strength {self.strength:g}, {branch}"
+
     @property
     def idle(self) -> bool:
         """Whether it changes nothing at all."""
