@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffsparse.errors import DiffsparseError
+    from diffsparse.guidance import GuideHandle, guide
+    from diffsparse.guider import HeadGuidance
     from diffsparse.layout import Layout
     from diffsparse.patch import Handle, apply, remove
+    from diffsparse.preset import Preset
     from diffsparse.report import Report
     from diffsparse.schedule import Schedule
     from diffsparse.site import Site
@@ -30,15 +33,19 @@ _HOME = {
     "Dense": "diffsparse.strategies",
     "DiffsparseError": "diffsparse.errors",
     "GNA": "diffsparse.strategies",
+    "GuideHandle": "diffsparse.guidance",
     "Handle": "diffsparse.patch",
+    "HeadGuidance": "diffsparse.guider",
     "Layout": "diffsparse.layout",
     "PARO": "diffsparse.strategies",
+    "Preset": "diffsparse.preset",
     "Random": "diffsparse.strategies",
     "Report": "diffsparse.report",
     "Schedule": "diffsparse.schedule",
     "Site": "diffsparse.site",
     "SparseVDiT": "diffsparse.strategies",
     "apply": "diffsparse.patch",
+    "guide": "diffsparse.guidance",
     "remove": "diffsparse.patch",
 }
 
@@ -49,14 +56,18 @@ __all__ = [
     "Compensated",
     "Dense",
     "DiffsparseError",
+    "GuideHandle",
     "Handle",
+    "HeadGuidance",
     "Layout",
+    "Preset",
     "Random",
     "Report",
     "Schedule",
     "Site",
     "SparseVDiT",
     "apply",
+    "guide",
     "remove",
 ]
 

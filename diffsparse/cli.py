@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("diffsparse_pipelines.generate:generate", "Generate a video or an image from a prompt."),
     "evaluate": ("diffsparse_eval.evaluate:evaluate", "Compare strategies with dense attention: fidelity and speed."),
     "calibrate": ("diffsparse_pipelines.calibrate:calibrate", "Search a plan offline, for strategies that run on one."),
+    "hunt": ("diffsparse_pipelines.hunt:hunt", "Search heads whose perturbation raises an objective (HeadHunter)."),
     "simulate": ("diffsparse_pipelines.simulate:simulate", "Tell what windowed attention can save, without running."),
     "inspect": ("diffsparse_eval.inspect:inspect", "Draw attention, chosen blocks, orders and recall by head."),
     "bench": ("diffsparse_eval.bench:bench", "Time the attention kernels beside torch's, in one process."),

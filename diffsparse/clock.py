@@ -49,6 +49,7 @@ class Clock:
         self._timesteps: Any = None
         self._timestep: Any = None
         self._run = 0
+        self.passes = 0  # forward passes that attended, over all runs
         self.reset()
 
     def reset(self) -> None:
@@ -59,6 +60,11 @@ class Clock:
         self._counted_step = -1
         self._seen: set[object] = set()
         self._moment: Moment | None = None
+
+    @property
+    def now(self) -> Moment | None:
+        """The moment of the latest pass that attended; None ahead of the first of a run."""
+        return self._moment
 
     def read(self, layer: object, number: int = 0) -> Moment:
         """The moment at which `layer` runs; a layer that comes round again means a new forward pass.
@@ -87,6 +93,7 @@ class Clock:
             self._ordinal_step = step
         branch = name if name is not None else f"#{max(self._ordinal, 0)}"
         self._forwards[name or ""] += 1
+        self.passes += 1
         return Moment(self._run, step, reading.steps, branch)
 
     def _reading(self) -> _Reading:
@@ -116,6 +123,11 @@ class Clock:
         position = _position(timestep, timesteps)
         self._counted_step = self._counted_step + 1 if position is None else position
         return self._counted_step
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline that is read, if there is one and it is still alive."""
+        return self._pipe()
 
     def _scheduler(self) -> Any:
         return getattr(self._pipe(), "scheduler", None)

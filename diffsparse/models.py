@@ -43,12 +43,14 @@ class ModelSpec:
 
     text: the side of the joint sequence on which tokens stand that are not on the grid; "none" if self-attention
         has no such tokens.
-    skip: parts of module names whose attention is left alone (text refiners, audio).
+    cond_first: in a batch for classifier-free guidance, the conditional half is the first.
+    skip: parts of module names whose attention is left alone (text refiners, audio, attention along time alone).
     """
 
     text: Literal["none", "before", "after"] = "none"
     grid: GridReader = lambda patch, inputs: latent_grid(patch, inputs)
-    skip: tuple[str, ...] = ("context_embedder", "context_refiner", "token_refiner", "text_", "audio")
+    cond_first: bool = False
+    skip: tuple[str, ...] = ("context_embedder", "context_refiner", "token_refiner", "text_", "audio", "temporal_")
 
     def layout(self, grid: Grid | None, tokens: int) -> Layout | None:
         """Layout of a self-attention over `tokens` tokens, or None if it can't be one over `grid`."""
@@ -186,7 +188,7 @@ SPECS: dict[str, ModelSpec] = {
     "OvisImageTransformer2DModel": _BEFORE_PACKED,
     "QwenImageTransformer2DModel": _BEFORE_PACKED,
     "SD3Transformer2DModel": _AFTER,
-    "ZImageTransformer2DModel": ModelSpec("after", list_grid),
+    "ZImageTransformer2DModel": ModelSpec("after", list_grid, cond_first=True),
 }
 
 LINEAR_ATTENTION = ("SanaTransformer2DModel", "SanaVideoTransformer3DModel")

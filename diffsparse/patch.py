@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from diffsparse.errors import ConfigError, UnsupportedModelError
 from diffsparse.models import LINEAR_ATTENTION, argument_names, patch_of, spec_of
 from diffsparse.report import Report
-from diffsparse.run import Call, Layer, Run
+from diffsparse.run import Call, Layer, Perturber, Run
 from diffsparse.schedule import Schedule
+from diffsparse.strategies.dense import Dense
 
 # A child module without weights carries the stateful hook. On the model itself, a hook would replace its `forward`
 # by one that is bound to it, and a deep copy would then run the original's.
@@ -88,8 +89,10 @@ class Handle:
     def remove(self) -> None:
         """Give every processor, hook and backend back as it was. Removing twice does no harm."""
         for model, run in zip(self._models.values(), self._runs, strict=True):
-            if _run_of(model) is run:
+            if run_of(model) is run:
                 _remove(model)
+                if run.guidance is not None:  # guidance stays, on dense attention
+                    attach(run.name, model, run.guidance, run.clock.pipe)
 
     def __enter__(self) -> Handle:
         return self
@@ -124,17 +127,48 @@ def apply(target: Any, strategy: Any, *, schedule: Schedule | None = None, stric
     check = getattr(strategy, "check", None)
     if check is not None:
         check(models)
-    for model in models.values():
-        _remove(model)
     schedule = Schedule() if schedule is None else schedule
-    runs = [_apply(name, model, strategy, schedule, strict, pipe) for name, model in models.items()]
+    runs = []
+    for name, model in models.items():
+        guidance = getattr(run_of(model), "guidance", None)
+        _remove(model)
+        runs.append(_apply(name, model, strategy, schedule, strict, pipe))
+        _guided(runs[-1], guidance)
     return Handle(strategy, models, runs)
 
 
 def remove(target: Any) -> None:
-    """Undo `apply` on a pipeline or transformer; one that was never touched stays as it is."""
+    """Undo `apply` and `guide` on a pipeline or transformer; one that was never touched stays as it is."""
     for model in models_of(target).values():
+        guidance = getattr(run_of(model), "guidance", None)
+        if guidance is not None:
+            guidance.unhook()
         _remove(model)
+
+
+def attach(name: str, model: torch.nn.Module, guidance: Perturber, pipe: Any) -> None:
+    """Put `guidance` on the run of `model`, or on a dense one that is made for it."""
+    run = run_of(model)
+    if run is None:
+        run = _apply(name, model, Dense(), Schedule(0), False, pipe)
+        run.bare = True
+    _guided(run, guidance)
+
+
+def detach(model: torch.nn.Module, guidance: Perturber) -> None:
+    """Undo `attach`, unless something else has taken the guidance's place."""
+    run = run_of(model)
+    if run is None or run.guidance is not guidance:
+        return
+    run.guidance = None
+    if run.bare:
+        _remove(model)
+
+
+def _guided(run: Run, guidance: Perturber | None) -> None:
+    run.guidance = guidance
+    if guidance is not None:
+        guidance.run = run
 
 
 def models_of(target: Any) -> dict[str, torch.nn.Module]:
@@ -235,7 +269,8 @@ def _release(module: Any) -> None:
         processor.__dict__["_attention_backend"] = backend
 
 
-def _run_of(model: torch.nn.Module) -> Run | None:
+def run_of(model: torch.nn.Module) -> Run | None:
+    """The state of an applied or guided transformer; None of an untouched one."""
     registry = getattr(model._modules.get(BEACON), "_diffusers_hook", None)
     run = registry.get_hook(BEACON) if registry is not None else None
     return run if isinstance(run, Run) else None
@@ -249,7 +284,7 @@ def _forget_registries(model: torch.nn.Module) -> None:
 
 
 def _remove(model: torch.nn.Module) -> None:
-    run = _run_of(model)
+    run = run_of(model)
     if run is None:
         return
     if run.pre_hook is not None:  # a copy has none

@@ -6,7 +6,7 @@ import itertools
 import warnings
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -178,6 +178,18 @@ class _Context(StateManager):  # type: ignore[misc]
         self.current = context
 
 
+class Perturber(Protocol):
+    """What `guide` puts on a run: it sees the output of each self-attention call, and may return another."""
+
+    run: Run
+
+    def perturb(self, out: Tensor, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int) -> Tensor:
+        """`out` [B, H, N, D], or what stands in its place."""
+
+    def unhook(self) -> None:
+        """Leave the model's forward passes alone from now on."""
+
+
 class Run(ModelHook):  # type: ignore[misc]
     """All that one applied transformer remembers. As a stateful hook it is told the branch and the end of a call."""
 
@@ -195,6 +207,9 @@ class Run(ModelHook):  # type: ignore[misc]
         self._masks: dict[tuple[Any, ...], str | None] = {}
         self._run, self._forwards = -1, 0
         self.pre_hook: Any = None
+        self.bare = False  # made for guidance alone, and gone with it
+        self.guidance: Perturber | None = None
+        self.aside: Moment | None = None  # the moment of an extra pass, which the clock doesn't count
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         """A copied model is not applied: its hook has no layers."""
@@ -230,7 +245,13 @@ class Run(ModelHook):  # type: ignore[misc]
 
     def attend(self, layer: Layer, call: Call, layout: Layout, number: int = 0) -> Tensor:
         """One self-attention call: dense where the schedule or the call itself demands it, else the strategy's."""
-        moment = self.clock.read(layer, number)
+        moment = self.aside or self.clock.read(layer, number)
+        out = self._attend(layer, call, layout, moment, number)
+        if self.guidance is None:
+            return out
+        return self.guidance.perturb(out, layer, call, layout, moment, number)
+
+    def _attend(self, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int) -> Tensor:
         if moment.run != self._run:
             self._run, self.ledger = moment.run, Ledger()
             self._forget()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from diffsparse.errors import ConfigError
 from diffsparse.schedule import Schedule
 from diffsparse_pipelines import options
 from diffsparse_pipelines.prompts import read_prompts, read_seeds
+
+if TYPE_CHECKING:
+    from diffsparse.preset import Preset
 
 _RANDOM = "Speed without weights"
 
@@ -61,11 +64,16 @@ def evaluate(
     dense_last: options.DenseLast = "0",
     dense_layers: options.DenseLayers = "",
     strict: options.Strict = False,
+    heads: options.Heads = "",
+    guidance_strength: options.GuidanceStrength = None,
+    guidance_scale: options.GuidanceScale = None,
 ) -> None:
     """Compare strategies with dense attention: fidelity and speed, same prompts and seeds, one process.
 
-    A run that was interrupted goes on where it stopped. With --random-weights nothing is downloaded and only speed is
-    measured; where the whole model is too large or too slow, try --layers 2 and a smaller --height, --width, --frames.
+    A run that was interrupted goes on where it stopped. With --heads, dense and each strategy also run under head
+    guidance; all are compared with dense attention without it. With --random-weights nothing is downloaded and only
+    speed is measured; where the whole model is too large or too slow, try --layers 2 and a smaller --height, --width,
+    --frames.
     """
     knobs = {
         "block": block,
@@ -84,6 +92,9 @@ def evaluate(
         raise ConfigError(f"--layers wants a whole number of at least 1, together with --random-weights; got {layers}")
     if random_weights:
         return _foretell(model, compared, chosen, plan, strict, layers, dtype, device, out, overwrite)
+    preset = options.preset(heads, guidance_strength, guidance_scale)
+    if preset is not None:
+        compared = guided(compared, preset)
     texts = read_prompts(prompts, model)
     numbers = read_seeds(seeds)
     loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
@@ -186,6 +197,14 @@ def _line(row: dict[str, Any]) -> str:
     psnr = "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.2f} dB"
     seconds = f"{row['seconds']:.1f} s, dense {row['dense_seconds']:.1f} s"
     return f"{row['label']:<12} {psnr:>9}  {seconds}  {row['prompt'][:60]}"
+
+
+def guided(compared: tuple[Any, ...], preset: Preset) -> tuple[Any, ...]:
+    """The strategies, and dense and each of them once more under head guidance."""
+    from diffsparse import Dense
+    from diffsparse_eval.experiment import Guided
+
+    return *compared, *(Guided(strategy, preset) for strategy in dict.fromkeys((Dense(), *compared)))
 
 
 def strategies(names: str, sparsity: str, knobs: dict[str, Any]) -> tuple[Any, ...]:

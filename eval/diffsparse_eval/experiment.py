@@ -6,12 +6,13 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffsparse
-from diffsparse import Dense, Schedule
+from diffsparse import Dense, Handle, Preset, Schedule
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.files import folder, whole
 from diffsparse.plan import Planned
@@ -25,7 +26,32 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 RESULTS = "results.json"
+_HEADS = "+heads"  # after the name of a strategy that runs under head guidance
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A strategy, and head guidance on top of it."""
+
+    strategy: Any
+    preset: Preset
+
+    @property
+    def sparsity(self) -> float:
+        """That of the strategy."""
+        return float(getattr(self.strategy, "sparsity", 0.0))
+
+
+@contextmanager
+def put_on(pipe: Any, strategy: Any, schedule: Schedule, strict: bool = False) -> Iterator[Handle]:
+    """Within: `pipe` runs by a strategy or by a `Guided` one."""
+    with ExitStack() as stack:
+        inner = strategy.strategy if isinstance(strategy, Guided) else strategy
+        handle = stack.enter_context(diffsparse.apply(pipe, inner, schedule=schedule, strict=strict))
+        if isinstance(strategy, Guided):
+            stack.enter_context(diffsparse.guide(pipe, strategy.preset))
+        yield handle
 
 
 @dataclass(frozen=True)
@@ -143,7 +169,7 @@ def _warm_up(experiment: Experiment, pipe: Any, prompt: str, strategies: list[An
     call = {**experiment.arguments, "prompt": prompt, "num_inference_steps": 2}
     generation(pipe, call, 0, progress)
     for strategy in strategies:
-        with diffsparse.apply(pipe, strategy, schedule=Schedule(dense_first=1)):
+        with put_on(pipe, strategy, Schedule(dense_first=1)):
             generation(pipe, call, 0, progress)
 
 
@@ -156,13 +182,13 @@ def _row(
     dense: Generation,
     progress: Progress,
 ) -> tuple[Row, Generation]:
-    with diffsparse.apply(pipe, strategy, schedule=experiment.schedule, strict=experiment.strict) as handle:
+    with put_on(pipe, strategy, experiment.schedule, experiment.strict) as handle:
         sparse = generation(pipe, call, seed, progress)
     report = handle.report()
     frames, height, width = sparse.frames.shape[:3]
     row = {
         "model": experiment.model,
-        "strategy": name_of(strategy),
+        "strategy": _name(strategy),
         "label": label(strategy),
         "arguments": repr(strategy),
         "sparsity": getattr(strategy, "sparsity", 0.0),
@@ -199,10 +225,17 @@ def _row(
     return row, sparse
 
 
+def _name(strategy: Any) -> str:
+    return f"{name_of(strategy.strategy)}{_HEADS}" if isinstance(strategy, Guided) else name_of(strategy)
+
+
 def label(strategy: Any) -> str:
     """Name, sparsity and what else differs from the defaults: `adaspa 0.8 order=tile4x4x4`, `random 0.8 +means`."""
     if isinstance(strategy, Compensated):
         return f"{label(strategy.strategy)} +{strategy.by}"
+    if isinstance(strategy, Guided):
+        preset = strategy.preset
+        return f"{label(strategy.strategy)} {_HEADS} {preset.strength:g}x{preset.scale:g}"
     parts = [name_of(strategy)]
     for name, value, default in _knobs(strategy):
         if value is None:

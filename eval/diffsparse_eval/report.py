@@ -87,7 +87,7 @@ def facts(rows: list[Row]) -> str:
 
 
 def _dense_steps(rows: list[Row]) -> str:
-    counts = sorted({row["dense_steps"] for row in rows if row["strategy"] != "dense"})
+    counts = sorted({row["dense_steps"] for row in rows if not row["strategy"].startswith("dense")})
     return " or ".join(map(str, counts)) or "all"
 
 

@@ -215,7 +215,7 @@ def grid(name: str, size: dict[str, Any]) -> tuple[int, int, int]:
     family = FAMILIES[name]
     if family.output == "image" and "num_frames" in size:
         raise ConfigError(f"model {name!r} makes images; leave out --frames")
-    pixels = {"num_frames": 1, **defaults(name, None), **size}
+    pixels = {"num_frames": 1, **defaults(name), **size}
     frames, rows, columns = family.token
     return -(-(pixels["num_frames"] - 1) // frames) + 1, pixels["height"] // rows, pixels["width"] // columns
 

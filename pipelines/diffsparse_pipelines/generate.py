@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from rich.progress import Progress
+
+    from diffsparse.preset import Preset
 
 
 class Generation(NamedTuple):
@@ -54,7 +58,6 @@ def generation(pipe: Any, arguments: dict[str, Any], seed: int, progress: Progre
     import torch
 
     last: dict[str, Any] = {}
-    names = inspect.signature(type(pipe).__call__).parameters
     task = progress.add_task("steps", total=None) if progress else None
 
     def after_step(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -63,27 +66,48 @@ def generation(pipe: Any, arguments: dict[str, Any], seed: int, progress: Progre
             progress.update(task, completed=step + 1, total=len(pipe.scheduler.timesteps))
         return tensors
 
-    watched = {"callback_on_step_end": after_step} if "callback_on_step_end" in names else {}
-    pipe.set_progress_bar_config(disable=True)
     start = time.perf_counter()
     try:
-        out = pipe(**arguments, **watched, generator=torch.Generator().manual_seed(seed), output_type="np")
+        out = _call(pipe, arguments, torch.Generator().manual_seed(seed), after_step)
+    finally:
+        if progress is not None and task is not None:
+            progress.remove_task(task)
+    return Generation(_clips(out)[0], last.get("latents"), time.perf_counter() - start)
+
+
+def generations(
+    pipe: Any, arguments: dict[str, Any], pairs: Sequence[tuple[str, int]], after_step: Any = None
+) -> list[np.ndarray]:
+    """Frames [F, H, W, C] for each prompt and seed, drawn in one batch by one call.
+
+    Raises:
+        ConfigError: the pipeline refused the arguments.
+    """
+    import torch
+
+    generators = [torch.Generator().manual_seed(seed) for _, seed in pairs]
+    return _clips(_call(pipe, {**arguments, "prompt": [prompt for prompt, _ in pairs]}, generators, after_step))
+
+
+def _call(pipe: Any, arguments: dict[str, Any], generator: Any, after_step: Any) -> Any:
+    watches = after_step and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+    watched = {"callback_on_step_end": after_step} if watches else {}
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        return pipe(**arguments, **watched, generator=generator, output_type="np")
     except DiffsparseError:
         raise
     except ValueError as error:
         raise ConfigError(f"{type(pipe).__name__} refused the call: {error}") from error
-    finally:
-        if progress is not None and task is not None:
-            progress.remove_task(task)
-    seconds = time.perf_counter() - start
-    return Generation(_frames(out), last.get("latents"), seconds)
 
 
-def _frames(out: Any) -> np.ndarray:
+def _clips(out: Any) -> list[np.ndarray]:
+    """Frames [F, H, W, C] of each sample; an image has one frame."""
     import numpy as np
 
-    frames = np.asarray(out.frames[0] if hasattr(out, "frames") else out.images[:1], dtype=np.float32)
-    return frames
+    if hasattr(out, "frames"):
+        return [np.asarray(frames, dtype=np.float32) for frames in out.frames]
+    return [np.asarray(image, dtype=np.float32)[None] for image in out.images]
 
 
 def generate(
@@ -121,8 +145,18 @@ def generate(
     dense_last: options.DenseLast = "0",
     dense_layers: options.DenseLayers = "",
     strict: options.Strict = False,
+    heads: options.Heads = "",
+    guidance_strength: options.GuidanceStrength = None,
+    guidance_scale: options.GuidanceScale = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also generate without head guidance, and write both side by side: a .png file.",
+            rich_help_panel="Head guidance",
+        ),
+    ] = None,
 ) -> None:
-    """Generate a video or an image from a prompt, with sparse attention."""
+    """Generate a video or an image from a prompt, with sparse attention, with or without head guidance."""
     chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
     plan = options.schedule(dense_first, dense_last, dense_layers)
     knobs = {
@@ -136,9 +170,20 @@ def generate(
         "stride": options.cells(stride, "--stride", 1),
         "dilation": options.cells(dilation, "--dilation", 1),
     }
+    preset = options.preset(heads, guidance_strength, guidance_scale)
+    _check_compare(compare, preset)
     names = model, strategy, prompt
     loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
-    _generate(names, knobs, chosen, plan, strict, loading, out, seed, image)
+    _generate(names, knobs, chosen, plan, strict, loading, out, seed, image, preset, compare)
+
+
+def _check_compare(compare: Path | None, preset: Preset | None) -> None:
+    if compare is None:
+        return
+    if preset is None:
+        raise ConfigError("--compare shows what head guidance does; it wants --heads")
+    if compare.suffix.lower() != ".png":
+        raise ConfigError(f"--compare wants a .png file; got {compare.name!r}")
 
 
 def _generate(
@@ -151,6 +196,8 @@ def _generate(
     out: Path,
     seed: int,
     image: Path | None,
+    preset: Preset | None,
+    sheet: Path | None,
 ) -> None:
     import diffsparse
     from diffsparse.files import folder
@@ -169,6 +216,8 @@ def _generate(
     if family.hub or model.startswith("tiny"):
         media.check_suffix(out, expected)
     folder(out.parent)
+    if sheet is not None:
+        folder(sheet.parent)
     if image is not None:
         chosen["image"] = media.read_image(image)
     prompt = _prompt(model, prompt)
@@ -181,11 +230,19 @@ def _generate(
     if estimate is not None:
         console.print(announce(estimate), highlight=False, soft_wrap=True)
     with diffsparse.apply(pipe, strategies[0], schedule=plan, strict=strict) as handle, bar(console) as progress:
-        result = generation(pipe, arguments, seed, progress)
+        plain = generation(pipe, arguments, seed, progress) if sheet is not None else None
+        with ExitStack() as stack:
+            guided = stack.enter_context(diffsparse.guide(pipe, preset)) if preset is not None else None
+            result = generation(pipe, arguments, seed, progress)
     report = handle.report()
     console.print(str(report), highlight=False, soft_wrap=True)
+    if guided is not None:
+        console.print(str(guided.report()), highlight=False, soft_wrap=True)
     if estimate is not None and (afterwards := compare(estimate, report, result.seconds)):
         console.print(afterwards, highlight=False, soft_wrap=True)
+    if plain is not None and sheet is not None:
+        media.sheet({"head guidance off": plain.frames, "head guidance on": result.frames}, sheet)
+        console.print(f"off and on, side by side -> {sheet}")
     media.save(result.frames, out, family.fps)
     console.print(f"{result.seconds:.1f} s -> {out}")
 

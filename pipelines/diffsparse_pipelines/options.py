@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffsparse.errors import ConfigError
 from diffsparse.schedule import Schedule
 
-_MODEL, _SIZE, _SPARSE = "Model", "Size and sampling", "Strategy"
+if TYPE_CHECKING:
+    from diffsparse.preset import Preset
+
+_MODEL, _SIZE, _SPARSE, _HEADS = "Model", "Size and sampling", "Strategy", "Head guidance"
 
 Model = Annotated[
     str, typer.Option(help="A known name, a folder of a saved pipeline, or a hub id.", rich_help_panel=_MODEL)
@@ -74,6 +77,39 @@ DenseLayers = Annotated[
 Strict = Annotated[
     bool, typer.Option("--strict", help="Fail where a call would fall back to dense.", rich_help_panel=_SPARSE)
 ]
+
+Heads = Annotated[
+    str,
+    typer.Option(
+        help="Heads to guide away from: a preset of diffsparse hunt (.json), or names such as 5.3,12.0-7,single.4.*.",
+        rich_help_panel=_HEADS,
+    ),
+]
+GuidanceStrength = Annotated[
+    float | None,
+    typer.Option(
+        help="How far the heads are perturbed, in [0, 1].", show_default="preset's, or 1", rich_help_panel=_HEADS
+    ),
+]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(help="Weight of the head guidance.", show_default="preset's, or 3", rich_help_panel=_HEADS),
+]
+
+
+def preset(heads: str, strength: float | None, scale: float | None) -> Preset | None:
+    """The head guidance that the three options describe; None without heads.
+
+    Raises:
+        ConfigError: a strength or scale without heads, or out of range. InputFileError: a preset that can't be read.
+    """
+    if not heads:
+        if strength is not None or scale is not None:
+            raise ConfigError("--guidance-strength and --guidance-scale want --heads")
+        return None
+    from diffsparse.preset import Preset
+
+    return Preset.read(heads, strength=strength, scale=scale)
 
 
 def amount(text: str, option: str) -> int | float:

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,13 +28,14 @@ from torch import Tensor
 import diffsparse
 import diffsparse_kernels as kernels
 from diffsparse import Random, Schedule
+from diffsparse.errors import ConfigError
 from diffsparse.inspection import best_recall, order_masses
 from diffsparse.order import AXES
 from diffsparse.strategies.blocks import keep_count
 from diffsparse_kernels import BlockLists, select_rows
 from diffsparse_pipelines import tiny
 from diffsparse_pipelines.tiny import build
-from diffsparse_pipelines.tiny.data import COLOURS, DIRECTIONS, Caption, sample
+from diffsparse_pipelines.tiny.data import CAPTIONS, COLOURS, DIRECTIONS, Caption, sample
 from diffsparse_pipelines.tiny.sheet import generate
 
 BLOCK = 64
@@ -41,6 +43,7 @@ SPARSITIES = (0.5, 0.8)
 _BRIGHT, _NEAR = 0.75, 0.5  # backgrounds are never brighter than 0.65
 _PROGRESS = Console(stderr=True)
 _LEAST_AREA, _LEAST_WAY = 0.02, 0.15  # shares of the frame; real objects cover 4 to 12 % and cross 36 to 70 %
+_REAL_WAY = 0.36
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,33 @@ def judge(clip: Tensor, caption: Caption) -> Verdict:
         right_way=way > _LEAST_WAY and way > 1.5 * aside,
         way=round(way, 3),
     )
+
+
+def agreement(clips: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]:
+    """How well clips [F, H, W, C] show what their captions ask for, each in [0, 1]: an objective for `diffsparse hunt`.
+
+    The mean of three shares: of the asked colour in its largest patch, over frames (0 where it is missing); of the
+    asked colour among the object colours; and of the way along the asked direction, out of the least that real objects
+    go, less the way across.
+    """
+    asked = {str(caption): caption for caption in CAPTIONS}
+    strange = sorted(set(prompts) - asked.keys())
+    if strange:
+        raise ConfigError(f"agreement wants captions of the tiny model, such as {CAPTIONS[0]}; got {strange[0]!r}")
+    return [_agreement(clip, asked[prompt]) for clip, prompt in zip(clips, prompts, strict=True)]
+
+
+def _agreement(clip: np.ndarray, caption: Caption) -> float:
+    masks = _masks(torch.from_numpy(clip).permute(0, 3, 1, 2))
+    wanted, vivid = masks[caption.colour], np.any(list(masks.values()), axis=0)
+    frames = [_object(mask) for mask in wanted]
+    seen = [found for found in frames if found is not None]
+    whole = sum(share for _, share in seen) / len(frames)
+    colour = float(wanted.sum() / max(vivid.sum(), 1))
+    way, aside = 0.0, 0.0
+    if len(seen) > 2:
+        way, aside = _way(np.array([centre for centre, _ in seen]), DIRECTIONS[caption.direction], len(frames))
+    return float(np.mean([whole, colour, np.clip((way - aside) / _REAL_WAY, 0, 1)]))
 
 
 def _masks(clip: Tensor) -> dict[str, np.ndarray]:

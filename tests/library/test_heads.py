@@ -1,0 +1,146 @@
+"""Heads by name, and presets as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import diffsparse
+from diffsparse import Preset
+from diffsparse.errors import ConfigError, DiffsparseError, InputFileError, PlanError, UnknownNameError
+from diffsparse.heads import names_of, resolve
+from diffsparse.patch import models_of
+from diffsparse.plan import fingerprints
+from support.tiny_transformers import CASES, build
+
+WAN, FLUX = build("WanTransformer3DModel"), build("FluxTransformer2DModel")
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("1.1", {"blocks.1.attn1": (1,)}),
+        ("0-1.0", {"blocks.0.attn1": (0,), "blocks.1.attn1": (0,)}),
+        ("1.0-1", {"blocks.1.attn1": (0, 1)}),
+        ("*.1", {"blocks.0.attn1": (1,), "blocks.1.attn1": (1,)}),
+        ("blocks.1.*", {"blocks.1.attn1": (0, 1)}),
+        ("blocks.1.attn1:0", {"blocks.1.attn1": (0,)}),
+        ("blocks.*.attn1:1", {"blocks.0.attn1": (1,), "blocks.1.attn1": (1,)}),
+        ("1.0, 0.1,1.1", {"blocks.0.attn1": (1,), "blocks.1.attn1": (0, 1)}),
+    ],
+)
+def test_names(name: str, want: Any) -> None:
+    assert resolve([name], WAN) == want
+    assert list(resolve([name], WAN)) == list(want), "in the order of the model"
+
+
+def test_stacks_by_the_start_of_their_name() -> None:
+    assert resolve(["single.0.*"], FLUX) == {"single_transformer_blocks.0.attn": (0, 1)}
+    assert resolve(["0.1"], FLUX) == {"transformer_blocks.0.attn": (1,)}
+    assert names_of(FLUX) == ["0.0", "0.1", "single_transformer_blocks.0.0", "single_transformer_blocks.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("2.0", UnknownNameError, "has no block '2'; it has 0, 1"),
+        ("0.2", UnknownNameError, "blocks.0.attn1 has the heads 0 to 1"),
+        ("0.1-2", UnknownNameError, "has the heads 0 to 1"),
+        ("0.1-0", UnknownNameError, "has the heads 0 to 1"),
+        ("single.0.1", UnknownNameError, "has no block 'single.0'"),
+        ("blocks.1.attn3:0", UnknownNameError, "has no attention module 'blocks.1.attn3'; it has blocks.1.attn2"),
+        ("5", ConfigError, "'5' names no attention head; wanted \"5.3\""),
+        ("a.b.c", ConfigError, "names no attention head"),
+        ("", ConfigError, "wanted one or more attention heads, got none"),
+    ],
+)
+def test_names_that_match_nothing(name: str, error: type[DiffsparseError], message: str) -> None:
+    with pytest.raises(error, match=message.replace("[", r"\[")):
+        diffsparse.guide(WAN, name)
+    assert not [m for m in WAN.modules() if "_diffsparse" in vars(m) or m._forward_hooks or m._forward_pre_hooks]
+    with pytest.raises(error):
+        diffsparse.guide(WAN, [name, "0.0"] if name else [])
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.layout])
+def test_every_head_has_one_name(name: str) -> None:
+    model = build(name)
+    names = names_of(model)
+    assert len(names) == len(set(names)) > 1
+    found = [(path, head) for n in names for path, heads in resolve([n], model).items() for head in heads]
+    assert len(found) == len(set(found)) == len(names)
+
+
+def test_the_pool_can_be_narrowed() -> None:
+    assert names_of(WAN, ["1.*"]) == ["1.0", "1.1"]
+    assert names_of(WAN, ["*.1", "0.0"]) == ["0.0", "0.1", "1.1"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"strength": 1.1}, r"strength wants a number in \[0, 1\]; got 1.1"),
+        ({"strength": -0.1}, "strength wants"),
+        ({"strength": float("nan")}, "strength wants"),
+        ({"scale": -1.0}, "scale wants a number of at least 0"),
+        ({"scale": float("inf")}, "scale wants"),
+        ({"rescale": 2.0}, "rescale wants"),
+        ({"start": 1.5}, "start wants an int >= 0 or a fraction"),
+        ({"stop": -1}, "stop wants"),
+        ({"kind": "blur"}, "kind wants one of identity, self, uniform, query-mean, zero; got 'blur'"),
+        ({"branch": "both"}, "branch wants one of extra, uncond"),
+        ({"kind": "self", "text": True}, "kind 'self' keeps the text"),
+    ],
+)
+def test_values_out_of_range(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        diffsparse.guide(WAN, "0.0", **knobs)
+
+
+def test_presets_are_saved_and_loaded(tmp_path: Path) -> None:
+    models = fingerprints(models_of(WAN))
+    preset = Preset(("1.0", "0.1"), 0.25, 2.0, "uniform", models=models, about={"objective": "sharpness"})
+    preset.save(tmp_path / "heads.json")
+    again = Preset.load(tmp_path / "heads.json")
+    assert again == preset
+    assert again.about == preset.about
+    assert Preset.read(tmp_path / "heads.json", strength=0.5).strength == 0.5
+    assert Preset.read("1.0").heads == Preset.read(["1.0"]).heads == ("1.0",)
+    with diffsparse.guide(WAN, str(tmp_path / "heads.json")) as handle:
+        assert handle.preset == preset
+
+
+def test_a_preset_of_another_model(tmp_path: Path) -> None:
+    preset = Preset(("0.0",), models=fingerprints(models_of(FLUX)))
+    with pytest.raises(PlanError, match=r"made for FluxTransformer2DModel:\w+; got WanTransformer3DModel"):
+        diffsparse.guide(WAN, preset)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("{broken", InputFileError, "can't read the preset"),
+        ("[]", InputFileError, 'no entry "diffsparse": "heads"'),
+        ('{"diffsparse": "heads"}', InputFileError, "heads"),
+        ('{"diffsparse": "heads", "heads": ["0.0"], "power": 3}', InputFileError, "strange entries power"),
+        ('{"diffsparse": "heads", "heads": []}', ConfigError, "got none"),
+        ('{"diffsparse": "heads", "heads": ["0.0"], "strength": 2}', ConfigError, "strength wants"),
+    ],
+)
+def test_files_that_are_no_presets(text: str, error: type[DiffsparseError], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "heads.json"
+    file.write_text(text)
+    with pytest.raises(error, match=message):
+        Preset.load(file)
+    with pytest.raises(InputFileError, match="can't read the preset"):
+        Preset.load(tmp_path / "none.json")
+
+
+def test_the_file_is_plain_json(tmp_path: Path) -> None:
+    Preset(("0.0",)).save(tmp_path / "a.json")
+    values = json.loads((tmp_path / "a.json").read_text())
+    assert values["heads"] == ["0.0"]
+    assert values["diffsparse"] == "heads"
