@@ -75,19 +75,31 @@ class Site:
         self._record.note = text
 
     def sparse(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists, *, heads: int | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lists: kernels.BlockLists,
+        *,
+        heads: int | None = None,
+        bits: int = 16,
     ) -> torch.Tensor:
         """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster.
 
         heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
+        bits: 8 or 4: of the numbers multiplied, emulated and so never faster; 16 leaves them as they are.
         """
         density = lists.density()
+        overall = density if heads is None else 1 - (1 - density) * q.shape[1] / heads
+        if bits < 16:
+            self._record.ran_sparse(overall, f"int{bits} emulated")
+            out, _ = kernels.quantised_attention(q, k, v, lists, bits=bits, scale=self.scale, key_mask=self.key_mask)
+            return out
         # A device is not asked for the value: waiting for it would cost more than it saves.
         if q.device.type == "cpu":
             limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
             if float(density) > limit:
                 return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
-        overall = density if heads is None else 1 - (1 - density) * q.shape[1] / heads
         self._record.ran_sparse(overall, _kernel_name(q))
         return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=self.key_mask)[0]
 

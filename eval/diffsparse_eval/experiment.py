@@ -186,7 +186,7 @@ def _row(
         "heads": report.heads,
         "fallbacks": report.fallbacks,
         "backends": report.backends,
-        "dense_backend": _dense_backend(report.backends),
+        "dense_backend": _dense_backend(report),
         "device": environment.device_name(pipe.transformer.device),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "versions": environment.versions(),
@@ -230,10 +230,8 @@ def _compare_attention(row: Row, earlier: list[Row]) -> None:
         row["attention_speedup"] = dense["attention_seconds"] / row["attention_seconds"]
 
 
-def _dense_backend(backends: dict[str, int]) -> str:
-    from diffsparse_kernels import backends as ours
-
-    return ", ".join(name for name in backends if name not in ours()) or "native"
+def _dense_backend(report: diffsparse.Report) -> str:
+    return ", ".join(dict.fromkeys(call.backend for call in report.calls if call.kind == "dense")) or "native"
 
 
 def _save(experiment: Experiment, out: Path, stem: str, result: Generation) -> str:

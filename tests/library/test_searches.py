@@ -16,6 +16,7 @@ from support.tiny_pipelines import BUILDERS, run
 
 SEARCHES: dict[str, Any] = {
     "paro": (PAROSearch(0.5, block=8, groups=2, looks=2), PARO),
+    "paro in 8 bits": (PAROSearch(0.5, block=8, groups=2, looks=2, bits=8), PARO),
     "sparse-vdit": (SparseVDiTSearch(0.5, epsilon=0.8, block=8, looks=2), SparseVDiT),
 }
 ODD: dict[str, dict[str, int]] = {
