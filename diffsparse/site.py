@@ -11,7 +11,7 @@ import torch
 import diffsparse_kernels as kernels
 from diffsparse.errors import DenseFallbackError
 from diffsparse.layout import Layout
-from diffsparse.order import text_last
+from diffsparse.order import HeadOrders, text_last
 from diffsparse.report import CallRecord
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -81,27 +81,37 @@ class Site:
         v: torch.Tensor,
         lists: kernels.BlockLists,
         *,
+        orders: HeadOrders | None = None,
         heads: int | None = None,
         bits: int = 16,
     ) -> torch.Tensor:
         """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster.
 
+        orders: of each head's tokens; `lists` are then of the layout of `text_last()`. What runs dense after all does
+            so in raster order, as masks of padded text want it.
         heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
         bits: 8 or 4: of the numbers multiplied, emulated and so never faster; 16 leaves them as they are.
         """
+        if bits == 16 and (reason := self._too_dense(q, lists)):
+            return self.fall_back(q, k, v, reason)
+        if orders is not None:
+            q, k, v = (orders.apply(x) for x in (q, k, v))
+            return orders.undo(self.text_last().sparse(q, k, v, lists, heads=heads, bits=bits))
         density = lists.density()
         overall = density if heads is None else 1 - (1 - density) * q.shape[1] / heads
         if bits < 16:
             self._record.ran_sparse(overall, f"int{bits} emulated")
             out, _ = kernels.quantised_attention(q, k, v, lists, bits=bits, scale=self.scale, key_mask=self.key_mask)
             return out
-        # A device is not asked for the value: waiting for it would cost more than it saves.
-        if q.device.type == "cpu":
-            limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
-            if float(density) > limit:
-                return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
         self._record.ran_sparse(overall, _kernel_name(q))
         return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=self.key_mask)[0]
+
+    def _too_dense(self, q: torch.Tensor, lists: kernels.BlockLists) -> str:
+        """Why `lists` would be slower than dense attention, or nothing."""
+        if q.device.type != "cpu":  # not asked for the density: waiting for it would cost more than it saves
+            return ""
+        limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
+        return f"density above the break-even of {limit:.2f}" if float(lists.density()) > limit else ""
 
     def fall_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reason: str) -> torch.Tensor:
         """Dense attention that nobody planned: counted by reason, an error under `strict=True`."""

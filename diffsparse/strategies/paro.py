@@ -35,6 +35,7 @@ class PARO(Planned):
 
     plan: Plan
     _plan_of = "paro"
+    _settings = ("sparsity", "block", "orders", "groups")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Block-sparse attention over q, k, v [B, H, N, D] in each head's order."""
@@ -42,12 +43,13 @@ class PARO(Planned):
         settings = self.plan.settings
         picked = self.plan.part(site.model, site.layer, "orders")
         orders = HeadOrders.of(tuple(settings["orders"]), picked, site.layout, q.device)
-        site = site.text_last()
         group = group_of(site.step, site.steps, settings["groups"])
         if site.memory.get("group") != group:
-            site.memory.update(group=group, lists=self._lists(site, group, q.device))
-        q, k, v = (orders.apply(x) for x in (q, k, v))
-        return orders.undo(site.sparse(q, k, v, site.memory["lists"], bits=settings.get("bits", 16)))
+            site.memory.update(group=group, lists=self._lists(site.text_last(), group, q.device))
+        return site.sparse(q, k, v, site.memory["lists"], orders=orders, bits=settings.get("bits", 16))
+
+    def _kinds(self) -> dict[str, int]:
+        return {"orders": len(self.plan.settings["orders"])}
 
     def facts(self) -> dict[str, str]:
         """How many heads have each order; where bits are few, the mean incoherence before and after reordering."""

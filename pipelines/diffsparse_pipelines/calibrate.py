@@ -31,7 +31,7 @@ def calibrate(
         ),
     ] = None,
     looks: Annotated[
-        int, typer.Option(help="Steps of a run at which it is only watched.", rich_help_panel=_SEARCH)
+        int, typer.Option(help="Steps at which a first, dense run is looked at.", rich_help_panel=_SEARCH)
     ] = 4,
     orders: Annotated[
         str,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -93,6 +95,19 @@ def test_it_attends_as_masked_softmax_does_token_by_token(monkeypatch: pytest.Mo
         want, _ = exact.softmax_attention(q, k, v, allowed, 16**-0.5)
         low = exact.eager(q, k, v, allowed, 16**-0.5)
         torch.testing.assert_close(out.double(), want, atol=exact.tolerance(want, low), rtol=0)
+
+
+def test_what_falls_back_keeps_the_mask_of_padded_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 0.1)
+    n = LAYOUT.grid.blocks(8)
+    strategy = PARO(make_plan(LAYOUT.grid, torch.ones(1, 2, n, n, dtype=torch.bool), [4, 1], 8))
+    q, k, v = qkv(LAYOUT)
+    keys = torch.ones(2, LAYOUT.tokens, dtype=torch.bool)
+    keys[:, 1:3] = False  # before the video
+    masked = partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=keys[:, None, None])
+    here = replace(site(LAYOUT, key_mask=keys), _dense=masked)
+    assert torch.equal(strategy.attend(q, k, v, here), masked(q, k, v))
+    assert here._record.reason == "density above the break-even of 0.10"
 
 
 def column_heads(layout: Layout, axis: str) -> tuple[Tensor, Tensor]:
