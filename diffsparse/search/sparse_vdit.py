@@ -27,7 +27,7 @@ _ROUNDS = 3  # timings of each mode, of which the middle one counts
 
 @dataclass(frozen=True)
 class SparseVDiTSearch:
-    """Find what `SparseVDiT` runs on: two passes over each prompt (arXiv 2506.03065, section 4.2, algorithm 1).
+    """Find what `SparseVDiT` runs on: two passes over each prompt (arXiv 2506.03065, algorithm 1).
 
     The first runs dense and adds up the softmax mass of each key block, for the stripes. The second computes, at each
     step and layer, the output of every mode beside the dense one, and chooses for each head the mode i with the least

@@ -24,7 +24,7 @@ _ORDERS = (RASTER, "HWF")  # multi-diagonal heads: frame-major to spatial-major
 
 @dataclass(frozen=True, repr=False)
 class SparseVDiT(Planned):
-    """One pattern for each head, layer and step, chosen offline (arXiv 2506.03065, section 4).
+    """One pattern for each head, layer and step, chosen offline (arXiv 2506.03065).
 
     Of n video blocks at a sparsity s, every row of a sparse head keeps k = round((1 - s) n) key blocks:
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffsparse_kernels.dispatch import _check, _check_lists, _scale
 from diffsparse_kernels.errors import KernelInputError
-from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.reference import _join, _strips
 
 
@@ -68,8 +68,9 @@ def quantised_attention(
     mask, parts = lists.to_mask(), []
     for rows in _strips(q, k, lists.q_block):
         scores = q_rounded[:, :, rows] @ k_rounded.mT  # [B, H, rows, N_kv]
-        blocks = mask[:, :, rows.start // lists.q_block :].repeat_interleave(lists.q_block, 2)[:, :, : scores.shape[2]]
-        seen = blocks.repeat_interleave(lists.kv_block, 3)[..., : scores.shape[3]]
+        blocks = mask[:, :, rows.start // lists.q_block : blocks_of(rows.stop, lists.q_block)]
+        seen = blocks.repeat_interleave(lists.q_block, 2)[:, :, : scores.shape[2]]
+        seen = seen.repeat_interleave(lists.kv_block, 3)[..., : scores.shape[3]]
         seen = seen if key_mask is None else seen & key_mask[:, None, None]
         scores = scores.masked_fill(~seen, -torch.inf)
         top = scores.amax(-1, keepdim=True)
