@@ -40,8 +40,8 @@ class SparseVDiT(Planned):
 
     All heads that aren't full run in one kernel call, each with its own list and order.
 
-    All of this is relative, so a plan serves other sizes and numbers of frames too: k follows from s, columns lie at
-    the same fraction of the video; the report says so. A run of other length finds its steps at the same fraction.
+    Widths and places are relative, so a plan serves other sizes and numbers of frames too, and the report says so: k
+    follows from s, columns lie at the same fraction of the video, steps at the same fraction of the run.
 
     plan: settings `sparsity`, `block`; for each layer `modes`, uint8 [steps or groups, H], numbers of `MODES`, and
         `columns`, float32 [H, n], the share of each head's mass in each key block.
