@@ -88,30 +88,31 @@ class Site:
         orders: HeadOrders | None = None,
         boxes: kernels.Boxes | None = None,
         heads: int | None = None,
+        bits: int = 16,
     ) -> torch.Tensor:
         """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster.
 
         orders: in which the lists count the tokens, if not as they stand; the output stands as q does.
         boxes: hide keys token by token within the listed blocks; of the moved tokens too.
         heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
+        bits: 8 or 4: of the numbers multiplied, emulated and so never faster; 16 leaves them as they are.
         """
-        if self._look is not None:
-            moved = (q, k) if orders is None else (orders.apply(q), orders.apply(k))
-            self._look(*moved, lists, self.key_mask if orders is None else orders.keys(self.key_mask))
         density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
-        # A device is not asked for the value: waiting for it would cost more than it saves.
-        if q.device.type == "cpu":
-            limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
-            if float(density) > limit:
-                return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
+        if bits == 16 and (reason := self._too_dense(q, lists, density)):
+            return self.fall_back(q, k, v, reason)
         overall = density if heads is None else 1 - (1 - density) * q.shape[1] / heads
-        self._record.ran_sparse(overall, _kernel_name(q))
+        self._record.ran_sparse(overall, _kernel_name(q) if bits == 16 else f"int{bits} emulated")
         keys = self.key_mask
         if orders is not None:
             (q, k, v), keys = (orders.apply(x) for x in (q, k, v)), orders.keys(keys)
+        if self._look is not None:
+            self._look(q, k, lists, keys)
         if keys is not None:
             keys = keys.expand(q.shape[0], -1)
-        out, _ = self._product(q, k, v, lists, keys, boxes)
+        if bits < 16:
+            out, _ = kernels.quantised_attention(q, k, v, lists, bits=bits, scale=self.scale, key_mask=keys)
+        else:
+            out, _ = self._product(q, k, v, lists, keys, boxes)
         return out if orders is None else orders.undo(out)
 
     def _product(
@@ -125,6 +126,13 @@ class Site:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernel's output and LSE, of the moved tokens; what `Compensated` adds to."""
         return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=key_mask, boxes=boxes)
+
+    def _too_dense(self, q: torch.Tensor, lists: kernels.BlockLists, density: torch.Tensor) -> str:
+        """Why `lists` would be slower than dense attention, or nothing."""
+        if q.device.type != "cpu":  # not asked for the density: waiting for it would cost more than it saves
+            return ""
+        limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
+        return f"density above the break-even of {limit:.2f}" if float(density) > limit else ""
 
     def fall_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reason: str) -> torch.Tensor:
         """Dense attention that nobody planned: counted by reason, an error under `strict=True`."""

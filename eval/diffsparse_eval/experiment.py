@@ -212,7 +212,7 @@ def _row(
         "heads": report.heads,
         "fallbacks": report.fallbacks,
         "backends": report.backends,
-        "dense_backend": dense_backend(report.backends),
+        "dense_backend": dense_backend(report),
         "device": environment.device_name(pipe.transformer.device),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "versions": environment.versions(),
@@ -267,11 +267,9 @@ def _compare_attention(row: Row, earlier: list[Row]) -> None:
         row["attention_speedup"] = dense["attention_seconds"] / row["attention_seconds"]
 
 
-def dense_backend(backends: dict[str, int]) -> str:
-    """The user's own among the backends of a report."""
-    from diffsparse_kernels import backends as ours
-
-    return ", ".join(name for name in backends if name not in ours()) or "native"
+def dense_backend(report: diffsparse.Report) -> str:
+    """The user's own, on which the dense calls of a report ran."""
+    return ", ".join(dict.fromkeys(call.backend for call in report.calls if call.kind == "dense")) or "native"
 
 
 def _save(experiment: Experiment, out: Path, stem: str, result: Generation) -> str:
