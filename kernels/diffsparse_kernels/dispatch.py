@@ -81,6 +81,7 @@ def block_mass(
     *,
     q_block: int,
     kv_block: int,
+    every: int = 1,
     scale: float | None = None,
     key_mask: Tensor | None = None,
     backend: str | None = None,
@@ -90,9 +91,13 @@ def block_mass(
     With the call's own LSE the rows of tokens sum to 1; with that of an earlier step each is scaled by its drift
     (AdaSpa, arXiv 2502.21079, Eq. 4). Rows whose lse is not finite count for nothing.
 
+    Of each block only one row in `every` is computed, and stands for those that follow it: an estimate at that part
+    of the cost. The rows that are computed are exact.
+
     Args:
         q: [B, H, N_q, D]; k: [B, H, N_kv, D]; lse: [B, H, N_q].
         q_block, kv_block: edges of a tile in tokens.
+        every: a divisor of q_block.
         scale, key_mask, backend: as in `attention`.
 
     Returns:
@@ -101,8 +106,12 @@ def block_mass(
     _check(q, k, k, key_mask)
     _check_lse(q, lse)
     _check_blocks(q_block, kv_block)
-    mass: Tensor = ops.block_mass(q, k, lse, q_block, kv_block, _scale(q, scale), key_mask, _choose(q, backend))
-    return mass
+    if every < 1 or q_block % every:
+        raise KernelInputError(f"wanted every as a divisor of q_block {q_block}; got {every}")
+    # Blocks begin at multiples of `every`, so a strided view holds the same rows of each.
+    rows, arguments = slice(None, None, every), (kv_block, _scale(q, scale), key_mask, _choose(q, backend))
+    mass: Tensor = ops.block_mass(q[:, :, rows], k, lse[:, :, rows], q_block // every, *arguments)
+    return mass if every == 1 else mass * _rows_per_sample(q.shape[2], q_block, every, mass)
 
 
 def block_sparse_attention(
@@ -125,9 +134,9 @@ def block_sparse_attention(
     _check_lists(q, k, lists)
     if boxes is not None:
         _check_boxes(q, k, boxes)
-    name, scale = _choose(q, backend), _scale(q, scale)
+    parts, blocks = (lists.idx, lists.cnt, lists.order), (lists.q_block, lists.kv_block)
     out, lse = ops.block_sparse_attention(
-        q, k, v, lists.idx, lists.cnt, lists.q_block, lists.kv_block, scale, key_mask, *(boxes or (None,) * 3), name
+        q, k, v, *parts, *blocks, _scale(q, scale), key_mask, *(boxes or (None,) * 3), _choose(q, backend)
     )
     return out, lse
 
@@ -182,6 +191,14 @@ def _choose(q: Tensor, name: str | None) -> str:
 
 def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _rows_per_sample(length: int, block: int, every: int, like: Tensor) -> Tensor:
+    """Rows of each block over the rows computed of it, [nQ, 1]; the last block may be ragged."""
+    share = like.new_full((like.shape[2], 1), every)
+    left = length - (like.shape[2] - 1) * block
+    share[-1] = left / -(-left // every)
+    return share
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:

@@ -109,6 +109,7 @@ def block_sparse_attention(
     v: Tensor,
     idx: Tensor,
     cnt: Tensor,
+    order: Tensor | None,
     q_block: int,
     kv_block: int,
     scale: float,
@@ -119,7 +120,7 @@ def block_sparse_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention -> out, lse."""
-    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2])
+    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
     boxes = None if place is None or low is None or high is None else Boxes(place, low, high)
     out, lse = _module(backend, q).block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
     return out.contiguous(), lse.contiguous()
@@ -132,6 +133,7 @@ def _(
     v: Tensor,
     idx: Tensor,
     cnt: Tensor,
+    order: Tensor | None,
     q_block: int,
     kv_block: int,
     scale: float,
