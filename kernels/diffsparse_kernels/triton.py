@@ -66,10 +66,10 @@ def block_mass(
 ) -> Tensor:
     """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK], one pass over keys."""
     _check(q, k, max(q_block, BLOCKS[0]), kv_block)  # of rows sampled from a block there may be fewer
-    q, scale = _positive(q, scale)
+    q, scale = positive(q, scale)
     (batch, heads, n_q, head_dim), n_kv = q.shape, k.shape[2]
     mass = q.new_empty(batch, heads, blocks_of(n_q, q_block), blocks_of(n_kv, kv_block), dtype=torch.float32)
-    tile = measure_tile(_capability(q), kv_block, q.element_size(), _copyable(q, k))
+    tile = measure_tile(_capability(q), kv_block, q.element_size(), copyable(q, k))
     constants = measure_constants(head_dim, q_block, kv_block, tile)
     grid = batch * heads * blocks_of(n_q, constants["BLOCK_M"])
     _launch(
@@ -111,7 +111,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `kernels.attend` -> out, lse, mass (empty if there is no cached LSE)."""
     _check(q, v, q_block, kv_block)
-    q, scale = _positive(q, scale)
+    q, scale = positive(q, scale)
     (batch, heads, n_q, _), (n_kv, value_dim) = q.shape, v.shape[2:]
     q_blocks, kv_blocks = blocks_of(n_q, q_block), blocks_of(n_kv, kv_block)
     out = q.new_empty(batch, heads, n_q, value_dim)
@@ -162,7 +162,7 @@ def attend_tile(q: Tensor, k: Tensor, v: Tensor, q_block: int, kv_block: int, fl
     """The first tile of the table whose needs are met."""
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else None
     tiles = tiles_for(_capability(q), max(q.shape[3], v.shape[3]), q_block, kv_block, device)
-    return fitting(tiles, q.element_size(), _copyable(q, k, v), flags)
+    return fitting(tiles, q.element_size(), copyable(q, k, v), flags)
 
 
 def fitting(tiles: list[Tile], itemsize: int, copyable: bool, flags: dict[str, Any]) -> Tile:
@@ -234,7 +234,7 @@ def _pointers(boxes: Boxes | None, q: Tensor) -> tuple[Tensor, ...]:
     return (q, q, q) if boxes is None else tuple(x.contiguous() for x in boxes)
 
 
-def _copyable(*tensors: Tensor) -> bool:
+def copyable(*tensors: Tensor) -> bool:
     """Whether the copy engine can read these: dense rows, all addresses and strides multiples of 16 bytes."""
     return all(
         x.stride(3) == 1
@@ -244,7 +244,7 @@ def _copyable(*tensors: Tensor) -> bool:
     )
 
 
-def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
     """The kernels take the maximum before they scale, which wants a positive scale."""
     return (-q, -scale) if scale < 0 else (q, max(scale, 1e-30))
 

@@ -43,19 +43,27 @@ class Compiled:
     ptx: str
 
 
-def compiled(kernel: Any, chip: int, constants: dict[str, Any], warps: int, stages: int, **types: str) -> Compiled:
+def compiled(
+    kernel: Any,
+    chip: int,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    source: type[ASTSource] = ASTSource,
+    **types: str,
+) -> Compiled:
     """A Triton kernel for `chip`; arguments are int32 unless `TYPES` or `types` says otherwise, rows are dense."""
     known = {name: kind for kind, names in TYPES.items() for name in names} | types
     names: list[str] = kernel.arg_names
     constants = {**{name: 1 for name in names if re.fullmatch(r"[qkvx]_d", name)}, **constants}
     signature = {name: "constexpr" if name in constants else known.get(name, "i32") for name in names}
-    source = ASTSource(
+    made = source(
         kernel,
         signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if ALIGNED.fullmatch(name)},
     )
-    return inspected(source, chip, num_warps=warps, num_stages=stages)
+    return inspected(made, chip, num_warps=warps, num_stages=stages)
 
 
 def inspected(source: ASTSource, chip: int, **options: int) -> Compiled:
