@@ -151,7 +151,7 @@ class Hopper:
         slot.data.fill_(torch.nan)
 
         def deliver() -> None:
-            time.sleep(random.random() * 5e-4)  # copies overtake one another
+            time.sleep(random.random() ** 4 * 2e-2)  # some copies are late, and overtaken by others
             slot.data.copy_(tiles.tile(place))
             _barrier(full).arrive(0, came=tiles.block_type.nbytes)
 
