@@ -69,13 +69,19 @@ class Site:
     def sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists) -> torch.Tensor:
         """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster."""
         density = lists.density()
-        # A device is not asked for the value: waiting for it would cost more than it saves.
-        if q.device.type == "cpu":
-            limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
-            if float(density) > limit:
-                return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
+        limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block, q.shape[2])
+        known = self._known_density(lists, density)
+        if known is not None and known > limit:
+            return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
         self._record.ran_sparse(density, _kernel_name(q))
         return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=self.key_mask)[0]
+
+    def _known_density(self, lists: kernels.BlockLists, density: torch.Tensor) -> float | None:
+        """The density as a number; on a device only from the next call with these lists on, for nobody waits for it."""
+        reading = self.memory.get("density")
+        if reading is None or reading.lists is not lists:
+            reading = self.memory["density"] = _Reading(lists, density)
+        return reading.value()
 
     def fall_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reason: str) -> torch.Tensor:
         """Dense attention that nobody planned: counted by reason, an error under `strict=True`."""
@@ -86,6 +92,25 @@ class Site:
             )
         self._record.ran_dense(reason, planned=False, backend=self._backend)
         return self._dense(q, k, v)
+
+
+class _Reading:
+    """A number on its way from the device."""
+
+    def __init__(self, lists: kernels.BlockLists, number: torch.Tensor) -> None:
+        self.lists = lists
+        self._number = number.to("cpu", non_blocking=True)
+        self._here = torch.cuda.Event() if number.is_cuda else None
+        if self._here is not None:
+            self._here.record()
+
+    def value(self) -> float | None:
+        """None if it isn't here yet."""
+        if self._here is not None:
+            if torch.cuda.is_current_stream_capturing() or not self._here.query():
+                return None
+            self._here = None
+        return float(self._number)
 
 
 def _kernel_name(q: torch.Tensor) -> str:

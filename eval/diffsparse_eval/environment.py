@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from diffsparse_kernels.cached import device_name, processor
+
+__all__ = ["commit", "device_name", "system", "versions"]
 _PACKAGES = ("diffsparse", "torch", "diffusers", "transformers", "accelerate", "triton", "numpy")
 
 
@@ -26,22 +29,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def device_name(device: str | torch.device) -> str:
-    """The name of a GPU, or of the processor with the threads in use."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-
-
-@cache
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 @cache
@@ -68,7 +55,7 @@ def system() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "executable": sys.executable,
-        "processor": _processor(),
+        "processor": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         block_mass,
         block_sparse_attention,
         break_even,
+        forget_measurements,
     )
     from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError
     from diffsparse_kernels.lists import BlockLists, Boxes
@@ -32,6 +33,7 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "break_even",
+    "forget_measurements",
     "select_heads",
     "select_mass",
     "select_rows",

@@ -20,6 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from diffsparse_kernels import gluon_kernels as kernels
 from diffsparse_kernels import triton
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
+from diffsparse_kernels.proof import proven
 
 VERSIONS = (3, 6), (3, 10)  # of Triton, the last excluded: Gluon is experimental, and renames things
 _VERSION = tuple(int(part) for part in compiler.__version__.split(".")[:2])
@@ -33,11 +34,14 @@ attention_with_mass = triton.attention_with_mass
 block_mass = triton.block_mass
 
 
+@cache
 def unfit(device: torch.device) -> str:
     """Why the kernel does not run on `device`; empty if it does."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
     if torch.cuda.get_device_capability(device)[0] != 9:
         return "the gluon backend is for Hopper (sm_90)"
-    return "" if _proven(device) else "the gluon kernel failed its test on this device"
+    return "" if proven(block_sparse_attention, device) else "the gluon kernel failed its test on this device"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -129,19 +133,3 @@ def _attend(
             num_warps=4,
         )
     return out, lse
-
-
-@cache
-def _proven(device: torch.device) -> bool:
-    """Compare the kernel with the reference once, on ragged lengths and with an empty list."""
-    from diffsparse_kernels import reference
-
-    generator = torch.Generator(device).manual_seed(0)
-    made = {"generator": generator, "device": device, "dtype": torch.bfloat16}
-    q, k, v = (torch.randn(1, 2, 700, 128, **made) for _ in range(3))  # type: ignore[call-overload]
-    mask = torch.rand(1, 2, 6, 6, generator=generator, device=device) < 0.7
-    mask[0, 0, 0] = False
-    lists = BlockLists.from_mask(mask, q_block=128, kv_block=128, q_len=700, kv_len=700)
-    got = _attend(q, k, v, 0.1, 128, lists)
-    want = reference.block_sparse_attention(q, k, v, lists, 0.1, None)
-    return all(torch.allclose(x.float(), y.float(), rtol=0.02, atol=0.02) for x, y in zip(got, want, strict=True))

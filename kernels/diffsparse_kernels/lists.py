@@ -152,20 +152,21 @@ class BlockLists:
 
     def to_block_mask(self) -> BlockMask:
         """The same blocks for torch's FlexAttention, all of them full blocks."""
-        wide = self.from_mask(
-            self.to_mask(),
-            q_block=self.q_block,
-            kv_block=self.kv_block,
-            q_len=self.q_len,
-            kv_len=self.kv_len,
-            width=self.kv_blocks,
-        )
+        mask, (q_block, kv_block) = self.to_mask(), (self.q_block, self.kv_block)
+        samples = mask.shape[0]
+
+        def listed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return mask[b % samples, h, q // q_block, kv // kv_block]  # uncompiled, FlexAttention asks nothing else
+
+        lengths = {"q_len": self.q_len, "kv_len": self.kv_len}
+        wide = self.from_mask(mask, q_block=q_block, kv_block=kv_block, **lengths, width=self.kv_blocks)
         return BlockMask.from_kv_blocks(
             torch.zeros_like(wide.cnt),
             torch.zeros_like(wide.idx),
             wide.cnt,
             wide.idx,
-            BLOCK_SIZE=(self.q_block, self.kv_block),
+            BLOCK_SIZE=(q_block, kv_block),
+            mask_mod=listed,
             seq_lengths=(self.q_len, self.kv_len),
         )
 

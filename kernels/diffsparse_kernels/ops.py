@@ -10,9 +10,9 @@ from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
 
 def _module(backend: str, q: Tensor):  # type: ignore[no-untyped-def]  # a module, checked where it is defined
     """The backend of that name, or the device's if it is empty: chosen here, where no compiler looks."""
-    from diffsparse_kernels.dispatch import backend_for, load
+    from diffsparse_kernels.dispatch import module_for
 
-    return load(backend or backend_for(q.device))
+    return module_for(backend, q.device)
 
 
 def _accumulated(q: Tensor) -> torch.dtype:

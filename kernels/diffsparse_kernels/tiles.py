@@ -40,7 +40,7 @@ def tiles_for(chip: int, head_dim: int, q_block: int, kv_block: int, device: str
     place = (head_dim, 128 if q_block == 128 else 64, 128 if kv_block == 128 else 64)
     shipped = _shipped()
     nearest = max((known for known, *_ in shipped if known <= max(chip, 80)), default=80)
-    found = [*_tuned().get((device, *place), []), *shipped[nearest, *place]]
+    found = [*tuned().get((device, *place), []), *shipped[nearest, *place]]
     return [tile._replace(keys=min(tile.keys, kv_block)) for tile in found]
 
 
@@ -51,7 +51,8 @@ def _shipped() -> dict[tuple[int, int, int, int], list[Tile]]:
 
 
 @cache
-def _tuned() -> dict[tuple[str | None, int, int, int], list[Tile]]:
+def tuned() -> dict[tuple[str | None, int, int, int], list[Tile]]:
+    """The tiles that `bench --tune` wrote on this machine, by device, head size and blocks."""
     return {(row["device"], *_place(row)): _tiles(row) for row in read_rows(TUNED)}
 
 
