@@ -98,8 +98,10 @@ class Site:
         bits: 8 or 4: of the numbers multiplied, emulated and so never faster; 16 leaves them as they are.
         """
         density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
-        if bits == 16 and (reason := self._too_dense(q, lists, density)):
-            return self.fall_back(q, k, v, reason)
+        limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block, q.shape[2])
+        known = self._known_density(lists, density)
+        if bits == 16 and known is not None and known > limit:
+            return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
         overall = density if heads is None else 1 - (1 - density) * q.shape[1] / heads
         self._record.ran_sparse(overall, _kernel_name(q) if bits == 16 else f"int{bits} emulated")
         keys = self.key_mask
@@ -127,12 +129,12 @@ class Site:
         """The kernel's output and LSE, of the moved tokens; what `Compensated` adds to."""
         return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=key_mask, boxes=boxes)
 
-    def _too_dense(self, q: torch.Tensor, lists: kernels.BlockLists, density: torch.Tensor) -> str:
-        """Why `lists` would be slower than dense attention, or nothing."""
-        if q.device.type != "cpu":  # not asked for the density: waiting for it would cost more than it saves
-            return ""
-        limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
-        return f"density above the break-even of {limit:.2f}" if float(density) > limit else ""
+    def _known_density(self, lists: kernels.BlockLists, density: torch.Tensor) -> float | None:
+        """The density as a number; on a device only from the next call with these lists on, for nobody waits for it."""
+        reading = self.memory.get("density")
+        if reading is None or reading.lists is not lists:
+            reading = self.memory["density"] = _Reading(lists, density)
+        return reading.value()
 
     def fall_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reason: str) -> torch.Tensor:
         """Dense attention that nobody planned: counted by reason, an error under `strict=True`."""
@@ -143,6 +145,25 @@ class Site:
             )
         self._record.ran_dense(reason, planned=False, backend=self._backend)
         return self._dense(q, k, v)
+
+
+class _Reading:
+    """A number on its way from the device."""
+
+    def __init__(self, lists: kernels.BlockLists, number: torch.Tensor) -> None:
+        self.lists = lists
+        self._number = number.to("cpu", non_blocking=True)
+        self._here = torch.cuda.Event() if number.is_cuda else None
+        if self._here is not None:
+            self._here.record()
+
+    def value(self) -> float | None:
+        """None if it isn't here yet."""
+        if self._here is not None:
+            if torch.cuda.is_current_stream_capturing() or not self._here.query():
+                return None
+            self._here = None
+        return float(self._number)
 
 
 def _kernel_name(q: torch.Tensor) -> str:

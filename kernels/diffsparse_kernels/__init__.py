@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         block_mass,
         block_sparse_attention,
         break_even,
+        forget_measurements,
     )
     from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError
     from diffsparse_kernels.lists import BlockLists, Boxes
@@ -33,6 +34,7 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "break_even",
+    "forget_measurements",
     "incoherence",
     "quantise",
     "quantised_attention",

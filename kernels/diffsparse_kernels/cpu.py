@@ -24,11 +24,6 @@ _LEAST_ROWS = 2  # computed at a time, or some threads would idle
 _STRIP_BYTES = 16 * 2**20  # scores of one strip of query rows
 
 
-def break_even(dtype: torch.dtype, head_dim: int, block: int) -> float:
-    """Density above which dense attention is faster, as measured on a machine with AVX-512 and bfloat16 products."""
-    return 0.7 if block >= 128 else 0.6
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
     dtype = q.dtype

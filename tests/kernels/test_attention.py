@@ -195,3 +195,25 @@ def test_parts_merge_by_their_lse(backend: str) -> None:
     whole, lse = dk.attention(*qkv, backend=backend)
     torch.testing.assert_close(weight * a + (1 - weight) * b, whole)
     torch.testing.assert_close(torch.logaddexp(a_lse, b_lse), lse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("every", [1, 4, 32])
+def test_mass_of_sampled_rows(every: int, backend: str) -> None:
+    """Exact where all rows of a block are alike, and the plain sum over the sampled rows elsewhere."""
+    size = Size(q_len=75, kv_len=97)
+    q, k, _ = size.qkv(torch.float32)
+    lse = torch.randn(2, 3, 75) + 4
+    sizes = {"q_block": 32, "kv_block": 32, "backend": backend}
+    got = dk.block_mass(q, k, lse, every=every, **sizes)
+    parts = [slice(start, min(start + 32, 75)) for start in (0, 32, 64)]
+    weights = (q.double() @ k.double().mT * size.scale - lse.double()[..., None]).exp()
+    means = [weights[:, :, rows][:, :, ::every].mean(2) * (rows.stop - rows.start) for rows in parts]
+    want = exact.tile_sums(torch.stack(means, 2), 1, 32)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_sampled_evenly() -> None:
+    q, k, _ = Size().qkv(torch.float32)
+    with pytest.raises(dk.KernelInputError, match="every as a divisor of q_block 32; got 5"):
+        dk.block_mass(q, k, torch.zeros(2, 3, 96), q_block=32, kv_block=32, every=5)
