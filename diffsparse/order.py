@@ -86,7 +86,7 @@ class HeadOrders(NamedTuple):
         return cls(forward[picked], back[picked])
 
     def apply(self, x: Tensor) -> Tensor:
-        """x [B, H, N, D] -> [B, H, M, D], each head's tokens in its order; contiguous. One copy for any strides."""
+        """x [B, H, N, D] -> [B, H, M, D], each head's tokens in its order; contiguous. One copy."""
         batch, heads, tokens, dim = x.shape
         head = torch.arange(heads, device=x.device)[:, None]  # [H, 1]
         if x.transpose(1, 2).is_contiguous():
@@ -103,7 +103,7 @@ class HeadOrders(NamedTuple):
         return raster.view(batch, -1, heads, dim).transpose(1, 2)
 
     def keys(self, mask: Tensor | None) -> Tensor | None:
-        """A key mask, bool [B, N], of the moved tokens, [B, M]. Only text is ever masked, alike in all heads."""
+        """A key mask, bool [B, N], as one over the moved tokens, [B, M]. Text stands alike in all heads."""
         moved = None if mask is None else mask.index_select(1, self.forward[0])
         if self.filled is None:
             return moved

@@ -95,6 +95,28 @@ def test_boxes(size: Size, kind: str, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gathered", [2**22, 300_000, 40_000])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_that_share_their_boxes(
+    dtype: torch.dtype, masked: bool, gathered: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of one axis, whose lists are alike in all heads or in some; few or many rows fit one gather."""
+    monkeypatch.setattr(cpu, "_GATHER_BYTES", gathered)
+    size = Size(batch=2, heads=5, q_len=217, kv_len=217, q_block=16, kv_block=16)
+    place = torch.arange(217, dtype=torch.int32)[None]
+    place[:, 200:] = -1
+    boxes = dk.Boxes(place, place - 20, place + 30)
+    mask = torch.nn.functional.max_pool2d(torch.eye(14)[None], 5, 1, 2).bool().expand(size.blocks).clone()
+    mask[..., -2:] = True
+    mask[0, 3] |= torch.rand(14, 14) < 0.5
+    keys = torch.rand(2, 217) < 0.8 if masked else None
+    qkv = size.qkv(dtype)
+    got = dk.block_sparse_attention(*qkv, size.lists(mask), key_mask=keys, boxes=boxes, backend=backend)
+    assert_attention(got, qkv, size.allowed(mask, keys) & seen(boxes), size.scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [*SIZES, LARGE], ids=str)
