@@ -229,7 +229,7 @@ class Guide:
         if self.busy:
             return
         latents = {**dict(zip(self._names, args, strict=False)), **kwargs}.get(self._names[0])
-        batch = 1 if latents is None else len(latents)
+        batch = len(latents) if torch.is_tensor(latents) or isinstance(latents, list) else 1
         timesteps = getattr(getattr(self.run.clock.pipe, "scheduler", None), "timesteps", None)
         if timesteps is None or timesteps is not self._timesteps or batch != self._batch:
             self._timesteps, self._batch, self._paired = timesteps, batch, self._is_pair(latents, batch)
@@ -241,7 +241,11 @@ class Guide:
 
         Looking at the values waits for the device: it is done once for a pipeline call.
         """
-        if batch % 2 or not getattr(self.run.clock.pipe, "do_classifier_free_guidance", True):
+        context = self.run.context.current
+        name = getattr(context, "name", context)
+        if batch % 2 or name not in (None, "cond_uncond"):
+            return False
+        if not getattr(self.run.clock.pipe, "do_classifier_free_guidance", True):
             return False
         half = batch // 2
         return all(torch.equal(latents[i], latents[half + i]) for i in range(half))
@@ -251,7 +255,12 @@ class Guide:
         if self.busy:
             return None
         moment, passes = self.run.clock.now, self.run.clock.passes
-        if moment is None or passes == self._passes:  # no attention: a step cache had all the answers
+        if moment is None:
+            raise ConfigError(
+                f"{type(model).__name__} ran, but none of its attention was recognised as self-attention over its "
+                "latents, so there is nothing to perturb (see diffsparse.models.SPECS)"
+            )
+        if passes == self._passes:  # no attention: a step cache had all the answers
             return None
         self._passes = passes
         tally = self._tally(moment)

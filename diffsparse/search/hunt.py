@@ -52,7 +52,8 @@ class HeadHunter:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} wants a whole number of at least 1; got {value!r}")
-        self.preset(["0.0"])
+        if self.preset(["0.0"]).idle:
+            raise ConfigError("a hunt wants a strength and a scale above 0: with 0 no head changes anything")
 
     def preset(self, heads: Sequence[str], **more: Any) -> Preset:
         """The guidance with these heads."""
