@@ -18,8 +18,8 @@ from diffsparse.order import RASTER
 
 _INK, _PAPER, _SKIPPED = "#222222", "white", "#d9d9d9"
 _PALETTE = ("#4477aa", "#3d9bb3", "#228833", "#a8912e", "#d1495b", "#8c3a78", "#7a7a7a", "#2f6f62", "#6b4a2b")
-_READABLE = 400  # cells up to which texts are written into them
-_COLUMN = 8  # heads one below the other
+_LEGIBLE = 30, 12  # layers and heads up to which texts are written into the cells
+_COLUMN = 6  # heads one below the other
 _LOWEST, _HIGHEST = 0.03, 30.0  # block mass in units of uniform attention
 
 
@@ -32,7 +32,7 @@ def save(figure: Figure, path: Path) -> None:
 def maps(view: LayerView, facts: dict[str, Any]) -> Figure:
     """Three maps for each head: mass in raster order, in the best order, and the blocks that the strategy computes.
 
-    Heads stand one below the other, eight in a column.
+    Heads stand one below the other, six in a column.
     """
     heads, each = len(view.best), 2 if view.own is None else 3
     rows, groups = min(heads, _COLUMN), -(-heads // _COLUMN)
@@ -128,7 +128,8 @@ def orders(views: list[LayerView], facts: dict[str, Any]) -> Figure:
 
 def _grid_size(views: list[LayerView], panels: int) -> tuple[float, float]:
     heads = max(len(view.best) for view in views)
-    return max(2.4, 0.36 * heads) * panels + 2.2, max(2.0, 0.3 * len(views)) + 1.2
+    width, height = max(2.4, 0.36 * min(heads, _LEGIBLE[1])), max(2.0, 0.3 * min(len(views), _LEGIBLE[0]))
+    return width * panels + 2.2, height + 1.2
 
 
 def _table(rows: list[np.ndarray]) -> np.ndarray:
@@ -141,7 +142,7 @@ def _table(rows: list[np.ndarray]) -> np.ndarray:
 
 def _write(axes: Any, texts: list[list[str]], colour: Callable[[float], str], table: np.ndarray) -> None:
     """Texts in the cells, where there is room to read them."""
-    if table.size > _READABLE:
+    if table.shape[0] > _LEGIBLE[0] or table.shape[1] > _LEGIBLE[1]:
         return
     for (row, column), value in np.ndenumerate(table):
         if not np.isnan(value):
