@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_STRIP_BYTES = 64 * 2**20  # scores that exist at a time
+
 
 class Means(NamedTuple):
     """A block of n keys counts as n keys at its mean: n * exp(q . mean key * scale), times its mean value.
@@ -29,6 +31,37 @@ class Means(NamedTuple):
             count = _sums(key_mask[:, None, :, None].to(exact), block)  # [B, 1, nK, 1]
         key, value = (_sums(x, block) / count.clamp(min=1) for x in (k, v))
         return cls(key, value, count[:, 0, :, 0].log())
+
+
+def means_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    q_block: int,
+    kv_block: int,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """`block_mass` as the mean keys have it: the sum over rows of n * exp(q . mean key * scale - lse).
+
+    exp is convex, so no block has less mass than its mean says. The difference is what is lost where `means` stands
+    for it. Costs 1 / kv_block of the scores of dense attention.
+
+    Args and returns as in `block_mass`; float32 or better [B, H, nQ, nK].
+    """
+    means = Means.of(k, k, kv_block, key_mask)
+    keys = (means.key * (q.shape[-1] ** -0.5 if scale is None else scale)).mT  # [B, H, D, nK]
+    bias, masses = means.log_count[:, None, None], []
+    row_bytes = q.shape[0] * q.shape[1] * keys.shape[-1] * keys.element_size()
+    step = max(_STRIP_BYTES // (row_bytes * q_block), 1) * q_block
+    for start in range(0, q.shape[2], step):
+        rows = slice(start, start + step)
+        cached = lse[:, :, rows, None].to(keys.dtype)
+        cached = cached.masked_fill(~cached.isfinite(), torch.inf)  # such rows count for nothing
+        weights = (q[:, :, rows].to(keys.dtype) @ keys + bias - cached).exp()
+        masses.append(_sums(weights, q_block))
+    return torch.cat(masses, 2)
 
 
 def _sums(x: Tensor, block: int) -> Tensor:
