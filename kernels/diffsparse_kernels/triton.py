@@ -27,6 +27,13 @@ LOG2E = 1.4426950408889634
 INTERPRETED: bool = not isinstance(kernels.attend, triton.runtime.JITFunction)
 
 
+def unfit(device: torch.device) -> str:
+    """Why the kernels do not run on `device`; empty if they do."""
+    if device.type == "cpu" and not INTERPRETED:
+        return "on the CPU it runs in Triton's interpreter only: set TRITON_INTERPRET=1"
+    return ""
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
     return _attend(q, k, v, scale, key_mask, 128, 128)[:2]
@@ -69,7 +76,7 @@ def block_mass(
     q, scale = positive(q, scale)
     (batch, heads, n_q, head_dim), n_kv = q.shape, k.shape[2]
     mass = q.new_empty(batch, heads, blocks_of(n_q, q_block), blocks_of(n_kv, kv_block), dtype=torch.float32)
-    tile = measure_tile(_capability(q), kv_block, q.element_size(), copyable(q, k))
+    tile = measure_tile(chip(q.device), kv_block, q.element_size(), copyable(q, k))
     constants = measure_constants(head_dim, q_block, kv_block, tile)
     grid = batch * heads * blocks_of(n_q, constants["BLOCK_M"])
     _launch(
@@ -161,7 +168,7 @@ def flags_of(sparse: bool, ordered: bool, masked: bool, boxes: Boxes | None, mas
 def attend_tile(q: Tensor, k: Tensor, v: Tensor, q_block: int, kv_block: int, flags: dict[str, Any]) -> Tile:
     """The first tile of the table whose needs are met."""
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else None
-    tiles = tiles_for(_capability(q), max(q.shape[3], v.shape[3]), q_block, kv_block, device)
+    tiles = tiles_for(chip(q.device), max(q.shape[3], v.shape[3]), q_block, kv_block, device)
     return fitting(tiles, q.element_size(), copyable(q, k, v), flags)
 
 
@@ -275,8 +282,9 @@ def _upcast(q: Tensor) -> bool:
     return INTERPRETED and q.dtype == torch.bfloat16
 
 
-def _capability(q: Tensor) -> int:
-    if not q.is_cuda:
+def chip(device: torch.device) -> int:
+    """Its compute capability, such as 90; the interpreter passes for the oldest."""
+    if device.type != "cuda":
         return 80
-    major, minor = torch.cuda.get_device_capability(q.device)
+    major, minor = torch.cuda.get_device_capability(device)
     return int(10 * major + minor)

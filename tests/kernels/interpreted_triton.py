@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("poisoned", "chip")
 @pytest.fixture(params=[80, 90], ids=["pointers", "tma"])
 def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The kernel as it is for sm_80, and as it is for sm_90, where descriptors bring the tiles."""
-    monkeypatch.setattr(triton, "_capability", lambda q: request.param)
+    monkeypatch.setattr(triton, "chip", lambda device: request.param)
     return int(request.param)
 
 
