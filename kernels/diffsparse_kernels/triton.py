@@ -18,6 +18,7 @@ from torch import Tensor
 from diffsparse_kernels import triton_kernels as kernels
 from diffsparse_kernels.errors import KernelInputError
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
+from diffsparse_kernels.means import Means
 from diffsparse_kernels.tiles import HEAD_DIMS, Tile, tiles_for
 
 BLOCKS = (16, 32, 64, 128)
@@ -66,6 +67,52 @@ def block_sparse_attention(
     """Attention over the listed blocks; `tile` instead of the table's is for whoever measures them."""
     q_block, kv_block = lists.q_block, lists.kv_block
     return _attend(q, k, v, scale, key_mask, q_block, kv_block, lists=lists, boxes=boxes, tile=tile)[:2]
+
+
+def merge_means(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Merge what the means of the blocks outside the lists give into out and lse, in place, whoever made these."""
+    means = Means.of(k, v, lists.kv_block, key_mask)
+    (batch, heads, n_q, head_dim), kv_blocks = q.shape, means.key.shape[2]
+    tile = means_tile(q.element_size())
+    _launch(
+        kernels.add_means,
+        batch * heads * lists.q_blocks,
+        q,
+        tile,
+        q_ptr=q,
+        key_ptr=means.key.to(q.dtype).contiguous(),
+        value_ptr=means.value.to(q.dtype).contiguous(),
+        bias_ptr=(means.bias(lists) * LOG2E).expand(batch, heads, -1, -1).contiguous(),
+        out_ptr=out,
+        lse_ptr=lse,
+        scale_log2=scale * LOG2E,
+        n_q=n_q,
+        kv_blocks=kv_blocks,
+        heads=heads,
+        **_strides(q=q),
+        **means_constants(head_dim, v.shape[3], lists.q_block, tile),
+        UPCAST=_upcast(q),
+    )
+
+
+def means_tile(itemsize: int) -> Tile:
+    """The tile of `kernels.add_means`, a small part of the whole."""
+    return Tile(16, 8, 1) if itemsize > 2 else Tile(64, 8, 2)
+
+
+def means_constants(head_dim: int, value_dim: int, q_block: int, tile: Tile) -> dict[str, Any]:
+    """The constants of `kernels.add_means` that sizes and tile decide."""
+    padded = {"D_PAD": _padded(head_dim), "DV_PAD": _padded(value_dim)}
+    return {"D": head_dim, "D_V": value_dim, **padded, "Q_BLOCK": q_block, "BLOCK_N": tile.keys}
 
 
 def block_mass(
