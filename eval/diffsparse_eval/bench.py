@@ -33,7 +33,7 @@ class Entry(NamedTuple):
     """One contestant of a case; error is that of `check`."""
 
     backend: str
-    kind: Literal["dense", "mass", "sparse"]
+    kind: Literal["dense", "mass", "sparse", "means", "raster", "ordered"]
     density: float = 1.0
     error: float | None = None
 
@@ -114,7 +114,41 @@ def _contestants(
     for (sparsity, name), error in checked.items():
         entry = Entry(name, "sparse", float(lists[sparsity].density()), error)
         found[entry] = [partial(block_sparse_attention, *qkv, lists[sparsity], backend=name) for qkv in inputs]
+        if name not in _FOREIGN:
+            for kind, variant in _variants(case, lists[sparsity], name).items():
+                found[entry._replace(kind=kind)] = [partial(variant, *qkv) for qkv in inputs]
     return found
+
+
+def _variants(case: Case, lists: BlockLists, backend: str) -> dict[Any, Callable[..., Any]]:
+    """The same blocks with means for the others; as models call, token by token; and so with an order for each head."""
+    import torch
+
+    from diffsparse import Layout
+    from diffsparse.order import AXES, HeadOrders
+    from diffsparse_kernels import block_sparse_attention
+
+    kernel = partial(block_sparse_attention, lists=lists, backend=backend)
+    found: dict[Any, Callable[..., Any]] = {"means": partial(kernel, means=True)}
+    frames, rest = divmod(case.tokens, 256)
+    if rest:
+        return found
+    picked = torch.arange(case.heads) % len(AXES)
+    orders = HeadOrders.of(AXES, picked, Layout(frames, 16, 16), lists.idx.device)
+
+    def raster(*qkv: torch.Tensor) -> torch.Tensor:
+        return kernel(*(_token_major(x) for x in qkv))[0].transpose(1, 2).contiguous()
+
+    def ordered(*qkv: torch.Tensor) -> torch.Tensor:
+        return orders.undo(kernel(*(orders.apply(_token_major(x)) for x in qkv))[0]).transpose(1, 2).contiguous()
+
+    return {**found, "raster": raster, "ordered": ordered}
+
+
+def _token_major(x: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, D] laid out as models have it: taken for [B, N, H, D], which is as good for a clock."""
+    batch, heads, tokens, dim = x.shape
+    return x.view(batch, tokens, heads, dim).transpose(1, 2)
 
 
 def _sdpa(member: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], Any]:
@@ -289,6 +323,10 @@ def bench(
                 _write(rows, out)  # what is measured stays, whatever comes next
     console.print(_table(rows))
     console.print("speed-up is over the fastest dense kernel of the same case; mass is the search pass without values")
+    console.print(
+        "means: dropped blocks stand as their means; raster and ordered: [B, N, H, D] in and out, without and"
+    )
+    console.print("with an order of the tokens for each head")
     console.print("efficiency is TFLOP/s per computed block over that dense kernel's")
     for reason in sorted(left_out):
         console.print(f"left out: {reason}", soft_wrap=True)

@@ -23,8 +23,9 @@ CASE = suites.Case(tokens=200, heads=2, head_dim=16, dtype="float32", block=32, 
 
 def test_rows_compare_with_dense_of_the_same_case() -> None:
     rows = bench.measure(CASE, "cpu", ["cpu"], rounds=2)
-    assert [(r["backend"], r["kind"]) for r in rows] == [("sdpa", "dense"), ("cpu", "mass"), ("cpu", "sparse")]
-    dense, _, sparse = rows
+    ours = ["mass", "sparse", "means"]
+    assert [(r["backend"], r["kind"]) for r in rows] == [("sdpa", "dense"), *(("cpu", kind) for kind in ours)]
+    dense, _, sparse, _ = rows
     assert dense["speedup"] == 1
     assert sparse["speedup"] == pytest.approx(dense["ms"] / sparse["ms"])
     assert sparse["density"] == pytest.approx(3 / 7)  # 0.4 of 7 blocks, rounded
@@ -70,7 +71,7 @@ def test_the_command_writes_rows(suffix: str, tmp_path: Path, capsys: pytest.Cap
         "tflops",
         "speedup",
     }
-    assert len(rows) == 3
+    assert len(rows) == 4
     assert all(row.keys() >= wanted for row in rows)
     assert "100 x 1 x 16" in capsys.readouterr().out
 
@@ -181,6 +182,7 @@ main(["bench", "--suite", "gpu", "--shrink", "600", "--backend", "triton", "--ro
         ("sdpa", "dense"),
         ("triton", "mass"),
         ("triton", "sparse"),
+        ("triton", "means"),
     ]
 
 
@@ -205,3 +207,10 @@ def test_doctor_names_versions_devices_and_backends(capsys: pytest.CaptureFixtur
 def test_the_commit_is_that_of_the_checkout() -> None:
     assert environment.commit() is None or len(environment.commit().rstrip("+")) == 12  # type: ignore[union-attr]
     assert environment.device_name("cpu").endswith("threads")
+
+
+def test_orders_are_timed_where_the_tokens_make_a_grid() -> None:
+    case = suites.Case(tokens=512, heads=3, head_dim=16, dtype="float32", block=64, sparsities=(0.5,))
+    rows = bench.measure(case, "cpu", ["cpu"], rounds=1)
+    assert [row["kind"] for row in rows] == ["dense", "mass", "sparse", "means", "raster", "ordered"]
+    assert len({row["density"] for row in rows[2:]}) == 1
