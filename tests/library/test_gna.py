@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import pytest
@@ -12,15 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import diffsparse
 from diffsparse import GNA, Layout, Schedule
-from diffsparse.errors import ConfigError
-from diffsparse.strategies import parse
-from diffsparse.strategies.gna import _tiled
 from diffsparse.windows import Axis, Tiling
 from support import exact
 from support.sites import site
-from support.tiny_pipelines import BUILDERS, run
 
 CPU = torch.device("cpu")
 ALWAYS = Schedule(dense_first=0)
