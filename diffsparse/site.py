@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -141,7 +142,7 @@ class Site:
     def _known_density(self, lists: kernels.BlockLists, density: torch.Tensor) -> float | None:
         """The density as a number; on a device only from the next call with these lists on, for nobody waits for it."""
         reading = self.memory.get("density")
-        if reading is None or reading.lists is not lists:
+        if reading is None or reading.lists() is not lists:
             reading = self.memory["density"] = _Reading(lists, density)
         return reading.value()
 
@@ -160,7 +161,7 @@ class _Reading:
     """A number on its way from the device."""
 
     def __init__(self, lists: kernels.BlockLists, number: torch.Tensor) -> None:
-        self.lists = lists
+        self.lists = weakref.ref(lists)  # some strategies make new ones for each call, and these are large
         self._number = number.to("cpu", non_blocking=True)
         self._here = torch.cuda.Event() if number.is_cuda else None
         if self._here is not None:
