@@ -108,10 +108,11 @@ def hunt(
     chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
     seen, unseen = _pairs(prompts, images, held_out, model)
     _check_out(out, overwrite)
+    score = named(objective, _device(device))
     session = _Session(model, {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}, chosen)
     session.batch, session.proxy = batch, proxy
-    score = named(objective, session.pipe.device)
     heads = session.pool(pool)
+    hunter.check(heads)
     session.estimate(hunter, heads, seen)
     if estimate:
         return
@@ -119,6 +120,12 @@ def hunt(
     if unseen:
         preset = session.check(preset, unseen, score, out)
     session.console.print(f"{', '.join(preset.heads)} -> {out}", soft_wrap=True)
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
 def _pairs(prompts: str, images: int | None, held_out: str, model: str) -> tuple[Pairs, Pairs]:
@@ -215,7 +222,7 @@ class _Session:
         total, kind = trials * len(pairs), "proxy hunt (not the paper's)" if self.proxy else "hunt"
         steps = self.searching.get("num_inference_steps", "?")
         self.console.print(
-            f"{kind}: {len(heads)} heads, {hunter.rounds} rounds for {hunter.k}: {trials} trials x {len(pairs)} images "
+            f"{kind} for {hunter.rounds} x {hunter.k} heads out of {len(heads)}: {trials} trials x {len(pairs)} images "
             f"= {total} generations of {steps} steps, about {_duration(total * seconds)} at {seconds:.2f} s each",
             highlight=False,
             soft_wrap=True,

@@ -94,7 +94,7 @@ def test_the_estimate_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[
     size = [*HUNT[:2], "tiny-twin", *HUNT[5:]]
     call([*size, "--proxy", "--estimate", "--out", out])
     printed = capsys.readouterr().out
-    assert "proxy hunt (not the paper's): 4 heads, 2 rounds for 1: 7 trials x 2 images = 14 generations" in printed
+    assert "proxy hunt (not the paper's) for 2 x 1 heads out of 4: 7 trials x 2 images = 14 generations" in printed
     assert "of 4 steps, about" in printed
     assert not list(tmp_path.iterdir())
 
