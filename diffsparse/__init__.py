@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from diffsparse.report import Report
     from diffsparse.schedule import Schedule
     from diffsparse.site import Site
-    from diffsparse.strategies import GNA, PARO, AdaSpa, Dense, Random, SparseVDiT
+    from diffsparse.strategies import GNA, PARO, AdaSpa, Compensated, Dense, Random, SparseVDiT
 
 __version__ = "0.1.0"
 
 # Imported on first use, so that `diffsparse --help` never waits for torch.
 _HOME = {
     "AdaSpa": "diffsparse.strategies",
+    "Compensated": "diffsparse.strategies",
     "Dense": "diffsparse.strategies",
     "DiffsparseError": "diffsparse.errors",
     "GNA": "diffsparse.strategies",
@@ -52,6 +53,7 @@ __all__ = [
     "GNA",
     "PARO",
     "AdaSpa",
+    "Compensated",
     "Dense",
     "DiffsparseError",
     "GuideHandle",

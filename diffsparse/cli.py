@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": ("diffsparse_pipelines.calibrate:calibrate", "Search a plan offline, for strategies that run on one."),
     "hunt": ("diffsparse_pipelines.hunt:hunt", "Search heads whose perturbation raises an objective (HeadHunter)."),
     "simulate": ("diffsparse_pipelines.simulate:simulate", "Tell what windowed attention can save, without running."),
+    "inspect": ("diffsparse_eval.inspect:inspect", "Draw attention, chosen blocks, orders and recall by head."),
     "bench": ("diffsparse_eval.bench:bench", "Time the attention kernels beside torch's, in one process."),
     "doctor": ("diffsparse_eval.doctor:doctor", "Show versions, devices, and which backends run here."),
 }

@@ -30,6 +30,11 @@ class Layout:
         return self.frames * self.height * self.width
 
     @property
+    def span(self) -> slice:
+        """Where the video lies in the sequence."""
+        return slice(self.text_before, self.text_before + self.video)
+
+    @property
     def tokens(self) -> int:
         """Length N of the whole sequence."""
         return self.text_before + self.video + self.text_after

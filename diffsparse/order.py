@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +52,21 @@ def permutation(order: str, layout: Layout) -> tuple[Tensor, Tensor]:
     return tokens, tokens.argsort()
 
 
+@lru_cache(maxsize=64)
+def permutation_on(order: str, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`permutation`, kept on a device."""
+    forward, back = permutation(order, layout)
+    return forward.to(device), back.to(device)
+
+
+def in_order(order: str, method: Callable[..., Tensor], qkv: tuple[Tensor, ...], site: Any) -> Tensor:
+    """Call `method(q, k, v, site)` with the tokens in that order, and put its output back in raster order."""
+    if order == RASTER:
+        return method(*qkv, site)
+    forward, back = permutation_on(order, site.layout, qkv[0].device)
+    return method(*(x.index_select(2, forward) for x in qkv), site).index_select(2, back)
+
+
 class HeadOrders(NamedTuple):
     """An order for each head: `forward`, int64 [H, M], and its inverse `back`, int64 [H, N].
 
@@ -70,7 +86,7 @@ class HeadOrders(NamedTuple):
         return cls(forward[picked], back[picked])
 
     def apply(self, x: Tensor) -> Tensor:
-        """x [B, H, N, D] -> [B, H, M, D], each head's tokens in its order; contiguous. One copy, whatever its strides."""
+        """x [B, H, N, D] -> [B, H, M, D], each head's tokens in its order; contiguous. One copy."""
         batch, heads, tokens, dim = x.shape
         head = torch.arange(heads, device=x.device)[:, None]  # [H, 1]
         if x.transpose(1, 2).is_contiguous():
@@ -87,7 +103,7 @@ class HeadOrders(NamedTuple):
         return raster.view(batch, -1, heads, dim).transpose(1, 2)
 
     def keys(self, mask: Tensor | None) -> Tensor | None:
-        """A key mask, bool [B, N], as one over the moved tokens, [B, M]. Only text is ever masked, alike in all heads."""
+        """A key mask, bool [B, N], as one over the moved tokens, [B, M]. Text stands alike in all heads."""
         moved = None if mask is None else mask.index_select(1, self.forward[0])
         if self.filled is None:
             return moved

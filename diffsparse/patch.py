@@ -194,7 +194,7 @@ def models_of(target: Any) -> dict[str, torch.nn.Module]:
 
 
 def attentions(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The attention modules that can be redirected, by name."""
+    """The attention modules of a transformer that `apply` adopts, by name, in its order."""
     if type(model).__name__ in LINEAR_ATTENTION or "UNet" in type(model).__name__:
         return
     for name, module in model.named_modules():

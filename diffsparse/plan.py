@@ -141,10 +141,12 @@ def _names(models: dict[str, str]) -> str:
 class Planned:
     """A strategy that is a plan: how it is loaded, saved and shared.
 
-    Subclasses are frozen dataclasses with one field, `plan`, and say whose plans they read in `_plan_of`.
+    Subclasses are frozen dataclasses with one field, `plan`. They say whose plans they read in `_plan_of`, which
+    settings these have in `_settings`, and of how many kinds the numbers in their tensors are in `_kinds`.
     """
 
     _plan_of: str
+    _settings: tuple[str, ...]
     plan: Plan
 
     def __init__(self, plan: Plan) -> None:
@@ -153,6 +155,16 @@ class Planned:
     def __post_init__(self) -> None:
         if self.plan.strategy != self._plan_of:
             raise PlanError(f"wanted a plan of strategy {self._plan_of!r}; got one of {self.plan.strategy!r}")
+        missing = [name for name in self._settings if name not in self.plan.settings]
+        if missing:
+            raise PlanError(f"the plan lacks the settings {', '.join(missing)}; calibrate again")
+        for what, kinds in self._kinds().items():
+            for name, tensor in self.plan.tensors.items():
+                if name.endswith(f".{what}") and int(tensor.max()) >= kinds:
+                    raise PlanError(f"the plan's tensor {name!r} holds numbers above {kinds - 1}; calibrate again")
+
+    def _kinds(self) -> dict[str, int]:
+        raise NotImplementedError
 
     @property
     def sparsity(self) -> float:

@@ -54,28 +54,31 @@ class CallRecord:
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
         """Time the call: with events on a CUDA device (no sync), else with the wall clock."""
-        self._marks = [_mark(device)]
+        self._marks = [mark(device)]
         yield
-        self._marks.append(_mark(device))
+        self._marks.append(mark(device))
 
     @property
     def seconds(self) -> float:
         """Seconds of the call; waits for the device where it must."""
-        if len(self._marks) < 2:
-            return 0.0
-        start, stop = self._marks
-        if isinstance(start, float):
-            return float(stop - start)
-        stop.synchronize()
-        return float(start.elapsed_time(stop)) / 1e3
+        return elapsed(*self._marks) if len(self._marks) == 2 else 0.0
 
 
-def _mark(device: torch.device) -> Any:
+def mark(device: torch.device) -> Any:
+    """A moment, for `elapsed`: an event on a CUDA device (no sync), else the wall clock."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def elapsed(start: Any, stop: Any) -> float:
+    """Seconds between two marks; waits for the device where it must."""
+    if isinstance(start, float):
+        return float(stop - start)
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / 1e3
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -25,7 +24,7 @@ from diffsparse.errors import DenseFallbackError
 from diffsparse.layout import Layout
 from diffsparse.masks import KeyMask, read_mask
 from diffsparse.models import Grid, ModelSpec
-from diffsparse.order import RASTER, permutation
+from diffsparse.order import RASTER, in_order
 from diffsparse.report import CallRecord, Ledger
 from diffsparse.schedule import Schedule
 from diffsparse.site import Site
@@ -206,7 +205,6 @@ class Run(ModelHook):  # type: ignore[misc]
         self.ledger = Ledger()
         self._memories: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._masks: dict[tuple[Any, ...], str | None] = {}
-        self._orders: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
         self._run, self._forwards = -1, 0
         self.pre_hook: Any = None
         self.bare = False  # made for guidance alone, and gone with it
@@ -279,20 +277,9 @@ class Run(ModelHook):  # type: ignore[misc]
             method = observe
         else:
             method = self.strategy.attend
-        out = self._in_order(method, qkv, site)
+        out = in_order(getattr(self.strategy, "order", RASTER), method, qkv, site)
         self.ledger.memory[layer.name, site.branch] = _nbytes(site.memory)
         return out
-
-    def _in_order(self, method: Callable[..., Tensor], qkv: tuple[Tensor, ...], site: Site) -> Tensor:
-        """Call `method` with the tokens in the strategy's order, and put its output back in raster order."""
-        order = getattr(self.strategy, "order", RASTER)
-        if order == RASTER:
-            return method(*qkv, site)
-        key = order, site.layout, qkv[0].device
-        if key not in self._orders:
-            self._orders[key] = tuple(x.to(qkv[0].device) for x in permutation(order, site.layout))
-        forward, back = self._orders[key]
-        return method(*(x.index_select(2, forward) for x in qkv), site).index_select(2, back)
 
     def _site(
         self,

@@ -15,6 +15,7 @@ from diffsparse.order import HeadOrders, text_last
 from diffsparse.report import CallRecord
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Look = Callable[[torch.Tensor, torch.Tensor, kernels.BlockLists, torch.Tensor | None], None]
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Site:
     q, k, v are [B, H, N, D] after rotary embedding; `layout` tells which of the N tokens lie on the grid.
     `model` is the transformer's name in the pipeline, `layer` the attention module's in the transformer.
     The model has `layers` such modules. `step` counts denoising steps from 0; `steps` is None if nobody knows the
-    length of the run. `branch` names the guidance branch. `memory` is a dict that starts empty for each run x layer x branch and lasts to its end.
+    length of the run. `branch` names the guidance branch. `memory` is a dict that starts empty for each run x layer x
+    branch and lasts to its end.
     """
 
     model: str
@@ -42,6 +44,7 @@ class Site:
     _dense: Attend = field(repr=False, kw_only=True)
     _backend: str = field(repr=False, kw_only=True)
     _record: CallRecord = field(repr=False, kw_only=True)
+    _look: Look | None = field(default=None, repr=False, kw_only=True)
 
     def dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, reason: str = "strategy") -> torch.Tensor:
         """Dense attention on the user's own backend; `reason` goes into the report as a planned dense call."""
@@ -85,27 +88,33 @@ class Site:
         orders: HeadOrders | None = None,
         boxes: kernels.Boxes | None = None,
         heads: int | None = None,
+        bits: int = 16,
     ) -> torch.Tensor:
         """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster.
 
         orders: in which the lists count the tokens, if not as they stand; the output stands as q does.
         boxes: hide keys token by token within the listed blocks; of the moved tokens too.
         heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
+        bits: 8 or 4: of the numbers multiplied, emulated and so never faster; 16 leaves them as they are.
         """
         density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
-        # A device is not asked for the value: waiting for it would cost more than it saves.
-        if q.device.type == "cpu":
-            limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block)
-            if float(density) > limit:
-                return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
+        limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block, q.shape[2])
+        known = self._known_density(lists, density)
+        if bits == 16 and known is not None and known > limit:
+            return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
         overall = density if heads is None else 1 - (1 - density) * q.shape[1] / heads
-        self._record.ran_sparse(overall, _kernel_name(q))
+        self._record.ran_sparse(overall, _kernel_name(q) if bits == 16 else f"int{bits} emulated")
         keys = self.key_mask
         if orders is not None:
             (q, k, v), keys = (orders.apply(x) for x in (q, k, v)), orders.keys(keys)
+        if self._look is not None:
+            self._look(q, k, lists, keys)
         if keys is not None:
             keys = keys.expand(q.shape[0], -1)
-        out, _ = self._product(q, k, v, lists, keys, boxes)
+        if bits < 16:
+            out, _ = kernels.quantised_attention(q, k, v, lists, bits=bits, scale=self.scale, key_mask=keys)
+        else:
+            out, _ = self._product(q, k, v, lists, keys, boxes)
         return out if orders is None else orders.undo(out)
 
     def _product(
@@ -120,6 +129,13 @@ class Site:
         """The kernel's output and LSE, of the moved tokens; what `Compensated` adds to."""
         return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=key_mask, boxes=boxes)
 
+    def _known_density(self, lists: kernels.BlockLists, density: torch.Tensor) -> float | None:
+        """The density as a number; on a device only from the next call with these lists on, for nobody waits for it."""
+        reading = self.memory.get("density")
+        if reading is None or reading.lists is not lists:
+            reading = self.memory["density"] = _Reading(lists, density)
+        return reading.value()
+
     def fall_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reason: str) -> torch.Tensor:
         """Dense attention that nobody planned: counted by reason, an error under `strict=True`."""
         if self.strict:
@@ -129,6 +145,25 @@ class Site:
             )
         self._record.ran_dense(reason, planned=False, backend=self._backend)
         return self._dense(q, k, v)
+
+
+class _Reading:
+    """A number on its way from the device."""
+
+    def __init__(self, lists: kernels.BlockLists, number: torch.Tensor) -> None:
+        self.lists = lists
+        self._number = number.to("cpu", non_blocking=True)
+        self._here = torch.cuda.Event() if number.is_cuda else None
+        if self._here is not None:
+            self._here.record()
+
+    def value(self) -> float | None:
+        """None if it isn't here yet."""
+        if self._here is not None:
+            if torch.cuda.is_current_stream_capturing() or not self._here.query():
+                return None
+            self._here = None
+        return float(self._number)
 
 
 def _kernel_name(q: torch.Tensor) -> str:

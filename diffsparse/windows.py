@@ -170,7 +170,7 @@ def fit_sparsity(
 def _whole_tiles(grid: Cells, dilation: Cells, tile: Cells) -> Iterator[Cells]:
     reach = [-(-length // step) for length, step in zip(grid, dilation, strict=True)]  # cells of one residue
     sizes = [[*range(edge, cells, 2 * edge), cells] for edge, cells in zip(tile, reach, strict=True)]
-    return itertools.product(*sizes)  # type: ignore[return-value]
+    return itertools.product(*sizes)
 
 
 def tiles_of(block: int) -> tuple[Cells, ...]:

@@ -17,7 +17,7 @@ from diffsparse.search.calibrate import Sums, is_look
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share
 from diffsparse.strategies.paro import group_of, pack
-from diffsparse_kernels import block_mass, select_heads
+from diffsparse_kernels import block_mass, incoherence, select_heads
 from diffsparse_kernels.lists import blocks_of
 
 _SMALL, _SPARSE = 1e-3, 0.9  # epsilon and sigma of section 4.1
@@ -40,6 +40,9 @@ class PAROSearch:
     groups: parts of the run with masks of their own.
     block: edge of a block in tokens.
     looks: steps of a run at which orders are scored, evenly spread.
+    bits: of the numbers that both products multiply: 8, 4, or 16 to leave them as they are. The plan then also holds
+        the incoherence, max|x| / mean|x| of a block (section 4.1), of queries, keys and map, before and after
+        reordering.
     """
 
     sparsity: float = 0.8
@@ -49,6 +52,7 @@ class PAROSearch:
     groups: int = 4
     block: int = 64
     looks: int = 4
+    bits: Literal[16, 8, 4] = 16
 
     strategy: ClassVar[str] = "paro"
     passes: ClassVar[int] = 2
@@ -64,6 +68,8 @@ class PAROSearch:
             raise ConfigError(f"metric wants 'recall' or 'paper'; got {self.metric!r}")
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha wants a number in [0, 1]; got {self.alpha!r}")
+        if self.bits not in (16, 8, 4):
+            raise ConfigError(f"bits wants 16, 8 or 4; got {self.bits!r}")
         for name in ("groups", "looks"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigError(f"{name} wants a whole number of at least 1; got {getattr(self, name)!r}")
@@ -80,7 +86,9 @@ class PAROSearch:
         for name, mass in sums.of("mass").items():  # [groups, H, nQ, nK]
             tensors[f"{name}.masks"] = pack(select_heads(mass, 1 - self.sparsity))
             tensors[f"{name}.orders"] = self._picked(sums, name, mass.shape[1]).to(torch.uint8)
-        knobs = ("sparsity", "block", "groups", "metric", "alpha")
+        for name, figures in sums.of("incoherence").items():
+            tensors[f"{name}.incoherence"] = figures / sums.of("looked")[name]
+        knobs = ("sparsity", "block", "groups", "metric", "alpha", "bits")
         return {"orders": list(self.orders), **{knob: getattr(self, knob) for knob in knobs}}, tensors
 
     def _score(self, sums: Sums, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
@@ -139,6 +147,17 @@ class PAROSearch:
         mass = self._mass(*video, site.scale).sum(0)  # [H, n, n]
         group = group_of(site.step, site.steps, self.groups)
         sums.add(site, "mass", mass, (self.groups, *mass.shape), group)
+        if self.bits < 16 and is_look(site, self.looks):
+            inside = site.layout.span
+            raster = q[:, :, inside], k[:, :, inside], lse[:, :, inside]
+            figures = torch.stack([self._incoherence(*x, site.scale) for x in (raster, video)])
+            sums.add(site, "incoherence", figures, tuple(figures.shape))
+            sums.add(site, "looked", torch.ones(()), ())
+
+    def _incoherence(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> Tensor:
+        """Mean over blocks of max|x| / mean|x| of queries, keys and the map: [3, H]."""
+        flat = [incoherence(x, self.block).mean((0, 2)) for x in (q, k)]
+        return torch.stack([*flat, self._paper(q, k, lse, scale)[1] / len(q)])
 
 
 @dataclass(frozen=True)

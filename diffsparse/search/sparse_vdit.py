@@ -27,7 +27,7 @@ _ROUNDS = 3  # timings of each mode, of which the middle one counts
 
 @dataclass(frozen=True)
 class SparseVDiTSearch:
-    """Find what `SparseVDiT` runs on: two passes over each prompt (arXiv 2506.03065, section 4.2, algorithm 1).
+    """Find what `SparseVDiT` runs on: two passes over each prompt (arXiv 2506.03065, algorithm 1).
 
     The first runs dense and adds up the softmax mass of each key block, for the stripes. The second computes, at each
     step and layer, the output of every mode beside the dense one, and chooses for each head the mode i with the least
@@ -111,8 +111,7 @@ class SparseVDiTSearch:
     def _look(self, sums: Sums, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
         if not is_look(site, self.looks) and sums.has(site, "columns"):
             return
-        rows = slice(site.layout.text_before, site.layout.text_before + site.layout.video)
-        q, k, lse = q[:, :, rows], k[:, :, rows], lse[:, :, rows]
+        q, k, lse = (x[:, :, site.layout.span] for x in (q, k, lse))
         columns = block_mass(q, k, lse, q_block=self.block, kv_block=self.block, scale=site.scale).sum((0, 2))
         sums.add(site, "columns", columns, tuple(columns.shape))
         if self.cost == "time" and not sums.has(site, "costs"):
@@ -174,9 +173,9 @@ class _Follower:
 
 def _errors(outs: list[Tensor], full: Tensor, site: Site) -> Tensor:
     """Squared error of each mode and head on the video's rows, over the layer's mean square: [modes, H]."""
-    rows = slice(site.layout.text_before, site.layout.text_before + site.layout.video)
-    exact = full[:, :, rows].float()
-    errors = [(out[:, :, rows].float() - exact).square().mean((0, 2, 3)) for out in outs]
+    video = site.layout.span
+    exact = full[:, :, video].float()
+    errors = [(out[:, :, video].float() - exact).square().mean((0, 2, 3)) for out in outs]
     return torch.stack(errors) / exact.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
 

@@ -12,13 +12,26 @@ from diffsparse.names import closest
 from diffsparse.plan import Planned
 from diffsparse.site import Site
 from diffsparse.strategies.adaspa import AdaSpa
+from diffsparse.strategies.compensated import Compensated
 from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.gna import GNA
 from diffsparse.strategies.paro import PARO
 from diffsparse.strategies.random import Random
 from diffsparse.strategies.sparse_vdit import SparseVDiT
 
-__all__ = ["GNA", "PARO", "STRATEGIES", "AdaSpa", "Dense", "Random", "SparseVDiT", "Strategy", "name_of", "parse"]
+__all__ = [
+    "GNA",
+    "PARO",
+    "STRATEGIES",
+    "AdaSpa",
+    "Compensated",
+    "Dense",
+    "Random",
+    "SparseVDiT",
+    "Strategy",
+    "name_of",
+    "parse",
+]
 
 
 class Strategy(Protocol):
@@ -45,6 +58,8 @@ STRATEGIES: dict[str, type[Any]] = {
 
 def name_of(strategy: object) -> str:
     """The name under which `parse` knows the strategy; of a stranger's, that of its class in small letters."""
+    if isinstance(strategy, Compensated):
+        return f"{name_of(strategy.strategy)}+{strategy.by}"
     cls = type(strategy)
     return next((name for name, known in STRATEGIES.items() if known is cls), cls.__name__.lower())
 
@@ -52,7 +67,8 @@ def name_of(strategy: object) -> str:
 def parse(names: str, **knobs: Any) -> list[Any]:
     """Strategies from a comma-separated list such as "adaspa,random+means,paro:plan.safetensors".
 
-    Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon.
+    Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon. `+means` or
+    `+tail` makes up for what it drops (`Compensated`).
 
     Raises:
         UnknownNameError: a name that is no strategy's.
@@ -67,7 +83,9 @@ def parse(names: str, **knobs: Any) -> list[Any]:
 
 def _make(text: str, knobs: dict[str, Any]) -> Any:
     name, colon, plan = text.partition(":")
-    name = name.lower()
+    name, plus, by = name.lower().partition("+")
+    if plus:
+        return Compensated(_make(name + colon + plan, knobs), by)  # type: ignore[arg-type]  # checked there
     if name not in STRATEGIES:
         raise UnknownNameError(f"no strategy is called {name!r}; known: {closest(name, STRATEGIES)}")
     cls = STRATEGIES[name]

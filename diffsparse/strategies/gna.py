@@ -19,7 +19,7 @@ from diffsparse.strategies.blocks import check_block, check_share
 from diffsparse.windows import Cells, Flags, Tiling, fit, fit_sparsity, tiles_of
 from diffsparse_kernels import BlockLists, Boxes
 
-_EVERYWHERE = 2**31 - 1  # a place behind all others
+_EVERYWHERE = 2**31 - 1  # up to here, for who sees all
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _block_mask(tiling: Tiling) -> Tensor:
 
 
 def _boxes(tiling: Tiling, tokens: int) -> Boxes:
-    """Places of the keys and the range that each query sees, along three axes; text and what fills gaps sees all."""
+    """Places of the keys and the range that each query sees, along three axes; text and gaps see all."""
     spans = [torch.tensor(axis.spans) for axis in tiling.axes]
     place = _spread([torch.arange(axis.length) for axis in tiling.axes], tiling, gap=0)
     low = _spread([span[:, 0] for span in spans], tiling, gap=0)

@@ -15,6 +15,8 @@ from diffsparse.plan import Plan, Planned
 from diffsparse.site import Site
 from diffsparse_kernels import BlockLists
 
+MEASURED = ("queries", "keys", "map")  # whose incoherence is in the plan
+
 
 @dataclass(frozen=True, repr=False)
 class PARO(Planned):
@@ -25,12 +27,15 @@ class PARO(Planned):
     `diffsparse calibrate --strategy paro` makes the plan; `PARO.load(path)` reads it. Text never moves, and blocks
     that hold text are always kept. Skipped blocks are left out of the softmax, as in the authors' kernel.
 
-    plan: settings `sparsity`, `block`, `orders` (names), `groups`; for each layer `orders`, uint8 [H], and `masks`,
-        bits of bool [groups, H, n, n] over the n blocks of the video.
+    plan: settings `sparsity`, `block`, `orders` (names), `groups`, `bits` (of both products); for each layer `orders`,
+        uint8 [H], and `masks`, bits of bool [groups, H, n, n] over the n blocks of the video. Below 16 bits queries,
+        keys, values and softmax weights are rounded block by block (emulated: exact and slow), and `incoherence`,
+        float32 [raster or own order, `MEASURED`, H], tells how hard that was.
     """
 
     plan: Plan
     _plan_of = "paro"
+    _settings = ("sparsity", "block", "orders", "groups")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Block-sparse attention over q, k, v [B, H, N, D] in each head's order."""
@@ -41,13 +46,22 @@ class PARO(Planned):
         group = group_of(site.step, site.steps, settings["groups"])
         if site.memory.get("group") != group:
             site.memory.update(group=group, lists=self._lists(site.text_last(), group, q.device))
-        return site.sparse(q, k, v, site.memory["lists"], orders=orders)
+        return site.sparse(q, k, v, site.memory["lists"], orders=orders, bits=settings.get("bits", 16))
+
+    def _kinds(self) -> dict[str, int]:
+        return {"orders": len(self.plan.settings["orders"])}
 
     def facts(self) -> dict[str, str]:
-        """How many heads have each order."""
+        """How many heads have each order; where bits are few, the mean incoherence before and after reordering."""
         names = self.plan.settings["orders"]
         counts = Counter(names[int(i)] for name, x in self.plan.tensors.items() if name.endswith(".orders") for i in x)
-        return {"orders": ", ".join(f"{name} x{count}" for name, count in counts.most_common())}
+        found = {"orders": ", ".join(f"{name} x{count}" for name, count in counts.most_common())}
+        measured = [x.mean(-1) for name, x in self.plan.tensors.items() if name.endswith(".incoherence")]
+        if measured:
+            figures = torch.stack(measured).mean(0).T.tolist()  # [queries, keys and map][raster and own order]
+            parts = (f"{what} {raster:.1f} -> {own:.1f}" for what, (raster, own) in zip(MEASURED, figures, strict=True))
+            found["incoherence"] = ", ".join(parts)
+        return found
 
     def _lists(self, site: Site, group: int, device: torch.device) -> BlockLists:
         block, tokens = self.plan.settings["block"], site.layout.tokens

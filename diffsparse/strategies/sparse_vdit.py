@@ -24,7 +24,7 @@ _ORDERS = (RASTER, "HWF")  # multi-diagonal heads: frame-major to spatial-major
 
 @dataclass(frozen=True, repr=False)
 class SparseVDiT(Planned):
-    """One pattern for each head, layer and step, chosen offline (arXiv 2506.03065, section 4).
+    """One pattern for each head, layer and step, chosen offline (arXiv 2506.03065).
 
     Of n video blocks at a sparsity s, every row of a sparse head keeps k = round((1 - s) n) key blocks:
 
@@ -38,8 +38,10 @@ class SparseVDiT(Planned):
     widths, columns and text open. Here text is always kept: rows that hold text are dense in every mode, columns that
     hold text are kept in every mode but skip, whose other rows are zero.
 
-    All of this is relative, so a plan serves other sizes and numbers of frames too: k follows from s, columns lie at
-    the same fraction of the video; the report says so. A run of other length finds its steps at the same fraction.
+    All heads that aren't full run in one kernel call, each with its own list and order.
+
+    Widths and places are relative, so a plan serves other sizes and numbers of frames too, and the report says so: k
+    follows from s, columns lie at the same fraction of the video, steps at the same fraction of the run.
 
     plan: settings `sparsity`, `block`; for each layer `modes`, uint8 [steps or groups, H], numbers of `MODES`, and
         `columns`, float32 [H, n], the share of each head's mass in each key block.
@@ -47,6 +49,7 @@ class SparseVDiT(Planned):
 
     plan: Plan
     _plan_of = "sparse-vdit"
+    _settings = ("sparsity", "block")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Attention over q, k, v [B, H, N, D], each head by its mode."""
@@ -75,6 +78,9 @@ class SparseVDiT(Planned):
         lists = head_lists(modes, columns, layout, settings["sparsity"], settings["block"], q.device)
         return site.sparse(q, k, v, lists, orders=orders, heads=heads)
 
+    def _kinds(self) -> dict[str, int]:
+        return {"modes": len(MODES)}
+
     def facts(self) -> dict[str, str]:
         """Share of heads, layers and steps in each mode."""
         tables = [x for name, x in self.plan.tensors.items() if name.endswith(".modes")]
@@ -91,7 +97,7 @@ def head_orders(modes: Tensor, layout: Layout, device: torch.device) -> HeadOrde
 def head_lists(
     modes: Tensor, columns: Tensor, layout: Layout, sparsity: float, block: int, device: torch.device
 ) -> BlockLists:
-    """The blocks of heads in `modes`, uint8 [H], whose columns weigh `columns`, float [H, any number of blocks].
+    """The blocks of heads in sparse `modes`, integers [H], whose columns weigh `columns`, float [H, some blocks].
 
     layout: with all text behind the video.
     """
@@ -101,12 +107,13 @@ def head_lists(
     place = torch.arange(blocks, device=device)
     nearest = select_rows(-(place[:, None] - place).abs().float(), keep)  # [n, n]
     stripes = select_rows(_resampled(columns, blocks), keep)  # [H, 1, n]
-    video = torch.where(modes == STRIPE, stripes, nearest) & (modes != SKIP) | (modes == FULL)  # [H, n, n]
+    video = torch.where(modes == STRIPE, stripes, nearest) & (modes != SKIP)  # [H, n, n]
     missing = layout.blocks(block) - blocks
     text = layout.text_blocks(block).to(device, non_blocking=True)
     mask = F.pad(video, (0, missing, 0, missing)) | text[:, None] | (text & (modes != SKIP))
     sizes = {"q_block": block, "kv_block": block, "q_len": layout.tokens, "kv_len": layout.tokens}
-    return BlockLists.from_mask(mask[None], **sizes)
+    # Rows of text list every block; without them the width is known, and no device is asked for it.
+    return BlockLists.from_mask(mask[None], **sizes, width=None if layout.has_text else keep)
 
 
 def _resampled(columns: Tensor, blocks: int) -> Tensor:

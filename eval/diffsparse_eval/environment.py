@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from diffsparse_kernels.cached import device_name, processor
+
+__all__ = ["commit", "device_name", "system", "versions"]
 _PACKAGES = ("diffsparse", "torch", "diffusers", "transformers", "accelerate", "triton", "numpy")
 
 
@@ -28,20 +31,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def device_name(device: str | torch.device) -> str:
-    """The name of a GPU, or of the processor with the threads in use."""
+def memory(device: str | torch.device) -> int | None:
+    """Bytes of memory that the device has in all; None where nobody tells."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-
-
-@cache
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @cache
@@ -68,7 +65,7 @@ def system() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "executable": sys.executable,
-        "processor": _processor(),
+        "processor": processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -15,6 +15,8 @@ from diffsparse_pipelines.prompts import read_prompts, read_seeds
 if TYPE_CHECKING:
     from diffsparse.preset import Preset
 
+_RANDOM = "Speed without weights"
+
 
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv, report.md, videos and a sheet.")],
@@ -25,6 +27,20 @@ def evaluate(
     prompts: Annotated[str, typer.Option(help="How many built-in prompts, or a file with one a line.")] = "2",
     seeds: Annotated[str, typer.Option(help="Numbers separated by commas.")] = "0",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop results that the folder holds.")] = False,
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights",
+            help="Time a known architecture without its weights: one pass of each kind, the rest by the schedule.",
+            rich_help_panel=_RANDOM,
+        ),
+    ] = False,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            help="Build and time so many blocks of each kind, and scale.", show_default="all", rich_help_panel=_RANDOM
+        ),
+    ] = None,
     model: options.Model = "tiny",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -55,7 +71,9 @@ def evaluate(
     """Compare strategies with dense attention: fidelity and speed, same prompts and seeds, one process.
 
     A run that was interrupted goes on where it stopped. With --heads, dense and each strategy also run under head
-    guidance; all are compared with dense attention without it.
+    guidance; all are compared with dense attention without it. With --random-weights nothing is downloaded and only
+    speed is measured; where the whole model is too large or too slow, try --layers 2 and a smaller --height, --width,
+    --frames.
     """
     knobs = {
         "block": block,
@@ -70,6 +88,10 @@ def evaluate(
     chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
     plan = options.schedule(dense_first, dense_last, dense_layers)
     compared = strategies(strategy, sparsity, knobs)
+    if layers is not None and (layers < 1 or not random_weights):
+        raise ConfigError(f"--layers wants a whole number of at least 1, together with --random-weights; got {layers}")
+    if random_weights:
+        return _foretell(model, compared, chosen, plan, strict, layers, dtype, device, out, overwrite)
     preset = options.preset(heads, guidance_strength, guidance_scale)
     if preset is not None:
         compared = guided(compared, preset)
@@ -104,7 +126,7 @@ def _evaluate(
     folder(out)
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading)
-    arguments = call_arguments(pipe, families.defaults(model, pipe), chosen)
+    arguments = call_arguments(pipe, families.defaults(model), chosen)
     experiment = Experiment(model, compared, texts, seeds, arguments, plan, strict, family.fps)
     results = Results(out, experiment.settings(pipe), overwrite)
     if results.rows:
@@ -119,6 +141,56 @@ def _evaluate(
     console.print(report.table(rows, "mean ± 95 % interval over prompts and seeds"))
     console.print(report.facts(rows), highlight=False)
     console.print(f"videos, sheet.png, report.md, results.json and results.csv are in {out}", soft_wrap=True)
+
+
+def _foretell(
+    model: str,
+    compared: tuple[Any, ...],
+    chosen: dict[str, Any],
+    plan: Schedule,
+    strict: bool,
+    layers: int | None,
+    dtype: str,
+    device: str,
+    out: Path,
+    overwrite: bool,
+) -> None:
+    from diffsparse import Dense
+    from diffsparse_eval import speed
+    from diffsparse_eval.experiment import Results
+    from diffsparse_pipelines import families
+    from diffsparse_pipelines.architectures import architecture
+    from diffsparse_pipelines.progress import bar, terminal
+
+    console = terminal()
+    built = architecture(model)
+    call = {**families.defaults(model), **chosen}
+    place, number_format = families.target(model, device, dtype)
+    trial = speed.Trial(
+        model,
+        built,
+        compared,
+        (call.get("num_frames", 1), call["height"], call["width"]),
+        call["num_inference_steps"],
+        2 if built.guided and call.get("guidance_scale", 2.0) > 1 else 1,
+        plan,
+        strict,
+        layers,
+        number_format,
+        place,
+    )
+    results = Results(out, trial.settings(), overwrite)
+    missing = [x for x in dict.fromkeys([Dense(), *compared]) if results.find("", 0, x) is None]
+    if missing:
+        with bar(console) as progress:
+            task = progress.add_task("passes", total=speed.count_passes(trial, missing))
+            for row in speed.run(trial, missing, lambda: progress.advance(task)):
+                results.add(row)
+    rows = [found for x in dict.fromkeys([Dense(), *compared]) if (found := results.find("", 0, x))]
+    speed.write(rows, out)
+    console.print(speed.table(rows))
+    console.print(speed.facts(rows), highlight=False)
+    console.print(f"report.md, results.json and results.csv are in {out}", soft_wrap=True)
 
 
 def _line(row: dict[str, Any]) -> str:

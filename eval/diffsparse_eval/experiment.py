@@ -17,7 +17,7 @@ from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.files import folder, whole
 from diffsparse.plan import Planned
 from diffsparse.search import SEARCHES
-from diffsparse.strategies import name_of
+from diffsparse.strategies import Compensated, name_of
 from diffsparse_eval import environment, metrics
 from diffsparse_pipelines import media
 from diffsparse_pipelines.generate import Generation, generation
@@ -212,7 +212,7 @@ def _row(
         "heads": report.heads,
         "fallbacks": report.fallbacks,
         "backends": report.backends,
-        "dense_backend": _dense_backend(report.backends),
+        "dense_backend": dense_backend(report),
         "device": environment.device_name(pipe.transformer.device),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "versions": environment.versions(),
@@ -230,7 +230,9 @@ def _name(strategy: Any) -> str:
 
 
 def label(strategy: Any) -> str:
-    """Name, sparsity and what else differs from the defaults: `adaspa 0.8 order=tile4x4x4`."""
+    """Name, sparsity and what else differs from the defaults: `adaspa 0.8 order=tile4x4x4`, `random 0.8 +means`."""
+    if isinstance(strategy, Compensated):
+        return f"{label(strategy.strategy)} +{strategy.by}"
     if isinstance(strategy, Guided):
         preset = strategy.preset
         return f"{label(strategy.strategy)} {_HEADS} {preset.strength:g}x{preset.scale:g}"
@@ -265,10 +267,9 @@ def _compare_attention(row: Row, earlier: list[Row]) -> None:
         row["attention_speedup"] = dense["attention_seconds"] / row["attention_seconds"]
 
 
-def _dense_backend(backends: dict[str, int]) -> str:
-    from diffsparse_kernels import backends as ours
-
-    return ", ".join(name for name in backends if name not in ours()) or "native"
+def dense_backend(report: diffsparse.Report) -> str:
+    """The user's own, on which the dense calls of a report ran."""
+    return ", ".join(dict.fromkeys(call.backend for call in report.calls if call.kind == "dense")) or "native"
 
 
 def _save(experiment: Experiment, out: Path, stem: str, result: Generation) -> str:

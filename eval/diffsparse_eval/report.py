@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +108,23 @@ def write(rows: list[Row], out: Path) -> None:
 
 
 def _heads(label: str, row: Row) -> str:
-    """Section on the modes of a strategy that chooses by head: their shares, and each head's at each step."""
+    """Section on the modes of a strategy that chooses by head: their shares, and those of each head, by steps."""
     shares = ", ".join(f"{mode} {share:.1%}" for mode, share in row["modes"].items())
-    lines = [["layer", "head", *next(iter(row["heads"].values()))]]
-    lines.append(["---"] * len(lines[0]))
+    lines = ["| layer | head | modes, with their steps counted from 1 |", "| --- | ---: | --- |"]
     for layer, steps in row["heads"].items():
+        numbers = [int(step) + 1 for step in steps]
         by_head = zip(*(modes.split() for modes in steps.values()), strict=True)
-        lines += [[layer, str(head), *modes] for head, modes in enumerate(by_head)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"\n## Modes of {label}, by head and step\n{shares}\n\n{table}\n"
+        lines += [f"| {layer} | {head} | {_spans(numbers, modes)} |" for head, modes in enumerate(by_head)]
+    return "\n".join(["", f"## Modes of {label}, by head", shares, "", *lines, ""])
+
+
+def _spans(steps: list[int], modes: tuple[str, ...]) -> str:
+    """Runs of equal modes: `full 1-3, diagonal 4-15`."""
+    spans = []
+    for mode, run in groupby(zip(modes, steps, strict=True), key=itemgetter(0)):
+        first, *rest = (step for _, step in run)
+        spans.append(f"{mode} {first}-{rest[-1]}" if rest else f"{mode} {first}")
+    return ", ".join(spans)
 
 
 def write_csv(rows: list[Row], path: Path) -> None:

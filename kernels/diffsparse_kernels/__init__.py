@@ -14,9 +14,11 @@ if TYPE_CHECKING:
         block_mass,
         block_sparse_attention,
         break_even,
+        forget_measurements,
     )
     from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError
     from diffsparse_kernels.lists import BlockLists, Boxes
+    from diffsparse_kernels.quantised import incoherence, quantise, quantised_attention
     from diffsparse_kernels.select import select_heads, select_mass, select_rows
 
 __all__ = [
@@ -32,6 +34,10 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "break_even",
+    "forget_measurements",
+    "incoherence",
+    "quantise",
+    "quantised_attention",
     "select_heads",
     "select_mass",
     "select_rows",
@@ -40,6 +46,7 @@ __all__ = [
 _HOME = {
     "errors": ("BackendError", "DiffsparseError", "KernelInputError"),
     "lists": ("BlockLists", "Boxes"),
+    "quantised": ("incoherence", "quantise", "quantised_attention"),
     "select": ("select_heads", "select_mass", "select_rows"),
 }
 

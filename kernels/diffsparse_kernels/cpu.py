@@ -8,6 +8,7 @@ as the products.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,19 +22,16 @@ from diffsparse_kernels.means import Means
 
 _GATHER_BYTES = 4 * 2**20  # keys and values gathered at a time, about what caches hold
 _LEAST_ROWS = 2  # computed at a time, or some threads would idle
+_LOG2_E = math.log2(math.e)
+_NEVER = 1e30  # subtracted from the scores of keys that are not seen
 _STRIP_BYTES = 16 * 2**20  # scores of one strip of query rows
-
-
-def break_even(dtype: torch.dtype, head_dim: int, block: int) -> float:
-    """Density above which dense attention is faster, as measured on a machine with AVX-512 and bfloat16 products."""
-    return 0.7 if block >= 128 else 0.6
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
     dtype = q.dtype
     q, k, v = _computable(q, k, v)
-    out, lse = _flash(q, k, v, scale, None if key_mask is None else _bias(key_mask[:, None, None], q))
+    out, lse = _flash(q, k, v, scale, None if key_mask is None else _bias(key_mask[:, None, None], q.dtype))
     if key_mask is not None:
         dead = ~key_mask.any(-1)
         out[dead], lse[dead] = 0, -torch.inf
@@ -95,10 +93,10 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks."""
     work, scratch = _Blocks.of(*_computable(q, k, v), lists, key_mask, boxes), _Scratch()
-    for group in _groups(lists, q.shape[0]):
+    for group in _groups(work):
         if group.cnt == 0:
             work.out.flatten(0, 2)[group.row], work.lse.flatten(0, 2)[group.row] = 0, -torch.inf
-        elif group.cnt == lists.kv_blocks and boxes is None:
+        elif group.cnt == lists.kv_blocks and not group.cut:
             _dense_rows(work, group, scale)
         else:
             _sparse_rows(work, group, scale, scratch)
@@ -134,6 +132,7 @@ class _Group(NamedTuple):
     idx: Tensor
     cnt: int
     ragged: bool  # all of these lists end in the ragged last block, or none does
+    cut: bool  # each of these lists has a block that boxes cut through, or none has
 
 
 class _Blocks(NamedTuple):
@@ -169,14 +168,33 @@ class _Blocks(NamedTuple):
         )
 
 
-def _groups(lists: BlockLists, batch: int) -> Iterator[_Group]:
+def _groups(work: _Blocks) -> Iterator[_Group]:
+    lists, batch = work.lists, work.q.shape[0]
     idx = lists.idx.expand(batch, -1, -1, -1).flatten(0, 2).long()  # [B * H * nQ, W]
     cnt = lists.cnt.expand(batch, -1, -1).flatten().long()
     last = idx.gather(1, (cnt - 1).clamp(min=0)[:, None])[:, 0]
     ragged = (last == lists.kv_blocks - 1) & bool(lists.kv_len % lists.kv_block)
-    for key in (cnt * 2 + ragged).unique().tolist():
-        row = ((cnt * 2 + ragged) == key).nonzero()[:, 0]
-        yield _Group(row, idx[row, : key // 2], key // 2, bool(key % 2))
+    kind = cnt * 4 + ragged * 2 + _cut_rows(work, idx, cnt)
+    for key in kind.unique().tolist():
+        row = (kind == key).nonzero()[:, 0]
+        if key % 2:  # heads side by side: they can share what their boxes hide
+            row = row[(row % lists.q_blocks).argsort(stable=True)]
+        yield _Group(row, idx[row, : key // 4], key // 4, bool(key // 2 % 2), bool(key % 2))
+
+
+def _cut_rows(work: _Blocks, idx: Tensor, cnt: Tensor) -> Tensor:
+    """bool [B * H * nQ]: whether some listed block holds a key that some query of the row does not see."""
+    if work.boxes is None:
+        return torch.zeros_like(cnt, dtype=torch.bool)
+    place, low, high = work.boxes
+    free = place[:, :1] < 0
+    first, last = (place.masked_fill(free, end) for end in (torch.iinfo(place.dtype).max, -1))
+    inside = low.amax(-1)[:, None] <= first.amin(-1)  # [nQ, nK, A]
+    inside &= last.amax(-1) <= high.amin(-1)[:, None]
+    whole = inside.all(-1) | free.all(-1)[:, 0]
+    listed = torch.arange(idx.shape[1]) < cnt[:, None]
+    row = torch.arange(len(idx)) % work.lists.q_blocks
+    return (listed & ~whole[row[:, None], idx]).any(-1)
 
 
 def _sparse_rows(work: _Blocks, group: _Group, scale: float, scratch: _Scratch) -> None:
@@ -186,33 +204,65 @@ def _sparse_rows(work: _Blocks, group: _Group, scale: float, scratch: _Scratch) 
     columns = group.cnt * lists.kv_block - (-lists.kv_len % lists.kv_block if group.ragged else 0)
     q, out, lse = work.q.flatten(0, 2), work.out.flatten(0, 2), work.lse.flatten(0, 2)
     at_a_time = max(_LEAST_ROWS, _GATHER_BYTES // per_row)
+    if group.cut:  # whole query blocks, all of their heads, as far as they fit
+        heads = work.q.shape[0] * work.q.shape[1]
+        at_a_time = at_a_time // heads * heads or -(-heads // -(-heads // at_a_time))
+    bias = _Bias(work, columns, group.cut)
     for row, idx in zip(group.row.split(at_a_time), group.idx.split(at_a_time), strict=True):
         head = row // lists.q_blocks  # of [B * H]
         blocks = (head[:, None] * lists.kv_blocks + idx).flatten()
         keys = scratch.gather("keys", work.k, blocks).view(len(row), -1, q.shape[-1])[:, :columns]
         values = scratch.gather("values", work.v, blocks).view(len(row), -1, out.shape[-1])[:, :columns]
-        bias = _gathered_bias(work, row, idx, columns)
-        part, part_lse = _product(scratch.gather("queries", q, row), keys, values, scale, bias, scratch)
-        if bias is not None:
-            dead = bias.isneginf().all(-1)  # [rows, 1 | q_block]
-            part.masked_fill_(dead[..., None], 0)
-            part_lse.masked_fill_(dead, -torch.inf)
+        hidden, dead = bias.of(row, idx)
+        part, part_lse = _product(scratch.gather("queries", q, row), keys, values, scale, hidden, scratch)
+        if dead is not None:
+            part.unflatten(0, (len(dead), -1)).masked_fill_(dead[..., None], 0)
+            part_lse.unflatten(0, (len(dead), -1)).masked_fill_(dead, -torch.inf)
         out[row], lse[row] = part, part_lse
 
 
-def _gathered_bias(work: _Blocks, row: Tensor, idx: Tensor, columns: int) -> Tensor | None:
-    """Key mask and boxes of the gathered blocks as an additive bias [rows, 1 | q_block, columns]."""
-    visible: Tensor | None = None
-    if work.boxes is not None:
-        low, high = (x[row % work.lists.q_blocks, ..., None] for x in work.boxes[1:])  # [rows, A, q_block, 1]
-        place = work.boxes.place[idx].transpose(1, 2).flatten(2)[:, :, None, :columns]  # [rows, A, 1, columns]
-        visible = ((low <= place) & (place <= high)).all(1) | (place[:, 0] < 0)
-    if work.mask is not None:
-        sample = row // (work.lists.q_blocks * work.q.shape[1])
-        blocks = (sample[:, None] * work.lists.kv_blocks + idx).flatten()
-        mask = work.mask.index_select(0, blocks).view(len(idx), 1, -1)[..., :columns]
-        visible = mask if visible is None else visible & mask
-    return None if visible is None else _bias(visible, work.q)
+class _Bias:
+    """Key mask and boxes of gathered blocks as an additive bias.
+
+    Neighbouring rows of one sample and query block, heads with equal lists, share what was made for the first.
+    """
+
+    def __init__(self, work: _Blocks, columns: int, cut: bool) -> None:
+        self.work, self.columns, self.cut = work, columns, cut
+        self._dtype = torch.promote_types(work.q.dtype, torch.float32)  # bfloat16 has its scores in float32
+        self._lists = self._hidden = self._dead = torch.empty(0)
+
+    def of(self, row: Tensor, idx: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Bias [n, 1, q_block | 1, columns], one for each n-th of the rows; who sees nothing [n, 1, q_block | 1]."""
+        lists, mask = self.work.lists, self.work.mask
+        if mask is None and not self.cut:
+            return None, None
+        sample = row // (lists.q_blocks * self.work.q.shape[1]) if mask is not None else torch.zeros_like(row)
+        wanted = torch.cat([torch.stack([row % lists.q_blocks, sample], 1), idx], 1)
+        alike, rows = wanted.unique_consecutive(return_counts=True, dim=0)
+        wanted = alike if (rows == rows[0]).all() else wanted
+        if not torch.equal(wanted, self._lists):
+            seen = self._seen(wanted[:, 0], wanted[:, 1], wanted[:, 2:])[:, None]
+            self._lists, self._hidden, self._dead = wanted, _bias(seen, self._dtype), ~seen.any(-1)
+        return self._hidden, self._dead
+
+    def _seen(self, q_block: Tensor, sample: Tensor, idx: Tensor) -> Tensor:
+        """bool [lists, q_block | 1, columns]."""
+        seen: list[Tensor] = []
+        if self.cut and self.work.boxes is not None:
+            place, low, high = (x.unbind(1) for x in self.work.boxes)
+            keys = [self._gather(x, idx) for x in place]
+            along = [
+                (a[q_block, :, None] <= x) & (x <= b[q_block, :, None]) for x, a, b in zip(keys, low, high, strict=True)
+            ]
+            seen.append(functools.reduce(torch.logical_and, along) | (keys[0] < 0))
+        if self.work.mask is not None:
+            seen.append(self._gather(self.work.mask, sample[:, None] * self.work.lists.kv_blocks + idx))
+        return functools.reduce(torch.logical_and, seen)
+
+    def _gather(self, blocks: Tensor, idx: Tensor) -> Tensor:
+        """[blocks, kv_block] -> [lists, 1, columns]."""
+        return blocks[idx].flatten(1)[:, None, : self.columns]
 
 
 def _dense_rows(work: _Blocks, group: _Group, scale: float) -> None:
@@ -229,7 +279,7 @@ def _dense_rows(work: _Blocks, group: _Group, scale: float) -> None:
             if not mask.any():
                 work.out[sample, inner, rows], work.lse[sample, inner, rows] = 0, -torch.inf
                 continue
-            bias = _bias(mask[None, None, None], q)
+            bias = _bias(mask[None, None, None], q.dtype)
         part, part_lse = _flash(q, keys[head][None, None], values[head][None, None], scale, bias)
         work.out[sample, inner, rows] = part[0, 0].unflatten(0, (-1, lists.q_block))
         work.lse[sample, inner, rows] = part_lse[0, 0].unflatten(0, (-1, lists.q_block))
@@ -261,11 +311,12 @@ def _add_means(work: _Blocks, means: Means, scale: float, scratch: _Scratch) -> 
 def _product(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, scratch: _Scratch
 ) -> tuple[Tensor, Tensor]:
-    """Attention of [rows, block, D] to [rows, columns, D]."""
+    """Attention of [rows, block, D] to [rows, columns, D]; bias [n, 1, block | 1, columns], one for each n-th."""
     if q.dtype == torch.bfloat16:
         return _mixed(q, k, v, scale, bias, scratch)
-    out, lse = _flash(q[None], k[None], v[None], scale, None if bias is None else bias[None])
-    return out[0], lse[0]
+    q, k, v = (x.unflatten(0, (1 if bias is None else len(bias), -1)) for x in (q, k, v))
+    out, lse = _flash(q, k, v, scale, bias)
+    return out.flatten(0, 1), lse.flatten(0, 1)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -281,28 +332,30 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -
 def _mixed(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, scratch: _Scratch
 ) -> tuple[Tensor, Tensor]:
-    """Scores in float32, weighted sum in bfloat16: twice as fast as flash, and as exact."""
+    """Scores in float32, weighted sum in bfloat16: twice as fast as flash, and as exact.
+
+    Powers of two: torch's exp takes ten times as long over values as low as those that `bias` leaves.
+    """
     shape = (*q.shape[:2], k.shape[1])
     keys = scratch.take("exact keys", tuple(k.shape), torch.float32).copy_(k)
-    scores = torch.bmm(q.float() * scale, keys.mT, out=scratch.take("scores", shape, torch.float32))
+    scores = torch.bmm(q.float() * (scale * _LOG2_E), keys.mT, out=scratch.take("scores", shape, torch.float32))
     if bias is not None:
-        scores += bias
+        scores.unflatten(0, (len(bias), -1)).add_(bias)
     top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top.masked_fill(top.isneginf(), 0)).exp_()
+    weights = scores.sub_(top).exp2_()
     total = weights.sum(-1, keepdim=True)
     rounded = scratch.take("weights", shape, v.dtype).copy_(weights)
-    out = (rounded @ v).float() / total.masked_fill(total == 0, 1)
-    return out.to(q.dtype), (top + total.log())[..., 0]
+    out = (rounded @ v).float() / total
+    return out.to(q.dtype), (top + total.log2())[..., 0] / _LOG2_E
 
 
 def _computable(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (q.float(), k.float(), v.float()) if q.dtype == torch.float16 else (q, k, v)
 
 
-def _bias(mask: Tensor, q: Tensor) -> Tensor:
-    """0 where `mask` is True, -inf elsewhere."""
-    bias: Tensor = q.new_zeros(mask.shape)
-    return bias.masked_fill_(~mask, -torch.inf)
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `mask` is True, and elsewhere what outweighs every score; several times faster made than with -inf."""
+    return mask.to(dtype).sub_(1).mul_(_NEVER)
 
 
 def _cut(x: Tensor, block: int) -> Tensor:

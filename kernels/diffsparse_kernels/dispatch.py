@@ -10,15 +10,19 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from diffsparse_kernels import ops
+from diffsparse_kernels import cached, ops, tiles
+from diffsparse_kernels.cached import density_limit, device_name, measured_backend
 from diffsparse_kernels.errors import BackendError, KernelInputError
 from diffsparse_kernels.lists import BlockLists, Boxes
 
-# name -> (module, kinds of device); the first that fits is taken
+# name -> (module, kinds of device); the first that fits is taken, those behind the reference only by name or measure
 _BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("diffsparse_kernels.cpu", ("cpu",)),
+    "gluon": ("diffsparse_kernels.gluon", ("cuda",)),
     "triton": ("diffsparse_kernels.triton", ("cuda",)),
     "reference": ("diffsparse_kernels.reference", ("cpu", "cuda", "mps", "xpu", "meta")),
+    "flex": ("diffsparse_kernels.flex", ("cuda", "cpu")),
+    "flash-attn-4": ("diffsparse_kernels.flash4", ("cuda",)),
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -81,6 +85,7 @@ def block_mass(
     *,
     q_block: int,
     kv_block: int,
+    every: int = 1,
     scale: float | None = None,
     key_mask: Tensor | None = None,
     backend: str | None = None,
@@ -90,9 +95,13 @@ def block_mass(
     With the call's own LSE the rows of tokens sum to 1; with that of an earlier step each is scaled by its drift
     (AdaSpa, arXiv 2502.21079, Eq. 4). Rows whose lse is not finite count for nothing.
 
+    Of each block only one row in `every` is computed, and stands for those that follow it: an estimate at that part
+    of the cost. The rows that are computed are exact.
+
     Args:
         q: [B, H, N_q, D]; k: [B, H, N_kv, D]; lse: [B, H, N_q].
         q_block, kv_block: edges of a tile in tokens.
+        every: a divisor of q_block.
         scale, key_mask, backend: as in `attention`.
 
     Returns:
@@ -101,8 +110,12 @@ def block_mass(
     _check(q, k, k, key_mask)
     _check_lse(q, lse)
     _check_blocks(q_block, kv_block)
-    mass: Tensor = ops.block_mass(q, k, lse, q_block, kv_block, _scale(q, scale), key_mask, _choose(q, backend))
-    return mass
+    if every < 1 or q_block % every:
+        raise KernelInputError(f"wanted every as a divisor of q_block {q_block}; got {every}")
+    # Blocks begin at multiples of `every`, so a strided view holds the same rows of each.
+    rows, arguments = slice(None, None, every), (kv_block, _scale(q, scale), key_mask, _choose(q, backend))
+    mass: Tensor = ops.block_mass(q[:, :, rows], k, lse[:, :, rows], q_block // every, *arguments)
+    return mass if every == 1 else mass * _rows_per_sample(q.shape[2], q_block, every, mass)
 
 
 def block_sparse_attention(
@@ -132,31 +145,41 @@ def block_sparse_attention(
     _check_lists(q, k, lists)
     if boxes is not None:
         _check_boxes(q, k, boxes)
-    parts = lists.idx, lists.cnt, lists.q_block, lists.kv_block
+    parts = lists.idx, lists.cnt, lists.order, lists.q_block, lists.kv_block
     rest = _scale(q, scale), key_mask, *(boxes or (None,) * 3), means, _choose(q, backend)
     out, lse = ops.block_sparse_attention(q, k, v, *parts, *rest)
     return out, lse
 
 
-def backends() -> dict[str, str]:
-    """Every backend by name: "available", or the reason why it is not."""
-    return {name: _reason(name) or "available" for name in _BACKENDS}
+def backends(device: torch.device | None = None) -> dict[str, str]:
+    """Every backend by name: "available", or the reason why it does not run here, or on `device` if that is given."""
+    return {name: _obstacle(name, device) or "available" for name in _BACKENDS}
 
 
 def backend_for(device: torch.device) -> str:
-    """Name of the backend that calls on `device` take: DIFFSPARSE_BACKEND if set, else the first that fits."""
-    named = os.environ.get("DIFFSPARSE_BACKEND")
-    if named:
-        return named
-    for name, (_, devices) in _BACKENDS.items():
-        if device.type in devices and not _reason(name):
+    """Name of the backend that calls on `device` take.
+
+    DIFFSPARSE_BACKEND if set, else the one that `diffsparse doctor --measure` found the fastest, else the first that
+    fits.
+    """
+    return os.environ.get("DIFFSPARSE_BACKEND") or _fitting(device)
+
+
+@cache
+def _fitting(device: torch.device) -> str:
+    fastest = measured_backend(device_name(device))
+    for name in [fastest or "", *_BACKENDS][: 1 + list(_BACKENDS).index("flex")]:
+        if name in _BACKENDS and device.type in _BACKENDS[name][1] and not _obstacle(name, device):
             return name
     raise BackendError(f"no backend runs on {device.type!r}; known: {', '.join(_BACKENDS)}")
 
 
-def break_even(device: torch.device, dtype: torch.dtype, head_dim: int, block: int) -> float:
-    """Density above which dense attention is faster than block-sparse attention of `block` tokens."""
-    return load(backend_for(device)).break_even(dtype, head_dim, block)  # type: ignore[no-any-return]
+def break_even(device: torch.device, dtype: torch.dtype, head_dim: int, block: int, tokens: int) -> float:
+    """Density above which dense attention is faster than block-sparse attention of `block` tokens.
+
+    As `diffsparse doctor --measure` found it on this device, else a cautious default.
+    """
+    return density_limit(backend_for(device), device_name(device), dtype, head_dim, block, tokens)
 
 
 @cache
@@ -167,16 +190,21 @@ def load(name: str) -> ModuleType:
     return import_module(_BACKENDS[name][0])
 
 
-def _reason(name: str) -> str:
+@cache
+def _obstacle(name: str, device: torch.device | None = None) -> str:
+    """Why a backend does not run here; modules that know more of devices than their kind have `unfit`."""
+    if device is not None and device.type not in _BACKENDS[name][1]:
+        return f"runs on {', '.join(_BACKENDS[name][1])}, not on {device.type}"
     try:
-        load(name)
+        module = load(name)
     except ImportError as error:
         return str(error)
-    return ""
+    unfit = getattr(module, "unfit", None)
+    return "" if unfit is None or device is None else str(unfit(device))
 
 
 def _choose(q: Tensor, name: str | None) -> str:
-    """A checked name, or an empty one: the op then takes the device's backend when it runs."""
+    """A name that is known, or an empty one; whether it runs here is asked inside the op, where no compiler looks."""
     if name is None:
         return ""
     if name not in _BACKENDS:
@@ -186,8 +214,36 @@ def _choose(q: Tensor, name: str | None) -> str:
     return name
 
 
+def module_for(name: str, device: torch.device) -> ModuleType:
+    """The module of a backend that was named, or of the device's if the name is empty.
+
+    Raises:
+        BackendError: it was named, and can't run here.
+    """
+    if not name:
+        return load(backend_for(device))
+    obstacle = _obstacle(name, device)
+    if obstacle:
+        raise BackendError(f"backend {name!r} can't run on {device}: {obstacle}")
+    return load(name)
+
+
+def forget_measurements() -> None:
+    """Read what is measured on this machine anew, when it is next asked for."""
+    for known in (_fitting, _obstacle, cached.break_even_rows, tiles.tuned):
+        known.cache_clear()
+
+
 def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _rows_per_sample(length: int, block: int, every: int, like: Tensor) -> Tensor:
+    """Rows of each block over the rows computed of it, [nQ, 1]; the last block may be ragged."""
+    share = like.new_full((like.shape[2], 1), every)
+    left = length - (like.shape[2] - 1) * block
+    share[-1] = left / -(-left // every)
+    return share
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:

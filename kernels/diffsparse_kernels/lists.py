@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,7 @@ class BlockLists:
     idx: int32 [B|1, H, nQ, W], block numbers; entries at or behind `cnt` are padding (zero).
     cnt: int32 [B|1, H, nQ], how many entries of each list count.
     q_block, kv_block: edge of a block in tokens. q_len, kv_len: tokens; the last blocks may be ragged.
+    order: int32 [B|1 * H * nQ], the lists in the order in which a GPU starts them, or None.
 
     Raises:
         KernelInputError: shapes, dtypes, devices or block counts that don't belong together.
@@ -53,6 +54,7 @@ class BlockLists:
     kv_block: int
     q_len: int
     kv_len: int
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         idx, cnt = self.idx, self.cnt
@@ -64,6 +66,11 @@ class BlockLists:
             raise KernelInputError(f"wanted idx and cnt as int32; got {idx.dtype} and {cnt.dtype}")
         if idx.device != cnt.device:
             raise KernelInputError(f"wanted idx and cnt on one device; got {idx.device} and {cnt.device}")
+        order = self.order
+        if order is not None and (order.dtype != torch.int32 or order.shape != (cnt.numel(),)):
+            raise KernelInputError(
+                f"wanted the order of {cnt.numel()} lists as int32; got {order.dtype} {tuple(order.shape)}"
+            )
         if min(self.q_block, self.kv_block) < 1:
             raise KernelInputError(f"wanted blocks of at least 1 token; got {self.q_block} and {self.kv_block}")
         if idx.shape[2] != self.q_blocks or idx.shape[3] > self.kv_blocks:
@@ -85,7 +92,7 @@ class BlockLists:
     @property
     def nbytes(self) -> int:
         """Bytes that the lists hold."""
-        return self.idx.nbytes + self.cnt.nbytes
+        return self.idx.nbytes + self.cnt.nbytes + (0 if self.order is None else self.order.nbytes)
 
     def density(self) -> Tensor:
         """Share of all blocks that are listed: float32, 0-dim, on the lists' device (no sync)."""
@@ -99,6 +106,7 @@ class BlockLists:
 
         width: length of the padded lists. By default the longest list on the CPU, and nK elsewhere, where asking
         for the longest would wait for the device. Entries beyond a given width are dropped, the highest first.
+        Lists that are built on a device know their order, too.
         """
         if mask.dtype != torch.bool or mask.ndim != 4:
             raise KernelInputError(f"wanted a bool mask [B|1, H, nQ, nK]; got {mask.dtype} {tuple(mask.shape)}")
@@ -115,12 +123,25 @@ class BlockLists:
         place = mask.cumsum(-1).sub_(1).masked_fill_(~mask, width).clamp_(max=width)
         numbers = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
         idx = numbers.new_zeros(*mask.shape[:3], width + 1).scatter_(-1, place, numbers)[..., :width]
-        return cls(idx.contiguous(), cnt.clamp(max=width), q_block, kv_block, q_len, kv_len)
+        lists = cls(idx.contiguous(), cnt.clamp(max=width), q_block, kv_block, q_len, kv_len)
+        return lists if mask.device.type == "cpu" else lists.ordered()
+
+    def ordered(self) -> BlockLists:
+        """The same lists with their order: the head with the most work first, and within it the longest list first.
+
+        A device starts blocks of threads in order, each as soon as there is room, so the short ones fill the gaps at
+        the end. Heads stay together, for their keys and values then stay in the cache.
+        """
+        rows = self.cnt.flatten(0, 1).argsort(dim=-1, descending=True, stable=True)  # [B|1 * H, nQ]
+        heads = self.cnt.sum(-1).flatten().argsort(descending=True, stable=True)
+        order = (heads[:, None] * self.q_blocks + rows[heads]).flatten()
+        return replace(self, order=order.int())
 
     def to(self, device: torch.device | str) -> BlockLists:
         """The same lists on another device."""
         idx, cnt = (x.to(device, non_blocking=True) for x in (self.idx, self.cnt))
-        return BlockLists(idx, cnt, self.q_block, self.kv_block, self.q_len, self.kv_len)
+        order = None if self.order is None else self.order.to(device, non_blocking=True)
+        return replace(self, idx=idx, cnt=cnt, order=order)
 
     def to_mask(self) -> Tensor:
         """The same blocks as a bool mask [B|1, H, nQ, nK]."""
@@ -131,20 +152,21 @@ class BlockLists:
 
     def to_block_mask(self) -> BlockMask:
         """The same blocks for torch's FlexAttention, all of them full blocks."""
-        wide = self.from_mask(
-            self.to_mask(),
-            q_block=self.q_block,
-            kv_block=self.kv_block,
-            q_len=self.q_len,
-            kv_len=self.kv_len,
-            width=self.kv_blocks,
-        )
+        mask, (q_block, kv_block) = self.to_mask(), (self.q_block, self.kv_block)
+        samples = mask.shape[0]
+
+        def listed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return mask[b % samples, h, q // q_block, kv // kv_block]  # uncompiled, FlexAttention asks nothing else
+
+        lengths = {"q_len": self.q_len, "kv_len": self.kv_len}
+        wide = self.from_mask(mask, q_block=q_block, kv_block=kv_block, **lengths, width=self.kv_blocks)
         return BlockMask.from_kv_blocks(
             torch.zeros_like(wide.cnt),
             torch.zeros_like(wide.idx),
             wide.cnt,
             wide.idx,
-            BLOCK_SIZE=(self.q_block, self.kv_block),
+            BLOCK_SIZE=(q_block, kv_block),
+            mask_mod=listed,
             seq_lengths=(self.q_len, self.kv_len),
         )
 

@@ -10,9 +10,9 @@ from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
 
 def _module(backend: str, q: Tensor):  # type: ignore[no-untyped-def]  # a module, checked where it is defined
     """The backend of that name, or the device's if it is empty: chosen here, where no compiler looks."""
-    from diffsparse_kernels.dispatch import backend_for, load
+    from diffsparse_kernels.dispatch import module_for
 
-    return load(backend or backend_for(q.device))
+    return module_for(backend, q.device)
 
 
 def _accumulated(q: Tensor) -> torch.dtype:
@@ -109,6 +109,7 @@ def block_sparse_attention(
     v: Tensor,
     idx: Tensor,
     cnt: Tensor,
+    order: Tensor | None,
     q_block: int,
     kv_block: int,
     scale: float,
@@ -120,7 +121,7 @@ def block_sparse_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention -> out, lse."""
-    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2])
+    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
     boxes = None if place is None or low is None or high is None else Boxes(place, low, high)
     out, lse = _module(backend, q).block_sparse_attention(q, k, v, lists, scale, key_mask, boxes, means)
     return out.contiguous(), lse.contiguous()
@@ -133,6 +134,7 @@ def _(
     v: Tensor,
     idx: Tensor,
     cnt: Tensor,
+    order: Tensor | None,
     q_block: int,
     kv_block: int,
     scale: float,

@@ -109,8 +109,3 @@ def _tile_sums(weights: Tensor, q_block: int, kv_block: int) -> Tensor:
     tiles: Tensor = padded.unflatten(3, (-1, kv_block)).sum(-1)
     sums: Tensor = tiles.unflatten(2, (-1, q_block)).sum(3)
     return sums
-
-
-def break_even(dtype: torch.dtype, head_dim: int, block: int) -> float:
-    """The reference computes everything and saves nothing: it is never left for speed, or nothing would run sparse."""
-    return 1.0

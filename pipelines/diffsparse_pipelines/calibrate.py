@@ -31,7 +31,7 @@ def calibrate(
         ),
     ] = None,
     looks: Annotated[
-        int, typer.Option(help="Steps of a run at which it is only watched.", rich_help_panel=_SEARCH)
+        int, typer.Option(help="Steps at which a first, dense run is looked at.", rich_help_panel=_SEARCH)
     ] = 4,
     orders: Annotated[
         str,
@@ -46,6 +46,10 @@ def calibrate(
     alpha: Annotated[
         float, typer.Option(help="Weight of sparsity in the paper's metric.", rich_help_panel=_PARO)
     ] = 0.5,
+    bits: Annotated[
+        int,
+        typer.Option(help="Of the numbers that attention multiplies: 16, or 8 or 4, emulated.", rich_help_panel=_PARO),
+    ] = 16,
     epsilon: Annotated[
         float, typer.Option(help="Largest relative error and cost at which a head is sparse.", rich_help_panel=_VDIT)
     ] = 0.1,
@@ -84,6 +88,7 @@ def calibrate(
         "orders": options.names(orders),
         "metric": metric,
         "alpha": alpha,
+        "bits": bits,
         "epsilon": epsilon,
         "weight": weight,
         "cost": cost,
@@ -136,7 +141,7 @@ def _calibrate(
     console = terminal()
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading)
-    arguments = call_arguments(pipe, families.defaults(model, pipe), chosen)
+    arguments = call_arguments(pipe, families.defaults(model), chosen)
     with bar(console) as progress:
         task = progress.add_task("runs", total=search.passes * len(pairs))
 

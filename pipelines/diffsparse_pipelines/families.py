@@ -166,16 +166,13 @@ def load(
     Raises:
         UnknownNameError, ConfigError: a name or option that doesn't exist. InputFileError: weights that can't be read.
     """
-    import torch
-
-    for option, value, known in (("dtype", dtype, DTYPES), ("offload", offload, OFFLOADS)):
-        if value not in known:
-            raise ConfigError(f"{option} wants one of {', '.join(known)}; got {value!r}")
+    if offload not in OFFLOADS:
+        raise ConfigError(f"offload wants one of {', '.join(OFFLOADS)}; got {offload!r}")
     source, family = resolve(name, with_image)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device, number_format = target(name, device, dtype)
     if offload != "none" and device == "cpu":
         raise ConfigError(f"offload {offload!r} wants a GPU to offload from; got device 'cpu'. Leave it at 'none'")
-    pipe = _tiny(name, _dtype(dtype, family, device)) if not source else _pretrained(source, family, dtype, device)
+    pipe = _tiny(name, number_format) if not source else _pretrained(source, family, number_format)
     if family.flow_shift is not None:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=family.flow_shift)
     if vae_tiling:
@@ -184,7 +181,21 @@ def load(
     return pipe
 
 
-def defaults(name: str, pipe: Any) -> dict[str, Any]:
+def target(name: str, device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
+    """Where and in which number format `name` runs; see `load`.
+
+    Raises:
+        ConfigError: no such number format.
+    """
+    import torch
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype wants one of {', '.join(DTYPES)}; got {dtype!r}")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return device, _dtype(dtype, resolve(name)[1], device)
+
+
+def defaults(name: str) -> dict[str, Any]:
     """Call arguments for `name`: the family's, the embedded model's own, or none for a strange pipeline."""
     if name in ("tiny", "tiny-twin"):
         from diffsparse_pipelines import tiny
@@ -204,7 +215,7 @@ def grid(name: str, size: dict[str, Any]) -> tuple[int, int, int]:
     family = FAMILIES[name]
     if family.output == "image" and "num_frames" in size:
         raise ConfigError(f"model {name!r} makes images; leave out --frames")
-    pixels = {"num_frames": 1, **defaults(name, None), **size}
+    pixels = {"num_frames": 1, **defaults(name), **size}
     frames, rows, columns = family.token
     return -(-(pixels["num_frames"] - 1) // frames) + 1, pixels["height"] // rows, pixels["width"] // columns
 
@@ -228,7 +239,7 @@ def _dtype(asked: str, family: Family, device: str) -> torch.dtype:
     return getattr(torch, asked)  # type: ignore[no-any-return]
 
 
-def _pretrained(source: str, family: Family, dtype: str, device: str) -> Any:
+def _pretrained(source: str, family: Family, dtype: torch.dtype) -> Any:
     import diffusers
     import torch
 
@@ -243,7 +254,7 @@ def _pretrained(source: str, family: Family, dtype: str, device: str) -> Any:
         if family.float32_vae:
             vae = diffusers.AutoencoderKLWan
             options["vae"] = from_pretrained(vae, source, torch.float32, subfolder="vae")
-        return from_pretrained(cls, source, _dtype(dtype, family, device), **options)
+        return from_pretrained(cls, source, dtype, **options)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputFileError(

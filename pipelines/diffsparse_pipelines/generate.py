@@ -197,12 +197,13 @@ def _generate(
     seed: int,
     image: Path | None,
     preset: Preset | None,
-    compare: Path | None,
+    sheet: Path | None,
 ) -> None:
     import diffsparse
     from diffsparse.files import folder
     from diffsparse.strategies import parse
     from diffsparse_pipelines import families, media
+    from diffsparse_pipelines.preflight import announce, compare, preflight
     from diffsparse_pipelines.progress import bar, terminal
 
     console = terminal()
@@ -215,27 +216,33 @@ def _generate(
     if family.hub or model.startswith("tiny"):
         media.check_suffix(out, expected)
     folder(out.parent)
-    if compare is not None:
-        folder(compare.parent)
+    if sheet is not None:
+        folder(sheet.parent)
     if image is not None:
         chosen["image"] = media.read_image(image)
     prompt = _prompt(model, prompt)
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading, with_image=image is not None)
-    arguments = call_arguments(pipe, families.defaults(model, pipe), {**chosen, "prompt": prompt})
+    arguments = call_arguments(pipe, families.defaults(model), {**chosen, "prompt": prompt})
     count = arguments.get("num_inference_steps")
     console.print(f"{strategies[0]}, {plan.describe(count)}" if count else f"{strategies[0]}", soft_wrap=True)
+    estimate = preflight(pipe, arguments, strategies[0], plan)
+    if estimate is not None:
+        console.print(announce(estimate), highlight=False, soft_wrap=True)
     with diffsparse.apply(pipe, strategies[0], schedule=plan, strict=strict) as handle, bar(console) as progress:
-        plain = generation(pipe, arguments, seed, progress) if compare is not None else None
+        plain = generation(pipe, arguments, seed, progress) if sheet is not None else None
         with ExitStack() as stack:
             guided = stack.enter_context(diffsparse.guide(pipe, preset)) if preset is not None else None
             result = generation(pipe, arguments, seed, progress)
-    console.print(str(handle.report()), highlight=False, soft_wrap=True)
+    report = handle.report()
+    console.print(str(report), highlight=False, soft_wrap=True)
     if guided is not None:
         console.print(str(guided.report()), highlight=False, soft_wrap=True)
-    if plain is not None and compare is not None:
-        media.sheet({"head guidance off": plain.frames, "head guidance on": result.frames}, compare)
-        console.print(f"off and on, side by side -> {compare}")
+    if estimate is not None and (afterwards := compare(estimate, report, result.seconds)):
+        console.print(afterwards, highlight=False, soft_wrap=True)
+    if plain is not None and sheet is not None:
+        media.sheet({"head guidance off": plain.frames, "head guidance on": result.frames}, sheet)
+        console.print(f"off and on, side by side -> {sheet}")
     media.save(result.frames, out, family.fps)
     console.print(f"{result.seconds:.1f} s -> {out}")
 

@@ -170,7 +170,7 @@ class _Session:
         with self.console.status(f"loading {model}"):
             self.pipe = families.load(model, **loading)
         self.model, self.steps_given = model, "num_inference_steps" in chosen
-        self.arguments = call_arguments(self.pipe, families.defaults(model, self.pipe), chosen)
+        self.arguments = call_arguments(self.pipe, families.defaults(model), chosen)
 
     @property
     def searching(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffsparse.errors import ConfigError
 from diffsparse_pipelines import options
 
 if TYPE_CHECKING:

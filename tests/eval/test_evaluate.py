@@ -143,3 +143,13 @@ def test_summaries_show_mean_and_interval() -> None:
     assert dense["psnr_db"] == "identical"
     assert sparse["psnr_db"] == "22.00 ± 4.97"
     assert sparse["ssim"] == "1.0000"
+
+
+def test_modes_of_heads_are_told_by_spans_of_steps() -> None:
+    row = {
+        "modes": {"full": 0.75, "skip": 0.25},
+        "heads": {"a": {"1": "full full", "2": "skip full", "3": "full full"}},
+    }
+    text = report._heads("x 0.8", row)
+    assert "## Modes of x 0.8, by head\nfull 75.0%, skip 25.0%\n" in text
+    assert "| a | 0 | full 2, skip 3, full 4 |\n| a | 1 | full 2-4 |\n" in text

@@ -1,4 +1,4 @@
-"""The Triton kernel in Triton's interpreter, on the CPU. Run by test_triton.py in a process of its own."""
+"""The Triton kernels in Triton's interpreter, on the CPU. Run by test_triton.py in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffsparse_kernels import KernelInputError, triton
 from support import exact
 from support.cases import MASKS, Size, assert_attention, random_boxes, random_mask, seen
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)
 SIZES = [
     Size(batch=1, heads=2, q_len=200, kv_len=200, dim=64, q_block=64, kv_block=64),
     Size(batch=2, heads=1, q_len=129, kv_len=257, dim=72, q_block=64, kv_block=128),  # both ends ragged
@@ -19,15 +19,23 @@ SIZES = [
     Size(batch=1, heads=1, q_len=1, kv_len=1, dim=8, q_block=16, kv_block=16),
     Size(batch=1, heads=2, q_len=70, kv_len=90, dim=40, value_dim=24, q_block=32, kv_block=32),
 ]
-pytestmark = pytest.mark.usefixtures("poisoned")
+CASES = list(zip(SIZES, DTYPES * 3, strict=True))
+KINDS = list(zip(["random", "sparse", "full", "empty"], DTYPES * 2, strict=True))
+pytestmark = pytest.mark.usefixtures("poisoned", "chip")
+
+
+@pytest.fixture(params=[80, 90], ids=["pointers", "tma"])
+def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The kernel as it is for sm_80, and as it is for sm_90, where descriptors bring the tiles."""
+    monkeypatch.setattr(triton, "_capability", lambda q: request.param)
+    return int(request.param)
 
 
 def test_the_interpreter_is_on() -> None:
     assert triton.INTERPRETED
 
 
-@pytest.mark.parametrize("kind", ["random", "sparse", "full", "empty"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_block_sparse(size: Size, dtype: torch.dtype, kind: str) -> None:
     qkv, mask = size.qkv(dtype), MASKS[kind](size)
@@ -35,8 +43,7 @@ def test_block_sparse(size: Size, dtype: torch.dtype, kind: str) -> None:
     assert_attention(got, qkv, size.allowed(mask), size.scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)
 def test_padded_keys(size: Size, dtype: torch.dtype) -> None:
     qkv, mask = size.qkv(dtype), random_mask(size, 0.7)
     keys = torch.rand(size.batch, size.kv_len) < 0.6
@@ -45,16 +52,14 @@ def test_padded_keys(size: Size, dtype: torch.dtype) -> None:
     assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)
 def test_boxes(size: Size, dtype: torch.dtype) -> None:
     qkv, mask, boxes = size.qkv(dtype), random_mask(size, 0.8), random_boxes(size, axes=3)
     got = triton.block_sparse_attention(*qkv, size.lists(mask), size.scale, None, boxes)
     assert_attention(got, qkv, size.allowed(mask) & seen(boxes), size.scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)
 def test_dense_with_mass(size: Size, dtype: torch.dtype) -> None:
     q, k, v = size.qkv(dtype)
     cached = torch.randn(size.batch, size.heads, size.q_len) + 4
@@ -70,9 +75,48 @@ def test_dense_with_mass(size: Size, dtype: torch.dtype) -> None:
         torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-6)
 
 
+def test_float32() -> None:
+    size = SIZES[1]
+    qkv, mask = size.qkv(torch.float32), random_mask(size)
+    got = triton.block_sparse_attention(*qkv, size.lists(mask), size.scale, None)
+    assert_attention(got, qkv, size.allowed(mask), size.scale)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_order_of_the_lists_changes_nothing(shared: bool) -> None:
+    size = Size(batch=2, heads=2, q_len=200, kv_len=150, dim=16, q_block=32, kv_block=64)
+    qkv, mask = size.qkv(torch.float16), random_mask(size)
+    mask = mask[:1] if shared else mask
+    lists = size.lists(mask).ordered()
+    assert lists.order is not None
+    got = triton.block_sparse_attention(*qkv, lists, size.scale, None)
+    assert_attention(got, qkv, size.allowed(mask).expand(2, -1, -1, -1), size.scale)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_odd_scales(scale: float) -> None:
+    size = SIZES[3]
+    qkv, mask = size.qkv(torch.float16), random_mask(size)
+    got = triton.block_sparse_attention(*qkv, size.lists(mask), scale, None)
+    assert_attention(got, qkv, size.allowed(mask), scale)
+
+
+@pytest.mark.parametrize("every", [2, 8, 32])
+def test_mass_of_sampled_rows(every: int) -> None:
+    size = Size(batch=1, heads=2, q_len=203, kv_len=150, dim=16, q_block=32, kv_block=64)
+    q, k, _ = size.qkv(torch.float16)
+    lse = torch.randn(1, 2, 203) + 4
+    sizes = {"q_block": 32, "kv_block": 64, "every": every}
+    want = dk.block_mass(q, k, lse, **sizes, backend="reference")
+    got = triton.block_mass(
+        q[:, :, ::every], k, lse[:, :, ::every], 32 // every, 64, size.scale, None
+    ) * dk.dispatch._rows_per_sample(203, 32, every, want)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_views_of_any_strides_and_one_mask_for_the_batch() -> None:
     size = Size(batch=2, heads=2, q_len=100, kv_len=100, dim=64, q_block=32, kv_block=64)
-    qkv, mask = size.qkv(torch.float32), random_mask(size)[:1]
+    qkv, mask = size.qkv(torch.float16), random_mask(size)[:1]
     token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
     fused = torch.cat(qkv, -1).split(size.dim, -1)
     gapped = [torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0] for x in qkv]
@@ -87,4 +131,6 @@ def test_what_the_kernel_cannot_do_is_told() -> None:
         triton.block_sparse_attention(*size.qkv(torch.float32), size.lists(random_mask(size)), size.scale, None)
     with pytest.raises(KernelInputError, match="wants float32, bfloat16 or float16"):
         triton.attention(*Size().qkv(torch.float64), Size().scale, None)
+    with pytest.raises(KernelInputError, match="wants heads of at most 128 channels; got 136"):
+        triton.attention(*Size(dim=136).qkv(torch.float16), 1.0, None)
     assert dk.backends()["triton"] == "available"

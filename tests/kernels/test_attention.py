@@ -95,6 +95,28 @@ def test_boxes(size: Size, kind: str, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gathered", [2**22, 300_000, 40_000])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_that_share_their_boxes(
+    dtype: torch.dtype, masked: bool, gathered: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of one axis, whose lists are alike in all heads or in some; few or many rows fit one gather."""
+    monkeypatch.setattr(cpu, "_GATHER_BYTES", gathered)
+    size = Size(batch=2, heads=5, q_len=217, kv_len=217, q_block=16, kv_block=16)
+    place = torch.arange(217, dtype=torch.int32)[None]
+    place[:, 200:] = -1
+    boxes = dk.Boxes(place, place - 20, place + 30)
+    mask = torch.nn.functional.max_pool2d(torch.eye(14)[None], 5, 1, 2).bool().expand(size.blocks).clone()
+    mask[..., -2:] = True
+    mask[0, 3] |= torch.rand(14, 14) < 0.5
+    keys = torch.rand(2, 217) < 0.8 if masked else None
+    qkv = size.qkv(dtype)
+    got = dk.block_sparse_attention(*qkv, size.lists(mask), key_mask=keys, boxes=boxes, backend=backend)
+    assert_attention(got, qkv, size.allowed(mask, keys) & seen(boxes), size.scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [*SIZES, LARGE], ids=str)
@@ -195,3 +217,25 @@ def test_parts_merge_by_their_lse(backend: str) -> None:
     whole, lse = dk.attention(*qkv, backend=backend)
     torch.testing.assert_close(weight * a + (1 - weight) * b, whole)
     torch.testing.assert_close(torch.logaddexp(a_lse, b_lse), lse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("every", [1, 4, 32])
+def test_mass_of_sampled_rows(every: int, backend: str) -> None:
+    """Exact where all rows of a block are alike, and the plain sum over the sampled rows elsewhere."""
+    size = Size(q_len=75, kv_len=97)
+    q, k, _ = size.qkv(torch.float32)
+    lse = torch.randn(2, 3, 75) + 4
+    sizes = {"q_block": 32, "kv_block": 32, "backend": backend}
+    got = dk.block_mass(q, k, lse, every=every, **sizes)
+    parts = [slice(start, min(start + 32, 75)) for start in (0, 32, 64)]
+    weights = (q.double() @ k.double().mT * size.scale - lse.double()[..., None]).exp()
+    means = [weights[:, :, rows][:, :, ::every].mean(2) * (rows.stop - rows.start) for rows in parts]
+    want = exact.tile_sums(torch.stack(means, 2), 1, 32)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_sampled_evenly() -> None:
+    q, k, _ = Size().qkv(torch.float32)
+    with pytest.raises(dk.KernelInputError, match="every as a divisor of q_block 32; got 5"):
+        dk.block_mass(q, k, torch.zeros(2, 3, 96), q_block=32, kv_block=32, every=5)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +14,18 @@ import torch
 from torch import Tensor
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import BackendError, KernelInputError, ops
+from diffsparse_kernels import BackendError, KernelInputError, cached, dispatch, ops, tiles
+from diffsparse_kernels.cached import device_name
 from support.cases import Size, random_boxes
 
 SHAPE = (1, 2, 48, 16)
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    dk.forget_measurements()
+    yield
+    dk.forget_measurements()
 
 
 def qkv(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +49,7 @@ def test_ops_obey_the_rules_of_custom_ops(dtype: torch.dtype, masked: bool) -> N
     check(ops.attention_with_mass, (q, k, v, lse, 16, 16, 0.25, keys, "cpu"), test_utils=tests)
     check(ops.block_mass, (q, k, lse, 16, 16, 0.25, keys, "cpu"), test_utils=tests)
     boxes = random_boxes(Size(q_len=48, kv_len=48)) if masked else (None,) * 3
-    arguments = (q, k, v, blocks.idx, blocks.cnt, 16, 16, 0.25, keys, *boxes, not masked, "cpu")
+    arguments = (q, k, v, blocks.idx, blocks.cnt, blocks.ordered().order, 16, 16, 0.25, keys, *boxes, not masked, "cpu")
     check(ops.block_sparse_attention, arguments, test_utils=tests)
 
 
@@ -93,9 +104,86 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dk.backend_for(torch.device("cpu")) == "reference"
 
 
-def test_break_even_is_a_density() -> None:
-    cpu = torch.device("cpu")
-    assert 0 < dk.break_even(cpu, torch.float32, 64, 64) <= 1
+@pytest.mark.parametrize(
+    ("capability", "proves", "wanted"), [((9, 0), True, "gluon"), ((9, 0), False, "triton"), ((8, 0), True, "triton")]
+)
+def test_a_gpu_gets_the_fastest_kernel_that_is_right_on_it(
+    capability: tuple[int, int], proves: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from diffsparse_kernels import gluon
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(gluon, "proven", lambda *_: proves)
+    gluon.unfit.cache_clear()
+    device = torch.device("cuda")
+    assert dk.backend_for(device) == wanted
+    assert dispatch.module_for("", device).__name__ == f"diffsparse_kernels.{wanted}"
+    assert (dk.backends(device)["gluon"] == "available") == (wanted == "gluon")
+    if wanted != "gluon":
+        with pytest.raises(BackendError, match="backend 'gluon' can't run on cuda: the gluon"):
+            dispatch.module_for("gluon", device)
+    gluon.unfit.cache_clear()
+
+
+def test_what_was_measured_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, name = torch.device("cpu"), device_name("cpu")
+    default = dk.break_even(cpu, torch.float32, 64, 64, 1000)
+    assert 0 < default <= 1
+    row = {"device": name, "backend": "reference", "dtype": "float32", "head_dim": 64, "block": 64}
+    rows = [row | {"tokens": 1024, "break_even": 0.3}, row | {"tokens": 8192, "break_even": 0.5}]
+    (tmp_path / "break_even.json").write_text(json.dumps(rows))
+    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path))
+    dk.forget_measurements()
+    assert dk.backend_for(cpu) == "reference"
+    assert dk.break_even(cpu, torch.float32, 40, 32, 900) == 0.3
+    assert dk.break_even(cpu, torch.float32, 64, 64, 7000) == 0.5
+    assert dk.break_even(cpu, torch.bfloat16, 64, 64, 7000) == 1.0  # the reference's default
+    (tmp_path / "break_even.json").write_text("half a fi")
+    dk.forget_measurements()
+    with pytest.warns(UserWarning, match=r"break_even\.json is ignored"):
+        assert dk.backend_for(cpu) == "cpu"
+
+
+def test_tuned_tiles_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"keys": 32, "warps": 8, "stages": 4, "copy": "pointers"}
+    row = {"device": "a chip", "head_dim": 128, "q_block": 128, "kv_block": 128, "tiles": [mine]}
+    (tmp_path / "tiles.json").write_text(json.dumps([row]))
+    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path))
+    dk.forget_measurements()
+    assert tiles.tiles_for(90, 96, 128, 128, "a chip")[0] == tiles.Tile(**mine)
+    assert tiles.tiles_for(90, 96, 128, 128, "another") == tiles.tiles_for(90, 96, 128, 128)
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
+def test_the_cache_folder_is_where_the_system_has_it(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DIFFSPARSE_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", system)
+    assert "diffsparse" in str(cached.cache_folder())
+    assert str(cached.cache_folder()).startswith(str(Path.home()))
+
+
+def test_on_the_cpu_nothing_of_triton_is_imported() -> None:
+    """Triton is not even there; torch looks for it by itself."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, diffsparse_kernels as dk
+q, k, v = (torch.randn(1, 1, 64, 16) for _ in range(3))
+lists = dk.BlockLists.from_mask(torch.ones(1, 1, 4, 4) > 0, q_block=16, kv_block=16, q_len=64, kv_len=64)
+_, lse = dk.attention(q, k, v)
+dk.block_sparse_attention(q, k, v, lists)
+dk.select_rows(dk.block_mass(q, k, lse, q_block=16, kv_block=16), 2)
+dk.break_even(q.device, q.dtype, 16, 16, 64)
+ours = {name for name in sys.modules if name.startswith("diffsparse_kernels.")}
+assert not ours & {f"diffsparse_kernels.{name}" for name in ("triton", "gluon", "flex", "flash4")}, ours
+assert dk.backends()["triton"] != "available"
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_strange_name_is_told() -> None:

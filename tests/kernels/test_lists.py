@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -147,3 +149,23 @@ def test_heads_keep_their_share_by_one_threshold(
 def test_heads_of_zero_and_nan_mass() -> None:
     assert dk.select_heads(torch.zeros(1, 1, 3, 3), 0.5).any(-1).all()
     assert dk.select_heads(torch.full((1, 1, 3, 3), torch.nan), 0.5).any(-1).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(shape=shapes, density=st.floats(0, 1), seed=st.integers(0, 2**31))
+def test_the_order_has_every_list_once_and_the_longest_first(shape: tuple[int, ...], density: float, seed: int) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+    lists = lists_of(mask).ordered()
+    assert lists.order is not None
+    assert torch.equal(lists.order.sort().values, torch.arange(lists.cnt.numel()))
+    in_order = lists.cnt.flatten()[lists.order.long()].view(-1, shape[2])  # [heads, nQ]
+    assert (in_order.diff(dim=1) <= 0).all()
+    assert (in_order.sum(1).diff() <= 0).all()
+    assert lists.to("cpu").order is not None
+
+
+def test_an_order_of_other_lists_is_refused() -> None:
+    lists = lists_of(torch.ones(1, 2, 3, 4, dtype=torch.bool)).ordered()
+    assert lists.order is not None
+    with pytest.raises(KernelInputError, match="the order of 6 lists"):
+        dataclasses.replace(lists, order=lists.order[:-1])

@@ -1,4 +1,4 @@
-"""The Triton kernel without a GPU: right in the interpreter, and compiled ahead of time for every chip."""
+"""The Triton kernels without a GPU: right in the interpreter, and compiled ahead of time for every chip."""
 
 from __future__ import annotations
 
@@ -11,38 +11,22 @@ from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from diffsparse_kernels import tiles, triton, triton_kernels
+from diffsparse_kernels.tiles import Tile
+from support import aot
 
-from diffsparse_kernels import triton as backend  # noqa: E402
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# chip -> the instruction of its tensor cores, and the shared memory of one thread block
-CHIPS = {
-    80: ("HMMA", 163 * 1024),
-    89: ("HMMA", 99 * 1024),
-    90: ("HGMMA", 227 * 1024),
-    100: ("UTCHMMA", 227 * 1024),
-    120: ("HMMA", 99 * 1024),
-}
-POINTERS = {
-    "*bf16": ("q_ptr", "k_ptr", "v_ptr", "out_ptr"),
-    "*fp32": ("lse_ptr", "mass_ptr", "cached_ptr"),
-    "*i32": ("idx_ptr", "cnt_ptr", "place_ptr", "low_ptr", "high_ptr"),
-    "*u8": ("key_mask_ptr",),
-    "fp32": ("scale_log2",),
-}
-ALIGNED = ("q_b", "q_h", "q_n", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n")
-SPARSE = {"SPARSE": True, "MASKED": False, "AXES": 0, "VALUES": True, "MASS": False, "RAGGED": True}
+SPARSE = {"SPARSE": True, "ORDERED": True, "MASKED": False, "AXES": 0, "MASS": False}
 VARIANTS = {
     "sparse": SPARSE,
     "masked": {**SPARSE, "MASKED": True},
     "boxes": {**SPARSE, "AXES": 3},
-    "fused": {**SPARSE, "SPARSE": False, "MASS": True},
-    "mass": {**SPARSE, "SPARSE": False, "MASS": True, "VALUES": False},
+    "fused": {**SPARSE, "SPARSE": False, "ORDERED": False, "MASS": True},
 }
+needs_tools = pytest.mark.skipif(
+    not (aot.TOOLS / "cuobjdump").is_file(), reason="this Triton comes without NVIDIA's tools"
+)
 
 
 def test_in_the_interpreter() -> None:
@@ -54,59 +38,91 @@ def test_in_the_interpreter() -> None:
     assert re.search(r"\.\.\.", done.stdout)
 
 
-def compiled(chip: int, head_dim: int, block: int, flags: dict[str, Any]) -> Any:
-    """The kernel for `chip` in bfloat16, with the tile that the table gives it."""
-    kernel, tile = backend._attend, backend.tile_for(chip, head_dim, block, block)
-    padded = backend._padded(head_dim)
-    constants = {
-        "D": head_dim,
-        "D_V": head_dim,
-        "D_PAD": padded,
-        "DV_PAD": padded,
-        "q_d": 1,
-        "k_d": 1,
-        "v_d": 1,
-        "Q_BLOCK": block,
-        "KV_BLOCK": block,
-        "BLOCK_N": tile.block_n,
-        "UPCAST": False,
-        **flags,
-    }
-    types = {name: kind for kind, names in POINTERS.items() for name in names}
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if name.endswith("_ptr") or name in ALIGNED]
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+def rows_of_the_table() -> list[tuple[int, int, int, Tile]]:
+    """Each tile once for every chip, head size and query block."""
+    return sorted(
+        {
+            (chip, head_dim, q_block, tile)
+            for chip in aot.CHIPS
+            for head_dim in tiles.HEAD_DIMS
+            for q_block in (64, 128)
+            for kv_block in (64, 128)
+            for tile in tiles.tiles_for(chip, head_dim, q_block, kv_block)
+        }
     )
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
 
 
-def tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+def attend(chip: int, head_dim: int, q_block: int, kv_block: int, tile: Tile, flags: dict[str, Any]) -> aot.Compiled:
+    constants = triton.attend_constants(head_dim, head_dim, q_block, kv_block, tile)
+    constants |= {**flags, "RAGGED": True, "UPCAST": False}
+    return aot.compiled(triton_kernels.attend, chip, constants, tile.warps, tile.stages)
 
 
-@pytest.mark.skipif(not (TOOLS / "cuobjdump").is_file(), reason="this Triton comes without NVIDIA's tools")
+def assert_copies(kernel: aot.Compiled, tile: Tile) -> None:
+    """A compiler that can't do what the tile wants falls back in silence."""
+    assert (aot.COPY_ENGINE in kernel.ptx) == (tile.copy != "pointers")
+    assert (aot.SPECIALISED in kernel.ptx) == (tile.copy == "specialised")
+
+
+@needs_tools
+@pytest.mark.parametrize(("chip", "head_dim", "q_block", "tile"), rows_of_the_table(), ids=str)
+def test_every_tile_of_the_table(chip: int, head_dim: int, q_block: int, tile: Tile) -> None:
+    kernel = attend(chip, head_dim, q_block, 128, tile, SPARSE)
+    aot.assert_sound(kernel, chip)
+    assert_copies(kernel, tile)
+
+
+@needs_tools
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("head_dim", [64, 72, 128])
-@pytest.mark.parametrize("chip", CHIPS)
-def test_ahead_of_time(chip: int, head_dim: int, block: int, variant: str, tmp_path: Path) -> None:
-    """No spills worth the name, shared memory within the chip's, and tensor cores at work."""
-    if head_dim == 72 and variant != "sparse":
-        pytest.skip("padded to 128 like the others: one variant shows it")
-    if chip == 100 and variant == "mass":
-        pytest.skip("block_mass takes the fused kernel there")
-    kernel = compiled(chip, head_dim, block, VARIANTS[variant])
-    instruction, shared = CHIPS[chip]
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(kernel.asm["cubin"])
-    usage = re.search(r"STACK:(\d+)", tool("cuobjdump", "--dump-resource-usage", str(binary)))
-    assert usage is not None
-    assert int(usage[1]) <= 32
-    assert kernel.metadata.shared <= shared
-    assert instruction in tool("nvdisasm", str(binary))
+@pytest.mark.parametrize("chip", aot.CHIPS)
+def test_every_variant(chip: int, variant: str, head_dim: int) -> None:
+    """With the tile that it gets."""
+    if (head_dim != 128 and variant != "sparse") or (head_dim, variant) == (128, "sparse"):
+        pytest.skip("compiled above, or much like one that is")
+    block = 64 if variant == "boxes" else 128
+    flags = VARIANTS[variant]
+    tile = triton.fitting(tiles.tiles_for(chip, head_dim, block, block), 2, True, flags)
+    kernel = attend(chip, head_dim, block, block, tile, flags)
+    aot.assert_sound(kernel, chip)
+    assert_copies(kernel, tile)
+
+
+@needs_tools
+@pytest.mark.parametrize("q_block", [16, 128])
+@pytest.mark.parametrize("chip", aot.CHIPS)
+def test_mass(chip: int, q_block: int) -> None:
+    tile = triton.measure_tile(chip, 128, 2, copyable=True)
+    constants = triton.measure_constants(128, q_block, 128, tile)
+    constants |= {"MASKED": q_block == 16, "RAGGED": True, "UPCAST": False}
+    kernel = aot.compiled(triton_kernels.measure, chip, constants, tile.warps, tile.stages)
+    aot.assert_sound(kernel, chip)
+    assert_copies(kernel, tile)
+
+
+@needs_tools
+@pytest.mark.parametrize("chip", [89])
+def test_float32_fits_the_smallest_memory(chip: int) -> None:
+    tile = triton.fitting(tiles.tiles_for(chip, 128, 128, 128), 4, True, SPARSE)
+    constants = triton.attend_constants(128, 128, 128, 128, tile) | {**SPARSE, "RAGGED": True, "UPCAST": False}
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*fp32")
+    kernel = aot.compiled(triton_kernels.attend, chip, constants, tile.warps, tile.stages, **types)
+    assert kernel.shared <= aot.CHIPS[chip][1]
+
+
+def test_a_tile_is_taken_only_where_its_needs_are_met() -> None:
+    table = tiles.tiles_for(90, 128, 128, 128)
+    assert [tile.copy for tile in table] == ["specialised", "tma", "pointers"]
+    assert triton.fitting(table, 2, True, SPARSE) == table[0]
+    assert triton.fitting(table, 2, True, VARIANTS["masked"]) == table[0]._replace(keys=64)
+    assert triton.fitting(table, 2, True, VARIANTS["fused"]).copy == "tma"
+    assert triton.fitting(table, 2, True, VARIANTS["boxes"]).copy == "tma"
+    assert triton.fitting(table, 2, False, SPARSE).copy == "pointers"
+    assert triton.fitting(table, 4, True, SPARSE).copy == "pointers"
+
+
+def test_chips_between_those_of_the_table() -> None:
+    assert tiles.tiles_for(86, 128, 128, 64) == tiles.tiles_for(80, 128, 128, 64)
+    assert tiles.tiles_for(103, 64, 64, 64) == tiles.tiles_for(100, 64, 64, 64)
+    assert tiles.tiles_for(121, 96, 64, 64) == tiles.tiles_for(120, 128, 64, 64)
+    assert all(tile.keys <= 16 for tile in tiles.tiles_for(90, 64, 16, 16))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import diffsparse_kernels as dk
 from diffsparse import PARO, Layout
 from diffsparse.errors import ConfigError
 from diffsparse.order import AXES, HeadOrders, permutation
@@ -94,6 +97,19 @@ def test_it_attends_as_masked_softmax_does_token_by_token(monkeypatch: pytest.Mo
         torch.testing.assert_close(out.double(), want, atol=exact.tolerance(want, low), rtol=0)
 
 
+def test_what_falls_back_keeps_the_mask_of_padded_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 0.1)
+    n = LAYOUT.grid.blocks(8)
+    strategy = PARO(make_plan(LAYOUT.grid, torch.ones(1, 2, n, n, dtype=torch.bool), [4, 1], 8))
+    q, k, v = qkv(LAYOUT)
+    keys = torch.ones(2, LAYOUT.tokens, dtype=torch.bool)
+    keys[:, 1:3] = False  # before the video
+    masked = partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=keys[:, None, None])
+    here = replace(site(LAYOUT, key_mask=keys), _dense=masked)
+    assert torch.equal(strategy.attend(q, k, v, here), masked(q, k, v))
+    assert here._record.reason == "density above the break-even of 0.10"
+
+
 def column_heads(layout: Layout, axis: str) -> tuple[Tensor, Tensor]:
     """Queries and keys of one head whose tokens see those of the same place on all axes but `axis`."""
     cells = torch.cartesian_prod(*(torch.arange(n) for n in (layout.frames, layout.height, layout.width)))
@@ -170,6 +186,58 @@ def test_density_is_the_one_asked_for_and_text_stays() -> None:
         assert mask[:, :, 18:].all()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_bits_are_rounded_within_the_blocks_of_each_heads_order(bits: int) -> None:
+    block, picked = 8, [4, 1]
+    n = LAYOUT.grid.blocks(block)
+    plan = make_plan(LAYOUT.grid, torch.ones(1, 2, n, n, dtype=torch.bool), picked, block)
+    plan.settings["bits"] = bits
+    q, k, v = qkv(LAYOUT)
+    here = site(LAYOUT)
+    out = PARO(plan).attend(q, k, v, here)
+    everything = torch.ones(1, 1, LAYOUT.blocks(block), LAYOUT.blocks(block), dtype=torch.bool)
+    sizes = {"q_block": block, "kv_block": block, "q_len": LAYOUT.tokens, "kv_len": LAYOUT.tokens}
+    lists = dk.BlockLists.from_mask(everything, **sizes)
+    for head, order in enumerate(picked):
+        place = torch.empty(LAYOUT.tokens, dtype=torch.long)
+        inside = slice(LAYOUT.text_before, LAYOUT.text_before + LAYOUT.video)
+        place[inside] = permutation(AXES[order], LAYOUT.grid)[1]
+        place[[t for t in range(LAYOUT.tokens) if not inside.start <= t < inside.stop]] = torch.arange(60, 65)
+        moved = (x[:, head : head + 1, place.argsort()] for x in (q, k, v))
+        want, _ = dk.quantised_attention(*moved, lists, bits=bits)
+        torch.testing.assert_close(out[:, head : head + 1], want[:, :, place])
+    assert here._record.kind == "sparse"
+    assert here._record.backend == f"int{bits} emulated"
+
+
+def test_incoherence_is_recorded_before_and_after_reordering() -> None:
+    block, layout = 4, Layout(4, 4, 4, text_before=3)
+    heads = [column_heads(layout.grid, axis) for axis in "FHW"]
+    q, k = (torch.stack([torch.nn.functional.pad(head[i], (0, 0, 3, 0)) for head in heads])[None] for i in (0, 1))
+    search, sums = PAROSearch(15 / 16, block=block, bits=8), Sums()
+    for number in (0, 1):
+        for step in range(10):
+            search.watcher(number, sums).attend(q, k, torch.randn_like(k), site(layout, step, scale=1.0))
+    knobs, tensors = search.plan(sums)
+    assert knobs["bits"] == 8
+    figures = tensors["transformer.blocks.0.attn1.incoherence"]  # [raster and own order, what, H]
+    weights = (q @ k.mT).softmax(-1)
+    orders = [permutation(AXES[i], layout.grid)[0] + 3 for i in tensors["transformer.blocks.0.attn1.orders"]]
+    for row, wanted in enumerate(([torch.arange(3, 67)] * 3, orders)):
+        for head, order in enumerate(wanted):
+            queries, keys = (x[0, head, order].abs().split(block) for x in (q, k))
+            tiles = [
+                tile for strip in weights[0, head][order][:, order].split(block) for tile in strip.split(block, -1)
+            ]
+            for what, parts in enumerate((queries, keys, tiles)):
+                mean = torch.stack([part.max() / part.mean() for part in parts]).mean()
+                torch.testing.assert_close(figures[row, what, head], mean, rtol=1e-3, atol=1e-3)
+    assert (figures[1, 2] < figures[0, 2])[:2].all()  # the head of the last axis is in order from the start
+    told = PARO(Plan("paro", {}, layout.grid, knobs, tensors)).facts()["incoherence"]
+    assert told.startswith("queries ")
+    assert f"map {figures[0, 2].mean():.1f} -> {figures[1, 2].mean():.1f}" in told
+
+
 def test_groups_are_equal_parts() -> None:
     assert [group_of(step, 10, 4) for step in range(10)] == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
     assert group_of(50, 10, 4) == 3
@@ -187,6 +255,7 @@ def test_groups_are_equal_parts() -> None:
         {"alpha": 2},
         {"groups": 0},
         {"looks": 0.5},
+        {"bits": 7},
     ],
 )
 def test_bad_knobs_are_refused(knobs: dict[str, Any]) -> None:

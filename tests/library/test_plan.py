@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import diffsparse
-from diffsparse import PARO, AdaSpa, Layout, Schedule
+from diffsparse import PARO, AdaSpa, Layout, Schedule, SparseVDiT
 from diffsparse.errors import ConfigError, InputFileError, PlanError
 from diffsparse.plan import FILE, Plan, fingerprints
 from diffsparse.strategies import parse
@@ -120,6 +120,21 @@ def test_nan_and_other_strategies(model: torch.nn.Module) -> None:
         plan_of(model, tensors={"transformer.blocks.0.attn1.widths": torch.tensor([1.0, torch.nan])})
     with pytest.raises(PlanError, match="wanted a plan of strategy 'paro'"):
         PARO(plan_of(model, strategy="sparse-vdit"))
+    with pytest.raises(PlanError, match="wanted a plan of strategy 'sparse-vdit'"):
+        SparseVDiT(plan_of(model))
+
+
+def test_values_that_make_no_sense(model: torch.nn.Module) -> None:
+    with pytest.raises(PlanError, match="lacks the settings block, orders"):
+        PARO(plan_of(model, settings={"sparsity": 0.5, "groups": 1}))
+    with pytest.raises(PlanError, match="lacks the settings sparsity"):
+        SparseVDiT(plan_of(model, strategy="sparse-vdit", settings={"block": 8}))
+    wild = {"transformer.blocks.0.attn1.orders": torch.tensor([0, 6], dtype=torch.uint8)}
+    with pytest.raises(PlanError, match=r"attn1.orders' holds numbers above 0"):
+        PARO(plan_of(model, tensors=wild))
+    wild = {"transformer.blocks.0.attn1.modes": torch.tensor([[0, 5]], dtype=torch.uint8)}
+    with pytest.raises(PlanError, match=r"attn1.modes' holds numbers above 4"):
+        SparseVDiT(plan_of(model, strategy="sparse-vdit", tensors=wild))
 
 
 def test_names_with_and_without_plans() -> None:

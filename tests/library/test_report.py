@@ -40,6 +40,25 @@ def test_summary_adds_up():
     assert report.table()["3"] == pytest.approx(0.625)
 
 
+def test_modes_of_heads_and_notes():
+    book = Ledger()
+    for step, modes in enumerate((("full", "skip"), ("stripe", "skip"), ("full", "skip"))):
+        call = book.open("a", step, "cond")
+        call.heads, call.note = modes, "a plan of another size"
+    report = Report.of("S()", 1, [book])
+    assert report.modes == pytest.approx({"skip": 1 / 2, "full": 1 / 3, "stripe": 1 / 6})
+    assert report.heads == {"a": {"0": "full skip", "1": "stripe skip", "2": "full skip"}}
+    assert report.notes == ["a plan of another size"]
+    lines = str(report).splitlines()
+    assert "notes              a plan of another size" in lines
+    assert "head modes         skip 50.0%, full 33.3%, stripe 16.7%" in lines
+    assert "a                  full skip" in lines
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    nothing = Ledger()
+    nothing.open("a", 0, "cond").ran_sparse(torch.tensor(0.0), "cpu")
+    assert Report.of("S()", 1, [nothing]).density == 0
+
+
 def test_two_transformers_make_one_report():
     once, twice = Report.of("S()", 2, [ledger()]), Report.of("S()", 4, [ledger(), ledger()])
     assert twice.sparse_calls == 2 * once.sparse_calls

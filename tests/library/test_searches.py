@@ -54,6 +54,15 @@ def test_every_family_from_search_to_removal(name: str, odd: bool, searched: Any
     assert torch.equal(run(pipe, kwargs), before)
 
 
+def test_eight_bits_on_a_model_with_padded_text(tmp_path: Path) -> None:
+    pipe, kwargs = BUILDERS["hunyuan_video"]()
+    search = PAROSearch(0.5, block=8, groups=2, looks=1, bits=8)
+    plan = calibrate(pipe, search, [lambda: run(pipe, kwargs)], ["one"], tmp_path / "plan.safetensors")
+    with diffsparse.apply(pipe, PARO(plan), schedule=Schedule(dense_first=1)) as handle:
+        assert run(pipe, kwargs).isfinite().all()
+    assert handle.report().backends["int8 emulated"] == handle.report().sparse_calls > 0
+
+
 class KilledError(BaseException):
     pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,51 @@ def test_known_models_are_complete() -> None:
             assert family.hub.count("/") == 1
             assert {"height", "width", "num_inference_steps"} <= family.defaults.keys()
             assert ("num_frames" in family.defaults) == (family.output == "video")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "grid"),
+    [
+        ("wan2.1-14b", {}, (21, 45, 80)),
+        ("wan2.1-1.3b", {}, (21, 30, 52)),
+        ("wan2.2-5b", {}, (31, 22, 40)),
+        ("hunyuan-video", {}, (33, 45, 80)),
+        ("cogvideox1.5-5b", {}, (11, 48, 85)),
+        ("ltx-video", {}, (21, 15, 22)),
+        ("mochi", {}, (15, 30, 53)),
+        ("flux", {"height": 4096, "width": 4096}, (1, 256, 256)),
+        ("tiny", {"num_frames": 9}, (9, 16, 16)),
+        ("tiny-twin", {}, (9, 8, 8)),
+    ],
+)
+def test_grids_of_known_models(name: str, size: dict[str, int], grid: tuple[int, int, int]) -> None:
+    assert families.grid(name, size) == grid
+
+
+def test_a_simulation_of_the_papers_windows(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command's rows, as JSON and as a table, for two strides at once."""
+    windows = ["--grid", "30x48x80", "--window", "18x24x24", "--stride", "1x1x1,16x8x8"]
+    asked = ["simulate", *windows, "--q-tile", "4x8x8", "--kv-tile", "2x8x8", "--share", "0.607"]
+    main_ok([*asked, "--json"])
+    slides, jumps = json.loads(capsys.readouterr().out)["rows"]
+    assert slides["end_to_end_tile_bound"] == pytest.approx(1.73, abs=0.02)
+    assert jumps["end_to_end_tile_bound"] == pytest.approx(2.23, abs=0.02)
+    assert jumps["stride"] == [16, 8, 8]
+    main_ok([*asked, "--dense", "0.3"])
+    assert "1.63" in capsys.readouterr().out
+    main_ok(["simulate", "--model", "hunyuan-video", "--sparsity", "0.9"])
+    printed = capsys.readouterr().out
+    assert "33x45x80 tokens" in printed
+    assert "end to end" not in printed
+
+
+@pytest.mark.parametrize("windows", [["--sparsity", "0.7"], ["--window", "5x4x4", "--stride", "1x2x2"]])
+def test_windows_on_the_command_line(windows: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "clip.gif"
+    model = ["--model", "tiny-twin", "--steps", "3", "--block", "16", "--strict"]
+    main_ok(["generate", *model, "--strategy", "gna", *windows, "--out", str(out)])
+    assert "sparse" in capsys.readouterr().out
+    assert out.is_file()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

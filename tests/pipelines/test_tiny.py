@@ -151,16 +151,6 @@ def test_random_weights_fail_the_gates(twin: Any) -> None:
     assert not any(verdict.passed for verdict in gates.visual(pipe, options, 2))
 
 
-def test_axis_orders_are_permutations() -> None:
-    from diffsparse import Layout
-
-    orders = gates.axis_orders(Layout(3, 4, 5))
-    assert len(orders) == 6
-    assert torch.equal(orders["FHW"], torch.arange(60))
-    assert all(torch.equal(order.sort().values, torch.arange(60)) for order in orders.values())
-    assert orders["WHF"][:3].tolist() == [0, 20, 40]
-
-
 def test_the_training_script_starts_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "diffsparse_pipelines.tiny.train", "--variant", "twin", "--steps", "1"]
     command += ["--threads", "1", "--out", str(tmp_path / "run"), "--export", str(tmp_path / "pipe")]

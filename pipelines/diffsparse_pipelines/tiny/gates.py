@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from collections import defaultdict
@@ -30,6 +29,8 @@ import diffsparse
 import diffsparse_kernels as kernels
 from diffsparse import Random, Schedule
 from diffsparse.errors import ConfigError
+from diffsparse.inspection import best_recall, order_masses
+from diffsparse.order import AXES
 from diffsparse.strategies.blocks import keep_count
 from diffsparse_kernels import BlockLists, select_rows
 from diffsparse_pipelines import tiny
@@ -164,24 +165,15 @@ class Recall:
         out: Tensor = site.dense(q, k, v)
         if site.step in self.steps:
             _, lse = kernels.attention(q, k, v, scale=site.scale)
-            for name, order in axis_orders(site.layout).items():
-                mass = site.block_mass(q[:, :, order], k[:, :, order], lse[:, :, order], BLOCK)
-                kept = max(1, round(self.share * mass.shape[-1]))
-                best = mass.topk(kept, -1).values.sum((-2, -1)) / mass.sum((-2, -1))
-                self.found[name].append(best.flatten())
+            for name, mass in zip(AXES, order_masses(q, k, lse, site, AXES, BLOCK), strict=True):
+                held, every = best_recall(mass, 1 - self.share)
+                self.found[name].append(held / every)
         return out
 
     def summary(self) -> tuple[float, float]:
         """Mean over heads, layers and steps: in raster order, and in the best order of each."""
         each = torch.stack([torch.cat(values) for values in self.found.values()])
         return each[list(self.found).index("FHW")].mean().item(), each.amax(0).mean().item()
-
-
-def axis_orders(layout: Any) -> dict[str, Tensor]:
-    """The six orders of the axes as token numbers, int64 [N]."""
-    raster = torch.arange(layout.tokens).view(layout.frames, layout.height, layout.width)
-    axes = itertools.permutations(range(3))
-    return {"".join("FHW"[a] for a in order): raster.permute(order).flatten() for order in axes}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""What a run costs: the kinds of its steps, the FLOPs of one forward pass, and what sparse attention can save of them.
+
+The unit of attention is one dense pass. AdaSpa's run (arXiv 2502.21079) of T steps, of which w are dense, costs
+w + 1/2 + (T - w) d + r/2: the pass that sums masses has one product of two, and each of r later searches needs one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from diffsparse.models import spec_of
+from diffsparse.patch import attentions
+from diffsparse.report import Report
+from diffsparse.schedule import Schedule
+
+# search: dense, with the mass pass; refresh: sparse, with the mass pass on a cached log-sum-exp
+Kind = Literal["dense", "search", "refresh", "sparse"]
+KINDS: tuple[Kind, ...] = ("dense", "search", "refresh", "sparse")
+
+_MASS_PASS = 0.5
+_ONCE = ("norm", "time", "guidance", "modulation", "_mod.", "adaln", "pooled")  # fed with one vector for each sample
+_TEXT = ("add_", "text", "txt", "caption", "image_emb")  # fed with the prompt (or an input image) alone
+_PRODUCTS = nn.Linear | nn.Conv2d | nn.Conv3d
+
+
+def kinds(strategy: Any, schedule: Schedule, steps: int) -> list[Kind]:
+    """What each of the `steps` steps does in the layers that may be sparse.
+
+    A strategy with `observe` searches in its last dense step, or in its first step if none is dense; one with
+    `search_steps(steps)` searches again in those. One without a sparsity, or of sparsity 0, is dense throughout.
+    """
+    first, end = schedule.bounds(steps)
+    end = steps if end is None else end
+    if getattr(strategy, "sparsity", 0) == 0 or first >= end:
+        return ["dense"] * steps
+    again: set[int] = strategy.search_steps(steps) if hasattr(strategy, "search_steps") else set()
+    found: list[Kind] = [
+        "dense" if step < first or step >= end else "refresh" if step in again else "sparse" for step in range(steps)
+    ]
+    if hasattr(strategy, "observe"):
+        found[max(first - 1, 0)] = "search"
+    return found
+
+
+def passes(kind: Kind, density: float) -> float:
+    """Attention of one step of that kind, in dense passes."""
+    return {"dense": 1.0, "search": 1 + _MASS_PASS, "refresh": density + _MASS_PASS, "sparse": density}[kind]
+
+
+def end_to_end(share: float, attention_speedup: float) -> float:
+    """Speed-up of a whole of which `share` is attention (Amdahl's law)."""
+    return 1 / (1 - share + share / attention_speedup)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one forward pass of one sample, 2 for each multiplication.
+
+    attention: the two products of self-attention over the grid, for each of the model's attention modules in order
+        (0 for those that are never sparse). rest: everything else that multiplies matrices.
+    """
+
+    attention: tuple[float, ...]
+    rest: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return sum(self.attention) + self.rest
+
+    @property
+    def share(self) -> float:
+        """Share of attention."""
+        return sum(self.attention) / self.total
+
+
+def flops(model: nn.Module, video: int, text: int) -> Flops:
+    """Count a pass over `video` grid tokens and `text` prompt tokens, from the shapes of the weights alone.
+
+    Each linear layer costs 2 x weights x rows, each attention 4 x rows x columns x width. Which rows a layer sees is
+    read off its name; tests hold the count against one of the operations that really run. Works on the meta device.
+    """
+    joint = 0 if spec_of(model).text == "none" else text
+    attention, crossed = [], 0.0
+    for name, module in attentions(model):
+        products = 4.0 * _width(module)
+        if any(part in name for part in spec_of(model).skip):
+            attention.append(0.0)
+            crossed += products * text * text
+        elif name.endswith("attn2") and not joint:
+            attention.append(0.0)
+            crossed += products * video * text
+        else:
+            attention.append(products * (video + (0 if name.endswith("attn2") else joint)) ** 2)
+    return Flops(tuple(attention), crossed + sum(_linear(model, video, text, joint)))
+
+
+def _linear(model: nn.Module, video: int, text: int, joint: int) -> list[float]:
+    named = [(name, m) for name, m in model.named_modules() if isinstance(m, _PRODUCTS)]
+    two_streams = {_block(name) for name, _ in named if _reads(name, _TEXT)}
+    found = []
+    for name, module in named:
+        if _reads(name, _ONCE):
+            rows = 1
+        elif _reads(name, _TEXT) or (not joint and name.endswith(("attn2.to_k", "attn2.to_v"))):
+            rows = text
+        else:
+            rows = video if _block(name) in two_streams else video + joint
+        found.append(2.0 * module.weight.numel() * rows)
+    return found
+
+
+def _block(name: str) -> str:
+    """ "transformer_blocks.3.ff.net.2" -> "transformer_blocks.3"; layers outside of blocks share one of their own."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if len(parts) > 2 and parts[1].isdecimal() else ""
+
+
+def _reads(name: str, words: tuple[str, ...]) -> bool:
+    return any(word in name for word in words)
+
+
+def _width(module: Any) -> int:
+    """Heads times head size of the queries."""
+    width = getattr(module, "inner_dim", None)
+    return int(width or getattr(module, "heads", None) or module.num_heads) * (1 if width else int(module.head_dim))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """attention_share: of a dense step; attention_speedup, speedup: of the run, dense steps and searches included."""
+
+    attention_share: float
+    attention_speedup: float
+    speedup: float
+
+    @classmethod
+    def before(cls, count: Flops, strategy: Any, schedule: Schedule, steps: int) -> Estimate | None:
+        """From operations alone: as if the machine did all of them equally fast, and nothing else took time.
+
+        None if the strategy's sparsity is None: it depends on what it will see.
+        """
+        sparsity = getattr(strategy, "sparsity", 0)
+        if sparsity is None:
+            return None
+        density = 1.0 - float(sparsity)
+        mean = sum(passes(kind, density) for kind in kinds(strategy, schedule, steps)) / steps
+        layers = len(count.attention)
+        fixed = sum(x for i, x in enumerate(count.attention) if schedule.excludes(i, layers)) / sum(count.attention)
+        faster = 1 / (fixed + (1 - fixed) * mean)
+        return cls(count.share, faster, end_to_end(count.share, faster))
+
+    @classmethod
+    def after(cls, report: Report, seconds: float) -> Estimate | None:
+        """From a finished call of `seconds`: its own dense calls tell what a dense run would have taken.
+
+        None if no call was dense, or none was anything else.
+        """
+        dense = [call.seconds for call in report.calls if call.kind == "dense"]
+        if not dense or len(dense) == len(report.calls) or not report.attention_seconds:
+            return None
+        attention = sum(dense) / len(dense) * len(report.calls)
+        rest = max(seconds - report.attention_seconds, 0.0)
+        whole = attention + rest
+        return cls(attention / whole, attention / report.attention_seconds, whole / seconds)

@@ -1,0 +1,135 @@
+"""Attention on Hopper (sm_90) in Gluon. The kernel is in `gluon_kernels.py`; what it can't do, the triton backend does.
+
+It takes bfloat16 and float16 [B, H, N, D] whose rows are dense and whose addresses and strides are multiples of 16
+bytes, D at most 128, blocks of 128 queries and 64 or 128 keys, no key mask, no boxes, no mass. All else is the triton
+backend's, and so is everything where the kernel fails its test on the device. Scores, softmax and LSE are float32, and
+the error against float64 stays below twice that of plain attention in the same dtype.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton as compiler
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from diffsparse_kernels import gluon_kernels as kernels
+from diffsparse_kernels import triton
+from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
+from diffsparse_kernels.proof import proven
+
+VERSIONS = (3, 6), (3, 10)  # of Triton, the last excluded: Gluon is experimental, and renames things
+_VERSION = tuple(int(part) for part in compiler.__version__.split(".")[:2])
+if not VERSIONS[0] <= _VERSION < VERSIONS[1]:
+    raise ImportError(f"the gluon backend wants Triton 3.6 to 3.9; found {compiler.__version__}")
+
+Q_BLOCK = 128
+KV_BLOCKS = (64, 128)
+
+attention_with_mass = triton.attention_with_mass
+block_mass = triton.block_mass
+
+
+@cache
+def unfit(device: torch.device) -> str:
+    """Why the kernel does not run on `device`; empty if it does."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "the gluon backend is for Hopper (sm_90)"
+    return "" if proven(block_sparse_attention, device) else "the gluon kernel failed its test on this device"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Dense attention -> out, lse."""
+    if not fits(q, k, v, Q_BLOCK, KV_BLOCKS[-1], key_mask, None):
+        return triton.attention(q, k, v, scale, key_mask)
+    return _attend(q, k, v, scale, KV_BLOCKS[-1], None)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_mask: Tensor | None,
+    boxes: Boxes | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the listed blocks."""
+    if not fits(q, k, v, lists.q_block, lists.kv_block, key_mask, boxes):
+        return triton.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
+    return _attend(q, k, v, scale, lists.kv_block, lists)
+
+
+def fits(
+    q: Tensor, k: Tensor, v: Tensor, q_block: int, kv_block: int, key_mask: Tensor | None, boxes: Boxes | None
+) -> bool:
+    """Whether the kernel can do this."""
+    return (
+        key_mask is None
+        and boxes is None
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[3] == v.shape[3] <= 128
+        and q_block == Q_BLOCK
+        and kv_block in KV_BLOCKS
+        and triton.copyable(q, k, v)
+    )
+
+
+def constants(head_dim: int, kv_block: int, lists: BlockLists | None) -> dict[str, Any]:
+    """The constants of `kernels.attend`: as many stages as the shared memory of one block of threads holds."""
+    padded = 64 if head_dim <= 64 else 128
+    return {
+        "D": head_dim,
+        "D_PAD": padded,
+        "KV_BLOCK": kv_block,
+        "STAGES": 2 if kv_block * padded > 8192 else 4,
+        "SPARSE": lists is not None,
+        "ORDERED": lists is not None and lists.order is not None,
+    }
+
+
+def layout() -> Any:
+    """Of a tile [1, 1, rows, D_PAD] in shared memory, as the tensor cores read it."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, kv_block: int, lists: BlockLists | None
+) -> tuple[Tensor, Tensor]:
+    q, scale = triton.positive(q, scale)
+    batch, heads, n_q, head_dim = q.shape
+    out = q.new_empty(batch, heads, n_q, head_dim)
+    lse = q.new_empty(batch, heads, n_q, dtype=torch.float32)
+    constant = constants(head_dim, kv_block, lists)
+    programs = batch * heads * blocks_of(n_q, Q_BLOCK)
+    order = None if lists is None else lists.order
+
+    def tiles(x: Tensor, rows: int) -> TensorDescriptor:
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, constant["D_PAD"]], layout())
+
+    with torch.cuda.device_of(q):
+        kernels.attend[(programs,)](
+            tiles(q, Q_BLOCK),
+            tiles(k, kv_block),
+            tiles(v, kv_block),
+            out,
+            lse,
+            lse if lists is None else lists.idx.contiguous(),
+            lse if lists is None else lists.cnt.contiguous(),
+            lse if order is None else order,
+            scale * triton.LOG2E,
+            n_q,
+            k.shape[2],
+            heads,
+            programs if lists is None else lists.cnt.numel(),
+            0 if lists is None else lists.idx.shape[3],
+            **constant,
+            num_warps=4,
+        )
+    return out, lse

@@ -1,0 +1,235 @@
+"""The kernels of the Triton backend: attention over key blocks, the mass of blocks, rounding to eight bits.
+
+A program of `attend` computes one query block of one head. It walks over its key blocks (all of them, or those of a
+list) in tiles of `BLOCK_N` keys with the online softmax of FlashAttention-2 (arXiv 2307.08691, Algorithm 1), in base
+2. The mass of a tile against a cached LSE needs no second exponential of the scores: the row sums of the tile are
+there already, and only have to be scaled from the running maximum to the cached LSE.
+"""
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def whose_turn(order_ptr, listed, n_q, heads, Q_BLOCK: tl.constexpr, ORDERED: tl.constexpr):
+    """The query block of this program -> number of its list, block row, sample, head.
+
+    Programs start in the order of their numbers, so the longest lists come first where an order says so. Where there
+    are fewer lists than query blocks, all samples share them.
+    """
+    turn = tl.program_id(0)
+    lists_at = turn % listed
+    if ORDERED:
+        lists_at = tl.load(order_ptr + lists_at)
+    block = turn // listed * listed + lists_at
+    q_blocks = tl.cdiv(n_q, Q_BLOCK)
+    bh = block // q_blocks
+    return lists_at, block % q_blocks, (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+
+
+@triton.jit
+def matrix(ptr, length, row_stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TMA: tl.constexpr):
+    """One head's [length, D] as `load_rows` wants it: a descriptor for the copy engine, or its address."""
+    if TMA:
+        return tl.make_tensor_descriptor(ptr, [length, D], [row_stride, 1], [ROWS, D_PAD])
+    else:
+        return ptr
+
+
+@triton.jit
+def load_rows(
+    matrix, start, length, row_stride, column_stride,
+    ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    RAGGED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Rows start .. start + ROWS of one head, [ROWS, D_PAD]; zeros beyond D and, if RAGGED, beyond the length."""
+    if TMA:
+        tile = matrix.load([start, 0])
+    else:
+        rows = tl.arange(0, ROWS)
+        columns = tl.arange(0, D_PAD)
+        first = matrix + tl.cast(start, tl.int64) * row_stride
+        at = first + rows[:, None] * row_stride + columns[None, :] * column_stride
+        if RAGGED and D != D_PAD:
+            tile = tl.load(at, mask=(start + rows < length)[:, None] & (columns < D)[None, :], other=0.0)
+        elif RAGGED:
+            tile = tl.load(at, mask=(start + rows < length)[:, None], other=0.0)
+        elif D != D_PAD:
+            tile = tl.load(at, mask=(columns < D)[None, :], other=0.0)
+        else:
+            tile = tl.load(at)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def hide_keys(
+    scores, columns, key_mask_ptr, place_ptr, low_ptr, high_ptr, rows, n_q, n_kv,
+    RAGGED: tl.constexpr, MASKED: tl.constexpr, AXES: tl.constexpr,
+):  # fmt: skip
+    """-inf for keys beyond the last, for padded keys, and for those outside the query's box."""
+    there = columns < n_kv  # [BLOCK_N]
+    if RAGGED:
+        scores = tl.where(there[None, :], scores, -float("inf"))
+    if MASKED:
+        allowed = tl.load(key_mask_ptr + columns, mask=there, other=0)
+        scores = tl.where((allowed != 0)[None, :], scores, -float("inf"))
+    if AXES > 0:
+        first = tl.load(place_ptr + columns, mask=there, other=0)  # a negative first place is inside all boxes
+        for axis in tl.static_range(AXES):
+            place = tl.load(place_ptr + axis * n_kv + columns, mask=there, other=0)[None, :]  # [1, BLOCK_N]
+            low = tl.load(low_ptr + axis * n_q + rows, mask=rows < n_q, other=0)[:, None]  # [M, 1]
+            high = tl.load(high_ptr + axis * n_q + rows, mask=rows < n_q, other=0)[:, None]
+            inside = (low <= place) & (place <= high) | (first < 0)[None, :]
+            scores = tl.where(inside, scores, -float("inf"))
+    return scores
+
+
+@triton.jit
+def softmax_step(scores, scale, highest):
+    """Weights of one tile against the running maximum -> weights, their base, the new maximum, shrinkage of the old.
+
+    A row that has seen no key yet has -inf as its maximum, and 0 as its base.
+    """
+    now = tl.maximum(highest, tl.max(scores, 1) * scale)
+    base = tl.where(now == -float("inf"), 0.0, now)
+    return tl.math.exp2(scores * scale - base[:, None]), base, now, tl.math.exp2(highest - base)
+
+
+@triton.jit
+def log2_of_cached(cached_ptr, rows, n_q):
+    """Cached LSE of the rows in base 2, [M]; +inf, which weighs nothing, where it is not finite or there is no row."""
+    cached = tl.load(cached_ptr + rows, mask=rows < n_q, other=float("inf"))
+    return tl.where(tl.abs(cached) < float("inf"), cached * LOG2E, float("inf"))
+
+
+@triton.jit
+def next_block(idx_ptr, turn, turns, PARTS: tl.constexpr, SPARSE: tl.constexpr):
+    """The key block of a turn, from the list or counted; asked for one turn ahead, so that copies need not wait."""
+    if SPARSE:
+        return tl.load(idx_ptr + turn // PARTS, mask=turn < turns, other=0)
+    else:
+        return turn // PARTS
+
+
+@triton.jit
+def attend(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mass_ptr, cached_ptr, idx_ptr, cnt_ptr, order_ptr,
+    key_mask_ptr, place_ptr, low_ptr, high_ptr,
+    scale_log2, n_q, n_kv, heads, listed, width,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPARSE: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr, AXES: tl.constexpr, MASS: tl.constexpr,
+    RAGGED: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Attention of one query block."""
+    lists_at, row_block, b, h = whose_turn(order_ptr, listed, n_q, heads, Q_BLOCK, ORDERED)
+    first_row = row_block * Q_BLOCK
+    rows = first_row + tl.arange(0, Q_BLOCK)  # [M]
+    row_at = (b * heads + h) * n_q
+    queries = matrix(q_ptr + b * q_b + h * q_h, n_q, q_n, Q_BLOCK, D, D_PAD, TMA)
+    keys = matrix(k_ptr + b * k_b + h * k_h, n_kv, k_n, BLOCK_N, D, D_PAD, TMA)
+    values = matrix(v_ptr + b * v_b + h * v_h, n_kv, v_n, BLOCK_N, D_V, DV_PAD, TMA)
+    q = load_rows(queries, first_row, n_q, q_n, q_d, Q_BLOCK, D, D_PAD, True, TMA, UPCAST)  # [M, D]
+    highest = tl.full([Q_BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([Q_BLOCK], tl.float32)
+    acc = tl.zeros([Q_BLOCK, DV_PAD], tl.float32)
+    PARTS: tl.constexpr = KV_BLOCK // BLOCK_N
+    kv_blocks = tl.cdiv(n_kv, KV_BLOCK)
+    if MASS:
+        cached = log2_of_cached(cached_ptr + row_at, rows, n_q)
+        held = tl.zeros([Q_BLOCK], tl.float32)
+        mass_at = mass_ptr + ((b * heads + h) * tl.cdiv(n_q, Q_BLOCK) + row_block) * kv_blocks
+    turns = kv_blocks * PARTS
+    idx_at = idx_ptr
+    if SPARSE:
+        turns = tl.load(cnt_ptr + lists_at) * PARTS
+        idx_at = idx_ptr + lists_at.to(tl.int64) * width
+    block = next_block(idx_at, 0, turns, PARTS, SPARSE)
+    for turn in tl.range(turns, warp_specialize=SPECIALISED):
+        part = turn % PARTS
+        start = block * KV_BLOCK + part * BLOCK_N
+        columns = start + tl.arange(0, BLOCK_N)
+        k = load_rows(keys, start, n_kv, k_n, k_d, BLOCK_N, D, D_PAD, RAGGED, TMA, UPCAST)  # [N, D]
+        v = load_rows(values, start, n_kv, v_n, v_d, BLOCK_N, D_V, DV_PAD, RAGGED, TMA, UPCAST)
+        scores = tl.dot(q, k.T, input_precision="ieee")  # [M, N]
+        scores = hide_keys(
+            scores,
+            columns,
+            key_mask_ptr + b * n_kv,
+            place_ptr,
+            low_ptr,
+            high_ptr,
+            rows,
+            n_q,
+            n_kv,
+            RAGGED,
+            MASKED,
+            AXES,
+        )
+        weights, base, highest, shrink = softmax_step(scores, scale_log2, highest)
+        part_sum = tl.sum(weights, 1)
+        total = total * shrink + part_sum
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        if MASS:
+            held = tl.where(part == 0, 0.0, held) + part_sum * tl.math.exp2(base - cached)
+            tl.store(mass_at + block, tl.sum(held, 0))  # the last part of a block has it all
+        block = next_block(idx_at, turn + 1, turns, PARTS, SPARSE)
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, -float("inf"), (highest + tl.math.log2(total)) * LN2)
+    dims = tl.arange(0, DV_PAD)
+    out_at = out_ptr + (row_at + first_row) * D_V + tl.arange(0, Q_BLOCK)[:, None] * D_V + dims[None, :]
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_at, out, mask=(rows < n_q)[:, None] & (dims < D_V)[None, :])
+    tl.store(lse_ptr + row_at + rows, lse, mask=rows < n_q)
+
+
+@triton.jit
+def measure(
+    q_ptr, k_ptr, mass_ptr, cached_ptr, key_mask_ptr,
+    scale_log2, n_q, n_kv, heads,
+    q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d,
+    D: tl.constexpr, D_PAD: tl.constexpr,
+    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Mass of all key blocks in BLOCK_M query rows: of one query block, or of several small ones."""
+    strips = tl.cdiv(n_q, BLOCK_M)
+    strip = tl.program_id(0) % strips
+    bh = tl.program_id(0) // strips
+    b = (bh // heads).to(tl.int64)
+    h = (bh % heads).to(tl.int64)
+    first_row = strip * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)  # [M]
+    queries = matrix(q_ptr + b * q_b + h * q_h, n_q, q_n, BLOCK_M, D, D_PAD, TMA)
+    keys = matrix(k_ptr + b * k_b + h * k_h, n_kv, k_n, BLOCK_N, D, D_PAD, TMA)
+    q = load_rows(queries, first_row, n_q, q_n, q_d, BLOCK_M, D, D_PAD, True, TMA, UPCAST)  # [M, D]
+    cached = log2_of_cached(cached_ptr + (b * heads + h) * n_q, rows, n_q)
+    PARTS: tl.constexpr = KV_BLOCK // BLOCK_N
+    BLOCKS: tl.constexpr = BLOCK_M // Q_BLOCK
+    q_blocks = tl.cdiv(n_q, Q_BLOCK)
+    kv_blocks = tl.cdiv(n_kv, KV_BLOCK)
+    row_blocks = strip * BLOCKS + tl.arange(0, BLOCKS)
+    mass_at = mass_ptr + ((b * heads + h) * q_blocks + row_blocks) * kv_blocks  # [BLOCKS]
+    held = tl.zeros([BLOCK_M], tl.float32)
+    for turn in tl.range(kv_blocks * PARTS):
+        start = turn * BLOCK_N
+        columns = start + tl.arange(0, BLOCK_N)
+        k = load_rows(keys, start, n_kv, k_n, k_d, BLOCK_N, D, D_PAD, RAGGED, TMA, UPCAST)  # [N, D]
+        scores = tl.dot(q, k.T, input_precision="ieee")  # [M, N]
+        scores = hide_keys(
+            scores, columns, key_mask_ptr + b * n_kv, q_ptr, q_ptr, q_ptr, rows, n_q, n_kv, RAGGED, MASKED, 0
+        )
+        weights = tl.math.exp2(scores * scale_log2 - cached[:, None])
+        held = tl.where(turn % PARTS == 0, 0.0, held) + tl.sum(weights, 1)
+        found = tl.sum(tl.reshape(held, [BLOCKS, Q_BLOCK]), 1)  # the last part of a block has it all
+        tl.store(mass_at + turn // PARTS, found, mask=row_blocks < q_blocks)

@@ -1,0 +1,106 @@
+"""Emulated 8 and 4 bits, against whole numbers multiplied one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import diffsparse_kernels as dk
+from support import exact
+from support.cases import MASKS, Size
+
+SIZES = (Size(dim=16), Size(batch=1, q_len=83, kv_len=83, dim=20), Size(1, 2, 40, 70, 8, 12, q_block=16, kv_block=24))
+
+
+def by_hand(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers int64 [N, D] and a step for each row, float64 [N], of x [N, D]."""
+    numbers, steps = torch.empty(x.shape, dtype=torch.int64), torch.empty(len(x), dtype=torch.float64)
+    for first in range(0, len(x), block):
+        part = x[first : first + block].double()
+        step = float(part.abs().max()) / (2 ** (bits - 1) - 1)
+        numbers[first : first + block] = (part / step).round().long() if step else 0
+        steps[first : first + block] = step
+    return numbers, steps
+
+
+def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, size: Size, bits: int) -> tuple[Tensor, Tensor]:
+    """One head: products of whole numbers, tile by tile. mask: bool [nQ, nK]."""
+    (qi, qs), (ki, ks), (vi, vs) = by_hand(q, bits, size.q_block), *(by_hand(x, bits, size.kv_block) for x in (k, v))
+    scores = (qi @ ki.T).double() * qs[:, None] * ks * size.scale
+    allowed = exact.element_mask(mask[None, None], size.q_block, size.kv_block, len(q), len(k))[0, 0]
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top.masked_fill(top.isneginf(), 0)).exp()
+    out = torch.zeros(len(q), v.shape[1], dtype=torch.float64)
+    for row, column in mask.nonzero().tolist():
+        rows, columns = (slice(i * b, (i + 1) * b) for i, b in ((row, size.q_block), (column, size.kv_block)))
+        tile = weights[rows, columns]
+        step = float(tile.max()) / (2 ** (bits - 1) - 1)
+        out[rows] += ((tile / step).round().long() @ vi[columns]).double() * step * vs[columns][0]
+    total = weights.sum(-1, keepdim=True)
+    return out / total.masked_fill(total == 0, 1), (top + total.log())[:, 0]
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_it_multiplies_whole_numbers(size: Size, kind: str) -> None:
+    q, k, v = size.qkv(torch.float64)
+    mask = MASKS[kind](size)
+    for bits in (8, 4):
+        out, lse = dk.quantised_attention(q, k, v, size.lists(mask), bits=bits)
+        for b in range(size.batch):
+            for h in range(size.heads):
+                want, want_lse = attention_by_hand(q[b, h], k[b, h], v[b, h], mask[b, h], size, bits)
+                torch.testing.assert_close(out[b, h], want)
+                torch.testing.assert_close(lse[b, h], want_lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_more_bits_come_closer_to_the_exact_product(dtype: torch.dtype) -> None:
+    size = Size(q_len=83, kv_len=83, dim=20)
+    q, k, v = size.qkv(dtype)
+    keys = torch.rand(size.batch, size.kv_len) < 0.8
+    mask = MASKS["random"](size)
+    want, _ = exact.softmax_attention(q, k, v, size.allowed(mask, keys), size.scale)
+    errors = []
+    for bits in (2, 4, 6, 8):
+        out, _ = dk.quantised_attention(q, k, v, size.lists(mask), bits=bits, key_mask=keys)
+        assert out.dtype == dtype
+        errors.append(float((out.double() - want).square().mean().sqrt()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.05 * errors[0]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 16), st.sampled_from([2, 4, 8]), st.floats(1e-6, 1e6))
+def test_half_a_step_is_the_largest_error(rows: int, dim: int, block: int, bits: int, size: float) -> None:
+    x = torch.randn(2, rows, dim) * size
+    numbers, steps = dk.quantise(x, bits, block)
+    assert numbers.dtype == torch.int8
+    assert int(numbers.abs().max()) == 2 ** (bits - 1) - 1
+    assert ((numbers * steps - x).abs() <= 0.5001 * steps).all()
+    for part, step in zip(x.split(block, 1), steps.split(block, 1), strict=True):
+        peak = part.abs().amax((1, 2))
+        torch.testing.assert_close(step[:, 0, 0] * (2 ** (bits - 1) - 1), peak)
+        torch.testing.assert_close(step, step[:, :1].expand_as(step))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 16))
+def test_incoherence_by_its_definition(rows: int, dim: int, block: int) -> None:
+    x = torch.randn(3, rows, dim)
+    parts = x.split(block, 1)
+    want = torch.stack([part.abs().amax((1, 2)) / part.abs().mean((1, 2)) for part in parts], -1)
+    torch.testing.assert_close(dk.incoherence(x, block), want)
+
+
+def test_zeros_and_bad_input() -> None:
+    numbers, steps = dk.quantise(torch.zeros(4, 2), 8, 2)
+    assert not numbers.any()
+    assert steps.isfinite().all()
+    assert not dk.incoherence(torch.zeros(4, 2), 2).any()
+    with pytest.raises(dk.KernelInputError, match="wanted 2 to 8 bits; got 16"):
+        dk.quantise(torch.zeros(4, 2), 16, 2)

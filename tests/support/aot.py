@@ -1,0 +1,87 @@
+"""Kernels compiled ahead of time for chips that aren't here, and what came out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# chip -> instruction of its tensor cores in PTX, bytes of shared memory that one block of threads can have
+CHIPS = {
+    80: ("mma.sync", 163 * 1024),
+    89: ("mma.sync", 99 * 1024),
+    90: ("wgmma.mma_async", 227 * 1024),
+    100: ("tcgen05.mma", 227 * 1024),
+    120: ("mma.sync", 99 * 1024),
+}
+COPY_ENGINE = "cp.async.bulk.tensor"  # UTMALDG
+SPECIALISED = "setmaxnreg"
+TYPES = {
+    "*bf16": ("q_ptr", "k_ptr", "v_ptr", "out_ptr"),
+    "*fp32": ("lse_ptr", "mass_ptr", "cached_ptr"),
+    "*i32": ("idx_ptr", "cnt_ptr", "order_ptr", "place_ptr", "low_ptr", "high_ptr"),
+    "*u8": ("key_mask_ptr",),
+    "fp32": ("scale_log2",),
+}
+ALIGNED = re.compile(r".*_ptr|[qkvx]_[bhn]")  # addresses and strides that are multiples of 16
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """stack: bytes of registers spilled and of local arrays; shared: bytes of shared memory; ptx: the assembly."""
+
+    stack: int
+    shared: int
+    ptx: str
+
+
+def compiled(
+    kernel: Any,
+    chip: int,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    source: type[ASTSource] = ASTSource,
+    **types: str,
+) -> Compiled:
+    """A Triton kernel for `chip`; arguments are int32 unless `TYPES` or `types` says otherwise, rows are dense."""
+    known = {name: kind for kind, names in TYPES.items() for name in names} | types
+    names: list[str] = kernel.arg_names
+    constants = {**{name: 1 for name in names if re.fullmatch(r"[qkvx]_d", name)}, **constants}
+    signature = {name: "constexpr" if name in constants else known.get(name, "i32") for name in names}
+    made = source(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if ALIGNED.fullmatch(name)},
+    )
+    return inspected(made, chip, num_warps=warps, num_stages=stages)
+
+
+def inspected(source: ASTSource, chip: int, **options: int) -> Compiled:
+    """Compile a source, and read its use of memory from the binary."""
+    kernel = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack = re.search(r"STACK:(\d+)", usage)
+    assert stack is not None
+    return Compiled(int(stack[1]), kernel.metadata.shared, kernel.asm["ptx"])
+
+
+def assert_sound(kernel: Compiled, chip: int, instruction: str | None = None) -> None:
+    """No spills worth the name, shared memory within the chip's, tensor cores at work."""
+    wanted, shared = CHIPS[chip]
+    assert kernel.stack <= 32
+    assert kernel.shared <= shared
+    assert re.search(instruction or wanted, kernel.ptx)

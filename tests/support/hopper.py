@@ -1,0 +1,247 @@
+"""Gluon for Hopper on the CPU: each partition of warps is a thread, and whatever is asynchronous there is here.
+
+Copies arrive late, and their slot holds NaN until then. A matrix product reads its shared memory when it is issued and
+again when it is waited for, and both must agree: memory that is not full yet, or given back too early, is noticed. A
+barrier that nobody completes raises instead of hanging.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PATIENCE = 20.0  # seconds
+
+
+class Barrier:
+    """An mbarrier: completes a phase when all have arrived and all expected bytes have come."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = self._missing = self._bytes = self._phases = 0
+
+    def init(self, count: int) -> None:
+        self._count = self._missing = count
+
+    def arrive(self, arrivals: int = 1, expected: int = 0, came: int = 0) -> None:
+        _dawdle()
+        with self._changed:
+            self._missing -= arrivals
+            self._bytes += expected - came
+            assert self._missing >= 0, "more arrivals than the barrier was made for"
+            if self._missing == 0 and self._bytes == 0:
+                self._phases += 1
+                self._missing = self._count
+                self._changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        """Until the phase of this parity is over."""
+        _dawdle()
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._phases % 2 != int(parity), _PATIENCE)
+        if not done:
+            raise TimeoutError("deadlock: a barrier was never completed")
+
+
+class Shared:
+    """A view of shared memory, or an array of barriers."""
+
+    def __init__(self, data: Any, dtype: Any) -> None:
+        self.data, self.dtype = data, dtype
+
+    def index(self, i: Any) -> Any:
+        return self.data[int(i)] if isinstance(self.data, list) else Shared(self.data[int(i)], self.dtype)
+
+    def reshape(self, shape: list[int]) -> Shared:
+        return Shared(self.data.view(shape), self.dtype)
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.data.permute(order), self.dtype)
+
+    def slice(self, start: int, length: int) -> Shared:
+        return Shared(self.data[start : start + length], self.dtype)
+
+
+class Pointer:
+    """An address in a flat tensor."""
+
+    def __init__(self, flat: Tensor, at: Any = 0) -> None:
+        self.flat, self.at = flat, at
+        self.dtype = types.SimpleNamespace(element_ty=flat.dtype)
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.flat, self.at + offset)
+
+
+class Descriptor:
+    """What the copy engine needs to know of a tensor."""
+
+    def __init__(self, tensor: Tensor, block: list[int]) -> None:
+        size = torch.Size(block).numel() * tensor.element_size()
+        self.tensor, self.dtype, self.layout = tensor, tensor.dtype, None
+        self.block_type = types.SimpleNamespace(shape=block, nbytes=size)
+
+    def tile(self, place: list[int]) -> Tensor:
+        """Zeros beyond the tensor's edges."""
+        tile = self.tensor.new_zeros(self.block_type.shape)
+        ranges = [
+            slice(int(p), min(int(p) + n, size))
+            for p, n, size in zip(place, tile.shape, self.tensor.shape, strict=True)
+        ]
+        part = self.tensor[tuple(ranges)]
+        tile[tuple(slice(0, n) for n in part.shape)] = part
+        return tile
+
+
+class Product:
+    """A matrix product under way."""
+
+    def __init__(self, a: Any, b: Shared, acc: Tensor, use_acc: bool) -> None:
+        self._operands = a, b, acc, use_acc
+        self._issued, self.result = self._compute(), None
+
+    def _compute(self) -> Tensor:
+        a, b, acc, use_acc = self._operands
+        left = a.data if isinstance(a, Shared) else a
+        return left.float() @ b.data.float() + (acc if use_acc else 0)
+
+    def finish(self) -> None:
+        self.result = self._compute()
+        assert torch.equal(self._issued, self.result), "an operand changed, or had not arrived"
+
+
+def _dawdle() -> None:
+    if random.random() < 0.3:
+        time.sleep(random.random() * 2e-4)
+
+
+class Hopper:
+    """Runs a kernel of `module`, whose functions are taken from their decorators and bound to this machine."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self._under_way = threading.local()
+        self._program = 0
+        self._world = {name: getattr(value, "value", value) for name, value in vars(module).items()}  # of constants
+        self._world.update(
+            gl=self._language(),
+            mbarrier=self._barriers(),
+            copy_tile=self._copy,
+            warpgroup_mma=self._multiply,
+            warpgroup_mma_wait=self._await_products,
+            fence_async_shared=lambda: None,
+        )
+        for name, value in vars(module).items():
+            if hasattr(value, "is_gluon"):
+                code = value.fn.__code__
+                self._world[name] = types.FunctionType(code, self._world, name, value.fn.__defaults__)
+
+    def run(self, kernel: str, programs: int, *arguments: Any) -> None:
+        for program in range(programs):
+            self._program = program
+            self._world[kernel](*arguments)
+
+    def _copy(self, tiles: Descriptor, place: list[int], full: Any, slot: Shared) -> None:
+        slot.data.fill_(torch.nan)
+
+        def deliver() -> None:
+            time.sleep(random.random() ** 4 * 2e-2)  # some copies are late, and overtaken by others
+            slot.data.copy_(tiles.tile(place))
+            _barrier(full).arrive(0, came=tiles.block_type.nbytes)
+
+        threading.Thread(target=deliver, daemon=True).start()
+
+    def _multiply(self, a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Product:
+        assert is_async
+        product = Product(a, b, acc, use_acc)
+        self._queue().append(product)
+        return product
+
+    def _await_products(self, left: int, deps: tuple[Product]) -> Tensor:
+        queue = self._queue()
+        while len(queue) > left:
+            queue.pop(0).finish()
+        assert deps[0].result is not None, "read before it was waited for"
+        return deps[0].result
+
+    def _queue(self) -> list[Product]:
+        if not hasattr(self._under_way, "queue"):
+            self._under_way.queue = []
+        return self._under_way.queue  # type: ignore[no-any-return]
+
+    def _partitions(self, work: list[tuple[Callable[..., Any], tuple[Any, ...]]], *_: Any) -> None:
+        errors: list[BaseException] = []
+
+        def guarded(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+            try:
+                function(*arguments)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=guarded, args=job, daemon=True) for job in work]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise next((e for e in errors if not isinstance(e, TimeoutError)), errors[0])
+
+    def _barriers(self) -> Any:
+        return types.SimpleNamespace(
+            MBarrierLayout=lambda: "barriers",
+            init=lambda barrier, count: _barrier(barrier).init(count),
+            wait=lambda barrier, parity: _barrier(barrier).wait(parity),
+            expect=lambda barrier, size: _barrier(barrier).arrive(1, expected=size),
+            arrive=lambda barrier, count: _barrier(barrier).arrive(count),
+        )
+
+    def _language(self) -> Any:
+        return types.SimpleNamespace(
+            constexpr=lambda x: x,
+            int64=torch.int64,
+            float32=torch.float32,
+            NVMMADistributedLayout=lambda *_: None,
+            DotOperandLayout=lambda *_: None,
+            SliceLayout=lambda *_: None,
+            BlockedLayout=lambda *_: None,
+            static_range=range,
+            program_id=lambda axis: torch.tensor(self._program),
+            cdiv=lambda a, b: -(-a // b),
+            minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+            maximum=torch.maximum,
+            max=lambda x, axis: x.amax(axis),
+            sum=lambda x, axis: x.sum(axis),
+            exp2=torch.exp2,
+            log2=torch.log2,
+            where=torch.where,
+            convert_layout=lambda x, layout: x,
+            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+            full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+            arange=lambda start, end, layout: torch.arange(start, end),
+            allocate_shared_memory=_allocate,
+            load=lambda pointer: pointer.flat[pointer.at],
+            store=_store,
+            warp_specialize=self._partitions,
+        )
+
+
+def _barrier(place: Any) -> Barrier:
+    """One barrier, whether it was allocated alone or in a ring."""
+    return place if isinstance(place, Barrier) else place.data[0]  # type: ignore[no-any-return]
+
+
+def _allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
+    if layout == "barriers":
+        return Shared([Barrier() for _ in range(shape[0])], dtype)
+    return Shared(torch.full(shape, torch.nan, dtype=dtype), dtype)
+
+
+def _store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
+    mask = mask.expand(value.shape)
+    pointer.flat[pointer.at.expand(value.shape)[mask]] = value[mask]
