@@ -60,6 +60,14 @@ class HeadHunter:
         knobs = {name: value for name, value in vars(self).items() if name not in ("k", "rounds")}
         return Preset(tuple(heads), **knobs, **more)
 
+    def check(self, pool: Sequence[str]) -> None:
+        """Raise ConfigError unless the pool has enough heads for all rounds."""
+        if len(pool) < self.k * self.rounds:
+            raise ConfigError(
+                f"{self.rounds} rounds for {self.k} heads each want a pool of at least {self.k * self.rounds}; got "
+                f"{len(pool)}"
+            )
+
     def trials(self, pool: int) -> int:
         """Sets of heads that are tried, out of a pool of that size; each costs one generation for each pair."""
         return sum(pool - turn * self.k for turn in range(self.rounds))
@@ -99,11 +107,9 @@ def hunt(
         ConfigError: a pool or list of pairs that is too small, scores that are no numbers or too many or few, or the
         file beside `out` is of another hunt. The trials done are kept.
     """
-    if not pairs or len(pool) < hunter.k * hunter.rounds:
-        raise ConfigError(
-            f"a hunt of {hunter.rounds} rounds for {hunter.k} heads wants a pool of at least "
-            f"{hunter.k * hunter.rounds} heads and one or more pairs; got {len(pool)} and {len(pairs)}"
-        )
+    hunter.check(pool)
+    if not pairs:
+        raise ConfigError("a hunt wants one or more pairs of prompt and seed; got none")
     models = fingerprints(models_of(pipe))
     key = hashlib.sha256(json.dumps([repr(hunter), models, list(pool), list(pairs), name]).encode()).hexdigest()
     trials = _Trials(out.with_name(f"{out.name}.partial"), key)

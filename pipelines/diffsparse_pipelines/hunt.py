@@ -31,7 +31,9 @@ Pairs = list[tuple[str, int]]
 
 
 def hunt(
-    out: Annotated[Path, typer.Option(help="The preset to write, a .json file; a sheet .png goes beside it.")],
+    out: Annotated[
+        Path, typer.Option(help="The preset to write, a .json file; a table (.md) and a sheet (.png) go beside it.")
+    ],
     objective: Annotated[
         str,
         typer.Option(
@@ -107,18 +109,31 @@ def hunt(
     hunter = HeadHunter(k, rounds, 1.0 if proxy else guidance_strength, guidance_scale, kind)
     chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
     seen, unseen = _pairs(prompts, images, held_out, model)
-    _check_out(out, overwrite)
+    begun = _begun(out, overwrite)
+    score = named(objective, _device(device))
     session = _Session(model, {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}, chosen)
     session.batch, session.proxy = batch, proxy
-    score = named(objective, session.pipe.device)
     heads = session.pool(pool)
-    session.estimate(hunter, heads, seen)
+    hunter.check(heads)
+    settings = repr((hunter, heads, seen, objective, batch, session.searching))
+    if begun is None or estimate:
+        session.estimate(hunter, heads, seen)
     if estimate:
         return
-    preset = session.hunt(hunter, heads, seen, score, objective, out)
+    if begun is None:
+        begun = session.hunt(hunter, heads, seen, score, out, {"objective": objective, "settings": settings})
+    elif begun.about["settings"] != settings:
+        raise OutputFileError(f"{out} is of a hunt with other settings; choose another --out or use --overwrite")
+    preset = begun
     if unseen:
         preset = session.check(preset, unseen, score, out)
     session.console.print(f"{', '.join(preset.heads)} -> {out}", soft_wrap=True)
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
 def _pairs(prompts: str, images: int | None, held_out: str, model: str) -> tuple[Pairs, Pairs]:
@@ -138,14 +153,20 @@ def _pairs(prompts: str, images: int | None, held_out: str, model: str) -> tuple
     return seen, [(text, count + i) for i, text in enumerate(fresh)]
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def _begun(out: Path, overwrite: bool) -> Preset | None:
+    """The preset of a hunt that ended and was stopped in its check, to go on with; None where there is no file."""
     from diffsparse.files import folder
+    from diffsparse.preset import Preset
 
     if out.suffix != ".json":
         raise ConfigError(f"--out wants a .json file; got {out.name!r}")
-    if out.exists() and not overwrite:
-        raise OutputFileError(f"{out} exists; choose another --out or use --overwrite")
     folder(out.parent)
+    if overwrite or not out.exists():
+        return None
+    about = (preset := Preset.load(out)).about
+    if "held_out" in about or "settings" not in about:
+        raise OutputFileError(f"{out} exists; choose another --out or use --overwrite")
+    return preset
 
 
 class _Session:
@@ -215,27 +236,33 @@ class _Session:
         total, kind = trials * len(pairs), "proxy hunt (not the paper's)" if self.proxy else "hunt"
         steps = self.searching.get("num_inference_steps", "?")
         self.console.print(
-            f"{kind}: {len(heads)} heads, {hunter.rounds} rounds for {hunter.k}: {trials} trials x {len(pairs)} images "
+            f"{kind} for {hunter.rounds} x {hunter.k} heads out of {len(heads)}: {trials} trials x {len(pairs)} images "
             f"= {total} generations of {steps} steps, about {_duration(total * seconds)} at {seconds:.2f} s each",
             highlight=False,
             soft_wrap=True,
         )
 
     def hunt(
-        self, hunter: HeadHunter, heads: list[str], pairs: Pairs, score: Objective, name: str, out: Path
+        self,
+        hunter: HeadHunter,
+        heads: list[str],
+        pairs: Pairs,
+        score: Objective,
+        out: Path,
+        record: dict[str, Any],
     ) -> Preset:
-        """Search, with a progress bar."""
+        """Search, with a progress bar; `record` goes into the preset."""
         from diffsparse.search import hunt as search
         from diffsparse_pipelines.progress import bar
 
         about = {
+            **record,
             "search": "proxy" if self.proxy else "HeadHunter",
-            "objective": name,
             "model": self.model,
-            "arguments": {key: str(value) for key, value in self.searching.items()},
+            "steps": self.searching.get("num_inference_steps"),
+            "pool": len(heads),
             "images": len(pairs),
         }
-        told = f"{name} {self.batch} {self.searching}"
         with bar(self.console) as progress:
             moved = _Mover(progress, hunter.trials(len(heads)))
             return search(
@@ -246,7 +273,7 @@ class _Session:
                 lambda wanted: self.render(self.searching, wanted),
                 score,
                 out,
-                name=told,
+                name=record["settings"],
                 about=about,
                 after_trial=moved,
             )
@@ -254,6 +281,7 @@ class _Session:
     def check(self, preset: Preset, pairs: Pairs, score: Objective, out: Path) -> Preset:
         """Compare guidance off and on over unseen prompts; into the preset's record, a table and a sheet."""
         import diffsparse
+        from diffsparse.files import whole
         from diffsparse.search.hunt import checked
         from diffsparse_pipelines import media
         from diffsparse_pipelines.progress import bar
@@ -271,14 +299,16 @@ class _Session:
         scores = {side: checked(score(shown, texts), len(pairs)) for side, shown in clips.items()}
         found = {**compared(scores["off"], scores["on"]), "scores": scores, "prompts": texts}
         preset = replace(preset, about={**preset.about, "held_out": found})
-        preset.save(out)
         self.console.print(_table(preset.about))
+        with whole(out.with_suffix(".md")) as temporary:
+            temporary.write_text(markdown(preset), encoding="utf-8")
         rows = {
             f"{side} {scores[side][i]:.4f}  {texts[i]}": clips[side][i]
             for i in range(min(_SHOWN, len(pairs)))
             for side in ("off", "on")
         }
         self.console.print(f"off and on, side by side -> {media.sheet(rows, out.with_suffix('.png'))}", soft_wrap=True)
+        preset.save(out)  # last: a hunt without a check recorded goes on with it
         return preset
 
 
@@ -315,29 +345,43 @@ def compared(off: list[float], on: list[float]) -> dict[str, Any]:
     return found
 
 
+_HEADINGS = ("prompts", "n", "off", "on", "gain (95 % interval)", "better")
+
+
+def _rows(about: dict[str, Any]) -> list[list[str]]:
+    """Texts under `_HEADINGS`: for the hunt's own prompts, and for those that it did not see."""
+    held, score = about["held_out"], about["score"]
+    own = [f"{score['none']:.4f}", f"{score['all']:.4f}", f"{score['all'] - score['none']:+.4f}"]
+    interval = f" ({held['gain_95'][0]:+.4f} to {held['gain_95'][1]:+.4f})" if "gain_95" in held else ""
+    n, new = held["pairs"], [f"{held['off']:.4f}", f"{held['on']:.4f}", f"{held['gain']:+.4f}{interval}"]
+    return [["of the hunt", str(about["images"]), *own, ""], ["unseen", str(n), *new, f"{held['better']}/{n}"]]
+
+
 def _table(about: dict[str, Any]) -> Any:
     from rich import box
     from rich.table import Table
 
-    held, score = about["held_out"], about["score"]
     shown = Table(title=f"objective: {about['objective']}", title_justify="left", title_style="bold", box=box.SIMPLE)
-    for heading in ("prompts", "n", "off", "on", "gain (95 % interval)", "better"):
+    for heading in _HEADINGS:
         shown.add_column(heading, justify="left" if heading == "prompts" else "right")
-    gain = score["all"] - score["none"]
-    shown.add_row(
-        "of the hunt", str(about["images"]), f"{score['none']:.4f}", f"{score['all']:.4f}", f"{gain:+.4f}", ""
-    )
-    interval = f" ({held['gain_95'][0]:+.4f} to {held['gain_95'][1]:+.4f})" if "gain_95" in held else ""
-    n = held["pairs"]
-    shown.add_row(
-        "unseen",
-        str(n),
-        f"{held['off']:.4f}",
-        f"{held['on']:.4f}",
-        f"{held['gain']:+.4f}{interval}",
-        f"{held['better']}/{n}",
-    )
+    for row in _rows(about):
+        shown.add_row(*row)
     return shown
+
+
+def markdown(preset: Preset) -> str:
+    """The check as a Markdown table, under one line on the hunt and one on the heads that it chose."""
+    about = preset.about
+    kind = "proxy hunt" if about["search"] == "proxy" else "hunt"
+    line = (
+        f"{about['model']}: {kind} for `{about['objective']}` over {about['pool']} heads, {about['rounds']} rounds for "
+        f"{about['k']} each, {about['images']} images a trial, {about['steps']} steps; {preset.kind}, strength "
+        f"{preset.strength:g}, scale {preset.scale:g}"
+    )
+    chosen = ", ".join(f"{head} ({score:.4f})" for head, score in about["score"]["when chosen"].items())
+    cells = [list(_HEADINGS), ["---", *["---:"] * (len(_HEADINGS) - 1)], *_rows(about)]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in cells)
+    return f"{line}\n\nHeads, with the score of the set when each joined: {chosen}\n\n{table}\n"
 
 
 def _duration(seconds: float) -> str:

@@ -87,7 +87,7 @@ BAD = {
     "hunt pool": (["hunt", "--out", "a.json", "--objective", "contrast", "--pool", "99.*"], "has no block '99'"),
     "hunt in a small pool": (
         ["hunt", "--out", "a.json", "--objective", "contrast", "--pool", "0.*"],
-        "wants a pool of at least 15 heads",
+        "want a pool of at least 15",
     ),
     "empty strategies": (["evaluate", "--out", "OUT", "--strategy", ","], "wanted one or more strategies"),
     "empty sparsity": (["evaluate", "--out", "OUT", "--sparsity", ""], "--sparsity wants one or more numbers"),

@@ -194,7 +194,7 @@ def test_knobs(knobs: dict[str, Any], message: str) -> None:
 
 
 def test_a_pool_that_is_too_small(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="2 rounds for 3 heads wants a pool of at least 6 heads"):
+    with pytest.raises(ConfigError, match="2 rounds for 3 heads each want a pool of at least 6; got 4"):
         random_stage(0).hunt(tmp_path / "a.json", HeadHunter(k=3, rounds=2))
     with pytest.raises(ConfigError, match="one or more pairs"):
         random_stage(0).hunt(tmp_path / "a.json", HeadHunter(k=1, rounds=1), pairs=[])

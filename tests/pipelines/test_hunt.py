@@ -55,7 +55,10 @@ def test_a_hunt_ends_with_a_preset_a_check_and_a_sheet(found: Path) -> None:
     assert held["gain_95"] == pytest.approx([(on - off).mean() - half, (on - off).mean() + half])
     with Image.open(found.with_suffix(".png")) as sheet:
         assert sheet.height == 2 * 3 * (96 + 16)
-    assert {p.name for p in found.parent.iterdir()} == {"heads.json", "heads.png"}
+    assert {p.name for p in found.parent.iterdir()} == {"heads.json", "heads.md", "heads.png"}
+    text = found.with_suffix(".md").read_text()
+    assert "tiny-twin: hunt for `contrast` over 4 heads, 2 rounds for 1 each, 2 images a trial, 2 steps" in text
+    assert f"| unseen | 3 | {held['off']:.4f} | {held['on']:.4f} | {held['gain']:+.4f} (" in text
 
 
 def test_prompts_of_the_check_are_unseen(found: Path) -> None:
@@ -84,6 +87,19 @@ def test_an_interrupted_hunt_goes_on(found: Path, tmp_path: Path, monkeypatch: p
     assert Preset.load(out).about["score"] == Preset.load(found).about["score"]
 
 
+def test_a_hunt_that_was_stopped_in_its_check_goes_on_with_it(
+    found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, preset = tmp_path / "heads.json", Preset.load(found)
+    preset.about.pop("held_out")
+    preset.save(out)
+    call([*HUNT, "--guidance-scale", "2", "--out", str(out)], code=2)
+    assert "is of a hunt with other settings" in capsys.readouterr().err
+    monkeypatch.setattr(command._Session, "hunt", None)
+    call([*HUNT, "--held-out", "3", "--out", str(out)])
+    assert Preset.load(out).about == Preset.load(found).about
+
+
 def test_a_preset_is_not_overwritten(found: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call([*HUNT, "--out", str(found)], code=2)
     assert "exists; choose another --out or use --overwrite" in capsys.readouterr().err
@@ -94,7 +110,7 @@ def test_the_estimate_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[
     size = [*HUNT[:2], "tiny-twin", *HUNT[5:]]
     call([*size, "--proxy", "--estimate", "--out", out])
     printed = capsys.readouterr().out
-    assert "proxy hunt (not the paper's): 4 heads, 2 rounds for 1: 7 trials x 2 images = 14 generations" in printed
+    assert "proxy hunt (not the paper's) for 2 x 1 heads out of 4: 7 trials x 2 images = 14 generations" in printed
     assert "of 4 steps, about" in printed
     assert not list(tmp_path.iterdir())
 
