@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsparse.layout import Layout
 from diffsparse.order import RASTER, HeadOrders
-from diffsparse.plan import Plan, Planned
+from diffsparse.plan import Planned
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import keep_count
 from diffsparse.strategies.paro import group_of
@@ -47,7 +47,6 @@ class SparseVDiT(Planned):
         `columns`, float32 [H, n], the share of each head's mass in each key block.
     """
 
-    plan: Plan
     _plan_of = "sparse-vdit"
     _settings = ("sparsity", "block")
 
