@@ -94,10 +94,12 @@ def test_nothing_dropped_is_dense_and_the_rest_is_compensated() -> None:
     for sparsity in (0.0, 0.5, 0.9):
         here = site(layout)
         strategy = Digest(sparsity, block=BLOCK)
-        want = strategy.observe(q, k, v, here)
-        errors.append((strategy.attend(q, k, v, here) - want).norm().item())
+        want, out = strategy.observe(q, k, v, here), strategy.attend(q, k, v, here)
+        errors.append((out - want).norm().item())
         lists = here.memory["lists"]
+        torch.testing.assert_close(out, kernels.block_sparse_attention(q, k, v, lists, means=True)[0])
         plain, _ = kernels.block_sparse_attention(q, k, v, lists)
+        assert torch.allclose(out, plain) == (sparsity == 0)
         assert errors[-1] <= (plain - want).norm().item() + 1e-4
     assert errors[0] < 1e-4
     assert errors == sorted(errors)
