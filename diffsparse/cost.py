@@ -7,6 +7,7 @@ w + 1/2 + (T - w) d + r/2: the pass that sums masses has one product of two, and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
 from torch import nn
@@ -109,8 +110,14 @@ def _linear(model: nn.Module, video: int, text: int, joint: int) -> list[float]:
             rows = text
         else:
             rows = video if _block(name) in two_streams else video + joint
-        found.append(2.0 * module.weight.numel() * rows)
+        found.append(2.0 * _weights(module) * rows)
     return found
+
+
+def _weights(module: Any) -> int:
+    """Number of weights, also where they are packed by quantisation."""
+    linear = isinstance(module, nn.Linear)
+    return int(module.in_features * module.out_features if linear else module.weight.numel())
 
 
 def _block(name: str) -> str:
@@ -162,7 +169,7 @@ class Estimate:
         dense = [call.seconds for call in report.calls if call.kind == "dense"]
         if not dense or len(dense) == len(report.calls) or not report.attention_seconds:
             return None
-        attention = sum(dense) / len(dense) * len(report.calls)
+        attention = median(dense) * len(report.calls)  # the first calls may have waited for kernels to be built
         rest = max(seconds - report.attention_seconds, 0.0)
         whole = attention + rest
         return cls(attention / whole, attention / report.attention_seconds, whole / seconds)

@@ -76,7 +76,7 @@ def inspect(
     if looks < 1:
         raise ConfigError(f"--looks wants a whole number of at least 1; got {looks}")
     candidates = tuple(part.strip() for part in orders.split(",") if part.strip())
-    settings = {"orders": candidates, "sparsity": sparsity, "block": block, "layers": numbers or None}
+    settings = {"orders": candidates, "layers": numbers or None}
     loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
     texts = read_prompts(prompts, model)
     _inspect(model, strategy, knobs, settings, looks, texts, seed, chosen, plan, loading, out)
@@ -104,6 +104,7 @@ def _inspect(
     from diffsparse_eval.experiment import label
     from diffsparse_pipelines import families
     from diffsparse_pipelines.generate import call_arguments, generation
+    from diffsparse_pipelines.preflight import argument
     from diffsparse_pipelines.progress import bar, terminal
 
     console = terminal()
@@ -116,8 +117,11 @@ def _inspect(
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading)
     arguments = call_arguments(pipe, families.defaults(model), chosen)
-    steps = steps_to_look_at(strategy, schedule, arguments.get("num_inference_steps") or 50, looks)
-    inspector = Inspector(strategy, steps, **settings)
+    count = argument(pipe, arguments, "num_inference_steps")
+    if count is None:
+        raise ConfigError(f"{type(pipe).__name__} has no number of steps of its own; say --steps")
+    steps = steps_to_look_at(strategy, schedule, count, looks)
+    inspector = Inspector(strategy, steps, **settings, **_measure(strategy, knobs))
     with diffsparse.apply(pipe, inspector, schedule=schedule), bar(console) as progress:
         task = progress.add_task("runs", total=len(texts))
         for text in texts:
@@ -141,6 +145,14 @@ def _inspect(
     console.print(table(views))
     console.print(_legend(facts), highlight=False)
     console.print(f"maps, recall.png, orders.png, inspect.json and recall.csv are in {out}", soft_wrap=True)
+
+
+def _measure(strategy: Any, knobs: dict[str, Any]) -> dict[str, Any]:
+    """Sparsity and block at which recall is measured: the strategy's own, where it has them."""
+    plan = getattr(strategy, "plan", None)
+    own = {name: getattr(strategy, name, None) for name in ("sparsity", "block")}
+    own["block"] = plan.settings.get("block") if plan else own["block"]
+    return {name: value or knobs[name] for name, value in own.items()}
 
 
 def _found(inspector: Inspector) -> list[LayerView]:

@@ -236,8 +236,7 @@ def _row(trial: Trial, strategy: Any, typical: dict[Kind, Pass], report: Report,
 
 def _check_memory(trial: Trial) -> None:
     """Raise ConfigError where the weights alone don't fit."""
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in trial.architecture.build(trial.layers, device="meta").parameters())
+    weights = sum(p.numel() for p in trial.architecture.build(trial.layers, device="meta").parameters())
     need, have = weights * trial.dtype.itemsize, environment.memory(trial.device)
     if have is not None and need > have:
         raise ConfigError(

@@ -203,7 +203,7 @@ def _generate(
     from diffsparse.files import folder
     from diffsparse.strategies import parse
     from diffsparse_pipelines import families, media
-    from diffsparse_pipelines.preflight import announce, compare, preflight
+    from diffsparse_pipelines.preflight import announce, argument, compare, preflight
     from diffsparse_pipelines.progress import bar, terminal
 
     console = terminal()
@@ -224,7 +224,7 @@ def _generate(
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading, with_image=image is not None)
     arguments = call_arguments(pipe, families.defaults(model), {**chosen, "prompt": prompt})
-    count = arguments.get("num_inference_steps")
+    count = argument(pipe, arguments, "num_inference_steps")
     console.print(f"{strategies[0]}, {plan.describe(count)}" if count else f"{strategies[0]}", soft_wrap=True)
     estimate = preflight(pipe, arguments, strategies[0], plan)
     if estimate is not None:

@@ -50,20 +50,25 @@ def grid_tokens(model: Any, latent: tuple[int, int, int]) -> int:
 
 def tokens(pipe: Any, arguments: dict[str, Any]) -> Tokens | None:
     """Tokens of a call of `pipe`; None where sizes are left to the pipeline."""
-    known = inspect.signature(type(pipe).__call__).parameters
-    named = ("num_frames", "height", "width", "max_sequence_length")
-    chosen = {name: arguments.get(name, known[name].default if name in known else None) for name in named}
+    names = ("num_frames", "height", "width", "max_sequence_length")
+    frames, height, width, text = (argument(pipe, arguments, name) for name in names)
     compression = Compression.of(pipe)
-    if compression is None or not chosen["height"] or not chosen["width"]:
+    if compression is None or not height or not width:
         return None
-    latent = compression.latent(chosen["num_frames"] or 1, chosen["height"], chosen["width"])
     model = next(iter(models_of(pipe).values()))
-    return Tokens(grid_tokens(model, latent), chosen["max_sequence_length"] or 0)
+    return Tokens(grid_tokens(model, compression.latent(frames or 1, height, width)), text or 0)
+
+
+def argument(pipe: Any, arguments: dict[str, Any], name: str) -> int | None:
+    """A whole number that `pipe` is called with: the one given, or else its own default; None where it has none."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    value = arguments.get(name, known[name].default if name in known else None)
+    return value if isinstance(value, int) else None
 
 
 def preflight(pipe: Any, arguments: dict[str, Any], strategy: Any, schedule: Schedule) -> Estimate | None:
     """What sparse attention can be expected to save of a call; None where its size or its steps are not known."""
-    counted, steps = tokens(pipe, arguments), arguments.get("num_inference_steps")
+    counted, steps = tokens(pipe, arguments), argument(pipe, arguments, "num_inference_steps")
     if counted is None or not steps:
         return None
     return Estimate.before(flops(next(iter(models_of(pipe).values())), *counted), strategy, schedule, steps)

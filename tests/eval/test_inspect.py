@@ -11,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from diffsparse import PARO, Dense, Layout, Random
 from diffsparse.cli import main
 from diffsparse.inspection import LayerView
+from diffsparse.plan import Plan
 from diffsparse_eval import charts
+from diffsparse_eval.inspect import _measure
 
 COMMAND = ["inspect", "--model", "tiny-twin", "--block", "16", "--steps", "4", "--looks", "1"]
 FACTS = {"model": "m", "label": "l", "layout": "1x8x8 = 64 tokens", "looks": [1], "sparsity": 0.8, "block": 8}
@@ -74,6 +77,14 @@ def test_bad_input(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     call([*COMMAND, *arguments, "--out", str(tmp_path / "out")], code=2)
     assert message in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_recall_is_measured_as_the_strategy_runs() -> None:
+    knobs = {"sparsity": 0.7, "block": 16}
+    assert _measure(Random(0.4, block=32), knobs) == {"sparsity": 0.4, "block": 32}
+    assert _measure(Dense(), knobs) == knobs
+    plan = Plan("paro", {}, Layout(1, 2, 2), {"sparsity": 0.6, "block": 8, "orders": ["FHW"], "groups": 1}, {})
+    assert _measure(PARO(plan), knobs) == {"sparsity": 0.6, "block": 8}
 
 
 def view(heads: int, cells: int = 6, ran: bool = True) -> LayerView:
