@@ -53,7 +53,7 @@ def evaluate(
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
     block: options.Block = 64,
-    order: options.Order = "FHW",
+    order: options.Order = None,
     searches: options.Searches = "0.6",
     head_adaptive: options.HeadAdaptive = True,
     recall_threshold: options.RecallThreshold = 0.8,

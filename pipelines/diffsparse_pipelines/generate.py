@@ -134,7 +134,7 @@ def generate(
         float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel="Strategy")
     ] = 0.8,
     block: options.Block = 64,
-    order: options.Order = "FHW",
+    order: options.Order = None,
     searches: options.Searches = "0.6",
     head_adaptive: options.HeadAdaptive = True,
     recall_threshold: options.RecallThreshold = 0.8,

@@ -35,8 +35,12 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", show_def
 NegativePrompt = Annotated[str | None, typer.Option(help="What should not be seen.", rich_help_panel=_SIZE)]
 Block = Annotated[int, typer.Option(help="Edge of a block in tokens.", rich_help_panel=_SPARSE)]
 Order = Annotated[
-    str,
-    typer.Option(help="Of the tokens: FHW, FWH, ..., tile4x8x8, or hilbert.", rich_help_panel=_SPARSE),
+    str | None,
+    typer.Option(
+        help="Of the tokens: FHW, FWH, ..., tile4x8x8, or hilbert.",
+        show_default="the strategy's",
+        rich_help_panel=_SPARSE,
+    ),
 ]
 Searches = Annotated[
     str,

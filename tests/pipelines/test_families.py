@@ -1,0 +1,57 @@
+"""Every strategy by every command, on a saved pipeline of each family: text before, after and absent, odd sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from diffsparse.cli import main
+from support.tiny_pipelines import BUILDERS
+
+ODD = {
+    "wan": {"height": 48, "width": 80, "num_frames": 13},
+    "hunyuan_video": {"height": 48, "width": 80, "num_frames": 5},
+    "cogvideox": {"height": 48, "width": 80},
+    "ltx": {"height": 32, "width": 96},
+    "flux": {"height": 10, "width": 14},
+    "sd3": {"height": 9, "width": 7},
+}
+SEARCHED = ("paro", "sparse-vdit")
+FREE = ("adaspa", "digest", "gna", "random", "random+means", "adaspa+tail")
+OPTIONS = {"height": "--height", "width": "--width", "num_frames": "--frames"}
+
+
+def call(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert not ended.value.code, arguments
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ODD)
+def test_every_strategy_by_every_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)  # so small, all of it would be faster dense
+    pipe, kwargs = BUILDERS[name]()
+    model, prompts, results = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "results"
+    pipe.save_pretrained(model)
+    prompts.write_text("x\n")
+    size = {key: value for key, value in {**kwargs, **ODD[name]}.items() if key in OPTIONS}
+    small = ["--model", str(model), "--steps", "3", "--block", "8", "--sparsity", "0.5"]
+    small += [text for key, value in size.items() for text in (OPTIONS[key], str(value))]
+    plans = {strategy: str(tmp_path / f"{strategy}.safetensors") for strategy in SEARCHED}
+    for strategy, plan in plans.items():
+        knobs = ["--strategy", strategy, "--looks", "1", "--groups", "2", "--epsilon", "0.8"]
+        call(["calibrate", *small, *knobs, "--prompts", str(prompts), "--out", plan])
+    listed = [*FREE, *(f"{strategy}:{plan}" for strategy, plan in plans.items())]
+    call(["evaluate", *small, "--strategy", ",".join(listed), "--prompts", str(prompts), "--out", str(results)])
+    rows = json.loads((results / "results.json").read_text())["rows"]
+    assert [row["strategy"] for row in rows] == ["dense", *FREE, *SEARCHED]
+    assert all(not row["fallbacks"] for row in rows)
+    assert all(row["psnr_db"] is not None for row in rows if (row["sparse_density"] or 1) < 1)  # blocks were dropped
+    assert {row["label"] for row in rows} >= {"digest 0.5 block=8", "random 0.5 block=8 +means"}
+    for strategy in listed:
+        out = tmp_path / ("a.gif" if "num_frames" in size else "a.png")
+        call(["generate", *small, "--strategy", strategy, "--prompt", "x", "--out", str(out)])
+        assert out.stat().st_size > 0
