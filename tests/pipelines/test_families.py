@@ -35,6 +35,8 @@ def test_every_strategy_by_every_command(name: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)  # so small, all of it would be faster dense
     pipe, kwargs = BUILDERS[name]()
     model, prompts, results = tmp_path / "model", tmp_path / "prompts.txt", tmp_path / "results"
+    if name == "cogvideox":  # commands leave prompts at the pipeline's own length, which the small model is short of
+        pipe.transformer = type(pipe.transformer).from_config({**pipe.transformer.config, "max_text_seq_length": 226})
     pipe.save_pretrained(model)
     prompts.write_text("x\n")
     size = {key: value for key, value in {**kwargs, **ODD[name]}.items() if key in OPTIONS}
