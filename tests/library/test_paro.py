@@ -97,6 +97,16 @@ def test_it_attends_as_masked_softmax_does_token_by_token(monkeypatch: pytest.Mo
         torch.testing.assert_close(out.double(), want, atol=exact.tolerance(want, low), rtol=0)
 
 
+def test_a_dense_answer_is_that_of_the_unmoved_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moved tokens would meet the call's mask, which knows them where they stood."""
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 0.0)
+    n = LAYOUT.grid.blocks(8)
+    strategy = PARO(make_plan(LAYOUT.grid, torch.ones(2, 2, n, n).bool(), [4, 1], 8))
+    q, k, v = qkv(LAYOUT)
+    got = strategy.attend(q, k, v, site(LAYOUT, 0, memory={}))
+    assert torch.equal(got, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
 def column_heads(layout: Layout, axis: str) -> tuple[Tensor, Tensor]:
     """Queries and keys of one head whose tokens see those of the same place on all axes but `axis`."""
     cells = torch.cartesian_prod(*(torch.arange(n) for n in (layout.frames, layout.height, layout.width)))
