@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,9 @@ class GNA:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Attention of q, k, v [B, H, N, D] within the windows."""
-        tiled = _tiled(self, site.layout, q.shape[1], q.device)
+        if "tiled" not in site.memory:
+            site.memory["tiled"] = _tiled(self, site.layout, q.shape[1], q.device)
+        tiled: Tiled = site.memory["tiled"]
         if tiled.share >= 1:
             return site.dense(q, k, v, reason="windows that touch every block")
         return site.sparse(q, k, v, tiled.lists, orders=tiled.orders, boxes=tiled.boxes)
@@ -78,7 +80,8 @@ class GNA:
         return _tiling(self, grid, tile)
 
 
-class Tiled(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Tiled:
     """The tokens tile by tile, text last, and who sees whom; without boxes, all tokens of listed blocks do.
 
     share: of what dense attention over the unmoved tokens computes.
@@ -98,24 +101,36 @@ def _tiling(gna: GNA, grid: Cells, tile: Cells | None) -> Tiling:
     return fit(grid, gna.window, gna.stride, gna.dilation, gna.causal, tiles)
 
 
-@lru_cache(maxsize=8)
+# All layers, branches and steps of a run share one; it goes when the last of them forgets it.
+_TILED: WeakValueDictionary[tuple[GNA, Layout, int, torch.device], Tiled] = WeakValueDictionary()
+
+
 def _tiled(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tiled:
-    """All that a call needs, made on the CPU once for all layers, steps and branches."""
+    key = gna, layout, heads, device
+    found = _TILED.get(key)
+    if found is None:
+        found = _TILED[key] = _arrange(*key)
+    return found
+
+
+def _arrange(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tiled:
+    """Made on the CPU, where the longest list is known without waiting."""
     tiling = gna.tiling((layout.frames, layout.height, layout.width))
     orders = _orders(tiling, layout)
-    tokens, tiles = len(orders.forward), math.prod(tiling.counts)
-    text = -(-tokens // gna.block) - tiles
-    mask = F.pad(_block_mask(tiling), (0, text, 0, text), value=True).expand(1, heads, tiles + text, tiles + text)
-    lists = BlockLists.from_mask(mask, q_block=gna.block, kv_block=gna.block, q_len=tokens, kv_len=tokens)
+    tokens = len(orders.forward)
+    text = -(-tokens // gna.block) - math.prod(tiling.counts)
+    mask = F.pad(_block_mask(tiling), (0, text, 0, text), value=True)[None, None]
+    one = BlockLists.from_mask(mask, q_block=gna.block, kv_block=gna.block, q_len=tokens, kv_len=tokens)
+    idx, cnt = (x.to(device).expand(1, heads, *x.shape[2:]).contiguous() for x in (one.idx, one.cnt))
     return Tiled(
-        lists.to(device),
+        replace(one, idx=idx, cnt=cnt),
         HeadOrders(
             orders.forward.to(device).expand(heads, -1),
             orders.back.to(device).expand(heads, -1),
             None if orders.filled is None else orders.filled.to(device),
         ),
         Boxes(*(x.to(device) for x in _boxes(tiling, tokens))) if tiling.cuts else None,
-        float(lists.density()) * tokens**2 / layout.tokens**2,
+        float(one.density()) * tokens**2 / layout.tokens**2,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -203,8 +204,16 @@ def test_a_dense_answer_is_that_of_the_unmoved_tokens(monkeypatch: pytest.Monkey
 
 
 def test_calls_share_what_was_made_for_the_first() -> None:
-    layout = Layout(4, 4, 4)
-    assert _tiled(GNA(block=8), layout, 2, CPU) is _tiled(GNA(block=8), layout, 2, CPU)
+    layout, gna = Layout(4, 4, 8), GNA(block=8)
+    q, k, v = torch.randn(3, 1, 2, 128, 8)
+    memories: list[dict[str, Any]] = [{}, {}]
+    for memory in memories:
+        gna.attend(q, k, v, site(layout, memory=memory))
+    assert memories[0]["tiled"] is memories[1]["tiled"]
+    shared = weakref.ref(memories[0]["tiled"])
+    memories.clear()
+    del memory
+    assert shared() is None  # nothing outlives the run
 
 
 # Figures of the paper's tables: grid, window, query and key tile, share of attention; stride -> bound end to end.
