@@ -353,6 +353,26 @@ def test_step_caches_do_not_see_the_extra_pass(kind: str) -> None:
     torch.testing.assert_close(run(pipe, call, num_inference_steps=6), want)
 
 
+def test_what_one_run_of_a_model_knew_is_not_held_against_the_next() -> None:
+    """`apply` gives the model a new clock, whose counts begin anew."""
+    model, kwargs = build(WAN), inputs(WAN)
+    with diffsparse.guide(model, "1.0") as handle:
+        want = tensors(model, kwargs)[0]
+        for _ in range(2):
+            with diffsparse.apply(model, Dense(), schedule=ALWAYS):
+                assert torch.equal(tensors(model, kwargs)[0], want)
+                assert handle.report().passes == 1
+
+
+def test_nothing_is_kept_between_passes() -> None:
+    pipe, call = BUILDERS["wan"]()
+    with diffsparse.guide(pipe, "1.0", stop=2):
+        run(pipe, call)
+        prefix = diffsparse.patch.run_of(pipe.transformer).guidance.prefix  # type: ignore[union-attr]
+        assert not prefix._outputs
+        assert not prefix._passed
+
+
 def test_guiding_again_replaces() -> None:
     pipe, call = BUILDERS["wan"]()
     want = run(pipe, call)
@@ -443,6 +463,21 @@ def test_compiled_equals_eager(regional: bool) -> None:
         assert handle.report().perturbed
     for out in got:
         torch.testing.assert_close(out, want)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning")
+def test_compiled_blocks_share_a_graph() -> None:
+    """Hooks of its own on each block would give each a graph, and end at the compiler's limit of eight."""
+    torch._dynamo.reset()
+    model = d.WanTransformer3DModel(**{**CASES[WAN].config, "num_layers": 10}).eval()
+    kwargs = inputs(WAN)
+    with diffsparse.guide(model, "9.0"):
+        want = tensors(model, kwargs)[0]
+    with diffsparse.guide(model, "9.0") as handle:
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        torch.testing.assert_close(tensors(model, kwargs)[0], want)
+        assert handle.report().whole == {"blocks are compiled": 1}
     torch._dynamo.reset()
 
 
