@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffsparse.report import Report
     from diffsparse.schedule import Schedule
     from diffsparse.site import Site
-    from diffsparse.strategies import GNA, PARO, AdaSpa, Compensated, Dense, Random, SparseVDiT
+    from diffsparse.strategies import GNA, PARO, AdaSpa, Compensated, Dense, Digest, Random, SparseVDiT
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ _HOME = {
     "AdaSpa": "diffsparse.strategies",
     "Compensated": "diffsparse.strategies",
     "Dense": "diffsparse.strategies",
+    "Digest": "diffsparse.strategies",
     "DiffsparseError": "diffsparse.errors",
     "GNA": "diffsparse.strategies",
     "GuideHandle": "diffsparse.guidance",
@@ -56,6 +57,7 @@ __all__ = [
     "Compensated",
     "Dense",
     "DiffsparseError",
+    "Digest",
     "GuideHandle",
     "Handle",
     "HeadGuidance",

@@ -40,7 +40,7 @@ def kinds(strategy: Any, schedule: Schedule, steps: int) -> list[Kind]:
     found: list[Kind] = [
         "dense" if step < first or step >= end else "refresh" if step in again else "sparse" for step in range(steps)
     ]
-    if hasattr(strategy, "observe"):
+    if getattr(strategy, "observe", None) is not None:
         found[max(first - 1, 0)] = "search"
     return found
 

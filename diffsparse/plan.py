@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -138,19 +139,18 @@ def _names(models: dict[str, str]) -> str:
     return ", ".join(f"{name} {fingerprint}" for name, fingerprint in models.items())
 
 
-class Planned:
+@dataclass(frozen=True, repr=False)
+class Planned(ABC):
     """A strategy that is a plan: how it is loaded, saved and shared.
 
-    Subclasses are frozen dataclasses with one field, `plan`. They say whose plans they read in `_plan_of`, which
-    settings these have in `_settings`, and of how many kinds the numbers in their tensors are in `_kinds`.
+    Subclasses say whose plans they read in `_plan_of`, which settings these have in `_settings`, and of how many kinds
+    the numbers in their tensors are in `_kinds`.
     """
 
-    _plan_of: str
-    _settings: tuple[str, ...]
     plan: Plan
 
-    def __init__(self, plan: Plan) -> None:
-        raise NotImplementedError
+    _plan_of: ClassVar[str]
+    _settings: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
         if self.plan.strategy != self._plan_of:
@@ -163,8 +163,9 @@ class Planned:
                 if name.endswith(f".{what}") and int(tensor.max()) >= kinds:
                     raise PlanError(f"the plan's tensor {name!r} holds numbers above {kinds - 1}; calibrate again")
 
+    @abstractmethod
     def _kinds(self) -> dict[str, int]:
-        raise NotImplementedError
+        """Tensors by the end of their names, and the number of kinds that their values count."""
 
     @property
     def sparsity(self) -> float:
@@ -178,9 +179,9 @@ class Planned:
         """Called by `diffsparse.apply`: raise PlanError if the plan is another model's."""
         self.plan.check_models(models)
 
+    @abstractmethod
     def facts(self) -> dict[str, str]:
         """What the search found, in a few words by name."""
-        raise NotImplementedError
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

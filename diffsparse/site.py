@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,6 +61,10 @@ class Site:
         """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK]; `lse` may be of an earlier step."""
         return kernels.block_mass(q, k, lse, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask)
 
+    def means_mass(self, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, block: int) -> torch.Tensor:
+        """`block_mass` as the mean keys of the blocks would have it: never more, but for rounding."""
+        return kernels.means_mass(q, k, lse, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask)
+
     def text_last(self) -> Site:
         """This call as one whose text comes after the video: what `order.HeadOrders` makes of it."""
         text = self.layout.tokens - self.layout.video
@@ -89,6 +94,7 @@ class Site:
         boxes: kernels.Boxes | None = None,
         heads: int | None = None,
         bits: int = 16,
+        means: bool = False,
     ) -> torch.Tensor:
         """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster.
 
@@ -96,6 +102,7 @@ class Site:
         boxes: hide keys token by token within the listed blocks; of the moved tokens too.
         heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
         bits: 8 or 4: of the numbers multiplied, emulated and so never faster; 16 leaves them as they are.
+        means: let dropped blocks stand as their mean keys and values.
         """
         density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
         limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block, q.shape[2])
@@ -114,7 +121,7 @@ class Site:
         if bits < 16:
             out, _ = kernels.quantised_attention(q, k, v, lists, bits=bits, scale=self.scale, key_mask=keys)
         else:
-            out, _ = self._product(q, k, v, lists, keys, boxes)
+            out, _ = self._product(q, k, v, lists, keys, boxes, means)
         return out if orders is None else orders.undo(out)
 
     def _product(
@@ -125,14 +132,17 @@ class Site:
         lists: kernels.BlockLists,
         key_mask: torch.Tensor | None,
         boxes: kernels.Boxes | None,
+        means: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kernel's output and LSE, of the moved tokens; what `Compensated` adds to."""
-        return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, key_mask=key_mask, boxes=boxes)
+        """The kernel's output and LSE, of the moved tokens; what `Compensated` changes."""
+        return kernels.block_sparse_attention(
+            q, k, v, lists, scale=self.scale, key_mask=key_mask, boxes=boxes, means=means
+        )
 
     def _known_density(self, lists: kernels.BlockLists, density: torch.Tensor) -> float | None:
         """The density as a number; on a device only from the next call with these lists on, for nobody waits for it."""
         reading = self.memory.get("density")
-        if reading is None or reading.lists is not lists:
+        if reading is None or reading.lists() is not lists:
             reading = self.memory["density"] = _Reading(lists, density)
         return reading.value()
 
@@ -151,7 +161,7 @@ class _Reading:
     """A number on its way from the device."""
 
     def __init__(self, lists: kernels.BlockLists, number: torch.Tensor) -> None:
-        self.lists = lists
+        self.lists = weakref.ref(lists)  # some strategies make new ones for each call, and these are large
         self._number = number.to("cpu", non_blocking=True)
         self._here = torch.cuda.Event() if number.is_cuda else None
         if self._here is not None:

@@ -14,6 +14,7 @@ from diffsparse.site import Site
 from diffsparse.strategies.adaspa import AdaSpa
 from diffsparse.strategies.compensated import Compensated
 from diffsparse.strategies.dense import Dense
+from diffsparse.strategies.digest import Digest
 from diffsparse.strategies.gna import GNA
 from diffsparse.strategies.paro import PARO
 from diffsparse.strategies.random import Random
@@ -26,6 +27,7 @@ __all__ = [
     "AdaSpa",
     "Compensated",
     "Dense",
+    "Digest",
     "Random",
     "SparseVDiT",
     "Strategy",
@@ -49,6 +51,7 @@ class Strategy(Protocol):
 STRATEGIES: dict[str, type[Any]] = {
     "adaspa": AdaSpa,
     "dense": Dense,
+    "digest": Digest,
     "gna": GNA,
     "paro": PARO,
     "random": Random,

@@ -9,16 +9,14 @@ from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.order import RASTER, check_order
-from diffsparse.schedule import check_amount
 from diffsparse.site import Site
-from diffsparse.strategies.blocks import check_block, check_share, keep_count
-from diffsparse_kernels import BlockLists, select_rows
-
-_FEW_STEPS = 10
+from diffsparse.strategies.blocks import keep_count
+from diffsparse.strategies.online import OnlineSearch, recall_of
+from diffsparse_kernels import select_rows
 
 
 @dataclass(frozen=True)
-class AdaSpa:
+class AdaSpa(OnlineSearch):
     """Adaptive block-sparse attention with online search on cached LSE (arXiv 2502.21079).
 
     At the last dense step every layer runs dense, and a second pass over its keys sums the softmax weights of each
@@ -48,58 +46,23 @@ class AdaSpa:
       a search needs 4H(N/block)^2 more for a moment.
     """
 
-    sparsity: float = 0.8
-    searches: tuple[int | float, ...] = (0.6,)
-    block: int = 64
     head_adaptive: bool = True
     recall_threshold: float = 0.8
     order: str = RASTER
 
     def __post_init__(self) -> None:
-        check_share("sparsity", self.sparsity)
-        check_block(self.block)
+        super().__post_init__()
         check_order(self.order)
         if not isinstance(self.recall_threshold, int | float) or not 0 <= self.recall_threshold <= 1:
             raise ConfigError(f"recall_threshold wants a number in [0, 1]; got {self.recall_threshold!r}")
-        if not isinstance(self.searches, tuple):
-            raise ConfigError(f"searches wants a tuple of steps or fractions such as (0.6,); got {self.searches!r}")
-        for search in self.searches:
-            check_amount("searches", search)
 
-    def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Dense attention over q, k, v [B, H, N, D] with the first search."""
-        out, lse = site.dense_with_lse(q, k, v)
-        site.memory["lse"] = lse
-        self._search(q, k, site)
-        return out
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Block-sparse attention over q, k, v [B, H, N, D] with the latest blocks."""
-        if "lists" not in site.memory:
-            return self.observe(q, k, v, site)
-        if site.step in self.search_steps(site.steps) and site.memory["searched"] != site.step:
-            self._search(q, k, site)
-        return site.sparse(q, k, v, site.memory["lists"])
-
-    def search_steps(self, steps: int | None) -> set[int]:
-        """The later searches as 0-based steps of a run of `steps`."""
-        fractions = steps is not None and steps > _FEW_STEPS
-        return {
-            search if isinstance(search, int) else max(round(search * (steps or 0)) - 1, 0)
-            for search in self.searches
-            if isinstance(search, int) or fractions
-        }
-
-    def _search(self, q: Tensor, k: Tensor, site: Site) -> None:
-        mass = site.block_mass(q, k, site.memory["lse"], self.block)  # [B, H, nQ, nK]
+    def choose(self, mass: Tensor, q: Tensor, k: Tensor, site: Site) -> Tensor:
+        """The blocks of each row with the most mass, bool [B, H, nQ, nK]."""
         sink = site.layout.text_sink(self.block, q.device)  # [nQ, nK]
         mask = select_rows(mass, keep_count(self.sparsity, mass.shape[-1]), sink)
-        if self.head_adaptive:
-            mask = select_rows(mass, self._keep_by_head(_recall(mass, mask), mass.shape[-1]), sink)
-        site.found(_recall(mass, mask))
-        n = site.layout.tokens
-        lists = BlockLists.from_mask(mask, q_block=self.block, kv_block=self.block, q_len=n, kv_len=n)
-        site.memory.update(lists=lists, searched=site.step)
+        if not self.head_adaptive:
+            return mask
+        return select_rows(mass, self._keep_by_head(recall_of(mass, mask), mass.shape[-1]), sink)
 
     def _keep_by_head(self, recall: Tensor, blocks: int) -> Tensor:
         """Blocks a row for each head, int64 [B, H], from the recall [B, H] at uniform sparsity (section 4.3)."""
@@ -109,9 +72,3 @@ class AdaSpa:
         keep = torch.full_like(rank, keep_count(s, blocks))
         keep = keep.masked_fill(rank < raised, keep_count((1 + s) / 2, blocks))
         return keep.masked_fill(rank >= heads - raised, keep_count(max(0.0, (3 * s - 1) / 2), blocks))
-
-
-def _recall(mass: Tensor, mask: Tensor) -> Tensor:
-    """Share of the mass [B, H, nQ, nK] that lies inside the mask, [B, H]."""
-    total = mass.sum((-2, -1))
-    return (mass * mask).sum((-2, -1)) / total.clamp(min=torch.finfo(mass.dtype).tiny)

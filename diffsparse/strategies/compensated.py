@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,11 +55,15 @@ class Compensated:
         if hasattr(self.strategy, "check"):
             self.strategy.check(models)
 
-    def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Dense attention over q, k, v [B, H, N, D], watched by the strategy if it wants to."""
-        if hasattr(self.strategy, "observe"):
-            return self.strategy.observe(q, k, v, site)  # type: ignore[no-any-return]
-        return site.dense(q, k, v, reason="schedule")
+    @property
+    def observe(self) -> Callable[..., Tensor] | None:
+        """The strategy's own; None if it has none."""
+        method: Callable[..., Tensor] | None = getattr(self.strategy, "observe", None)
+        return method
+
+    def search_steps(self, steps: int | None) -> set[int]:
+        """The strategy's own later searches."""
+        return self.strategy.search_steps(steps) if hasattr(self.strategy, "search_steps") else set()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The strategy's attention over q, k, v [B, H, N, D], each sparse product compensated."""
@@ -73,11 +78,16 @@ class _MeansSite(Site):
     budget: float
 
     def _product(
-        self, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_mask: Tensor | None, boxes: Boxes | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lists: BlockLists,
+        key_mask: Tensor | None,
+        boxes: Boxes | None,
+        means: bool,
     ) -> tuple[Tensor, Tensor]:
-        return kernels.block_sparse_attention(
-            q, k, v, lists, scale=self.scale, key_mask=key_mask, boxes=boxes, means=True
-        )
+        return super()._product(q, k, v, lists, key_mask, boxes, True)
 
 
 @dataclass(frozen=True)
@@ -117,9 +127,16 @@ class _TailSite(Site):
     budget: float
 
     def _product(
-        self, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_mask: Tensor | None, boxes: Boxes | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lists: BlockLists,
+        key_mask: Tensor | None,
+        boxes: Boxes | None,
+        means: bool,
     ) -> tuple[Tensor, Tensor]:
-        sparse = super()._product(q, k, v, lists, key_mask, boxes)
+        sparse = super()._product(q, k, v, lists, key_mask, boxes, means)
         tail = self.memory.get("tail")
         if tail is not None and tail.lists is lists:
             return tail.merged(*sparse)  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.order import HeadOrders
-from diffsparse.plan import Plan, Planned
+from diffsparse.plan import Planned
 from diffsparse.site import Site
 from diffsparse_kernels import BlockLists
 
@@ -33,7 +33,6 @@ class PARO(Planned):
         float32 [raster or own order, `MEASURED`, H], tells how hard that was.
     """
 
-    plan: Plan
     _plan_of = "paro"
     _settings = ("sparsity", "block", "orders", "groups")
 

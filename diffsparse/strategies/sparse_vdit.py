@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsparse.layout import Layout
 from diffsparse.order import RASTER, HeadOrders
-from diffsparse.plan import Plan, Planned
+from diffsparse.plan import Planned
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import keep_count
 from diffsparse.strategies.paro import group_of
@@ -47,7 +47,6 @@ class SparseVDiT(Planned):
         `columns`, float32 [H, n], the share of each head's mass in each key block.
     """
 
-    plan: Plan
     _plan_of = "sparse-vdit"
     _settings = ("sparsity", "block")
 
@@ -71,12 +70,13 @@ class SparseVDiT(Planned):
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, modes: Tensor, site: Site) -> Tensor:
         """The heads that aren't full; q, k, v hold no others."""
-        settings, heads, sparse = self.plan.settings, len(modes), modes != FULL
-        columns = self.plan.part(site.model, site.layer, "columns")[sparse]
-        modes = modes[sparse]
-        orders, layout = head_orders(modes, site.layout, q.device), site.text_last().layout
-        lists = head_lists(modes, columns, layout, settings["sparsity"], settings["block"], q.device)
-        return site.sparse(q, k, v, lists, orders=orders, heads=heads)
+        settings, sparse = self.plan.settings, modes != FULL
+        orders = head_orders(modes[sparse], site.layout, q.device)
+        if site.memory.get("modes") != (chosen := tuple(modes.tolist())):
+            columns, layout = self.plan.part(site.model, site.layer, "columns")[sparse], site.text_last().layout
+            lists = head_lists(modes[sparse], columns, layout, settings["sparsity"], settings["block"], q.device)
+            site.memory.update(modes=chosen, lists=lists)
+        return site.sparse(q, k, v, site.memory["lists"], orders=orders, heads=len(modes))
 
     def _kinds(self) -> dict[str, int]:
         return {"modes": len(MODES)}

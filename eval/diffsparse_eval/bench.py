@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -12,66 +11,36 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from diffsparse.errors import ConfigError, DiffsparseError
+from diffsparse_eval.suites import SUITES, Case
 
 if TYPE_CHECKING:
     import torch
 
+    from diffsparse_eval.suites import QKV
     from diffsparse_kernels import BlockLists
 
 Row = dict[str, Any]
-_BACKENDS = ("cpu", "triton", "gluon")  # what is timed by default, where it runs
+_FOREIGN = ("flex", "flash-attn-4")
+_GPU = ("gluon", "triton", *_FOREIGN)  # what is timed by default, where it runs
+_INPUTS = 2
 
 
 class WrongResultError(DiffsparseError, ArithmeticError):
     """A kernel's result is further from the exact one than its number format explains."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One size: batch 1, `heads` x `tokens` x `head_dim`, square blocks, shares of them dropped at random."""
-
-    tokens: int
-    heads: int
-    head_dim: int
-    dtype: str
-    block: int
-    sparsities: tuple[float, ...]
-
-    def tensors(self, device: str) -> list[torch.Tensor]:
-        """q, k, v [1, H, N, D], normally distributed, seeded."""
-        import torch
-
-        generator = torch.Generator().manual_seed(0)
-        shape = (1, self.heads, self.tokens, self.head_dim)
-        dtype = getattr(torch, self.dtype)
-        return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3)]
-
-    def lists(self, sparsity: float, device: str) -> BlockLists:
-        """Random blocks, equally many in each row: (1 - sparsity) of a row, rounded, at least one."""
-        import torch
-
-        from diffsparse_kernels import BlockLists, select_rows
-        from diffsparse_kernels.lists import blocks_of
-
-        edge = blocks_of(self.tokens, self.block)
-        mass = torch.rand(1, self.heads, edge, edge, generator=torch.Generator().manual_seed(1))
-        mask = select_rows(mass, max(1, round((1 - sparsity) * edge))).to(device)
-        sizes = {"q_block": self.block, "kv_block": self.block, "q_len": self.tokens, "kv_len": self.tokens}
-        return BlockLists.from_mask(mask, **sizes)
-
-    @property
-    def flops(self) -> float:
-        """Of dense attention, two matrix products."""
-        return 4.0 * self.heads * self.tokens**2 * self.head_dim
-
-
 class Entry(NamedTuple):
     """One contestant of a case; error is that of `check`."""
 
     backend: str
-    kind: Literal["dense", "mass", "sparse"]
+    kind: Literal["dense", "mass", "sparse", "means", "raster", "ordered"]
     density: float = 1.0
     error: float | None = None
+
+    @property
+    def foreign(self) -> bool:
+        """Not ours: where it does not run it is left out."""
+        return self.kind == "dense" or self.backend in _FOREIGN
 
 
 def dense_backends(device: str) -> dict[str, Any]:
@@ -84,34 +53,102 @@ def dense_backends(device: str) -> dict[str, Any]:
     return {f"sdpa-{name}": getattr(SDPBackend, member) for name, member in names.items()}
 
 
-def measure(case: Case, device: str, backends: list[str], rounds: int) -> list[Row]:
+def measure(case: Case, device: str, backends: list[str], rounds: int, left_out: set[str] | None = None) -> list[Row]:
     """Time one case: each dense kernel, then block-sparse attention and the mass pass of each backend.
 
-    Contestants take turns, `rounds` times, and the median counts, so that a busy machine slows all of them alike.
+    Contestants take turns, `rounds` times, and the median counts, so that a busy machine slows all of them alike. Two
+    sets of inputs alternate, so that nobody finds its own in the cache. Foreign kernels that don't run here are left
+    out, and their reasons added to `left_out`.
 
     Raises:
         WrongResultError: a kernel that is not exact enough is not timed.
     """
     import torch
 
+    inputs = [case.tensors(device, seed) for seed in range(_INPUTS)]
+    lists = {sparsity: case.lists(sparsity, device) for sparsity in case.sparsities}
+    with torch.inference_mode():
+        checked = _checked(inputs[0], lists, backends, set() if left_out is None else left_out)
+        contestants = _contestants(case, device, inputs, lists, checked, backends)
+        seconds = _take_turns(contestants, rounds, set() if left_out is None else left_out)
+    dense = {entry: value for entry, value in seconds.items() if entry.kind == "dense"}
+    return [_row(case, device, entry, value, min(dense.values())) for entry, value in seconds.items()]
+
+
+def _checked(
+    inputs: QKV, lists: dict[float, BlockLists], backends: list[str], left_out: set[str]
+) -> dict[tuple[float, str], float]:
+    """The error of each backend at each sparsity, before anything is timed."""
+    errors = {}
+    for sparsity, name in itertools.product(lists, backends):
+        try:
+            errors[sparsity, name] = check(*inputs, lists[sparsity], name)
+        except Exception as error:
+            if name not in _FOREIGN:
+                raise
+            left_out.add(f"{name}: {_short(error)}")
+    return errors
+
+
+def _contestants(
+    case: Case,
+    device: str,
+    inputs: list[QKV],
+    lists: dict[float, BlockLists],
+    checked: dict[tuple[float, str], float],
+    backends: list[str],
+) -> dict[Entry, list[Callable[[], Any]]]:
+    """Everybody's calls, one for each set of inputs."""
     from diffsparse_kernels import attention, block_mass, block_sparse_attention
 
-    q, k, v = case.tensors(device)
-    _, lse = attention(q, k, v)
-    contestants: dict[Entry, Callable[[], Any]] = {
-        Entry(name, "dense"): _sdpa(member, q, k, v) for name, member in dense_backends(device).items()
+    found: dict[Entry, list[Callable[[], Any]]] = {
+        Entry(name, "dense"): [_sdpa(member, *qkv) for qkv in inputs] for name, member in dense_backends(device).items()
     }
     for name in backends:
-        mass = partial(block_mass, q, k, lse, q_block=case.block, kv_block=case.block, backend=name)
-        contestants[Entry(name, "mass")] = mass
-    for sparsity, name in itertools.product(case.sparsities, backends):
-        lists = case.lists(sparsity, device)
-        entry = Entry(name, "sparse", float(lists.density()), check(q, k, v, lists, name))
-        contestants[entry] = partial(block_sparse_attention, q, k, v, lists, backend=name)
-    with torch.inference_mode():
-        seconds = _take_turns(contestants, rounds)
-    dense = min(value for entry, value in seconds.items() if entry.kind == "dense")
-    return [_row(case, device, entry, value, dense) for entry, value in seconds.items()]
+        if name in _FOREIGN:
+            found[Entry(name, "dense")] = [partial(attention, *qkv, backend=name) for qkv in inputs]
+            continue
+        mass = partial(block_mass, q_block=case.block, kv_block=case.block, backend=name)
+        lses = [attention(*qkv, backend=name)[1] for qkv in inputs]
+        found[Entry(name, "mass")] = [partial(mass, q, k, lse) for (q, k, _), lse in zip(inputs, lses, strict=True)]
+    for (sparsity, name), error in checked.items():
+        entry = Entry(name, "sparse", float(lists[sparsity].density()), error)
+        found[entry] = [partial(block_sparse_attention, *qkv, lists[sparsity], backend=name) for qkv in inputs]
+        if name not in _FOREIGN:
+            for kind, variant in _variants(case, lists[sparsity], name).items():
+                found[entry._replace(kind=kind)] = [partial(variant, *qkv) for qkv in inputs]
+    return found
+
+
+def _variants(case: Case, lists: BlockLists, backend: str) -> dict[Any, Callable[..., Any]]:
+    """The same blocks with means for the others; as models call, token by token; and so with an order for each head."""
+    import torch
+
+    from diffsparse import Layout
+    from diffsparse.order import AXES, HeadOrders
+    from diffsparse_kernels import block_sparse_attention
+
+    kernel = partial(block_sparse_attention, lists=lists, backend=backend)
+    found: dict[Any, Callable[..., Any]] = {"means": partial(kernel, means=True)}
+    frames, rest = divmod(case.tokens, 256)
+    if rest:
+        return found
+    picked = torch.arange(case.heads) % len(AXES)
+    orders = HeadOrders.of(AXES, picked, Layout(frames, 16, 16), lists.idx.device)
+
+    def raster(*qkv: torch.Tensor) -> torch.Tensor:
+        return kernel(*(_token_major(x) for x in qkv))[0].transpose(1, 2).contiguous()
+
+    def ordered(*qkv: torch.Tensor) -> torch.Tensor:
+        return orders.undo(kernel(*(orders.apply(_token_major(x)) for x in qkv))[0]).transpose(1, 2).contiguous()
+
+    return {**found, "raster": raster, "ordered": ordered}
+
+
+def _token_major(x: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, D] laid out as models have it: taken for [B, N, H, D], which is as good for a clock."""
+    batch, heads, tokens, dim = x.shape
+    return x.view(batch, tokens, heads, dim).transpose(1, 2)
 
 
 def _sdpa(member: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], Any]:
@@ -126,25 +163,42 @@ def _sdpa(member: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Cal
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists, backend: str) -> float:
-    """Largest error of `backend` on the first head, against the reference in float64.
+    """Largest error of `backend` in some blocks of the first and the last head, against the reference in float64.
 
     Raises:
         WrongResultError: it is over twice the error of a plain eager computation in the same number format.
     """
     import torch
 
-    from diffsparse_kernels import BlockLists, block_sparse_attention
+    from diffsparse_kernels import block_sparse_attention
 
-    head = BlockLists(lists.idx[:, :1], lists.cnt[:, :1], lists.q_block, lists.kv_block, lists.q_len, lists.kv_len)
-    q, k, v = (x[:, :1] for x in (q, k, v))
-    exact, _ = block_sparse_attention(q.double(), k.double(), v.double(), head, backend="reference")
-    ours, _ = block_sparse_attention(q, k, v, head, backend=backend)
-    eager = _eager(q, k, v, head)
-    error, limit = ((x.double() - exact).abs().max().item() for x in (ours, eager))
-    limit = 2 * limit + torch.finfo(q.dtype).eps * exact.abs().max().item()
-    if not error <= limit:
-        raise WrongResultError(f"backend {backend!r} is off by {error:.2e}; at most {limit:.2e} is explained")
-    return error
+    whole, _ = block_sparse_attention(q, k, v, lists, backend=backend)
+    worst = 0.0
+    for head in {0, q.shape[1] - 1}:
+        rows, some = _sample(lists, head)
+        one = slice(head, head + 1)
+        queries, keys, values = q[:, one, rows], k[:, one], v[:, one]
+        exact, _ = block_sparse_attention(queries.double(), keys.double(), values.double(), some, backend="reference")
+        results = whole[:, one, rows], _eager(queries, keys, values, some)
+        error, limit = ((x.double() - exact).abs().max().item() for x in results)
+        limit = 2 * limit + torch.finfo(q.dtype).eps * exact.abs().max().item()
+        if not error <= limit:
+            raise WrongResultError(f"backend {backend!r} is off by {error:.2e}; at most {limit:.2e} is explained")
+        worst = max(worst, error)
+    return worst
+
+
+def _sample(lists: BlockLists, head: int) -> tuple[torch.Tensor, BlockLists]:
+    """Rows of a few query blocks, the last among them, and the lists of these blocks alone."""
+    import torch
+
+    from diffsparse_kernels import BlockLists
+
+    blocks = torch.linspace(0, lists.q_blocks - 1, min(6, lists.q_blocks)).round().long()
+    rows = (blocks[:, None] * lists.q_block + torch.arange(lists.q_block)).flatten()
+    rows = rows[rows < lists.q_len].to(lists.idx.device)
+    idx, cnt = (x[:1, head : head + 1, blocks.to(x.device)] for x in (lists.idx, lists.cnt))
+    return rows, BlockLists(idx, cnt, lists.q_block, lists.kv_block, len(rows), lists.kv_len)
 
 
 def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists) -> torch.Tensor:
@@ -156,33 +210,48 @@ def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists)
     return out
 
 
-def _take_turns(contestants: dict[Entry, Callable[[], Any]], rounds: int) -> dict[Entry, float]:
-    """Median seconds of each; a dense kernel that can't run here is left out."""
+def _take_turns(
+    contestants: dict[Entry, list[Callable[[], Any]]], rounds: int, left_out: set[str]
+) -> dict[Entry, float]:
+    """Median seconds of each; a foreign kernel that can't run here is left out."""
+    times: dict[Entry, list[float]] = {entry: [] for entry in contestants}
+    for turn, (entry, calls) in itertools.product(range(rounds + 1), contestants.items()):
+        if entry not in times:
+            continue
+        try:
+            elapsed = seconds_of(calls[turn % len(calls)])
+        except Exception as error:
+            if not entry.foreign:
+                raise
+            left_out.add(f"{entry.backend}: {_short(error)}")
+            del times[entry]
+            continue
+        if turn > 0:  # the first warms up
+            times[entry].append(elapsed)
+    return {entry: sorted(found)[len(found) // 2] for entry, found in times.items()}
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """One call, from before it starts until the device is done."""
     import torch
     from torch.utils.benchmark import Timer
 
-    timers = {
-        entry: Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        for entry, call in contestants.items()
-    }
-    times: dict[Entry, list[float]] = {}
-    for turn, (entry, timer) in itertools.product(range(rounds + 1), timers.items()):
-        try:
-            elapsed = timer.timeit(1).mean
-        except RuntimeError:
-            if entry.kind != "dense":
-                raise
-            continue
-        if turn > 0:  # the first warms up
-            times.setdefault(entry, []).append(elapsed)
-    return {entry: sorted(found)[len(found) // 2] for entry, found in times.items()}
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return float(timer.timeit(1).mean)
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:120]
 
 
 def _row(case: Case, device: str, entry: Entry, seconds: float, dense: float) -> Row:
     from diffsparse_eval import environment
 
     share = 0.5 if entry.kind == "mass" else entry.density  # the mass pass has one product of two
+    versions = environment.versions()
     return {
+        "case": case.name,
         "device": environment.device_name(device),
         "backend": entry.backend,
         "kind": entry.kind,
@@ -191,18 +260,25 @@ def _row(case: Case, device: str, entry: Entry, seconds: float, dense: float) ->
         "head_dim": case.head_dim,
         "dtype": case.dtype,
         "block": case.block,
+        "pattern": case.pattern,
         "density": entry.density,
         "ms": seconds * 1e3,
         "tflops": share * case.flops / seconds / 1e12,
         "speedup": dense / seconds,
+        "efficiency": share * dense / seconds,
         "max_error": entry.error,
-        "torch": environment.versions()["torch"],
+        "torch": versions["torch"],
+        "triton": versions.get("triton"),
         "commit": environment.commit(),
         "seed": 0,
     }
 
 
 def bench(
+    suite: Annotated[
+        str, typer.Option(help="gpu: the shapes of Wan, HunyuanVideo and Flux. Sizes below if empty.")
+    ] = "",
+    shrink: Annotated[int, typer.Option(help="Divide a suite's tokens by this, to try it without a GPU.")] = 1,
     tokens: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "1024,4096",
     sparsity: Annotated[str, typer.Option(help="Shares of blocks dropped.")] = "0.5,0.8,0.9",
     head_dim: Annotated[str, typer.Option(help="Channels of a head.")] = "64,128",
@@ -212,7 +288,10 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     backend: Annotated[str, typer.Option(help="Backends, separated by commas; all that run here if empty.")] = "",
     rounds: Annotated[int, typer.Option(help="Timed turns of each contestant.")] = 7,
-    out: Annotated[Path | None, typer.Option(help="A .csv or .json file for the rows.")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Time the Triton tiles instead, and keep the best.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="A .csv or .json file for the rows; bench-SUITE.csv for one.")
+    ] = None,
 ) -> None:
     """Time the attention kernels beside torch's dense ones: same tensors, same process, results checked first."""
     import torch
@@ -222,22 +301,45 @@ def bench(
 
     console = terminal()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if tune:
+        from diffsparse_eval.tune import tune_tiles
+
+        console.print(f"the best tiles are in {tune_tiles(device, rounds)}", soft_wrap=True)
+        return
+    cases = _suite(suite, shrink) if suite else _cases(tokens, sparsity, head_dim, dtype, block, heads)
+    out = Path(f"bench-{suite}.csv") if suite and out is None else out
     if out is not None:
         _check_out(out)
         folder(out.parent)
-    cases = _cases(tokens, sparsity, head_dim, dtype, block, heads)
     if rounds < 1:
         raise ConfigError(f"--rounds wants at least 1; got {rounds}")
     named = _named(backend, device)
     rows: list[Row] = []
+    left_out: set[str] = set()
     with bar(console) as progress:
         for case in progress.track(cases, description="cases"):
-            rows += measure(case, device, named, rounds)
+            rows += measure(case, device, named, rounds, left_out)
+            if out is not None:
+                _write(rows, out)  # what is measured stays, whatever comes next
     console.print(_table(rows))
     console.print("speed-up is over the fastest dense kernel of the same case; mass is the search pass without values")
+    console.print(
+        "means: dropped blocks stand as their means; raster and ordered: [B, N, H, D] in and out, without and"
+    )
+    console.print("with an order of the tokens for each head")
+    console.print("efficiency is TFLOP/s per computed block over that dense kernel's")
+    for reason in sorted(left_out):
+        console.print(f"left out: {reason}", soft_wrap=True)
     if out is not None:
-        _write(rows, out)
         console.print(f"{len(rows)} rows are in {out}", soft_wrap=True)
+
+
+def _suite(name: str, shrink: int) -> list[Case]:
+    if name not in SUITES:
+        raise ConfigError(f"--suite wants one of {', '.join(SUITES)}; got {name!r}")
+    if shrink < 1:
+        raise ConfigError(f"--shrink wants at least 1; got {shrink}")
+    return SUITES[name]() if shrink == 1 else [case.shrunk(shrink) for case in SUITES[name]()]
 
 
 def _cases(tokens: str, sparsity: str, head_dim: str, dtype: str, block: str, heads: int) -> list[Case]:
@@ -261,11 +363,13 @@ def _cases(tokens: str, sparsity: str, head_dim: str, dtype: str, block: str, he
 
 
 def _named(wanted: str, device: str) -> list[str]:
+    import torch
+
     from diffsparse_kernels import BackendError, backends
 
-    known = backends()
+    known = backends(torch.device(device))
     if not wanted:
-        kind = ("cpu",) if device == "cpu" else _BACKENDS[1:]
+        kind = ("cpu",) if device == "cpu" else _GPU
         return [name for name in kind if known.get(name) == "available"]
     listed = [name.strip() for name in wanted.split(",") if name.strip()]
     for name in listed:
@@ -298,10 +402,11 @@ def _table(rows: list[Row]) -> Any:
     shown = Table(title=rows[0]["device"], title_justify="left", box=box.SIMPLE, padding=(0, 1))
     for name in ("dtype", "tokens x heads x D", "block", "backend", "kind"):
         shown.add_column(name, no_wrap=True)
-    for name in ("density", "ms", "tflops", "speed-up"):
+    for name in ("density", "ms", "tflops", "speed-up", "efficiency"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         size = f"{row['tokens']} x {row['heads']} x {row['head_dim']}"
-        figures = f"{row['density']:.2f}", f"{row['ms']:.2f}", f"{row['tflops']:.3f}", f"{row['speedup']:.2f}"
+        digits = {"density": 2, "ms": 2, "tflops": 3, "speedup": 2, "efficiency": 2}
+        figures = [f"{row[name]:.{n}f}" for name, n in digits.items()]
         shown.add_row(row["dtype"], size, str(row["block"]), row["backend"], row["kind"], *figures)
     return shown

@@ -17,7 +17,7 @@ from diffsparse.inspection import LayerView
 from diffsparse.order import RASTER
 
 _INK, _PAPER, _SKIPPED = "#222222", "white", "#d9d9d9"
-_PALETTE = ("#4477aa", "#3d9bb3", "#228833", "#a8912e", "#d1495b", "#8c3a78", "#7a7a7a", "#2f6f62", "#6b4a2b")
+_PALETTE = ("#4477aa", "#c8702a", "#228833", "#7b5aa6", "#d1495b", "#2a8c9e", "#7a7a7a", "#8a7a1f", "#6b4a2b")
 _LEGIBLE = 30, 12  # layers and heads up to which texts are written into the cells
 _COLUMN = 6  # heads one below the other
 _LOWEST, _HIGHEST = 0.03, 30.0  # block mass in units of uniform attention

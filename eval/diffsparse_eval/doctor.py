@@ -9,7 +9,7 @@ import typer
 
 
 def examine() -> dict[str, Any]:
-    """All findings as plain values: `versions`, `system`, `devices`, `backends`, `models`."""
+    """All findings as plain values: `versions`, `system`, `devices`, `backends`, `measured`, `models`."""
     import torch
 
     import diffsparse_kernels
@@ -20,9 +20,16 @@ def examine() -> dict[str, Any]:
         "versions": environment.versions(),
         "system": environment.system(),
         "devices": {"cpu": diffsparse_kernels.backend_for(torch.device("cpu")), **_gpus()},
-        "backends": diffsparse_kernels.backends(),
+        "backends": diffsparse_kernels.backends(_main_device()),
+        "measured": _measured(),
         "models": {"embedded": _embedded(), "known layouts": f"{len(SPECS)} classes; all others by default"},
     }
+
+
+def _main_device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _gpus() -> dict[str, str]:
@@ -44,12 +51,36 @@ def _embedded() -> str:
     return f"missing: {', '.join(missing)}; install the package anew" if missing else ", ".join(VARIANTS)
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a bug report.")] = False) -> None:
+def _measured() -> dict[str, str]:
+    """What the break-even on each device rests on."""
+    from diffsparse_kernels.cached import BREAK_EVEN, cache_folder, read_rows
+
+    rows = read_rows(BREAK_EVEN)
+    if not rows:
+        return {"break-even": "defaults; diffsparse doctor --measure finds this machine's in ten seconds"}
+    found = {}
+    for device in dict.fromkeys(row["device"] for row in rows):
+        mine = [row for row in rows if row["device"] == device]
+        low, high = (pick(row["break_even"] for row in mine) for pick in (min, max))
+        found[device] = f"{mine[0]['backend']}, break-even at a density of {low:.2f} to {high:.2f}"
+    return {**found, "kept in": str(cache_folder())}
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a bug report.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure first when dense is faster: ten seconds.")
+    ] = False,
+) -> None:
     """Show versions, devices, and which backends run here."""
     from rich.table import Table
 
     from diffsparse_pipelines.progress import terminal
 
+    if measure:
+        from diffsparse_eval.tune import measure_break_even
+
+        measure_break_even(_main_device().type)
     found = examine()
     if as_json:
         print(json.dumps(found, indent=2))

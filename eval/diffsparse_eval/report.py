@@ -71,8 +71,18 @@ def table(rows: list[Row], title: str) -> Table:
 def markdown(rows: list[Row]) -> str:
     """The summary as a Markdown table."""
     heads = ["strategy", "runs", *(heading for heading, _ in _COLUMNS.values())]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *(list(record.values()) for record in summary(rows))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return as_markdown(heads, [list(record.values()) for record in summary(rows)])
+
+
+def as_markdown(heads: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    ruled = [heads, ["---", *["---:"] * (len(heads) - 1)], *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in ruled)
+
+
+def flat(rows: list[Row]) -> list[Row]:
+    """Rows without what doesn't fit into a cell."""
+    return [{k: v for k, v in row.items() if not isinstance(v, dict)} for row in rows]
 
 
 def facts(rows: list[Row]) -> str:
@@ -95,15 +105,13 @@ def _dense_steps(rows: list[Row]) -> str:
 
 def write(rows: list[Row], out: Path) -> None:
     """Write `results.csv` and `report.md` into `out`."""
-    flat = [{k: v for k, v in row.items() if not isinstance(v, dict)} for row in rows]
-    write_csv(flat, out / "results.csv")
+    write_csv(flat(rows), out / "results.csv")
     heads = "".join(_heads(label, group[0]) for label, group in groups(rows).items() if group[0].get("heads"))
-    meanings = "\n".join(f"- `{name}`: {meaning}" for name, meaning in DEFINITIONS.items())
     with whole(out / "report.md") as temporary:
         temporary.write_text(
             f"# {rows[0]['model']}: sparse beside dense\n\n{facts(rows)}\n\n{markdown(rows)}\n\n"
             f"Mean ± half-width of the 95 % confidence interval over prompts and seeds.\n{heads}\n"
-            f"## Columns\n{meanings}\n"
+            f"## Columns\n{meanings(DEFINITIONS)}\n"
         )
 
 
@@ -125,6 +133,11 @@ def _spans(steps: list[int], modes: tuple[str, ...]) -> str:
         first, *rest = (step for _, step in run)
         spans.append(f"{mode} {first}-{rest[-1]}" if rest else f"{mode} {first}")
     return ", ".join(spans)
+
+
+def meanings(definitions: dict[str, str]) -> str:
+    """What columns mean, as a Markdown list."""
+    return "\n".join(f"- `{name}`: {meaning}" for name, meaning in definitions.items())
 
 
 def write_csv(rows: list[Row], path: Path) -> None:

@@ -22,7 +22,7 @@ from diffsparse.files import whole
 from diffsparse.report import elapsed, mark
 from diffsparse_eval import environment
 from diffsparse_eval.experiment import Row, dense_backend, label
-from diffsparse_eval.report import write_csv
+from diffsparse_eval.report import as_markdown, flat, meanings, write_csv
 from diffsparse_pipelines.architectures import Architecture, Rig, inputs
 from diffsparse_pipelines.preflight import grid_tokens
 
@@ -263,6 +263,22 @@ COLUMNS = {
 }
 
 
+DEFINITIONS = {
+    "dense_step_seconds": "seconds of a step that is dense in all layers, on the user's own backend",
+    "search_step_seconds": "of a dense step that also sums block masses and chooses blocks",
+    "refresh_step_seconds": "of a sparse step that chooses its blocks anew on the cached log-sum-exp",
+    "sparse_step_seconds": "of a sparse step",
+    "dense_seconds": "seconds of a run of dense steps: transformer only, extrapolated",
+    "seconds": "the same with the strategy on, by its schedule: dense steps and searches included",
+    "speedup": "dense_seconds / seconds",
+    "attention_share": "share of a dense step that is spent in self-attention",
+    "attention_speedup": "time inside self-attention, dense over sparse, dense steps and searches included",
+    "expected_speedup": "from the count of operations alone, as if the machine did all of them equally fast",
+    "dense_pass_tflop": "operations of one dense forward pass, in units of 10^12",
+    "layers": "blocks of each kind that were built and timed, their times scaled to all; null: all were timed",
+}
+
+
 def table(rows: list[Row]) -> Table:
     """Seconds of a step by kind, seconds of the run, and speed-up."""
     shown = Table(title="seconds of a step by kind, and of the run", title_justify="left", box=box.SIMPLE)
@@ -279,18 +295,14 @@ def _cell(row: Row, column: str) -> str:
     return "-" if value is None else f"{value:.{COLUMNS[column][1]}f}"
 
 
-def markdown(rows: list[Row]) -> str:
-    """The same as a Markdown table."""
-    lines = [["strategy", *(heading for heading, _ in COLUMNS.values())], ["---", *["---:"] * len(COLUMNS)]]
-    lines += [[row["label"], *(_cell(row, column) for column in COLUMNS)] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def write(rows: list[Row], out: Path) -> None:
     """Write `results.csv` and `report.md` into `out`."""
-    write_csv([{k: v for k, v in row.items() if not isinstance(v, dict)} for row in rows], out / "results.csv")
+    write_csv(flat(rows), out / "results.csv")
+    heads = ["strategy", *(heading for heading, _ in COLUMNS.values())]
+    lines = [[row["label"], *(_cell(row, column) for column in COLUMNS)] for row in rows]
+    title = f"# {rows[0]['model']}: speed without weights\n\n{facts(rows)}\n\n"
     with whole(out / "report.md") as temporary:
-        temporary.write_text(f"# {rows[0]['model']}: speed without weights\n\n{facts(rows)}\n\n{markdown(rows)}\n")
+        temporary.write_text(f"{title}{as_markdown(heads, lines)}\n\n## Columns\n{meanings(DEFINITIONS)}\n")
 
 
 def facts(rows: list[Row]) -> str:

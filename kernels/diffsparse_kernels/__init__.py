@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError
     from diffsparse_kernels.lists import BlockLists, Boxes
+    from diffsparse_kernels.means import means_mass
     from diffsparse_kernels.quantised import incoherence, quantise, quantised_attention
     from diffsparse_kernels.select import select_heads, select_mass, select_rows
 
@@ -36,6 +37,7 @@ __all__ = [
     "break_even",
     "forget_measurements",
     "incoherence",
+    "means_mass",
     "quantise",
     "quantised_attention",
     "select_heads",
@@ -46,6 +48,7 @@ __all__ = [
 _HOME = {
     "errors": ("BackendError", "DiffsparseError", "KernelInputError"),
     "lists": ("BlockLists", "Boxes"),
+    "means": ("means_mass",),
     "quantised": ("incoherence", "quantise", "quantised_attention"),
     "select": ("select_heads", "select_mass", "select_rows"),
 }

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse_kernels.lists import BlockLists, Boxes
-from diffsparse_kernels.means import Means
 
 _GATHER_BYTES = 4 * 2**20  # keys and values gathered at a time, about what caches hold
 _LEAST_ROWS = 2  # computed at a time, or some threads would idle
@@ -89,7 +88,6 @@ def block_sparse_attention(
     scale: float,
     key_mask: Tensor | None,
     boxes: Boxes | None = None,
-    means: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks."""
     work, scratch = _Blocks.of(*_computable(q, k, v), lists, key_mask, boxes), _Scratch()
@@ -100,8 +98,6 @@ def block_sparse_attention(
             _dense_rows(work, group, scale)
         else:
             _sparse_rows(work, group, scale, scratch)
-    if means:
-        _add_means(work, Means.of(k, v, lists.kv_block, key_mask), scale, scratch)
     rows = slice(None, q.shape[2])
     out = work.out.flatten(2, 3)[:, :, rows].to(q.dtype)
     return out, work.lse.flatten(2, 3)[:, :, rows]
@@ -283,29 +279,6 @@ def _dense_rows(work: _Blocks, group: _Group, scale: float) -> None:
         part, part_lse = _flash(q, keys[head][None, None], values[head][None, None], scale, bias)
         work.out[sample, inner, rows] = part[0, 0].unflatten(0, (-1, lists.q_block))
         work.lse[sample, inner, rows] = part_lse[0, 0].unflatten(0, (-1, lists.q_block))
-
-
-def _add_means(work: _Blocks, means: Means, scale: float, scratch: _Scratch) -> None:
-    """Merge what the dropped blocks' means give into output and LSE, a few rows of blocks at a time."""
-    bias = means.log_count[:, None, None].masked_fill(work.lists.to_mask(), -torch.inf)  # [B, H, nQ, nK]
-    keys = (means.key * scale).mT  # [B, H, D, nK]
-    row_bytes = work.q[:, :, 0].numel() * (2 + keys.shape[-1] / keys.shape[-2]) * keys.element_size()
-    for rows in torch.arange(work.q.shape[2]).split(max(1, int(_GATHER_BYTES / row_bytes))):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        q, out, lse = (x[:, :, part].flatten(2, 3) for x in (work.q, work.out, work.lse))  # [B, H, rows, ...]
-        scores = scratch.take("coarse", (*q.shape[:3], keys.shape[-1]), keys.dtype)
-        torch.matmul(q.to(keys.dtype), keys, out=scores)
-        scores.unflatten(2, (-1, work.lists.q_block)).add_(bias[:, :, part, None])
-        top = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(top.masked_fill(top.isneginf(), 0)).exp_()
-        both = torch.logaddexp(lse[..., None], top + weights.sum(-1, keepdim=True).log())
-        base = both.masked_fill(both.isneginf(), 0)
-        weights.mul_((top - base).exp_())
-        merged = scratch.take("merged", tuple(out.shape), keys.dtype).copy_(out).mul_((lse[..., None] - base).exp_())
-        flat = merged.flatten(0, 1)
-        torch.baddbmm(flat, weights.flatten(0, 1), means.value.flatten(0, 1), out=flat)
-        out.copy_(merged)
-        lse.copy_(both[..., 0])
 
 
 def _product(

@@ -19,7 +19,7 @@ from diffsparse_kernels.lists import BlockLists, Boxes
 _BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("diffsparse_kernels.cpu", ("cpu",)),
     "gluon": ("diffsparse_kernels.gluon", ("cuda",)),
-    "triton": ("diffsparse_kernels.triton", ("cuda",)),
+    "triton": ("diffsparse_kernels.triton", ("cuda", "cpu")),
     "reference": ("diffsparse_kernels.reference", ("cpu", "cuda", "mps", "xpu", "meta")),
     "flex": ("diffsparse_kernels.flex", ("cuda", "cpu")),
     "flash-attn-4": ("diffsparse_kernels.flash4", ("cuda",)),

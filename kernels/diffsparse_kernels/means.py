@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from diffsparse_kernels.lists import BlockLists
+
+_STRIP_BYTES = 64 * 2**20  # scores that exist at a time
+_CACHE_BYTES = 4 * 2**20
 
 
 class Means(NamedTuple):
@@ -29,6 +35,82 @@ class Means(NamedTuple):
             count = _sums(key_mask[:, None, :, None].to(exact), block)  # [B, 1, nK, 1]
         key, value = (_sums(x, block) / count.clamp(min=1) for x in (k, v))
         return cls(key, value, count[:, 0, :, 0].log())
+
+    def bias(self, lists: BlockLists) -> Tensor:
+        """What to add to the scores of the mean keys: log n, and -inf where a block is listed; [B, H, nQ, nK]."""
+        return self.log_count[:, None, None].masked_fill(lists.to_mask(), -torch.inf)
+
+
+def merge_means(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Merge what the means of the blocks outside the lists give into out [B, H, N_q, D_v] and lse, in place.
+
+    Plain torch, a few rows of blocks at a time, so that nothing leaves the cache between its uses.
+    """
+    means = Means.of(k, v, lists.kv_block, key_mask)
+    bias, keys = means.bias(lists), (means.key * scale).mT  # [B, H, nQ, nK], [B, H, D, nK]
+    for blocks, rows in _strips(q, lists.q_block, keys.shape[-1]):
+        scores = q[:, :, rows].to(keys.dtype) @ keys  # [B, H, rows, nK]
+        scores.unflatten(2, (blocks.stop - blocks.start, -1)).add_(bias[:, :, blocks, None])
+        top = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(top.masked_fill(top.isneginf(), 0)).exp_()
+        both = torch.logaddexp(lse[:, :, rows, None], top + weights.sum(-1, keepdim=True).log())
+        base = both.masked_fill(both.isneginf(), 0)
+        merged = out[:, :, rows].to(keys.dtype).mul_((lse[:, :, rows, None] - base).exp_())
+        flat = merged.flatten(0, 1)
+        flat.baddbmm_(weights.mul_((top - base).exp_()).flatten(0, 1), means.value.flatten(0, 1))
+        out[:, :, rows] = merged
+        lse[:, :, rows] = both[..., 0]
+
+
+def _strips(q: Tensor, q_block: int, kv_blocks: int) -> Iterator[tuple[slice, slice]]:
+    """Whole query blocks and their rows, as many as fit the cache; a ragged last block comes alone."""
+    whole, ragged = divmod(q.shape[2], q_block)
+    at_a_time = max(1, _CACHE_BYTES // (4 * q[:, :, :1].numel() // q.shape[3] * q_block * (2 * q.shape[3] + kv_blocks)))
+    for start in range(0, whole, at_a_time):
+        stop = min(start + at_a_time, whole)
+        yield slice(start, stop), slice(start * q_block, stop * q_block)
+    if ragged:
+        yield slice(whole, whole + 1), slice(whole * q_block, q.shape[2])
+
+
+def means_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    q_block: int,
+    kv_block: int,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """`block_mass` as the mean keys have it: the sum over rows of n * exp(q . mean key * scale - lse).
+
+    exp is convex, so no block has less mass than its mean says. The difference is what is lost where `means` stands
+    for it. Costs 1 / kv_block of the scores of dense attention.
+
+    Args and returns as in `block_mass`; float32 or better [B, H, nQ, nK].
+    """
+    means = Means.of(k, k, kv_block, key_mask)
+    keys = (means.key * (q.shape[-1] ** -0.5 if scale is None else scale)).mT  # [B, H, D, nK]
+    bias, masses = means.log_count[:, None, None], []
+    row_bytes = q.shape[0] * q.shape[1] * keys.shape[-1] * keys.element_size()
+    step = max(_STRIP_BYTES // (row_bytes * q_block), 1) * q_block
+    for start in range(0, q.shape[2], step):
+        rows = slice(start, start + step)
+        cached = lse[:, :, rows, None].to(keys.dtype)
+        cached = cached.masked_fill(~cached.isfinite(), torch.inf)  # such rows count for nothing
+        weights = (q[:, :, rows].to(keys.dtype) @ keys + bias - cached).exp()
+        masses.append(_sums(weights, q_block))
+    return torch.cat(masses, 2)
 
 
 def _sums(x: Tensor, block: int) -> Tensor:

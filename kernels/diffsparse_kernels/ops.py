@@ -15,6 +15,13 @@ def _module(backend: str, q: Tensor):  # type: ignore[no-untyped-def]  # a modul
     return module_for(backend, q.device)
 
 
+def _means_of(device: torch.device):  # type: ignore[no-untyped-def]  # a module, checked where it is defined
+    """Where `merge_means` is: the same for all backends of a device."""
+    from diffsparse_kernels import dispatch, means
+
+    return dispatch.load("triton") if device.type == "cuda" else means
+
+
 def _accumulated(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
@@ -123,7 +130,10 @@ def block_sparse_attention(
     """Block-sparse attention -> out, lse."""
     lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
     boxes = None if place is None or low is None or high is None else Boxes(place, low, high)
-    out, lse = _module(backend, q).block_sparse_attention(q, k, v, lists, scale, key_mask, boxes, means)
+    out, lse = _module(backend, q).block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
+    if means:
+        out, lse = out.contiguous(), lse.contiguous()
+        _means_of(q.device).merge_means(q, k, v, lists, scale, key_mask, out, lse)
     return out.contiguous(), lse.contiguous()
 
 

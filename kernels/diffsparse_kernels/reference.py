@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
-from diffsparse_kernels.means import Means
 
 _STRIP_BYTES = 256 * 2**20
 
@@ -54,12 +53,9 @@ def block_sparse_attention(
     scale: float,
     key_mask: Tensor | None,
     boxes: Boxes | None = None,
-    means: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks; a row without any gets 0 and an LSE of -inf."""
     mask = lists.to_mask()
-    coarse = Means.of(k, v, lists.kv_block, key_mask) if means else None
-    values = v if coarse is None else torch.cat([v.to(coarse.value.dtype), coarse.value], 2)
     parts = []
     for rows in _strips(q, k, lists.q_block):
         scores = _scores(q[:, :, rows], k, scale, key_mask)
@@ -67,12 +63,7 @@ def block_sparse_attention(
         tokens = blocks.repeat_interleave(lists.q_block, 2)[:, :, : scores.shape[2]]
         tokens = tokens.repeat_interleave(lists.kv_block, 3)[..., : scores.shape[3]]
         tokens = tokens if boxes is None else tokens & boxes.visible(rows)
-        scores = scores.masked_fill(~tokens, -torch.inf)
-        if coarse is not None:
-            bias = coarse.log_count[:, None, None].masked_fill(blocks, -torch.inf)  # [B, H, nQ, nK]
-            bias = bias.repeat_interleave(lists.q_block, 2)[:, :, : scores.shape[2]]
-            scores = torch.cat([scores, _scores(q[:, :, rows], coarse.key, scale, None) + bias], 3)
-        parts.append(_softmax(scores, values))
+        parts.append(_softmax(scores.masked_fill(~tokens, -torch.inf), v))
     return _join(parts, q)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffsparse_kernels import triton_kernels as kernels
 from diffsparse_kernels.errors import KernelInputError
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
+from diffsparse_kernels.means import Means
 from diffsparse_kernels.tiles import HEAD_DIMS, Tile, tiles_for
 
 BLOCKS = (16, 32, 64, 128)
@@ -25,6 +26,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2E = 1.4426950408889634
 # Triton's interpreter multiplies bfloat16 as bit patterns: there it is computed in float32.
 INTERPRETED: bool = not isinstance(kernels.attend, triton.runtime.JITFunction)
+
+
+def unfit(device: torch.device) -> str:
+    """Why the kernels do not run on `device`; empty if they do."""
+    if device.type == "cpu" and not INTERPRETED:
+        return "on the CPU it runs in Triton's interpreter only: set TRITON_INTERPRET=1"
+    return ""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -61,6 +69,52 @@ def block_sparse_attention(
     return _attend(q, k, v, scale, key_mask, q_block, kv_block, lists=lists, boxes=boxes, tile=tile)[:2]
 
 
+def merge_means(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Merge what the means of the blocks outside the lists give into out and lse, in place, whoever made these."""
+    means = Means.of(k, v, lists.kv_block, key_mask)
+    (batch, heads, n_q, head_dim), kv_blocks = q.shape, means.key.shape[2]
+    tile = means_tile(q.element_size())
+    _launch(
+        kernels.add_means,
+        batch * heads * lists.q_blocks,
+        q,
+        tile,
+        q_ptr=q,
+        key_ptr=means.key.to(q.dtype).contiguous(),
+        value_ptr=means.value.to(q.dtype).contiguous(),
+        bias_ptr=(means.bias(lists) * LOG2E).expand(batch, heads, -1, -1).contiguous(),
+        out_ptr=out,
+        lse_ptr=lse,
+        scale_log2=scale * LOG2E,
+        n_q=n_q,
+        kv_blocks=kv_blocks,
+        heads=heads,
+        **_strides(q=q),
+        **means_constants(head_dim, v.shape[3], lists.q_block, tile),
+        UPCAST=_upcast(q),
+    )
+
+
+def means_tile(itemsize: int) -> Tile:
+    """The tile of `kernels.add_means`, a small part of the whole."""
+    return Tile(16, 8, 1) if itemsize > 2 else Tile(64, 8, 2)
+
+
+def means_constants(head_dim: int, value_dim: int, q_block: int, tile: Tile) -> dict[str, Any]:
+    """The constants of `kernels.add_means` that sizes and tile decide."""
+    padded = {"D_PAD": _padded(head_dim), "DV_PAD": _padded(value_dim)}
+    return {"D": head_dim, "D_V": value_dim, **padded, "Q_BLOCK": q_block, "BLOCK_N": tile.keys}
+
+
 def block_mass(
     q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, scale: float, key_mask: Tensor | None
 ) -> Tensor:
@@ -69,7 +123,7 @@ def block_mass(
     q, scale = positive(q, scale)
     (batch, heads, n_q, head_dim), n_kv = q.shape, k.shape[2]
     mass = q.new_empty(batch, heads, blocks_of(n_q, q_block), blocks_of(n_kv, kv_block), dtype=torch.float32)
-    tile = measure_tile(_capability(q), kv_block, q.element_size(), copyable(q, k))
+    tile = measure_tile(chip(q.device), kv_block, q.element_size(), copyable(q, k))
     constants = measure_constants(head_dim, q_block, kv_block, tile)
     grid = batch * heads * blocks_of(n_q, constants["BLOCK_M"])
     _launch(
@@ -161,7 +215,7 @@ def flags_of(sparse: bool, ordered: bool, masked: bool, boxes: Boxes | None, mas
 def attend_tile(q: Tensor, k: Tensor, v: Tensor, q_block: int, kv_block: int, flags: dict[str, Any]) -> Tile:
     """The first tile of the table whose needs are met."""
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else None
-    tiles = tiles_for(_capability(q), max(q.shape[3], v.shape[3]), q_block, kv_block, device)
+    tiles = tiles_for(chip(q.device), max(q.shape[3], v.shape[3]), q_block, kv_block, device)
     return fitting(tiles, q.element_size(), copyable(q, k, v), flags)
 
 
@@ -275,8 +329,9 @@ def _upcast(q: Tensor) -> bool:
     return INTERPRETED and q.dtype == torch.bfloat16
 
 
-def _capability(q: Tensor) -> int:
-    if not q.is_cuda:
+def chip(device: torch.device) -> int:
+    """Its compute capability, such as 90; the interpreter passes for the oldest."""
+    if device.type != "cuda":
         return 80
-    major, minor = torch.cuda.get_device_capability(q.device)
+    major, minor = torch.cuda.get_device_capability(device)
     return int(10 * major + minor)

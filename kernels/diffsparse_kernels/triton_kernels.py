@@ -194,6 +194,57 @@ def attend(
 
 
 @triton.jit
+def add_means(
+    q_ptr, key_ptr, value_ptr, bias_ptr, out_ptr, lse_ptr,
+    scale_log2, n_q, kv_blocks, heads,
+    q_b, q_h, q_n, q_d,
+    D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    Q_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Merge attention to the mean keys of one query block into its output and LSE, in place.
+
+    key [B, H, nK, D], value [B, H, nK, D_V], bias [B, H, nQ, nK] in base 2 (-inf where the block itself was seen),
+    out [B, H, N_q, D_V] and lse [B, H, N_q]: all contiguous but q.
+    """
+    q_blocks = tl.cdiv(n_q, Q_BLOCK)
+    row_block = tl.program_id(0) % q_blocks
+    bh = (tl.program_id(0) // q_blocks).to(tl.int64)
+    first_row = row_block * Q_BLOCK
+    rows = first_row + tl.arange(0, Q_BLOCK)  # [M]
+    queries = q_ptr + bh // heads * q_b + bh % heads * q_h
+    q = load_rows(queries, first_row, n_q, q_n, q_d, Q_BLOCK, D, D_PAD, True, False, UPCAST)  # [M, D]
+    keys, values = key_ptr + bh * kv_blocks * D, value_ptr + bh * kv_blocks * D_V
+    bias_at = bias_ptr + (bh * q_blocks + row_block) * kv_blocks
+    highest = tl.full([Q_BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([Q_BLOCK], tl.float32)
+    acc = tl.zeros([Q_BLOCK, DV_PAD], tl.float32)
+    for start in tl.range(0, kv_blocks, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        k = load_rows(keys, start, kv_blocks, D, 1, BLOCK_N, D, D_PAD, True, False, UPCAST)  # [N, D]
+        v = load_rows(values, start, kv_blocks, D_V, 1, BLOCK_N, D_V, DV_PAD, True, False, UPCAST)
+        bias = tl.load(bias_at + columns, mask=columns < kv_blocks, other=-float("inf"))
+        scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2 + bias[None, :]  # [M, N]
+        weights, _, highest, shrink = softmax_step(scores, 1.0, highest)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    there = rows < n_q
+    dims = tl.arange(0, DV_PAD)
+    out_at = out_ptr + (bh * n_q + rows)[:, None] * D_V + dims[None, :]
+    inside = there[:, None] & (dims < D_V)[None, :]
+    lse = tl.load(lse_ptr + bh * n_q + rows, mask=there, other=-float("inf")) * LOG2E
+    top = tl.maximum(highest, lse)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    ours, theirs = tl.math.exp2(highest - base), tl.math.exp2(lse - base)
+    whole = total * ours + theirs
+    empty = whole == 0.0
+    whole = tl.where(empty, 1.0, whole)
+    out = acc * ours[:, None] + tl.load(out_at, mask=inside, other=0.0).to(tl.float32) * theirs[:, None]
+    tl.store(out_at, (out / whole[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    lse = tl.where(empty, -float("inf"), (base + tl.math.log2(whole)) * LN2)
+    tl.store(lse_ptr + bh * n_q + rows, lse, mask=there)
+
+
+@triton.jit
 def measure(
     q_ptr, k_ptr, mass_ptr, cached_ptr, key_mask_ptr,
     scale_log2, n_q, n_kv, heads,

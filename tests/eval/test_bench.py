@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import diffsparse_kernels as dk
 import diffsparse_kernels.cpu
 from diffsparse.cli import main
-from diffsparse_eval import bench, doctor, environment
+from diffsparse_eval import bench, doctor, environment, suites, tune
 
-CASE = bench.Case(tokens=200, heads=2, head_dim=16, dtype="float32", block=32, sparsities=(0.6,))
+CASE = suites.Case(tokens=200, heads=2, head_dim=16, dtype="float32", block=32, sparsities=(0.6,))
 
 
 def test_rows_compare_with_dense_of_the_same_case() -> None:
     rows = bench.measure(CASE, "cpu", ["cpu"], rounds=2)
-    assert [(r["backend"], r["kind"]) for r in rows] == [("sdpa", "dense"), ("cpu", "mass"), ("cpu", "sparse")]
-    dense, _, sparse = rows
+    ours = ["mass", "sparse", "means"]
+    assert [(r["backend"], r["kind"]) for r in rows] == [("sdpa", "dense"), *(("cpu", kind) for kind in ours)]
+    dense, _, sparse, _ = rows
     assert dense["speedup"] == 1
     assert sparse["speedup"] == pytest.approx(dense["ms"] / sparse["ms"])
     assert sparse["density"] == pytest.approx(3 / 7)  # 0.4 of 7 blocks, rounded
@@ -30,7 +36,7 @@ def test_rows_compare_with_dense_of_the_same_case() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_wrong_kernel_is_not_timed(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = bench.Case(200, 2, 16, dtype, 32, (0.6,))
+    case = suites.Case(200, 2, 16, dtype, 32, (0.6,))
     bench.measure(case, "cpu", ["cpu"], rounds=1)
     right = diffsparse_kernels.cpu.block_sparse_attention
 
@@ -65,9 +71,124 @@ def test_the_command_writes_rows(suffix: str, tmp_path: Path, capsys: pytest.Cap
         "tflops",
         "speedup",
     }
-    assert len(rows) == 3
+    assert len(rows) == 4
     assert all(row.keys() >= wanted for row in rows)
     assert "100 x 1 x 16" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache folder of one's own."""
+    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path))
+    dk.forget_measurements()
+    yield tmp_path
+    dk.forget_measurements()
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def test_the_gpu_suite_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.csv"
+    assert run("bench", "--suite", "gpu", "--shrink", "600", "--rounds", "1", "--out", str(out)) == 0
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert {row["case"] for row in rows} == {case.name for case in suites.gpu_suite()}
+    assert {row["pattern"] for row in rows} == {"random", "ragged"}
+    assert all(float(row["efficiency"]) > 0 for row in rows)
+    assert "efficiency is TFLOP/s per computed block" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "value"), [("--suite", "tpu"), ("--shrink", "0")])
+def test_bad_options_end_with_code_2(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", *(["--suite", "gpu"] if option != "--suite" else []), option, value) == 2
+    assert f"error: {option} wants" in capsys.readouterr().err
+
+
+def test_shapes_of_real_models() -> None:
+    sizes = {(case.tokens, case.heads) for case in suites.gpu_suite()}
+    assert {(32_760, 12), (75_600, 40), (119_056, 24)} < sizes
+    assert all(case.head_dim == case.block == 128 for case in suites.gpu_suite())
+
+
+def test_ragged_lists_are_ragged_and_of_the_density_asked_for() -> None:
+    case = suites.Case(4096, 4, 64, "float32", 32, (), "ragged")
+    lists = case.lists(0.8, "cpu")
+    assert 0.2 <= float(lists.density()) < 0.25
+    assert len(lists.cnt.unique()) > 10
+    assert (lists.cnt > 0).all()
+
+
+def test_a_foreign_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffsparse_kernels import flex
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(flex, "_flex", broken)
+    left_out: set[str] = set()
+    rows = bench.measure(CASE, "cpu", ["cpu", "flex"], 1, left_out)
+    assert left_out == {"flex: no compiler here"}
+    assert {row["backend"] for row in rows} == {"sdpa", "cpu"}
+
+
+def test_measuring_the_break_even(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cache / "break_even.json").write_text(json.dumps([{"device": "another", "backend": "gluon", "break_even": 0.9}]))
+    rows, path = tune.measure_break_even("cpu", seconds=0.1)
+    assert path == cache / "break_even.json"
+    kept = json.loads(path.read_text())
+    assert kept[0]["device"] == "another"
+    assert kept[1:] == rows
+    row = rows[0]
+    limit = dk.break_even(
+        torch.device("cpu"), getattr(torch, row["dtype"]), row["head_dim"], row["block"], row["tokens"]
+    )
+    assert limit == row["break_even"]
+    assert run("doctor") == 0
+    assert "break-even at a density of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dense", "wanted"), [(1, 3, 2, 0.5), (1, 3, 9, 1), (1, 3, 0.1, 0.05), (2, 1, 3, 1), (2, 1, 1, 0.05)]
+)
+def test_where_the_lines_cross(low: float, high: float, dense: float, wanted: float) -> None:
+    assert tune.crossing(low, high, dense) == pytest.approx(wanted)
+
+
+def test_tuning_and_the_suite_in_the_interpreter(tmp_path: Path) -> None:
+    """The commands of a GPU on Triton's interpreter, in a process of their own."""
+    pytest.importorskip("triton")
+    code = """
+import json, sys
+from diffsparse.cli import main
+from diffsparse_eval import suites, tune
+from diffsparse_kernels.tiles import Tile, tiles_for
+suites.SUITES["gpu"] = lambda: [suites.Case(60000, 9, 32, "bfloat16", 64, (0.5,), "ragged", "small")]
+tune.HEAD_DIMS = (64,)
+tune.candidates = lambda device, head_dim, block: [Tile(64, 4, 2), Tile(64, 4, 2, "tma"), Tile(32, 4, 2)]
+path = tune.tune_tiles("cpu", rounds=1, tokens=130, heads=1)
+assert len(json.loads(path.read_text())[0]["tiles"]) == 3, path.read_text()
+main(["bench", "--suite", "gpu", "--shrink", "600", "--backend", "triton", "--rounds", "1", "--out", sys.argv[1]])
+"""
+    out = tmp_path / "rows.csv"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "DIFFSPARSE_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [(row["backend"], row["kind"]) for row in rows] == [
+        ("sdpa", "dense"),
+        ("triton", "mass"),
+        ("triton", "sparse"),
+        ("triton", "means"),
+    ]
+
+
+def test_tuning_wants_the_triton_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", "--tune", "--device", "cpu") == 2
+    assert "--tune wants a device with the triton backend" in capsys.readouterr().err
 
 
 def test_doctor_names_versions_devices_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,3 +207,10 @@ def test_doctor_names_versions_devices_and_backends(capsys: pytest.CaptureFixtur
 def test_the_commit_is_that_of_the_checkout() -> None:
     assert environment.commit() is None or len(environment.commit().rstrip("+")) == 12  # type: ignore[union-attr]
     assert environment.device_name("cpu").endswith("threads")
+
+
+def test_orders_are_timed_where_the_tokens_make_a_grid() -> None:
+    case = suites.Case(tokens=512, heads=3, head_dim=16, dtype="float32", block=64, sparsities=(0.5,))
+    rows = bench.measure(case, "cpu", ["cpu"], rounds=1)
+    assert [row["kind"] for row in rows] == ["dense", "mass", "sparse", "means", "raster", "ordered"]
+    assert len({row["density"] for row in rows[2:]}) == 1

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import diffsparse_eval.experiment as experiment_module
-from diffsparse import AdaSpa, Dense, Random
+from diffsparse import GNA, AdaSpa, Dense, Random
 from diffsparse.cli import main
 from diffsparse_eval import evaluate, report
 from diffsparse_eval.metrics import DEFINITIONS
@@ -123,6 +123,10 @@ def test_strategies_are_listed_once() -> None:
         *(AdaSpa(0.5, block=16), Dense(), Random(0.5, block=16)),
         *(AdaSpa(0.8, block=16), Random(0.8, block=16)),
     )
+    windowed = evaluate.strategies("gna,random", "0.5,0.8", {"window": (4, 8, 8)})
+    assert windowed == (GNA((4, 8, 8)), Random(0.5), Random(0.8))  # windows decide its sparsity
+    assert [experiment_module.label(s) for s in windowed] == ["gna window=4+8+8", "random 0.5", "random 0.8"]
+    assert experiment_module.label(GNA(sparsity=0.7)) == "gna 0.7"
 
 
 def test_prompts_and_seeds(tmp_path: Path) -> None:

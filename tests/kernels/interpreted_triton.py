@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import KernelInputError, triton
+from diffsparse_kernels import KernelInputError, means, triton
 from support import exact
 from support.cases import MASKS, Size, assert_attention, random_boxes, random_mask, seen
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("poisoned", "chip")
 @pytest.fixture(params=[80, 90], ids=["pointers", "tma"])
 def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The kernel as it is for sm_80, and as it is for sm_90, where descriptors bring the tiles."""
-    monkeypatch.setattr(triton, "_capability", lambda q: request.param)
+    monkeypatch.setattr(triton, "chip", lambda device: request.param)
     return int(request.param)
 
 
@@ -73,6 +73,28 @@ def test_dense_with_mass(size: Size, dtype: torch.dtype) -> None:
     want = exact.tile_sums(weights, size.q_block, size.kv_block)
     for mass in (fused, triton.block_mass(q, k, cached, *sizes)):
         torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)
+def test_means_merge_as_they_do_in_plain_torch(size: Size, dtype: torch.dtype) -> None:
+    """In place, into the output of any kernel; the same with padded keys, and where nothing was seen before."""
+    q, k, v = size.qkv(dtype)
+    mask, keys = random_mask(size, 0.4), torch.rand(size.batch, size.kv_len) < 0.7
+    mask[:, :, 0] = False
+    lists = size.lists(mask)
+    exact_ = [x.double() for x in (q, k, v)]
+    rest = lists, size.scale, keys
+    want, want_lse = dk.block_sparse_attention(*exact_, lists, key_mask=keys, backend="reference")
+    means.merge_means(*exact_, *rest, want, want_lse)
+    low, low_lse = dk.block_sparse_attention(q, k, v, lists, key_mask=keys, backend="reference")
+    got, lse = low.clone(), low_lse.clone()
+    means.merge_means(q, k, v, *rest, low, low_lse)
+    triton.merge_means(q, k, v, *rest, got, lse)
+    limit = 2 * (low.double() - want).abs().max().item() + torch.finfo(dtype).eps * max(1.0, want.abs().max().item())
+    assert (got.double() - want).abs().max().item() <= limit
+    assert torch.equal(lse.isneginf(), want_lse.isneginf())
+    alive = ~want_lse.isneginf()
+    torch.testing.assert_close(lse[alive].double(), want_lse[alive], atol=2 * torch.finfo(dtype).eps, rtol=1e-2)
 
 
 def test_float32() -> None:

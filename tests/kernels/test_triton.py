@@ -101,6 +101,16 @@ def test_mass(chip: int, q_block: int) -> None:
 
 
 @needs_tools
+@pytest.mark.parametrize("head_dim", [72, 128])
+@pytest.mark.parametrize("chip", aot.CHIPS)
+def test_means(chip: int, head_dim: int) -> None:
+    tile = triton.means_tile(2)
+    constants = triton.means_constants(head_dim, head_dim, 128, tile) | {"UPCAST": False}
+    types = {"key_ptr": "*bf16", "value_ptr": "*bf16", "bias_ptr": "*fp32"}
+    aot.assert_sound(aot.compiled(triton_kernels.add_means, chip, constants, tile.warps, tile.stages, **types), chip)
+
+
+@needs_tools
 @pytest.mark.parametrize("chip", [89])
 def test_float32_fits_the_smallest_memory(chip: int) -> None:
     tile = triton.fitting(tiles.tiles_for(chip, 128, 128, 128), 4, True, SPARSE)

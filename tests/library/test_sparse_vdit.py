@@ -119,6 +119,9 @@ def test_density_counts_full_heads_and_skipped_ones() -> None:
     plan = make_plan(torch.tensor([[FULL, SKIP, DIAGONAL, STRIPE]]), torch.rand(4, 8), layout, sparsity=0.75)
     SparseVDiT(plan).attend(*qkv(layout, 4), here)
     assert float(here._record.density) == pytest.approx((1 + 0 + 0.25 + 0.25) / 4)
+    lists = here.memory["lists"]
+    SparseVDiT(plan).attend(*qkv(layout, 4), here)
+    assert here.memory["lists"] is lists, "made once for equal modes"
 
 
 def test_a_plan_serves_other_sizes() -> None:

@@ -1,0 +1,110 @@
+"""What `diffsparse bench` measures: sizes, block patterns, and the suite of real models' shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffsparse_kernels import BlockLists
+
+    QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+_FRAMES = 21  # of the video that ragged lists imitate
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size: batch 1, `heads` x `tokens` x `head_dim`, square blocks, shares of them dropped.
+
+    pattern: "random" keeps equally many blocks in each row, anywhere. "ragged" keeps those that attention over a video
+    would: near in space and time, some everywhere, by one threshold a head, so that rows differ in length.
+    """
+
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: str
+    block: int
+    sparsities: tuple[float, ...]
+    pattern: Literal["random", "ragged"] = "random"
+    name: str = ""
+
+    def tensors(self, device: str, seed: int = 0) -> QKV:
+        """q, k, v [1, H, N, D], normally distributed, seeded."""
+        import torch
+
+        generator = torch.Generator(device).manual_seed(seed)
+        shape, dtype = (1, self.heads, self.tokens, self.head_dim), getattr(torch, self.dtype)
+        q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
+        return q, k, v
+
+    def lists(self, sparsity: float, device: str) -> BlockLists:
+        """The blocks that are kept: (1 - sparsity) of all, about, and at least one in each row."""
+        from diffsparse_kernels import BlockLists, select_heads, select_rows
+
+        mass = (_video_mass if self.pattern == "ragged" else _noise)(self.heads, self._edge)
+        if self.pattern == "ragged":
+            mask = select_heads(mass, 1 - sparsity) | (mass == mass.amax(-1, keepdim=True))
+        else:
+            mask = select_rows(mass, max(1, round((1 - sparsity) * self._edge)))
+        sizes = {"q_block": self.block, "kv_block": self.block, "q_len": self.tokens, "kv_len": self.tokens}
+        return BlockLists.from_mask(mask.to(device), **sizes)
+
+    def shrunk(self, by: int) -> Case:
+        """The same case in small, for a machine without a GPU."""
+        return replace(self, tokens=max(self.tokens // by, 2 * self.block + 1), heads=2)
+
+    @property
+    def _edge(self) -> int:
+        from diffsparse_kernels.lists import blocks_of
+
+        return blocks_of(self.tokens, self.block)
+
+    @property
+    def flops(self) -> float:
+        """Of dense attention, two matrix products."""
+        return 4.0 * self.heads * self.tokens**2 * self.head_dim
+
+
+def _noise(heads: int, edge: int) -> torch.Tensor:
+    import torch
+
+    return torch.rand(1, heads, edge, edge, generator=torch.Generator().manual_seed(1))
+
+
+def _video_mass(heads: int, edge: int) -> torch.Tensor:
+    """Mass that falls with the distance in space and in time, at another pace in each head, under heavy noise."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    place = torch.arange(edge) * _FRAMES / edge
+    frame, within = place.floor(), place.frac()
+    apart = [(x[:, None] - x[None]).abs() for x in (frame / _FRAMES, within)]
+    pace = 2 + 30 * torch.rand(heads, 2, 1, 1, generator=generator)
+    noise = torch.randn(heads, edge, edge, generator=generator).exp()
+    mass = (-pace[:, 0] * apart[0] - pace[:, 1] * apart[1]).exp() * noise
+    mass[..., 0] += 1.0  # what all look at
+    return mass[None]
+
+
+def gpu_suite() -> list[Case]:
+    """Shapes of the models that people run, D = 128 in bfloat16, blocks of 128."""
+    shapes = {
+        "flux 1024 px": (4608, 24),
+        "wan 480p 81 frames": (32_760, 12),
+        "flux 4096 px": (66_048, 24),
+        "wan 14b 720p 81 frames": (75_600, 40),
+        "hunyuan-video 720p 129 frames": (119_056, 24),
+    }
+    densities = (0.0, 0.5, 0.7, 0.8, 0.9)
+    return [
+        Case(tokens, heads, 128, "bfloat16", 128, densities, pattern, name)
+        for name, (tokens, heads) in shapes.items()
+        for pattern in ("random", "ragged")
+    ]
+
+
+SUITES = {"gpu": gpu_suite}
