@@ -125,6 +125,23 @@ def test_two_images_of_a_batch_are_no_pair() -> None:
     torch.testing.assert_close(guided[1], 2 * raw[0] - raw[1])
 
 
+def test_lists_of_samples_and_a_conditional_half_that_comes_first() -> None:
+    """Z-Image takes and gives lists, the conditional samples ahead of the unconditional ones."""
+    name = "ZImageTransformer2DModel"
+    model, kwargs = build(name), inputs(name)
+    (x,), (words,) = kwargs["x"], kwargs["cap_feats"]
+    pair = {"x": [x, x], "cap_feats": [words, -words], "t": torch.zeros(2), "return_dict": False}
+    raw: list[list[torch.Tensor]] = []
+    model.register_forward_hook(lambda _, __, out: raw.append([part.clone() for part in out[0]]))
+    with torch.no_grad(), diffsparse.guide(model, "1.*", scale=2.0):
+        out = model(**pair)[0]
+    (c, u), (p, _) = raw
+    assert isinstance(out, list)
+    assert not torch.allclose(c, p)
+    torch.testing.assert_close(out[0], c + 2 * (c - p))
+    torch.testing.assert_close(out[1], u + 2 * (c - p))
+
+
 def test_equals_the_pag_pipeline_of_diffusers() -> None:
     """Its perturbed tokens see themselves and the text: kind "self", on all heads of the layer."""
     pipe, call = BUILDERS["sd3"]()
