@@ -64,6 +64,8 @@ class Prefix:
         elif any(block._compiled_call_impl is not None for block in self.blocks.values()):
             self.obstacle = "blocks are compiled"
             self._take_hooks()  # each would have its own graph
+        elif _offloads_by_group(model):
+            self.obstacle = "group offloading fetches blocks in a fixed order"
         else:
             self.recording = True
 
@@ -130,6 +132,11 @@ class _Hook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None, self.method, self.name)
+
+
+def _offloads_by_group(model: torch.nn.Module) -> bool:
+    registries = (module.__dict__.get("_diffusers_hook") for module in model.modules())
+    return any("group_offloading" in registry.hooks for registry in registries if registry is not None)
 
 
 def _tensors(out: Any) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers as d
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 
 import diffsparse
 from diffsparse import AdaSpa, Dense, HeadGuidance, Random, Schedule
@@ -388,6 +389,20 @@ def test_nothing_is_kept_between_passes() -> None:
         prefix = diffsparse.patch.run_of(pipe.transformer).guidance.prefix  # type: ignore[union-attr]
         assert not prefix._outputs
         assert not prefix._passed
+
+
+def test_group_offloading_keeps_its_order() -> None:
+    """Each group fetches the next one: a block that is passed over would leave the next without its weights."""
+    model, kwargs, cpu = build(WAN), inputs(WAN), torch.device("cpu")
+    with diffsparse.guide(model, "1.0"):
+        want = tensors(model, kwargs)[0]
+    try:
+        apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    except AttributeError:
+        pytest.skip("this Diffusers offloads from an accelerator only")
+    with diffsparse.guide(model, "1.0") as handle:
+        assert torch.equal(tensors(model, kwargs)[0], want)
+        assert handle.report().whole == {"group offloading fetches blocks in a fixed order": 1}
 
 
 def test_guiding_again_replaces() -> None:
