@@ -166,11 +166,12 @@ class Guide:
     def __init__(self, preset: Preset, model: torch.nn.Module, heads: Heads, reuse: bool = True) -> None:
         self.preset, self.heads = preset, heads
         self.busy = False  # in the extra pass
-        self.tally, self._tally_of = _Tally(), -1
+        self.tally = _Tally()
+        self._tally_of: tuple[Any, int] | None = None  # run of a model, and pipeline call
         self._names, self._cond_first = argument_names(model), spec_of(model).cond_first
         self._batch, self._paired = 1, False
         self._timesteps: Any = None
-        self._passes = 0
+        self._seen: tuple[Any, int] | None = None  # run of a model, and its passes
         self._hooks: list[Any] = []
         self.prefix: Prefix | None = None
         if preset.idle:
@@ -254,15 +255,23 @@ class Guide:
     def _after(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         if self.busy:
             return None
-        moment, passes = self.run.clock.now, self.run.clock.passes
+        try:
+            return self._guided(model, args, kwargs, out)
+        finally:
+            if self.prefix is not None:
+                self.prefix.end()
+
+    def _guided(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """The output of a pass that has ended, with what guidance adds to it; None to leave it as it is."""
+        moment, seen = self.run.clock.now, (self.run, self.run.clock.passes)
         if moment is None:
             raise ConfigError(
                 f"{type(model).__name__} ran, but none of its attention was recognised as self-attention over its "
                 "latents, so there is nothing to perturb (see diffsparse.models.SPECS)"
             )
-        if passes == self._passes:  # no attention: a step cache had all the answers
+        if seen == self._seen:  # no attention: a step cache had all the answers
             return None
-        self._passes = passes
+        self._seen = seen
         tally = self._tally(moment)
         if self.preset.branch == "uncond":
             return self._expect_uncond(tally, moment)
@@ -279,8 +288,8 @@ class Guide:
         return _with_first(out, prediction + delta.repeat(repeats, *(1 for _ in delta.shape[1:])))
 
     def _tally(self, moment: Moment) -> _Tally:
-        if moment.run != self._tally_of:
-            self.tally, self._tally_of = _Tally(first_step=moment.step), moment.run
+        if (self.run, moment.run) != self._tally_of:
+            self.tally, self._tally_of = _Tally(first_step=moment.step), (self.run, moment.run)
         return self.tally
 
     def _expect_uncond(self, tally: _Tally, moment: Moment) -> None:
@@ -298,12 +307,12 @@ class Guide:
         """What guidance adds to a prediction: scale * (c - p), rescaled, for each conditional sample."""
         other = _first(self._extra_pass(model, args, kwargs, moment))
         c, p = self._conditional(prediction), self._conditional(other)
-        guided = c + self.preset.scale * (c - p)
+        delta = self.preset.scale * (c - p)
         if self.preset.rescale:  # Lin et al. 2023, section 3.4
-            over = tuple(range(1, c.ndim))
+            over, guided = tuple(range(1, c.ndim)), c + delta
             back = c.std(over, keepdim=True) / guided.std(over, keepdim=True)
-            guided = guided * (1 - self.preset.rescale + self.preset.rescale * back)
-        return guided - c
+            delta = guided * (1 - self.preset.rescale + self.preset.rescale * back) - c
+        return delta
 
     def _conditional(self, x: Tensor) -> Tensor:
         return x.chunk(2)[0 if self._cond_first else 1] if self._paired else x

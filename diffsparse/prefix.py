@@ -38,12 +38,15 @@ class Prefix:
 
     def unhook(self) -> None:
         """Watch no more."""
-        for hook in self._hooks:
-            hook.remove()
+        self._take_hooks()
         self._forget()
 
+    def _take_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
     def _forget(self) -> None:
-        self.obstacle = "no block was run"
+        self.obstacle = "no block was seen to run"
         self.skipped: list[str] = []
         self._outputs: dict[str, Any] = {}
         self._versions: dict[str, list[int]] = {}
@@ -60,8 +63,15 @@ class Prefix:
             self.obstacle = "only passes under torch.no_grad can be replayed"
         elif any(block._compiled_call_impl is not None for block in self.blocks.values()):
             self.obstacle = "blocks are compiled"
+            self._take_hooks()  # each would have its own graph
+        elif _offloads_by_group(model):
+            self.obstacle = "group offloading fetches blocks in a fixed order"
         else:
             self.recording = True
+
+    def end(self) -> None:
+        """The pass is over: keep nothing of it."""
+        self.recording, self._outputs, self._passed = False, {}, []
 
     def _enter(self, name: str) -> None:
         """The first perturbed block is about to run: all that it depends on is known now."""
@@ -99,15 +109,11 @@ class Prefix:
         """Within: the blocks pass through, where they can. Gives how many of them do."""
         if not self.obstacle and not all(map(self._untouched, self._outputs)):
             self.obstacle = "outputs of blocks are changed in place"
-        if self.obstacle:
-            self._outputs = {}
-            yield 0
-            return
+        skipped = [] if self.obstacle else self.skipped
         with ExitStack() as stack:
-            for name in self.skipped:
+            for name in skipped:
                 stack.enter_context(_answering(self.blocks[name], self._outputs[name.rpartition(".")[0]]))
-            yield len(self.skipped)
-        self._outputs = {}
+            yield len(skipped)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copied model is not guided."""
@@ -121,11 +127,16 @@ class _Hook:
         self.prefix, self.method, self.name = prefix, method, name
 
     def __call__(self, block: torch.nn.Module, args: Any, *out: Any) -> None:
-        if self.prefix is not None and self.prefix.recording:
+        if self.prefix is not None and self.prefix.recording and not torch.compiler.is_compiling():
             getattr(self.prefix, self.method)(self.name, *out)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None, self.method, self.name)
+
+
+def _offloads_by_group(model: torch.nn.Module) -> bool:
+    registries = (module.__dict__.get("_diffusers_hook") for module in model.modules())
+    return any("group_offloading" in registry.hooks for registry in registries if registry is not None)
 
 
 def _tensors(out: Any) -> list[Tensor]:

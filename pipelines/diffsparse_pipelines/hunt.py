@@ -45,6 +45,10 @@ def hunt(
     prompts: Annotated[
         str, typer.Option(help="How many built-in prompts, or a file with one a line.", rich_help_panel=_HUNT)
     ] = "5",
+    style: Annotated[
+        str,
+        typer.Option(help="A style to put ahead of every prompt, as in 'style, prompt'.", rich_help_panel=_HUNT),
+    ] = "",
     images: Annotated[
         int | None,
         typer.Option(
@@ -108,7 +112,7 @@ def hunt(
             raise ConfigError(f"{option} wants a whole number of at least 1; got {value}")
     hunter = HeadHunter(k, rounds, 1.0 if proxy else guidance_strength, guidance_scale, kind)
     chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
-    seen, unseen = _pairs(prompts, images, held_out, model)
+    seen, unseen = _pairs(prompts, images, held_out, model, style)
     begun = _begun(out, overwrite)
     score = named(objective, _device(device))
     session = _Session(model, {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}, chosen)
@@ -136,11 +140,12 @@ def _device(asked: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
-def _pairs(prompts: str, images: int | None, held_out: str, model: str) -> tuple[Pairs, Pairs]:
+def _pairs(prompts: str, images: int | None, held_out: str, model: str, style: str = "") -> tuple[Pairs, Pairs]:
     """Prompts and seeds of the hunt, and of the check: prompts and seeds that the hunt does not see."""
     texts = read_prompts(prompts, model)
     count = len(texts) if images is None else images
-    seen = [(texts[i % len(texts)], i) for i in range(count)]
+    ahead = f"{style}, " if style else ""
+    seen = [(ahead + texts[i % len(texts)], i) for i in range(count)]
     if held_out == "0":
         return seen, []
     if held_out.isdecimal() and prompts.isdecimal():
@@ -150,7 +155,7 @@ def _pairs(prompts: str, images: int | None, held_out: str, model: str) -> tuple
     both = sorted(set(fresh) & set(texts))
     if both:
         raise ConfigError(f"--held-out holds prompts of the hunt, such as {both[0]!r}; give it others")
-    return seen, [(text, count + i) for i, text in enumerate(fresh)]
+    return seen, [(ahead + text, count + i) for i, text in enumerate(fresh)]
 
 
 def _begun(out: Path, overwrite: bool) -> Preset | None:

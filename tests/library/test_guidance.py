@@ -8,6 +8,7 @@ from typing import Any
 import diffusers as d
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 
 import diffsparse
 from diffsparse import AdaSpa, Dense, HeadGuidance, Random, Schedule
@@ -123,6 +124,23 @@ def test_two_images_of_a_batch_are_no_pair() -> None:
     assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(both, plain, strict=True))
     raw, guided = shift(pipe, options, heads="1.1", scale=1.0)
     torch.testing.assert_close(guided[1], 2 * raw[0] - raw[1])
+
+
+def test_lists_of_samples_and_a_conditional_half_that_comes_first() -> None:
+    """Z-Image takes and gives lists, the conditional samples ahead of the unconditional ones."""
+    name = "ZImageTransformer2DModel"
+    model, kwargs = build(name), inputs(name)
+    (x,), (words,) = kwargs["x"], kwargs["cap_feats"]
+    pair = {"x": [x, x], "cap_feats": [words, -words], "t": torch.zeros(2), "return_dict": False}
+    raw: list[list[torch.Tensor]] = []
+    model.register_forward_hook(lambda _, __, out: raw.append([part.clone() for part in out[0]]))
+    with torch.no_grad(), diffsparse.guide(model, "1.*", scale=2.0):
+        out = model(**pair)[0]
+    (c, u), (p, _) = raw
+    assert isinstance(out, list)
+    assert not torch.allclose(c, p)
+    torch.testing.assert_close(out[0], c + 2 * (c - p))
+    torch.testing.assert_close(out[1], u + 2 * (c - p))
 
 
 def test_equals_the_pag_pipeline_of_diffusers() -> None:
@@ -353,6 +371,40 @@ def test_step_caches_do_not_see_the_extra_pass(kind: str) -> None:
     torch.testing.assert_close(run(pipe, call, num_inference_steps=6), want)
 
 
+def test_what_one_run_of_a_model_knew_is_not_held_against_the_next() -> None:
+    """`apply` gives the model a new clock, whose counts begin anew."""
+    model, kwargs = build(WAN), inputs(WAN)
+    with diffsparse.guide(model, "1.0") as handle:
+        want = tensors(model, kwargs)[0]
+        for _ in range(2):
+            with diffsparse.apply(model, Dense(), schedule=ALWAYS):
+                assert torch.equal(tensors(model, kwargs)[0], want)
+                assert handle.report().passes == 1
+
+
+def test_nothing_is_kept_between_passes() -> None:
+    pipe, call = BUILDERS["wan"]()
+    with diffsparse.guide(pipe, "1.0", stop=2):
+        run(pipe, call)
+        prefix = diffsparse.patch.run_of(pipe.transformer).guidance.prefix  # type: ignore[union-attr]
+        assert not prefix._outputs
+        assert not prefix._passed
+
+
+def test_group_offloading_keeps_its_order() -> None:
+    """Each group fetches the next one: a block that is passed over would leave the next without its weights."""
+    model, kwargs, cpu = build(WAN), inputs(WAN), torch.device("cpu")
+    with diffsparse.guide(model, "1.0"):
+        want = tensors(model, kwargs)[0]
+    try:
+        apply_group_offloading(model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    except AttributeError:
+        pytest.skip("this Diffusers offloads from an accelerator only")
+    with diffsparse.guide(model, "1.0") as handle:
+        assert torch.equal(tensors(model, kwargs)[0], want)
+        assert handle.report().whole == {"group offloading fetches blocks in a fixed order": 1}
+
+
 def test_guiding_again_replaces() -> None:
     pipe, call = BUILDERS["wan"]()
     want = run(pipe, call)
@@ -443,6 +495,21 @@ def test_compiled_equals_eager(regional: bool) -> None:
         assert handle.report().perturbed
     for out in got:
         torch.testing.assert_close(out, want)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning")
+def test_compiled_blocks_share_a_graph() -> None:
+    """Hooks of its own on each block would give each a graph, and end at the compiler's limit of eight."""
+    torch._dynamo.reset()
+    model = d.WanTransformer3DModel(**{**CASES[WAN].config, "num_layers": 10}).eval()
+    kwargs = inputs(WAN)
+    with diffsparse.guide(model, "9.0"):
+        want = tensors(model, kwargs)[0]
+    with diffsparse.guide(model, "9.0") as handle:
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        torch.testing.assert_close(tensors(model, kwargs)[0], want)
+        assert handle.report().whole == {"blocks are compiled": 1}
     torch._dynamo.reset()
 
 

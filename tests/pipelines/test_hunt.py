@@ -128,6 +128,8 @@ def test_images_go_round_the_prompts() -> None:
     assert seen == [(first, 0), (second, 1), (first, 2), (second, 3), (first, 4)]
     assert [seed for _, seed in unseen] == [5, 6]
     assert command._pairs("2", None, "0", "tiny") == (seen[:2], [])
+    seen, unseen = command._pairs("1", None, "1", "tiny", "in watercolours")
+    assert (seen[0][0], unseen[0][0]) == (f"in watercolours, {first}", f"in watercolours, {second}")
 
 
 def test_batches_are_halved_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
