@@ -24,6 +24,7 @@ _BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "flex": ("diffsparse_kernels.flex", ("cuda", "cpu")),
     "flash-attn-4": ("diffsparse_kernels.flash4", ("cuda",)),
 }
+_PRECISIONS = ("int8", "int8-int8", "int8-fp8", "fp8")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -127,15 +128,24 @@ def block_sparse_attention(
     scale: float | None = None,
     key_mask: Tensor | None = None,
     boxes: Boxes | None = None,
+    precision: str | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks only; the others count as -inf before the softmax.
 
     Args and returns as in `attention`, and `boxes`, which hide keys within the listed blocks; the LSE is that of the
     keys seen, so parts computed apart can be merged. A query that sees no key gets 0 and -inf.
+
+    precision: None for the inputs' own, or eight bits on the triton backend: "int8" (scores), "int8-int8", "int8-fp8"
+        (scores, weighted values) or "fp8"; `eight_bits` says what each costs.
     """
     _check(q, k, v, key_mask)
     _check_lists(q, k, lists)
+    if precision is not None:
+        _check_precision(q, precision, boxes, backend)
+        parts, blocks = (lists.idx, lists.cnt, lists.order), (lists.q_block, lists.kv_block)
+        out, lse = ops.eight_bit_attention(q, k, v, *parts, *blocks, _scale(q, scale), key_mask, precision)
+        return out, lse
     if boxes is not None:
         _check_boxes(q, k, boxes)
     parts, blocks = (lists.idx, lists.cnt, lists.order), (lists.q_block, lists.kv_block)
@@ -281,6 +291,17 @@ def _check_lists(q: Tensor, k: Tensor, lists: BlockLists) -> None:
         raise KernelInputError(f"wanted lists [{q.shape[0]} or 1, {q.shape[1]}, nQ, W]; got {tuple(lists.idx.shape)}")
     if lists.idx.device != q.device:
         raise KernelInputError(f"the lists are on {lists.idx.device}, q on {q.device}; move one of them")
+
+
+def _check_precision(q: Tensor, precision: str, boxes: Boxes | None, backend: str | None) -> None:
+    if precision not in _PRECISIONS:
+        raise KernelInputError(f"wanted precision as one of {', '.join(_PRECISIONS)}, or None; got {precision!r}")
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise KernelInputError(f"precision {precision!r} wants bfloat16 or float16 inputs; got {q.dtype}")
+    if boxes is not None:
+        raise KernelInputError(f"precision {precision!r} takes no boxes; got some. Leave one of them away")
+    if backend not in (None, "triton"):
+        raise BackendError(f"precision {precision!r} wants the triton backend; got {backend!r}")
 
 
 def _check_boxes(q: Tensor, k: Tensor, boxes: Boxes) -> None:
