@@ -37,10 +37,10 @@ def measure_break_even(device: str, seconds: float = _SECONDS) -> tuple[list[Row
     kind = torch.device(device).type
     if kind not in _TRIED:
         raise ConfigError(f"--measure wants cpu or cuda; got {device!r}")
-    end = time.monotonic() + seconds
     known = backends(torch.device(device))
     sizes = _sizes(kind)
     first = next(sizes)
+    end = time.monotonic() + seconds
     ours = {name: _sparse_seconds(first, device, name, 0.25) for name in _TRIED[kind] if known[name] == "available"}
     backend = min(ours, key=lambda name: ours[name])
     rows = [_break_even_row(first, device, backend)]

@@ -24,6 +24,7 @@ _BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "flex": ("diffsparse_kernels.flex", ("cuda", "cpu")),
     "flash-attn-4": ("diffsparse_kernels.flash4", ("cuda",)),
 }
+_PRECISIONS = ("int8", "int8-int8", "int8-fp8", "fp8")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -128,6 +129,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = None,
     boxes: Boxes | None = None,
     means: bool = False,
+    precision: str | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks only; the others count as -inf before the softmax.
@@ -137,12 +139,19 @@ def block_sparse_attention(
         means: let each dropped block stand in the same softmax as its mean key and mean value, weighted by its number
             of keys: n * exp(q . mean key * scale). Costs about 1 / kv_block of dense attention. Keys that boxes hide
             in listed blocks stay hidden.
+        precision: None for the inputs' own, or eight bits on the triton backend: "int8" (scores), "int8-int8", "int8-fp8"
+            (scores, weighted values) or "fp8"; `eight_bits` says what each costs. Without boxes and means.
 
     The LSE is that of all that was seen, so parts computed apart can be merged. A query that sees nothing gets 0 and
     -inf.
     """
     _check(q, k, v, key_mask)
     _check_lists(q, k, lists)
+    if precision is not None:
+        _check_precision(q, precision, boxes, means, backend)
+        parts, blocks = (lists.idx, lists.cnt, lists.order), (lists.q_block, lists.kv_block)
+        out, lse = ops.eight_bit_attention(q, k, v, *parts, *blocks, _scale(q, scale), key_mask, precision)
+        return out, lse
     if boxes is not None:
         _check_boxes(q, k, boxes)
     parts = lists.idx, lists.cnt, lists.order, lists.q_block, lists.kv_block
@@ -287,6 +296,17 @@ def _check_lists(q: Tensor, k: Tensor, lists: BlockLists) -> None:
         raise KernelInputError(f"wanted lists [{q.shape[0]} or 1, {q.shape[1]}, nQ, W]; got {tuple(lists.idx.shape)}")
     if lists.idx.device != q.device:
         raise KernelInputError(f"the lists are on {lists.idx.device}, q on {q.device}; move one of them")
+
+
+def _check_precision(q: Tensor, precision: str, boxes: Boxes | None, means: bool, backend: str | None) -> None:
+    if precision not in _PRECISIONS:
+        raise KernelInputError(f"wanted precision as one of {', '.join(_PRECISIONS)}, or None; got {precision!r}")
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise KernelInputError(f"precision {precision!r} wants bfloat16 or float16 inputs; got {q.dtype}")
+    if boxes is not None or means:
+        raise KernelInputError(f"precision {precision!r} takes no boxes and no means; got some. Leave one of them away")
+    if backend not in (None, "triton"):
+        raise BackendError(f"precision {precision!r} wants the triton backend; got {backend!r}")
 
 
 def _check_boxes(q: Tensor, k: Tensor, boxes: Boxes) -> None:

@@ -109,6 +109,47 @@ def _(
     return q.new_empty(*q.shape[:2], *tiles, dtype=_accumulated(q))
 
 
+@torch.library.custom_op("diffsparse_kernels::eight_bit_attention", mutates_args=())
+def eight_bit_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    cnt: Tensor,
+    order: Tensor | None,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    key_mask: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Block-sparse attention in eight bits -> out, lse."""
+    from diffsparse_kernels.dispatch import module_for
+
+    module_for("triton", q.device)
+    from diffsparse_kernels.eight_bits import block_sparse_attention as rounded
+
+    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
+    return rounded(q, k, v, lists, scale, key_mask, precision)
+
+
+@eight_bit_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    cnt: Tensor,
+    order: Tensor | None,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    key_mask: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 @torch.library.custom_op("diffsparse_kernels::block_sparse_attention", mutates_args=())
 def block_sparse_attention(
     q: Tensor,

@@ -119,14 +119,14 @@ def block_mass(
     q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, scale: float, key_mask: Tensor | None
 ) -> Tensor:
     """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK], one pass over keys."""
-    _check(q, k, max(q_block, BLOCKS[0]), kv_block)  # of rows sampled from a block there may be fewer
+    _check(q.shape[3], 0, q.dtype, max(q_block, BLOCKS[0]), kv_block)  # of rows sampled from a block there may be fewer
     q, scale = positive(q, scale)
     (batch, heads, n_q, head_dim), n_kv = q.shape, k.shape[2]
     mass = q.new_empty(batch, heads, blocks_of(n_q, q_block), blocks_of(n_kv, kv_block), dtype=torch.float32)
     tile = measure_tile(chip(q.device), kv_block, q.element_size(), copyable(q, k))
     constants = measure_constants(head_dim, q_block, kv_block, tile)
     grid = batch * heads * blocks_of(n_q, constants["BLOCK_M"])
-    _launch(
+    launch(
         kernels.measure,
         grid,
         q,
@@ -140,13 +140,30 @@ def block_mass(
         n_q=n_q,
         n_kv=n_kv,
         heads=heads,
-        **_strides(q=q, k=k),
+        **strides(q=q, k=k),
         **constants,
         MASKED=key_mask is not None,
         RAGGED=n_kv % kv_block != 0,
-        UPCAST=_upcast(q),
+        UPCAST=upcast(q),
     )
     return mass
+
+
+def attend_rounded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_mask: Tensor | None,
+    tile: Tile,
+    dtype: torch.dtype,
+    extra: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """`eight_bits` launches by this: rounded inputs, their scales in `extra`, the output's dtype."""
+    return _attend(
+        q, k, v, scale, key_mask, lists.q_block, lists.kv_block, lists=lists, tile=tile, dtype=dtype, extra=extra
+    )[:2]
 
 
 def _attend(
@@ -162,54 +179,57 @@ def _attend(
     cached: Tensor | None = None,
     boxes: Boxes | None = None,
     tile: Tile | None = None,
+    dtype: torch.dtype | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `kernels.attend` -> out, lse, mass (empty if there is no cached LSE)."""
-    _check(q, v, q_block, kv_block)
+    rounded_values = extra is not None and extra["VALUES"] != "plain"  # [B, H, D_V, N]
+    value_dim = v.shape[2 if rounded_values else 3]
+    _check(q.shape[3], value_dim, q.dtype if dtype is None else dtype, q_block, kv_block)
     q, scale = positive(q, scale)
-    (batch, heads, n_q, _), (n_kv, value_dim) = q.shape, v.shape[2:]
+    (batch, heads, n_q, head_dim), n_kv = q.shape, k.shape[2]
     q_blocks, kv_blocks = blocks_of(n_q, q_block), blocks_of(n_kv, kv_block)
-    out = q.new_empty(batch, heads, n_q, value_dim)
+    out = q.new_empty(batch, heads, n_q, value_dim, dtype=dtype)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32)
     mass = q.new_empty((0,) if cached is None else (batch, heads, q_blocks, kv_blocks), dtype=torch.float32)
     order = None if lists is None else lists.order
     flags = flags_of(lists is not None, order is not None, key_mask is not None, boxes, cached is not None)
     tile = tile or attend_tile(q, k, v, q_block, kv_block, flags)
-    _launch(
-        kernels.attend,
-        batch * heads * q_blocks,
-        q,
-        tile,
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
-        out_ptr=out,
-        lse_ptr=lse,
-        mass_ptr=mass,
-        cached_ptr=q if cached is None else cached.float().contiguous(),
-        idx_ptr=q if lists is None else lists.idx.contiguous(),
-        cnt_ptr=q if lists is None else lists.cnt.contiguous(),
-        order_ptr=q if order is None else order,
-        key_mask_ptr=q if key_mask is None else key_mask.contiguous().view(torch.uint8),
+    arguments: dict[str, Any] = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "mass_ptr": mass,
+        "cached_ptr": q if cached is None else cached.float().contiguous(),
+        "idx_ptr": q if lists is None else lists.idx.contiguous(),
+        "cnt_ptr": q if lists is None else lists.cnt.contiguous(),
+        "order_ptr": q if order is None else order,
+        "key_mask_ptr": q if key_mask is None else key_mask.contiguous().view(torch.uint8),
         **dict(zip(("place_ptr", "low_ptr", "high_ptr"), _pointers(boxes, q), strict=True)),
-        scale_log2=scale * LOG2E,
-        n_q=n_q,
-        n_kv=n_kv,
-        heads=heads,
-        listed=batch * heads * q_blocks if lists is None else lists.cnt.numel(),
-        width=0 if lists is None else lists.idx.shape[3],
-        **_strides(q=q, k=k, v=v),
-        **attend_constants(q.shape[3], value_dim, q_block, kv_block, tile),
+        **dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), lse),
+        "scale_log2": scale * LOG2E,
+        "n_q": n_q,
+        "n_kv": n_kv,
+        "heads": heads,
+        "listed": batch * heads * q_blocks if lists is None else lists.cnt.numel(),
+        "width": 0 if lists is None else lists.idx.shape[3],
+        **strides(q=q, k=k, v=v),
+        **attend_constants(head_dim, value_dim, q_block, kv_block, tile),
         **flags,
-        RAGGED=n_kv % kv_block != 0,
-        UPCAST=_upcast(q),
-    )
+        "RAGGED": n_kv % kv_block != 0,
+        "UPCAST": upcast(q, v),
+    }
+    launch(kernels.attend, batch * heads * q_blocks, q, tile, **arguments | (extra or {}))
     return out, lse, mass
 
 
 def flags_of(sparse: bool, ordered: bool, masked: bool, boxes: Boxes | None, mass: bool) -> dict[str, Any]:
     """What `kernels.attend` has to do, as its constants."""
     axes = 0 if boxes is None else boxes.place.shape[0]
-    return {"SPARSE": sparse, "ORDERED": ordered, "MASKED": masked, "AXES": axes, "MASS": mass}
+    plain = {"SCALED": False, "VALUES": "plain"}
+    return {"SPARSE": sparse, "ORDERED": ordered, "MASKED": masked, "AXES": axes, "MASS": mass, **plain}
 
 
 def attend_tile(q: Tensor, k: Tensor, v: Tensor, q_block: int, kv_block: int, flags: dict[str, Any]) -> Tile:
@@ -236,8 +256,8 @@ def attend_constants(head_dim: int, value_dim: int, q_block: int, kv_block: int,
     return {
         "D": head_dim,
         "D_V": value_dim,
-        "D_PAD": _padded(head_dim),
-        "DV_PAD": _padded(value_dim),
+        "D_PAD": padded(head_dim),
+        "DV_PAD": padded(value_dim),
         "Q_BLOCK": q_block,
         "KV_BLOCK": kv_block,
         "BLOCK_N": tile.keys,
@@ -257,7 +277,7 @@ def measure_constants(head_dim: int, q_block: int, kv_block: int, tile: Tile) ->
     """The constants of `kernels.measure` that sizes and tile decide."""
     return {
         "D": head_dim,
-        "D_PAD": _padded(head_dim),
+        "D_PAD": padded(head_dim),
         "Q_BLOCK": q_block,
         "KV_BLOCK": kv_block,
         "BLOCK_M": 128,
@@ -266,7 +286,9 @@ def measure_constants(head_dim: int, q_block: int, kv_block: int, tile: Tile) ->
     }
 
 
-def _launch(kernel: Any, programs: int, q: Tensor, tile: Tile, **arguments: Any) -> None:
+def launch(kernel: Any, programs: int, q: Tensor, tile: Tile, **arguments: Any) -> None:
+    """Run `programs` of a kernel on q's device."""
+
     def run() -> None:
         if tile.copy != "pointers":  # descriptors are made on the device, in memory that Triton asks for
             triton.set_allocator(_allocator(q.device))
@@ -280,7 +302,8 @@ def _allocator(device: torch.device) -> Callable[[int, int, int | None], Tensor]
     return lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
 
 
-def _strides(**tensors: Tensor) -> dict[str, int]:
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Of each tensor by name, as kernels call them: `q_b`, `q_h`, `q_n`, `q_d`."""
     return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bhnd")}
 
 
@@ -303,30 +326,31 @@ def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-q, -scale) if scale < 0 else (q, max(scale, 1e-30))
 
 
-def _check(q: Tensor, v: Tensor, q_block: int, kv_block: int) -> None:
+def _check(head_dim: int, value_dim: int, dtype: torch.dtype, q_block: int, kv_block: int) -> None:
     if q_block not in BLOCKS or kv_block not in BLOCKS:
         raise KernelInputError(
             f"the triton backend wants blocks of {', '.join(map(str, BLOCKS))} tokens; got {q_block} and {kv_block}. "
             "Choose one of these, or backend='reference'"
         )
-    if q.dtype not in DTYPES:
+    if dtype not in DTYPES:
         raise KernelInputError(
-            f"the triton backend wants float32, bfloat16 or float16; got {q.dtype}. Use backend='reference'"
+            f"the triton backend wants float32, bfloat16 or float16; got {dtype}. Use backend='reference'"
         )
-    if max(q.shape[3], v.shape[3]) > HEAD_DIMS[-1]:
+    if max(head_dim, value_dim) > HEAD_DIMS[-1]:
         raise KernelInputError(
-            f"the triton backend wants heads of at most {HEAD_DIMS[-1]} channels; got {q.shape[3]} and {v.shape[3]}. "
+            f"the triton backend wants heads of at most {HEAD_DIMS[-1]} channels; got {head_dim} and {value_dim}. "
             "Use backend='reference'"
         )
 
 
-def _padded(head_dim: int) -> int:
+def padded(head_dim: int) -> int:
     """Head sizes are padded to powers of two in registers, at least the 16 that tensor cores want."""
     return int(max(16, triton.next_power_of_2(head_dim)))
 
 
-def _upcast(q: Tensor) -> bool:
-    return INTERPRETED and q.dtype == torch.bfloat16
+def upcast(*tensors: Tensor) -> bool:
+    """Whether the interpreter is to compute in float32."""
+    return INTERPRETED and any(x.dtype in (torch.bfloat16, torch.float8_e4m3fn) for x in tensors)
 
 
 def chip(device: torch.device) -> int:

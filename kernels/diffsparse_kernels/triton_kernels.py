@@ -64,9 +64,52 @@ def load_rows(
             tile = tl.load(at, mask=(columns < D)[None, :], other=0.0)
         else:
             tile = tl.load(at)
-    if UPCAST:
+    if UPCAST and not tile.dtype.is_int():
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def load_columns(
+    matrix, start, length, row_stride,
+    ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Columns start .. start + ROWS of a [D, length], as [ROWS, D_PAD]; zeros beyond D and beyond the length."""
+    if TMA:
+        tile = matrix.load([0, start])
+    else:
+        columns = start + tl.arange(0, ROWS)
+        dims = tl.arange(0, D_PAD)
+        at = matrix + dims[:, None].to(tl.int64) * row_stride + columns[None, :]
+        tile = tl.load(at, mask=(dims < D)[:, None] & (columns < length)[None, :], other=0.0)
+    if UPCAST and not tile.dtype.is_int():
+        tile = tile.to(tl.float32)
+    return tile.T
+
+
+@triton.jit
+def eight_bits(x, TYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """To the nearest of "int8" or "fp8"."""
+    if TYPE == "int8":
+        return tl.floor(x + 0.5).to(tl.int8)
+    else:
+        if UPCAST:  # the interpreter loses the carry when it rounds, so there nothing is left to round
+            bits = x.to(tl.int32, bitcast=True)
+            x = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def weigh(weights, v, acc, shrink, VALUES: tl.constexpr, UPCAST: tl.constexpr):
+    """The running sum of weighted values, the weights rounded to what the values are."""
+    if VALUES == "int8":
+        rounded = eight_bits(weights * 127.0, VALUES, UPCAST)
+        return acc * shrink[:, None] + tl.dot(rounded, v).to(tl.float32)
+    elif VALUES == "fp8":
+        rounded = eight_bits(weights * 256.0, VALUES, UPCAST)
+        return tl.dot(rounded.to(v.dtype), v, acc * shrink[:, None])
+    else:
+        return tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
 
 
 @triton.jit
@@ -122,22 +165,35 @@ def next_block(idx_ptr, turn, turns, PARTS: tl.constexpr, SPARSE: tl.constexpr):
 @triton.jit
 def attend(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mass_ptr, cached_ptr, idx_ptr, cnt_ptr, order_ptr,
-    key_mask_ptr, place_ptr, low_ptr, high_ptr,
+    key_mask_ptr, place_ptr, low_ptr, high_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
     scale_log2, n_q, n_kv, heads, listed, width,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     SPARSE: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr, AXES: tl.constexpr, MASS: tl.constexpr,
+    SCALED: tl.constexpr, VALUES: tl.constexpr,
     RAGGED: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one query block."""
+    """Attention of one query block.
+
+    q_ptr [B, H, N_q, D], k_ptr [B, H, N_kv, D], v_ptr [B, H, N_kv, D_V] with the strides `q_b` to `v_d`; out_ptr
+    [B, H, N_q, D_V], lse_ptr, cached_ptr float32 [B, H, N_q], mass_ptr float32 [B, H, nQ, nK], all contiguous.
+    idx_ptr int32 [B|1, H, nQ, width], cnt_ptr [B|1, H, nQ], order_ptr [listed]: of `BlockLists`. key_mask_ptr uint8
+    [B, N_kv]; place_ptr int32 [AXES, N_kv], low_ptr, high_ptr [AXES, N_q]: of `Boxes`. A pointer that its flag leaves
+    unread may be any. SCALED: q and k are eight bits, to be multiplied by q_scale_ptr float32 [B, H, nQ] and
+    k_scale_ptr [B, H, nK]. VALUES: "plain", or "int8" or "fp8": v_ptr is then [B, H, D_V, N_kv], rows `v_n` apart, to
+    be multiplied by v_scale_ptr float32 [B, H, D_V].
+    """
     lists_at, row_block, b, h = whose_turn(order_ptr, listed, n_q, heads, Q_BLOCK, ORDERED)
     first_row = row_block * Q_BLOCK
     rows = first_row + tl.arange(0, Q_BLOCK)  # [M]
     row_at = (b * heads + h) * n_q
     queries = matrix(q_ptr + b * q_b + h * q_h, n_q, q_n, Q_BLOCK, D, D_PAD, TMA)
     keys = matrix(k_ptr + b * k_b + h * k_h, n_kv, k_n, BLOCK_N, D, D_PAD, TMA)
-    values = matrix(v_ptr + b * v_b + h * v_h, n_kv, v_n, BLOCK_N, D_V, DV_PAD, TMA)
+    if VALUES == "plain":
+        values = matrix(v_ptr + b * v_b + h * v_h, n_kv, v_n, BLOCK_N, D_V, DV_PAD, TMA)
+    else:
+        values = matrix(v_ptr + b * v_b + h * v_h, D_V, v_n, DV_PAD, n_kv, BLOCK_N, TMA)
     q = load_rows(queries, first_row, n_q, q_n, q_d, Q_BLOCK, D, D_PAD, True, TMA, UPCAST)  # [M, D]
     highest = tl.full([Q_BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([Q_BLOCK], tl.float32)
@@ -153,14 +209,22 @@ def attend(
     if SPARSE:
         turns = tl.load(cnt_ptr + lists_at) * PARTS
         idx_at = idx_ptr + lists_at.to(tl.int64) * width
+    scale = scale_log2
+    if SCALED:
+        scale_of_q = scale_log2 * tl.load(q_scale_ptr + (b * heads + h) * tl.cdiv(n_q, Q_BLOCK) + row_block)
     block = next_block(idx_at, 0, turns, PARTS, SPARSE)
     for turn in tl.range(turns, warp_specialize=SPECIALISED):
         part = turn % PARTS
         start = block * KV_BLOCK + part * BLOCK_N
         columns = start + tl.arange(0, BLOCK_N)
         k = load_rows(keys, start, n_kv, k_n, k_d, BLOCK_N, D, D_PAD, RAGGED, TMA, UPCAST)  # [N, D]
-        v = load_rows(values, start, n_kv, v_n, v_d, BLOCK_N, D_V, DV_PAD, RAGGED, TMA, UPCAST)
-        scores = tl.dot(q, k.T, input_precision="ieee")  # [M, N]
+        if VALUES == "plain":
+            v = load_rows(values, start, n_kv, v_n, v_d, BLOCK_N, D_V, DV_PAD, RAGGED, TMA, UPCAST)
+        else:
+            v = load_columns(values, start, n_kv, v_n, BLOCK_N, D_V, DV_PAD, TMA, UPCAST)
+        scores = tl.dot(q, k.T, input_precision="ieee").to(tl.float32)  # [M, N]
+        if SCALED:
+            scale = scale_of_q * tl.load(k_scale_ptr + (b * heads + h) * kv_blocks + block)
         scores = hide_keys(
             scores,
             columns,
@@ -175,10 +239,10 @@ def attend(
             MASKED,
             AXES,
         )
-        weights, base, highest, shrink = softmax_step(scores, scale_log2, highest)
+        weights, base, highest, shrink = softmax_step(scores, scale, highest)
         part_sum = tl.sum(weights, 1)
         total = total * shrink + part_sum
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = weigh(weights, v, acc, shrink, VALUES, UPCAST)
         if MASS:
             held = tl.where(part == 0, 0.0, held) + part_sum * tl.math.exp2(base - cached)
             tl.store(mass_at + block, tl.sum(held, 0))  # the last part of a block has it all
@@ -188,7 +252,10 @@ def attend(
     lse = tl.where(empty, -float("inf"), (highest + tl.math.log2(total)) * LN2)
     dims = tl.arange(0, DV_PAD)
     out_at = out_ptr + (row_at + first_row) * D_V + tl.arange(0, Q_BLOCK)[:, None] * D_V + dims[None, :]
-    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    out = acc / total[:, None]
+    if VALUES != "plain":
+        out *= tl.load(v_scale_ptr + (b * heads + h) * D_V + dims, mask=dims < D_V, other=0.0)[None, :]
+    out = out.to(out_ptr.dtype.element_ty)
     tl.store(out_at, out, mask=(rows < n_q)[:, None] & (dims < D_V)[None, :])
     tl.store(lse_ptr + row_at + rows, lse, mask=rows < n_q)
 
@@ -284,3 +351,60 @@ def measure(
         held = tl.where(turn % PARTS == 0, 0.0, held) + tl.sum(weights, 1)
         found = tl.sum(tl.reshape(held, [BLOCKS, Q_BLOCK]), 1)  # the last part of a block has it all
         tl.store(mass_at + turn // PARTS, found, mask=row_blocks < q_blocks)
+
+
+@triton.jit
+def round_rows(
+    x_ptr, mean_ptr, out_ptr, scale_ptr, shift_ptr, length, heads, x_b, x_h, x_n, x_d, out_n,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, KEYS: tl.constexpr,
+    TYPE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One block of rows in eight bits, with one scale.
+
+    x_ptr [B, H, N, D] with strides; out_ptr int8 or fp8 [B, H, N, out_n], contiguous; scale_ptr float32 [B, H, nB].
+    LIMIT: largest magnitude of the eight bits. KEYS lose mean_ptr float32 [B, H, D] first. Of queries, the scores
+    that this takes away, x . mean, go to shift_ptr float32 [B, H, N].
+    """
+    blocks = tl.cdiv(length, BLOCK)
+    block = tl.program_id(0) % blocks
+    bh = tl.program_id(0) // blocks
+    b = (bh // heads).to(tl.int64)
+    h = (bh % heads).to(tl.int64)
+    start = block * BLOCK
+    x = load_rows(x_ptr + b * x_b + h * x_h, start, length, x_n, x_d, BLOCK, D, D_PAD, True, False, UPCAST)
+    x = x.to(tl.float32)  # [BLOCK, D]
+    rows = start + tl.arange(0, BLOCK)
+    dims = tl.arange(0, D_PAD)
+    inside = (rows < length)[:, None] & (dims < D)[None, :]
+    mean = tl.load(mean_ptr + bh * D + dims, mask=dims < D, other=0.0)
+    if KEYS:
+        x = tl.where(inside, x - mean[None, :], 0.0)
+    else:
+        tl.store(shift_ptr + bh.to(tl.int64) * length + rows, tl.sum(x * mean[None, :], 1), mask=rows < length)
+    scale = tl.maximum(tl.max(tl.abs(x)) / LIMIT, 1e-30)
+    tl.store(scale_ptr + tl.program_id(0), scale)
+    at = out_ptr + (bh.to(tl.int64) * length + start) * out_n + tl.arange(0, BLOCK)[:, None] * out_n + dims[None, :]
+    tl.store(at, eight_bits(x / scale, TYPE, UPCAST), mask=inside)
+
+
+@triton.jit
+def round_values(
+    v_ptr, scale_ptr, out_ptr, length, heads, x_b, x_h, x_n, x_d, out_n,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One block of values in eight bits, transposed, for tensor cores want eight bits along the sum.
+
+    v_ptr [B, H, N, D] with strides; scale_ptr float32 [B, H, D]; out_ptr int8 or fp8 [B, H, D, out_n], contiguous.
+    """
+    blocks = tl.cdiv(length, BLOCK)
+    start = tl.program_id(0) % blocks * BLOCK
+    bh = tl.program_id(0) // blocks
+    b = (bh // heads).to(tl.int64)
+    h = (bh % heads).to(tl.int64)
+    v = load_rows(v_ptr + b * x_b + h * x_h, start, length, x_n, x_d, BLOCK, D, D_PAD, True, False, UPCAST)
+    rows = start + tl.arange(0, BLOCK)
+    dims = tl.arange(0, D_PAD)
+    scale = tl.load(scale_ptr + bh * D + dims, mask=dims < D, other=1.0)
+    rounded = eight_bits(v.to(tl.float32) / scale[None, :], TYPE, UPCAST)
+    at = out_ptr + bh.to(tl.int64) * D * out_n + dims[None, :].to(tl.int64) * out_n + rows[:, None]
+    tl.store(at, rounded, mask=(rows < length)[:, None] & (dims < D)[None, :])

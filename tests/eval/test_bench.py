@@ -165,11 +165,11 @@ import json, sys
 from diffsparse.cli import main
 from diffsparse_eval import suites, tune
 from diffsparse_kernels.tiles import Tile, tiles_for
-suites.SUITES["gpu"] = lambda: [suites.Case(60000, 9, 32, "bfloat16", 64, (0.5,), "ragged", "small")]
+suites.SUITES["gpu"] = lambda: [suites.Case(60, 9, 32, "bfloat16", 32, (0.5,), "ragged", "small")]
 tune.HEAD_DIMS = (64,)
-tune.candidates = lambda device, head_dim, block: [Tile(64, 4, 2), Tile(64, 4, 2, "tma"), Tile(32, 4, 2)]
-path = tune.tune_tiles("cpu", rounds=1, tokens=130, heads=1)
-assert len(json.loads(path.read_text())[0]["tiles"]) == 3, path.read_text()
+tune.candidates = lambda device, head_dim, block: [Tile(64, 4, 2, "tma"), Tile(32, 4, 2)]
+path = tune.tune_tiles("cpu", rounds=1, tokens=70, heads=1)
+assert len(json.loads(path.read_text())[0]["tiles"]) == 2, path.read_text()
 main(["bench", "--suite", "gpu", "--shrink", "600", "--backend", "triton", "--rounds", "1", "--out", sys.argv[1]])
 """
     out = tmp_path / "rows.csv"

@@ -17,7 +17,7 @@ from diffsparse_kernels import tiles, triton, triton_kernels
 from diffsparse_kernels.tiles import Tile
 from support import aot
 
-SPARSE = {"SPARSE": True, "ORDERED": True, "MASKED": False, "AXES": 0, "MASS": False}
+SPARSE = triton.flags_of(sparse=True, ordered=True, masked=False, boxes=None, mass=False)
 VARIANTS = {
     "sparse": SPARSE,
     "masked": {**SPARSE, "MASKED": True},

@@ -26,7 +26,7 @@ COPY_ENGINE = "cp.async.bulk.tensor"  # UTMALDG
 SPECIALISED = "setmaxnreg"
 TYPES = {
     "*bf16": ("q_ptr", "k_ptr", "v_ptr", "out_ptr"),
-    "*fp32": ("lse_ptr", "mass_ptr", "cached_ptr"),
+    "*fp32": ("lse_ptr", "mass_ptr", "cached_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr"),
     "*i32": ("idx_ptr", "cnt_ptr", "order_ptr", "place_ptr", "low_ptr", "high_ptr"),
     "*u8": ("key_mask_ptr",),
     "fp32": ("scale_log2",),
