@@ -139,22 +139,21 @@ def block_sparse_attention(
         means: let each dropped block stand in the same softmax as its mean key and mean value, weighted by its number
             of keys: n * exp(q . mean key * scale). Costs about 1 / kv_block of dense attention. Keys that boxes hide
             in listed blocks stay hidden.
-        precision: None for the inputs' own, or eight bits on the triton backend: "int8" (scores), "int8-int8", "int8-fp8"
-            (scores, weighted values) or "fp8"; `eight_bits` says what each costs. Without boxes and means.
+        precision: None for the inputs' own, or eight bits on the triton backend: "int8" (scores), "int8-int8",
+            "int8-fp8" (scores, weighted values) or "fp8"; `eight_bits` says what each costs. Without boxes and means.
 
     The LSE is that of all that was seen, so parts computed apart can be merged. A query that sees nothing gets 0 and
     -inf.
     """
     _check(q, k, v, key_mask)
     _check_lists(q, k, lists)
+    parts = lists.idx, lists.cnt, lists.order, lists.q_block, lists.kv_block
     if precision is not None:
         _check_precision(q, precision, boxes, means, backend)
-        parts, blocks = (lists.idx, lists.cnt, lists.order), (lists.q_block, lists.kv_block)
-        out, lse = ops.eight_bit_attention(q, k, v, *parts, *blocks, _scale(q, scale), key_mask, precision)
+        out, lse = ops.eight_bit_attention(q, k, v, *parts, _scale(q, scale), key_mask, precision)
         return out, lse
     if boxes is not None:
         _check_boxes(q, k, boxes)
-    parts = lists.idx, lists.cnt, lists.order, lists.q_block, lists.kv_block
     rest = _scale(q, scale), key_mask, *(boxes or (None,) * 3), means, _choose(q, backend)
     out, lse = ops.block_sparse_attention(q, k, v, *parts, *rest)
     return out, lse

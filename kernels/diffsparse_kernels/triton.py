@@ -83,7 +83,7 @@ def merge_means(
     means = Means.of(k, v, lists.kv_block, key_mask)
     (batch, heads, n_q, head_dim), kv_blocks = q.shape, means.key.shape[2]
     tile = means_tile(q.element_size())
-    _launch(
+    launch(
         kernels.add_means,
         batch * heads * lists.q_blocks,
         q,
@@ -98,9 +98,9 @@ def merge_means(
         n_q=n_q,
         kv_blocks=kv_blocks,
         heads=heads,
-        **_strides(q=q),
+        **strides(q=q),
         **means_constants(head_dim, v.shape[3], lists.q_block, tile),
-        UPCAST=_upcast(q),
+        UPCAST=upcast(q),
     )
 
 
@@ -111,8 +111,8 @@ def means_tile(itemsize: int) -> Tile:
 
 def means_constants(head_dim: int, value_dim: int, q_block: int, tile: Tile) -> dict[str, Any]:
     """The constants of `kernels.add_means` that sizes and tile decide."""
-    padded = {"D_PAD": _padded(head_dim), "DV_PAD": _padded(value_dim)}
-    return {"D": head_dim, "D_V": value_dim, **padded, "Q_BLOCK": q_block, "BLOCK_N": tile.keys}
+    sizes = {"D": head_dim, "D_V": value_dim, "D_PAD": padded(head_dim), "DV_PAD": padded(value_dim)}
+    return {**sizes, "Q_BLOCK": q_block, "BLOCK_N": tile.keys}
 
 
 def block_mass(
