@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 .PHONY: help demo test lint format wheel clean
 
 help:
-	@echo "make demo    generate and compare videos of the embedded model: dense, AdaSpa, random"
+	@echo "make demo    generate and compare videos of the embedded model: dense, AdaSpa, Digest, random"
 	@echo "make test    format, lint, types and all tests"
 	@echo "make wheel   build the wheel and try it in an environment of its own"
 	@echo "make format  let ruff rewrite what it can"
@@ -24,7 +24,7 @@ $(VENV)/.dev: $(VENV)/.user
 	@touch $@
 
 demo: $(VENV)/.user
-	$(BIN)/diffsparse evaluate --model tiny --strategy adaspa,random --sparsity 0.8 --prompts 2 --out $(OUT)
+	$(BIN)/diffsparse evaluate --model tiny --strategy adaspa,digest,random --sparsity 0.8 --prompts 2 --out $(OUT)
 
 test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
