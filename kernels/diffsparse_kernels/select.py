@@ -24,11 +24,21 @@ def select_rows(mass: Tensor, keep: int | Tensor, always: Tensor | None = None) 
     mass = mass.nan_to_num(0.0)
     if always is not None:
         mass = mass.masked_fill(always, torch.inf)
-    order = mass.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(mass.shape[-1], device=mass.device)
-    kept = place < (keep if isinstance(keep, int) else keep[..., None, None])
-    mask = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, order, kept.expand(mass.shape))
+    threshold, keep = _nth_largest(mass, keep)
+    above, equal = mass > threshold, mass == threshold
+    room = keep - above.sum(-1, keepdim=True)
+    mask = above | (equal & (equal.cumsum(-1) <= room))
     return mask if always is None else mask | always
+
+
+def _nth_largest(mass: Tensor, n: int | Tensor) -> tuple[Tensor, int | Tensor]:
+    """The n-th largest of each row [..., nQ, 1], and n as it compares with rows: one number needs no sort."""
+    length = mass.shape[-1]
+    if isinstance(n, int):
+        return mass.kthvalue(length + 1 - min(max(n, 1), length), -1, keepdim=True).values, n
+    n = n[..., None, None]
+    ranked = mass.sort(-1, descending=True).values
+    return ranked.gather(-1, (n - 1).clamp(0, length - 1).expand(*mass.shape[:-1], 1)), n
 
 
 def select_heads(mass: Tensor, density: float) -> Tensor:

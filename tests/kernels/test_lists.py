@@ -169,3 +169,36 @@ def test_an_order_of_other_lists_is_refused() -> None:
     assert lists.order is not None
     with pytest.raises(KernelInputError, match="the order of 6 lists"):
         dataclasses.replace(lists, order=lists.order[:-1])
+
+
+def search(mass: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
+    """All that a search does after the mass is known."""
+    sizes = {"q_block": 8, "kv_block": 8, "q_len": 60, "kv_len": 70}
+    found = []
+    for mask in (
+        dk.select_rows(mass, 3),
+        dk.select_rows(mass, keep, mass[0, 0] > 0.9),
+        dk.select_heads(mass, 0.3),
+        dk.select_mass(mass, 0.8),
+    ):
+        lists = BlockLists.from_mask(mask, **sizes, width=9)
+        found += [lists.idx, lists.cnt, lists.ordered().order, lists.density(), lists.to_mask()]
+    return tuple(found)
+
+
+def test_a_search_on_a_device_waits_for_nothing() -> None:
+    """Meta tensors are on a device that has no values to give."""
+    mass, keep = torch.rand(2, 3, 8, 9, device="meta"), torch.ones(2, 3, dtype=torch.int64, device="meta")
+    assert all(x.device.type == "meta" for x in search(mass, keep))
+    lists = BlockLists.from_mask(dk.select_rows(mass, 3), q_block=8, kv_block=8, q_len=60, kv_len=70)
+    assert lists.idx.shape == (2, 3, 8, 9)  # not as wide as the longest list, for which one would have to ask
+    assert lists.order is not None
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        float(lists.density())
+
+
+def test_a_search_compiles_into_one_graph() -> None:
+    mass, keep = torch.rand(2, 3, 8, 9), torch.randint(1, 9, (2, 3))
+    compiled = torch.compile(search, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(mass, keep), search(mass, keep), strict=True):
+        torch.testing.assert_close(got, want)
