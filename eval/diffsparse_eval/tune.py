@@ -19,6 +19,7 @@ from diffsparse_eval.suites import Case
 from diffsparse_kernels import BlockLists, backends, block_sparse_attention, forget_measurements
 from diffsparse_kernels.cached import BREAK_EVEN, cache_folder, device_name, read_rows
 from diffsparse_kernels.tiles import HEAD_DIMS, TUNED, Tile, tiles_for
+from diffsparse_pipelines.progress import bar, terminal
 
 if TYPE_CHECKING:
     from diffsparse_eval.suites import QKV
@@ -104,15 +105,27 @@ def tune_tiles(device: str, rounds: int = 7, tokens: int = 8192, heads: int = 8)
     obstacle = backends(torch.device(device))["triton"]
     if obstacle != "available":
         raise ConfigError(f"--tune wants a device with the triton backend; {device}: {obstacle}")
-    rows = []
-    for head_dim, block in itertools.product(HEAD_DIMS, (64, 128)):
-        case = Case(tokens, heads, head_dim, "bfloat16", block, ())
-        qkv, lists = case.tensors(device), case.lists(0.7, device)
-        times = _tile_seconds(qkv, lists, candidates(device, head_dim, block), rounds)
-        best = sorted(times, key=lambda tile: times[tile])[:3]
-        place = {"device": device_name(device), "head_dim": head_dim, "q_block": block, "kv_block": block}
-        rows.append(place | {"tiles": [tile._asdict() for tile in best]})
+    sizes = list(itertools.product(HEAD_DIMS, (64, 128)))
+    with bar(terminal()) as progress:
+        rows = [
+            _best_tiles(Case(tokens, heads, head_dim, "bfloat16", block, ()), device, rounds)
+            for head_dim, block in progress.track(sizes, description="sizes")
+        ]
     return _keep(TUNED, rows)
+
+
+def _best_tiles(case: Case, device: str, rounds: int) -> Row:
+    """The row of one size: its three fastest tiles."""
+    tiles = candidates(device, case.head_dim, case.block)
+    times = _tile_seconds(case.tensors(device), case.lists(0.7, device), tiles, rounds)
+    best = sorted(times, key=lambda tile: times[tile])[:3]
+    return {
+        "device": device_name(device),
+        "head_dim": case.head_dim,
+        "q_block": case.block,
+        "kv_block": case.block,
+        "tiles": [tile._asdict() for tile in best],
+    }
 
 
 def candidates(device: str, head_dim: int, block: int) -> list[Tile]:

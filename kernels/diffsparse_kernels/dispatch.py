@@ -223,14 +223,15 @@ def _choose(q: Tensor, name: str | None) -> str:
 
 
 def module_for(name: str, device: torch.device) -> ModuleType:
-    """The module of a backend that was named, or of the device's if the name is empty.
+    """The module of a backend that was named, here or by DIFFSPARSE_BACKEND, or of the device's if none was.
 
     Raises:
         BackendError: it was named, and can't run here.
     """
+    name = name or os.environ.get("DIFFSPARSE_BACKEND", "")
     if not name:
-        return load(backend_for(device))
-    obstacle = _obstacle(name, device)
+        return load(_fitting(device))
+    obstacle = _obstacle(name, device) if name in _BACKENDS else f"known are {', '.join(_BACKENDS)}"
     if obstacle:
         raise BackendError(f"backend {name!r} can't run on {device}: {obstacle}")
     return load(name)

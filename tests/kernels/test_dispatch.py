@@ -102,6 +102,10 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
         dk.backend_for(torch.device("vulkan"))
     monkeypatch.setenv("DIFFSPARSE_BACKEND", "reference")
     assert dk.backend_for(torch.device("cpu")) == "reference"
+    for name, message in {"fast": "known are cpu, gluon", "gluon": "runs on cuda, not on cpu"}.items():
+        monkeypatch.setenv("DIFFSPARSE_BACKEND", name)
+        with pytest.raises(BackendError, match=f"backend '{name}' can't run on cpu: {message}"):
+            dk.attention(*qkv())
 
 
 @pytest.mark.parametrize(
