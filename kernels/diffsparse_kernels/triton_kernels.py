@@ -270,8 +270,9 @@ def add_means(
 ):  # fmt: skip
     """Merge attention to the mean keys of one query block into its output and LSE, in place.
 
-    key [B, H, nK, D], value [B, H, nK, D_V], bias [B, H, nQ, nK] in base 2 (-inf where the block itself was seen),
-    out [B, H, N_q, D_V] and lse [B, H, N_q]: all contiguous but q.
+    q [B, H, N_q, D] by its strides; key [B, H, nK, D], value [B, H, nK, D_V], bias float32 [B, H, nQ, nK] in base 2
+    (-inf where the block itself was seen), out [B, H, N_q, D_V] and lse float32 [B, H, N_q], contiguous. Ours; the
+    error is within twice that of the same merge in plain torch.
     """
     q_blocks = tl.cdiv(n_q, Q_BLOCK)
     row_block = tl.program_id(0) % q_blocks
@@ -320,7 +321,12 @@ def measure(
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Mass of all key blocks in BLOCK_M query rows: of one query block, or of several small ones."""
+    """Mass of all key blocks in BLOCK_M query rows: of one query block, or of several small ones.
+
+    q [B, H, N_q, D] and k [B, H, N_kv, D] by their strides, cached LSE [B, H, N_q] and mass [B, H, nQ, nK] float32,
+    contiguous; mask of keys [B, N_kv], uint8. Sums of exp(score - LSE), AdaSpa's Eq. 4 (arXiv 2502.21079), all in
+    float32: relative error of 1e-5, as the tests measure it.
+    """
     strips = tl.cdiv(n_q, BLOCK_M)
     strip = tl.program_id(0) % strips
     bh = tl.program_id(0) // strips
