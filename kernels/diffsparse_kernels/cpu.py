@@ -1,8 +1,8 @@
 """Attention on the CPU: gather the kept blocks of many query rows at once, then one batched product.
 
-Rows that keep equally many blocks are computed together, in groups small enough for the cache, by torch's own flash
-kernel; bfloat16 takes its scores in float32 and its weighted sum in bfloat16; float16 is computed in float32, since
-CPUs multiply it slowly. What a step leaves behind is overwritten by the next: fresh pages of memory would cost as much
+Rows that keep equally many blocks are computed together, in groups small enough for the cache and as many for each
+thread: scores in float32, the weighted sum in the inputs' own format. float16 is computed in float32, since CPUs
+multiply it slowly. What a step leaves behind is overwritten by the next: fresh pages of memory would cost as much
 as the products.
 """
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from diffsparse_kernels.lists import BlockLists, Boxes
 
 _GATHER_BYTES = 4 * 2**20  # keys and values gathered at a time, about what caches hold
-_LEAST_ROWS = 2  # computed at a time, or some threads would idle
 _LOG2_E = math.log2(math.e)
 _NEVER = 1e30  # subtracted from the scores of keys that are not seen
 _STRIP_BYTES = 16 * 2**20  # scores of one strip of query rows
@@ -199,7 +198,8 @@ def _sparse_rows(work: _Blocks, group: _Group, scale: float, scratch: _Scratch) 
     per_row = group.cnt * lists.kv_block * dim * work.k.element_size()
     columns = group.cnt * lists.kv_block - (-lists.kv_len % lists.kv_block if group.ragged else 0)
     q, out, lse = work.q.flatten(0, 2), work.out.flatten(0, 2), work.lse.flatten(0, 2)
-    at_a_time = max(_LEAST_ROWS, _GATHER_BYTES // per_row)
+    threads = torch.get_num_threads()
+    at_a_time = max(1, _GATHER_BYTES // per_row // threads) * threads  # as many for each thread
     if group.cut:  # whole query blocks, all of their heads, as far as they fit
         heads = work.q.shape[0] * work.q.shape[1]
         at_a_time = at_a_time // heads * heads or -(-heads // -(-heads // at_a_time))
@@ -284,12 +284,22 @@ def _dense_rows(work: _Blocks, group: _Group, scale: float) -> None:
 def _product(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, scratch: _Scratch
 ) -> tuple[Tensor, Tensor]:
-    """Attention of [rows, block, D] to [rows, columns, D]; bias [n, 1, block | 1, columns], one for each n-th."""
-    if q.dtype == torch.bfloat16:
-        return _mixed(q, k, v, scale, bias, scratch)
-    q, k, v = (x.unflatten(0, (1 if bias is None else len(bias), -1)) for x in (q, k, v))
-    out, lse = _flash(q, k, v, scale, bias)
-    return out.flatten(0, 1), lse.flatten(0, 1)
+    """Attention of [rows, block, D] to [rows, columns, D]; bias [n, 1, block | 1, columns], one for each n-th.
+
+    Scores in float32 or better, the weighted sum in the values' own format: in bfloat16 twice as fast as flash, and as
+    exact. Powers of two: torch's exp takes ten times as long over values as low as those that `bias` leaves.
+    """
+    exact, shape = torch.promote_types(q.dtype, torch.float32), (*q.shape[:2], k.shape[1])
+    keys = k if k.dtype == exact else scratch.take("exact keys", tuple(k.shape), exact).copy_(k)
+    scores = torch.bmm(q.to(exact) * scale, keys.mT, out=scratch.take("scores", shape, exact))
+    if bias is not None:
+        scores.unflatten(0, (len(bias), -1)).add_(bias)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).mul_(_LOG2_E).exp2_()
+    total = weights.sum(-1, keepdim=True)
+    rounded = weights if v.dtype == exact else scratch.take("weights", shape, v.dtype).copy_(weights)
+    out = torch.bmm(rounded, v).to(exact) / total
+    return out.to(q.dtype), (top + total.log())[..., 0]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -300,26 +310,6 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -
         q, k, v = (F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     return out[..., :width], lse
-
-
-def _mixed(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, scratch: _Scratch
-) -> tuple[Tensor, Tensor]:
-    """Scores in float32, weighted sum in bfloat16: twice as fast as flash, and as exact.
-
-    Powers of two: torch's exp takes ten times as long over values as low as those that `bias` leaves.
-    """
-    shape = (*q.shape[:2], k.shape[1])
-    keys = scratch.take("exact keys", tuple(k.shape), torch.float32).copy_(k)
-    scores = torch.bmm(q.float() * (scale * _LOG2_E), keys.mT, out=scratch.take("scores", shape, torch.float32))
-    if bias is not None:
-        scores.unflatten(0, (len(bias), -1)).add_(bias)
-    top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top).exp2_()
-    total = weights.sum(-1, keepdim=True)
-    rounded = scratch.take("weights", shape, v.dtype).copy_(weights)
-    out = (rounded @ v).float() / total
-    return out.to(q.dtype), (top + total.log2())[..., 0] / _LOG2_E
 
 
 def _computable(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
