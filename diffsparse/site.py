@@ -121,23 +121,14 @@ class Site:
         if bits < 16:
             out, _ = kernels.quantised_attention(q, k, v, lists, bits=bits, scale=self.scale, key_mask=keys)
         else:
-            out, _ = self._product(q, k, v, lists, keys, boxes, means)
+            out, _ = self._product(q, k, v, lists, key_mask=keys, boxes=boxes, means=means)
         return out if orders is None else orders.undo(out)
 
     def _product(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lists: kernels.BlockLists,
-        key_mask: torch.Tensor | None,
-        boxes: kernels.Boxes | None,
-        means: bool,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists, **rest: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernel's output and LSE, of the moved tokens; what `Compensated` changes."""
-        return kernels.block_sparse_attention(
-            q, k, v, lists, scale=self.scale, key_mask=key_mask, boxes=boxes, means=means
-        )
+        return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, **rest)
 
     def _known_density(self, lists: kernels.BlockLists, density: torch.Tensor) -> float | None:
         """The density as a number; on a device only from the next call with these lists on, for nobody waits for it."""

@@ -13,7 +13,7 @@ import diffsparse_kernels as kernels
 from diffsparse.errors import ConfigError
 from diffsparse.order import RASTER
 from diffsparse.site import Site
-from diffsparse_kernels import BlockLists, Boxes
+from diffsparse_kernels import BlockLists
 
 
 @dataclass(frozen=True)
@@ -68,26 +68,16 @@ class Compensated:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The strategy's attention over q, k, v [B, H, N, D], each sparse product compensated."""
         ours = _SITES[self.by](**vars(site))
-        ours.budget = self.budget
+        if isinstance(ours, _TailSite):
+            ours.budget = self.budget
         return self.strategy.attend(q, k, v, ours)  # type: ignore[no-any-return]
 
 
 class _MeansSite(Site):
     """Lets dropped blocks stand as their means."""
 
-    budget: float
-
-    def _product(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lists: BlockLists,
-        key_mask: Tensor | None,
-        boxes: Boxes | None,
-        means: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return super()._product(q, k, v, lists, key_mask, boxes, True)
+    def _product(self, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, **rest: Any) -> tuple[Tensor, Tensor]:
+        return super()._product(q, k, v, lists, **{**rest, "means": True})
 
 
 @dataclass(frozen=True)
@@ -126,22 +116,13 @@ class _TailSite(Site):
 
     budget: float
 
-    def _product(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lists: BlockLists,
-        key_mask: Tensor | None,
-        boxes: Boxes | None,
-        means: bool,
-    ) -> tuple[Tensor, Tensor]:
-        sparse = super()._product(q, k, v, lists, key_mask, boxes, means)
+    def _product(self, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, **rest: Any) -> tuple[Tensor, Tensor]:
+        sparse = super()._product(q, k, v, lists, **rest)
         tail = self.memory.get("tail")
         if tail is not None and tail.lists is lists:
             return tail.merged(*sparse)  # type: ignore[no-any-return]
         self._afford(q, v)
-        dense = kernels.attention(q, k, v, scale=self.scale, key_mask=key_mask)
+        dense = kernels.attention(q, k, v, scale=self.scale, key_mask=rest["key_mask"])
         self.memory["tail"] = _Tail.of(lists, dense, sparse)
         return dense
 

@@ -12,19 +12,11 @@ import diffsparse
 from diffsparse import PARO, Schedule, SparseVDiT
 from diffsparse.errors import ConfigError, PlanError
 from diffsparse.search import PAROSearch, SparseVDiTSearch, calibrate
-from support.tiny_pipelines import BUILDERS, run
+from support.tiny_pipelines import BUILDERS, ODD, run
 
 SEARCHES: dict[str, Any] = {
     "paro": (PAROSearch(0.5, block=8, groups=2, looks=2), PARO),
     "sparse-vdit": (SparseVDiTSearch(0.5, epsilon=0.8, block=8, looks=2), SparseVDiT),
-}
-ODD: dict[str, dict[str, int]] = {
-    "wan": {"height": 48, "width": 80, "num_frames": 13},
-    "hunyuan_video": {"height": 48, "width": 80, "num_frames": 5},
-    "cogvideox": {"height": 48, "width": 80},
-    "ltx": {"height": 32, "width": 96},
-    "flux": {"height": 10, "width": 14},
-    "sd3": {"height": 9, "width": 7},
 }
 
 

@@ -8,16 +8,8 @@ from pathlib import Path
 import pytest
 
 from diffsparse.cli import main
-from support.tiny_pipelines import BUILDERS
+from support.tiny_pipelines import BUILDERS, ODD
 
-ODD = {
-    "wan": {"height": 48, "width": 80, "num_frames": 13},
-    "hunyuan_video": {"height": 48, "width": 80, "num_frames": 5},
-    "cogvideox": {"height": 48, "width": 80},
-    "ltx": {"height": 32, "width": 96},
-    "flux": {"height": 10, "width": 14},
-    "sd3": {"height": 9, "width": 7},
-}
 SEARCHED = ("paro", "sparse-vdit")
 FREE = ("adaspa", "digest", "gna", "random", "random+means", "adaspa+tail")
 OPTIONS = {"height": "--height", "width": "--width", "num_frames": "--frames"}

@@ -365,6 +365,15 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "sd3": sd3,
     "qwen_image": qwen_image,
 }
+# Sizes at which blocks and tiles are ragged.
+ODD: dict[str, dict[str, int]] = {
+    "wan": {"height": 48, "width": 80, "num_frames": 13},
+    "hunyuan_video": {"height": 48, "width": 80, "num_frames": 5},
+    "cogvideox": {"height": 48, "width": 80},
+    "ltx": {"height": 32, "width": 96},
+    "flux": {"height": 10, "width": 14},
+    "sd3": {"height": 9, "width": 7},
+}
 VIDEO = ("wan", "wan22", "hunyuan_video", "cogvideox", "ltx", "mochi")
 
 
