@@ -31,18 +31,21 @@ def kinds(strategy: Any, schedule: Schedule, steps: int) -> list[Kind]:
     """What each of the `steps` steps does in the layers that may be sparse.
 
     A strategy with `observe` searches in its last dense step, or in its first step if none is dense; one with
-    `search_steps(steps)` searches again in those. One without a sparsity, or of sparsity 0, is dense throughout.
+    `search_steps(steps, first)` searches again in those, densely where it says so. One without a sparsity, or of
+    sparsity 0, is dense throughout.
     """
     first, end = schedule.bounds(steps)
     end = steps if end is None else end
     if getattr(strategy, "sparsity", 0) == 0 or first >= end:
         return ["dense"] * steps
-    again: set[int] = strategy.search_steps(steps) if hasattr(strategy, "search_steps") else set()
-    found: list[Kind] = [
-        "dense" if step < first or step >= end else "refresh" if step in again else "sparse" for step in range(steps)
-    ]
+    found: list[Kind] = ["dense" if step < first or step >= end else "sparse" for step in range(steps)]
+    searched = max(first - 1, 0)
+    if hasattr(strategy, "search_steps"):
+        for step, dense in strategy.search_steps(steps, searched).items():
+            if first <= step < end:
+                found[step] = "search" if dense else "refresh"
     if getattr(strategy, "observe", None) is not None:
-        found[max(first - 1, 0)] = "search"
+        found[searched] = "search"
     return found
 
 
@@ -153,7 +156,8 @@ class Estimate:
         sparsity = getattr(strategy, "sparsity", 0)
         if sparsity is None:
             return None
-        density = 1.0 - float(sparsity)
+        first = max(schedule.bounds(steps)[0] - 1, 0)
+        density = strategy.density(steps, first) if hasattr(strategy, "density") else 1.0 - float(sparsity)
         mean = sum(passes(kind, density) for kind in kinds(strategy, schedule, steps)) / steps
         layers = len(count.attention)
         fixed = sum(x for i, x in enumerate(count.attention) if schedule.excludes(i, layers)) / sum(count.attention)

@@ -95,6 +95,7 @@ class Site:
         heads: int | None = None,
         bits: int = 16,
         means: bool = False,
+        plus: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Block-sparse attention over `lists`; dense, with the reason reported, where that is faster.
 
@@ -103,13 +104,15 @@ class Site:
         heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
         bits: 8 or 4: of the numbers multiplied, emulated and so never faster; 16 leaves them as they are.
         means: let dropped blocks stand as their mean keys and values.
+        plus: [B, H, N, D], added to the output of the tokens as the lists count them, unless the call runs dense.
         """
         density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
         limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block, q.shape[2])
         known = self._known_density(lists, density)
         if bits == 16 and known is not None and known > limit:
             return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
-        overall = density if heads is None else 1 - (1 - density) * q.shape[1] / heads
+        computed = density + (1 - density) / lists.kv_block if means else density  # a mean counts as one key
+        overall = computed if heads is None else 1 - (1 - computed) * q.shape[1] / heads
         self._record.ran_sparse(overall, _kernel_name(q) if bits == 16 else f"int{bits} emulated")
         keys = self.key_mask
         if orders is not None:
@@ -118,17 +121,33 @@ class Site:
             self._look(q, k, lists, keys)
         if keys is not None:
             keys = keys.expand(q.shape[0], -1)
-        if bits < 16:
-            out, _ = kernels.quantised_attention(q, k, v, lists, bits=bits, scale=self.scale, key_mask=keys)
-        else:
-            out, _ = self._product(q, k, v, lists, key_mask=keys, boxes=boxes, means=means)
+        out, _ = self._product(q, k, v, lists, bits=bits, boxes=boxes, key_mask=keys, means=means)
+        if plus is not None:
+            out.add_(plus)
         return out if orders is None else orders.undo(out)
 
+    def product(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists, *, means: bool = False
+    ) -> torch.Tensor:
+        """What `sparse` would give, where that is not the call's output: never dense, and not in the report."""
+        keys = None if self.key_mask is None else self.key_mask.expand(q.shape[0], -1)
+        return self._product(q, k, v, lists, bits=16, boxes=None, key_mask=keys, means=means)[0]
+
     def _product(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists, **rest: Any
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lists: kernels.BlockLists,
+        *,
+        bits: int,
+        boxes: kernels.Boxes | None,
+        **rest: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernel's output and LSE, of the moved tokens; what `Compensated` changes."""
-        return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, **rest)
+        if bits < 16:
+            return kernels.quantised_attention(q, k, v, lists, bits=bits, scale=self.scale, **rest)
+        return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, boxes=boxes, **rest)
 
     def _known_density(self, lists: kernels.BlockLists, density: torch.Tensor) -> float | None:
         """The density as a number; on a device only from the next call with these lists on, for nobody waits for it."""

@@ -56,7 +56,7 @@ class AdaSpa(OnlineSearch):
         if not isinstance(self.recall_threshold, int | float) or not 0 <= self.recall_threshold <= 1:
             raise ConfigError(f"recall_threshold wants a number in [0, 1]; got {self.recall_threshold!r}")
 
-    def choose(self, mass: Tensor, q: Tensor, k: Tensor, site: Site) -> Tensor:
+    def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The blocks of each row with the most mass, bool [B, H, nQ, nK]."""
         sink = site.layout.text_sink(self.block, q.device)  # [nQ, nK]
         mask = select_rows(mass, keep_count(self.sparsity, mass.shape[-1]), sink)

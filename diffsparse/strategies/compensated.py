@@ -13,6 +13,7 @@ import diffsparse_kernels as kernels
 from diffsparse.errors import ConfigError
 from diffsparse.order import RASTER
 from diffsparse.site import Site
+from diffsparse.strategies.digest import Digest
 from diffsparse_kernels import BlockLists
 
 
@@ -35,7 +36,7 @@ class Compensated:
     def __post_init__(self) -> None:
         if self.by not in _SITES:
             raise ConfigError(f"compensation wants one of {', '.join(_SITES)}; got {self.by!r}")
-        if isinstance(self.strategy, Compensated) or not hasattr(self.strategy, "attend"):
+        if isinstance(self.strategy, Compensated | Digest) or not hasattr(self.strategy, "attend"):
             raise ConfigError(f"wanted a strategy that is not compensated yet; got {self.strategy!r}")
         if not isinstance(self.budget, int | float) or not self.budget > 0:
             raise ConfigError(f"budget wants a positive number of GiB; got {self.budget!r}")
@@ -61,9 +62,9 @@ class Compensated:
         method: Callable[..., Tensor] | None = getattr(self.strategy, "observe", None)
         return method
 
-    def search_steps(self, steps: int | None) -> set[int]:
+    def search_steps(self, steps: int | None, first: int = 0) -> dict[int, bool]:
         """The strategy's own later searches."""
-        return self.strategy.search_steps(steps) if hasattr(self.strategy, "search_steps") else set()
+        return self.strategy.search_steps(steps, first) if hasattr(self.strategy, "search_steps") else {}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The strategy's attention over q, k, v [B, H, N, D], each sparse product compensated."""
@@ -76,8 +77,8 @@ class Compensated:
 class _MeansSite(Site):
     """Lets dropped blocks stand as their means."""
 
-    def _product(self, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, **rest: Any) -> tuple[Tensor, Tensor]:
-        return super()._product(q, k, v, lists, **{**rest, "means": True})
+    def sparse(self, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, **rest: Any) -> Tensor:
+        return super().sparse(q, k, v, lists, **{**rest, "means": True})
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class _TailSite(Site):
         if tail is not None and tail.lists is lists:
             return tail.merged(*sparse)  # type: ignore[no-any-return]
         self._afford(q, v)
+        self._record.ran_dense("tail", planned=True, backend=kernels.backend_for(q.device), kind="search")
         dense = kernels.attention(q, k, v, scale=self.scale, key_mask=rest["key_mask"])
         self.memory["tail"] = _Tail.of(lists, dense, sparse)
         return dense

@@ -1,46 +1,132 @@
-"""Digest: blocks where their means fail, and the means of all the others. Ours, beyond the papers."""
+"""Digest: blocks where their means fail, the means of all the others, and what both miss. Ours, beyond the papers."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from diffsparse.errors import ConfigError
 from diffsparse.order import check_order
 from diffsparse.site import Site
 from diffsparse.strategies.online import OnlineSearch
-from diffsparse_kernels import select_heads
+from diffsparse_kernels import BlockLists, block_means, select_heads, spread
+
+_LEAST = 1e-3  # of the blocks, beside the best of each row
 
 
 @dataclass(frozen=True)
 class Digest(OnlineSearch):
-    """Compute the blocks that a summary would get wrong, and summarise the rest. Nothing is calibrated.
+    """Compute the blocks that a summary would get wrong, summarise the rest, and remember what the summary misses.
 
     1. Tokens stand in tiles of the grid, so that a block holds neighbours, which are much alike.
     2. A block of n keys that is not computed counts as n keys at its mean, in the same softmax, with its mean value.
     3. exp is convex: the means never have more mass than the block. What they lack, mass - means' mass, is what a block
-       must be computed for, and not its mass: a heavy block of equal weights is summed up exactly.
+       must be computed for, and not its mass: a heavy block of equal weights is summed up exactly. It tells the more,
+       the further the values of the block lie apart.
     4. One threshold for all heads and rows of a layer spends the blocks where they tell most; every row keeps its best.
+    5. What is missing still, the dense output less that of blocks and means, changes slowly from step to step. A dense
+       step that searches knows it; it is kept, and added to the outputs of the steps that follow.
+    6. Half of the work goes to such dense steps, evenly spread, the other half to the blocks between them.
 
-    Searches are AdaSpa's: in the last dense step, and later on its log-sum-exp (`OnlineSearch` tells of the knobs).
-
+    sparsity: share of the attention dropped after the first search, in [0, 1): dense steps, blocks, means (each counts
+        as the one key that it is) and the outputs computed to know what is missing all count.
+    searches: where the work does not suffice for a dense step, these search on the cached log-sum-exp, as AdaSpa's do.
     order: of the tokens (`diffsparse.order`); tiles that fill a block are best. For images try "tile1x8x8".
+    memory: GiB that what is missing may take, for each guidance branch: 2HND bytes a layer. Where it is too little, the
+        mean over the tokens of each block is kept, which takes a block-th of that and helps less.
 
-    Blocks that hold text are always computed. Memory between steps is AdaSpa's.
+    Blocks that hold text are always computed. Where nobody knows the length of the run, nothing missing is added and no
+    step is dense again. The rest of the memory between steps is AdaSpa's.
     """
 
     order: str = "tile4x4x4"
-
-    means: ClassVar[bool] = True
+    memory: float = 4.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_order(self.order)
+        if not isinstance(self.memory, int | float) or not self.memory >= 0:
+            raise ConfigError(f"memory wants a number of GiB, at least 0; got {self.memory!r}")
 
-    def choose(self, mass: Tensor, q: Tensor, k: Tensor, site: Site) -> Tensor:
-        """The blocks of the layer whose means lack the most mass, bool [B, H, nQ, nK]."""
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Dense attention over q, k, v [B, H, N, D] with a search; keeps what the chosen blocks and means miss."""
+        out = super().observe(q, k, v, site)
+        lasts = self._lasts(site.steps, site.memory["first"])
+        site.memory.pop("missing", None)
+        if lasts:
+            lists = site.memory["lists"]
+            missing = (out - site.product(q, k, v, lists, means=True)).bfloat16()
+            fits = site.layers * missing.nbytes <= self.memory * 2**30
+            rows = missing if fits else block_means(missing, self.block)
+            site.memory["missing"] = _Missing(rows, lists, site.step + lasts)
+        return out
+
+    def product(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Blocks and means, and what they missed in the last dense step unless that is long ago."""
+        missing: _Missing | None = site.memory.get("missing")
+        fresh = missing is not None and missing.lists is site.memory["lists"] and site.step <= missing.until
+        if not fresh:
+            site.memory.pop("missing", None)
+        plus = missing.rows_of(q.shape[2], self.block) if missing is not None and fresh else None
+        return site.sparse(q, k, v, site.memory["lists"], means=True, plus=plus)
+
+    def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """The blocks of the layer whose means lack the most, bool [B, H, nQ, nK]."""
         lacking = (mass - site.means_mass(q, k, site.memory["lse"], self.block)).clamp(min=0)
-        mask = select_heads(lacking.flatten(1, 2)[:, None], 1 - self.sparsity).view_as(lacking)
+        rows = (q.shape[2] - self.block * torch.arange(mass.shape[2], device=q.device)).clamp(max=self.block)
+        lacking *= rows[:, None] / mass.sum(-1, keepdim=True).clamp(min=1e-30)  # 1, but for the drift of the LSE
+        lacking *= spread(v, self.block, site.key_mask)[:, :, None]
+        share = self._share(self.density(site.steps, site.memory["first"]))
+        mask = select_heads(lacking.flatten(1, 2)[:, None], share).view_as(lacking)
         sink = site.layout.text_sink(self.block, q.device)
         return mask if sink is None else mask | sink
+
+    def search_steps(self, steps: int | None, first: int = 0) -> dict[int, bool]:
+        """Dense steps where the work suffices for some, else AdaSpa's later searches."""
+        again, left = self._dense_steps(steps, first), (steps or 0) - 1 - first
+        if not again:
+            return super().search_steps(steps, first)
+        return {first + round(i * (left + 1) / (again + 1)): True for i in range(1, again + 1)}
+
+    def density(self, steps: int | None, first: int = 0) -> float:
+        """Of blocks and means in sparse steps, so that together with the dense ones 1 - sparsity is computed."""
+        again, left = self._dense_steps(steps, first), (steps or 0) - 1 - first
+        if left < 1 or not self.sparsity:
+            return 1 - self.sparsity
+        return ((1 - self.sparsity) * left - again) / (left + 1)  # each search computes it once more
+
+    def _dense_steps(self, steps: int | None, first: int) -> int:
+        """How many, after the first search."""
+        left = 0 if steps is None or not self.sparsity else steps - 1 - first
+        return int((1 - self.sparsity) * left / 2)
+
+    def _lasts(self, steps: int | None, first: int) -> int:
+        """How many steps later what is missing is still added: until the next dense one, or for half of the run."""
+        left = 0 if steps is None else steps - 1 - first
+        return math.ceil(left / max(2, self._dense_steps(steps, first) + 1))
+
+    def _share(self, density: float) -> float:
+        """Of the blocks, so that with one key for each of the others `density` is computed."""
+        mean = 1 / self.block
+        return max((density - mean) / (1 - mean), _LEAST) if self.block > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """What blocks and means of `lists` missed: bfloat16 [B, H, N, D], or [B, H, nQ, D] for means over blocks."""
+
+    rows: Tensor
+    lists: BlockLists
+    until: int  # the last step at which it is added
+
+    def rows_of(self, tokens: int, block: int) -> Tensor:
+        """[B, H, tokens, D]."""
+        return self.rows if self.rows.shape[2] == tokens else self.rows.repeat_interleave(block, 2)[:, :, :tokens]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return self.rows.nbytes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,8 +34,6 @@ class OnlineSearch(ABC):
     searches: tuple[int | float, ...] = (0.6,)
     block: int = 64
 
-    means: ClassVar[bool] = False  # whether dropped blocks stand as their means
-
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)
         check_block(self.block)
@@ -46,36 +43,51 @@ class OnlineSearch(ABC):
             check_amount("searches", search)
 
     @abstractmethod
-    def choose(self, mass: Tensor, q: Tensor, k: Tensor, site: Site) -> Tensor:
-        """Blocks to keep, bool [B, H, nQ, nK], from their mass and q, k [B, H, N, D]."""
+    def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Blocks to keep, bool [B, H, nQ, nK], from their mass and q, k, v [B, H, N, D]."""
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Dense attention over q, k, v [B, H, N, D] with the first search."""
         out, lse = site.dense_with_lse(q, k, v)
+        site.memory.setdefault("first", site.step)
         site.memory["lse"] = lse
-        self._search(q, k, site)
+        self._search(q, k, v, site)
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Block-sparse attention over q, k, v [B, H, N, D] with the latest blocks."""
         if "lists" not in site.memory:
             return self.observe(q, k, v, site)
-        if site.step in self.search_steps(site.steps) and site.memory["searched"] != site.step:
-            self._search(q, k, site)
-        return site.sparse(q, k, v, site.memory["lists"], means=self.means)
+        dense = self.search_steps(site.steps, site.memory["first"]).get(site.step)
+        if dense is not None and site.memory["searched"] != site.step:
+            if dense:
+                return self.observe(q, k, v, site)
+            self._search(q, k, v, site)
+        return self.product(q, k, v, site)
 
-    def search_steps(self, steps: int | None) -> set[int]:
-        """The later searches as 0-based steps of a run of `steps`."""
+    def product(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Attention over q, k, v [B, H, N, D] with the blocks that were found."""
+        return site.sparse(q, k, v, site.memory["lists"])
+
+    def search_steps(self, steps: int | None, first: int = 0) -> dict[int, bool]:
+        """The later searches as 0-based steps of a run of `steps`, and whether such a step is dense.
+
+        first: step of the first search.
+        """
         fractions = steps is not None and steps > _FEW_STEPS
         return {
-            search if isinstance(search, int) else max(round(search * (steps or 0)) - 1, 0)
+            search if isinstance(search, int) else max(round(search * (steps or 0)) - 1, 0): False
             for search in self.searches
             if isinstance(search, int) or fractions
         }
 
-    def _search(self, q: Tensor, k: Tensor, site: Site) -> None:
+    def density(self, steps: int | None, first: int = 0) -> float:
+        """Share of blocks that sparse steps compute; arguments as for `search_steps`."""
+        return 1 - self.sparsity
+
+    def _search(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> None:
         mass = site.block_mass(q, k, site.memory["lse"], self.block)  # [B, H, nQ, nK]
-        mask = self.choose(mass, q, k, site)
+        mask = self.choose(mass, q, k, v, site)
         site.found(recall_of(mass, mask))
         n = site.layout.tokens
         lists = BlockLists.from_mask(mask, q_block=self.block, kv_block=self.block, q_len=n, kv_len=n)

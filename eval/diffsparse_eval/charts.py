@@ -29,6 +29,16 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=130, facecolor=_PAPER)
 
 
+def line(number: int) -> dict[str, Any]:
+    """Colour, marker and dash of a line, told apart without colour too."""
+    return {
+        "color": _PALETTE[number % len(_PALETTE)],
+        "marker": "osD^vPX"[number % 7],
+        "markersize": 5,
+        "linestyle": ("-", "--", ":")[number // len(_PALETTE) % 3],
+    }
+
+
 def maps(view: LayerView, facts: dict[str, Any]) -> Figure:
     """Three maps for each head: mass in raster order, in the best order, and the blocks that the strategy computes.
 

@@ -19,7 +19,9 @@ _RANDOM = "Speed without weights"
 
 
 def evaluate(
-    out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv, report.md, videos and a sheet.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.json, results.csv, report.md, videos, a sheet and a plot.")
+    ],
     strategy: Annotated[
         str, typer.Option(help="Names separated by commas: adaspa, gna, random, dense, paro:PLAN, sparse-vdit:PLAN.")
     ] = "adaspa,random",
@@ -116,7 +118,7 @@ def _evaluate(
     from diffsparse.files import folder
     from diffsparse_eval import report
     from diffsparse_eval.experiment import Experiment, Results, run
-    from diffsparse_eval.pictures import write_sheet
+    from diffsparse_eval.pictures import write_sheet, write_tradeoff
     from diffsparse_pipelines import families
     from diffsparse_pipelines.generate import call_arguments
     from diffsparse_pipelines.progress import bar, terminal
@@ -138,9 +140,12 @@ def _evaluate(
     rows = [row for row in wanted if row is not None]
     report.write(rows, out)
     write_sheet(rows, texts[0], seeds[0], out)
+    write_tradeoff(rows, out)
     console.print(report.table(rows, "mean ± 95 % interval over prompts and seeds"))
     console.print(report.facts(rows), highlight=False)
-    console.print(f"videos, sheet.png, report.md, results.json and results.csv are in {out}", soft_wrap=True)
+    console.print(
+        f"videos, sheet.png, tradeoff.png, report.md, results.json and results.csv are in {out}", soft_wrap=True
+    )
 
 
 def _foretell(

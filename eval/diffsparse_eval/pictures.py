@@ -1,12 +1,14 @@
-"""The side-by-side sheet: dense and each strategy, one row each."""
+"""Pictures of an experiment: dense and each strategy side by side, and fidelity against work and speed."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.report import groups
 from diffsparse_pipelines import media
 
@@ -21,3 +23,42 @@ def write_sheet(rows: list[dict[str, Any]], prompt: str, seed: int, out: Path) -
         figures = "" if row["psnr_db"] is None else f", {row['psnr_db']:.1f} dB, {row['speedup']:.2f}x"
         strips[f"{label}{figures}"] = media.read(out / row["file"])
     media.sheet(strips, out / "sheet.png")
+
+
+def write_tradeoff(rows: list[dict[str, Any]], out: Path) -> None:
+    """Write `tradeoff.png` into `out`: mean PSNR and its 95 % interval over work and over speed-up.
+
+    One line for each strategy, through its sparsities.
+    """
+    from matplotlib.figure import Figure
+
+    from diffsparse_eval import charts
+
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    panels = {"sparse_density": "share of attention computed in sparse steps", "speedup": "speed-up, end to end"}
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for number, (name, points) in enumerate(_lines(rows).items()):
+        look = charts.line(number)
+        for panel, column in zip(axes, panels, strict=True):
+            points = sorted(points, key=lambda point: point[column])
+            values, halves = ([point[key] for point in points] for key in ("psnr_db", "half"))
+            panel.errorbar([p[column] for p in points], values, halves, label=name, capsize=2, linewidth=1.2, **look)
+    for panel, text in zip(axes, panels.values(), strict=True):
+        panel.set_xlabel(text)
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel("PSNR to the dense video, dB")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    charts.save(figure, out / "tradeoff.png")
+
+
+def _lines(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """The means of each strategy's rows at each sparsity, by its label without that number."""
+    lines: dict[str, list[dict[str, float]]] = {}
+    for label, group in groups(rows).items():
+        apart = [row for row in group if row["psnr_db"] is not None and row["sparse_density"] is not None]
+        if not apart:
+            continue  # identical, as dense is
+        point = {column: float(np.mean([row[column] for row in apart])) for column in ("sparse_density", "speedup")}
+        point["psnr_db"], half = mean_and_interval([row["psnr_db"] for row in apart])
+        lines.setdefault(re.sub(r" \d[\d.]*", "", label, count=1), []).append({**point, "half": half or 0.0})
+    return lines

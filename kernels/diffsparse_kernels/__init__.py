@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     )
     from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError
     from diffsparse_kernels.lists import BlockLists, Boxes
-    from diffsparse_kernels.means import means_mass
+    from diffsparse_kernels.means import block_means, means_mass, spread
     from diffsparse_kernels.quantised import incoherence, quantise, quantised_attention
     from diffsparse_kernels.select import select_heads, select_mass, select_rows
 
@@ -33,6 +33,7 @@ __all__ = [
     "backend_for",
     "backends",
     "block_mass",
+    "block_means",
     "block_sparse_attention",
     "break_even",
     "forget_measurements",
@@ -43,12 +44,13 @@ __all__ = [
     "select_heads",
     "select_mass",
     "select_rows",
+    "spread",
 ]
 
 _HOME = {
     "errors": ("BackendError", "DiffsparseError", "KernelInputError"),
     "lists": ("BlockLists", "Boxes"),
-    "means": ("means_mass",),
+    "means": ("block_means", "means_mass", "spread"),
     "quantised": ("incoherence", "quantise", "quantised_attention"),
     "select": ("select_heads", "select_mass", "select_rows"),
 }

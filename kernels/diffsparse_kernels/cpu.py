@@ -51,15 +51,15 @@ def attention_with_mass(
     exact = torch.promote_types(q.dtype, torch.float32)
     keys, values, scratch = k.to(exact).transpose(-1, -2), v.to(exact), _Scratch()
     for rows in _strips(q, k, q_block):
-        scores = _scores(q[:, :, rows], keys, scale, key_mask, scratch)
+        scores = _scores(q[:, :, rows], keys, scale * _LOG2_E, key_mask, scratch)
         top = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(top.masked_fill(top.isneginf(), 0)).exp_()  # [B, H, rows, N_kv]
+        weights = scores.sub_(top.masked_fill(top.isneginf(), 0)).exp2_()  # [B, H, rows, N_kv]
         tiles = _column_sums(weights, kv_block)  # [B, H, rows, nK]
         total = tiles.sum(-1, keepdim=True)
         outs.append((weights @ values / total.masked_fill(total == 0, 1)).to(q.dtype))
-        lses.append((top + total.log())[..., 0])
-        cached = lse[:, :, rows, None].to(exact)
-        drift = torch.where(cached.isfinite() & ~top.isneginf(), (top - cached).exp(), 0)
+        lses.append((top + total.log2())[..., 0] / _LOG2_E)
+        cached = lse[:, :, rows, None].to(exact) * _LOG2_E
+        drift = torch.where(cached.isfinite() & ~top.isneginf(), (top - cached).exp2(), 0)
         masses.append(_row_sums(tiles * drift, q_block))
     return torch.cat(outs, 2), torch.cat(lses, 2), torch.cat(masses, 2)
 
@@ -72,9 +72,9 @@ def block_mass(
     exact = torch.promote_types(q.dtype, torch.float32)
     keys, scratch = k.to(exact).transpose(-1, -2), _Scratch()
     for rows in _strips(q, k, q_block):
-        cached = lse[:, :, rows, None].to(exact)
-        scores = _scores(q[:, :, rows], keys, scale, key_mask, scratch)
-        weights = scores.sub_(cached.masked_fill(~cached.isfinite(), torch.inf)).exp_()
+        cached = lse[:, :, rows, None].to(exact) * _LOG2_E
+        scores = _scores(q[:, :, rows], keys, scale * _LOG2_E, key_mask, scratch)
+        weights = scores.sub_(cached.masked_fill(~cached.isfinite(), torch.inf)).exp2_()
         masses.append(_row_sums(_column_sums(weights, kv_block), q_block))
     return torch.cat(masses, 2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from diffsparse_kernels.lists import BlockLists
 
+_LOG2_E = math.log2(math.e)
 _STRIP_BYTES = 64 * 2**20  # scores that exist at a time
 _CACHE_BYTES = 4 * 2**20
 
@@ -56,19 +58,21 @@ def merge_means(
     Plain torch, a few rows of blocks at a time, so that nothing leaves the cache between its uses.
     """
     means = Means.of(k, v, lists.kv_block, key_mask)
-    bias, keys = means.bias(lists), (means.key * scale).mT  # [B, H, nQ, nK], [B, H, D, nK]
+    bias, keys = means.bias(lists).mul_(_LOG2_E), means.key.mul(scale * _LOG2_E).mT  # [B, H, nQ, nK], [B, H, D, nK]
     for blocks, rows in _strips(q, lists.q_block, keys.shape[-1]):
-        scores = q[:, :, rows].to(keys.dtype) @ keys  # [B, H, rows, nK]
+        scores = q[:, :, rows].to(keys.dtype) @ keys  # [B, H, rows, nK], powers of two: torch's exp is slower
         scores.unflatten(2, (blocks.stop - blocks.start, -1)).add_(bias[:, :, blocks, None])
-        top = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(top.masked_fill(top.isneginf(), 0)).exp_()
-        both = torch.logaddexp(lse[:, :, rows, None], top + weights.sum(-1, keepdim=True).log())
-        base = both.masked_fill(both.isneginf(), 0)
-        merged = out[:, :, rows].to(keys.dtype).mul_((lse[:, :, rows, None] - base).exp_())
-        flat = merged.flatten(0, 1)
-        flat.baddbmm_(weights.mul_((top - base).exp_()).flatten(0, 1), means.value.flatten(0, 1))
-        out[:, :, rows] = merged
-        lse[:, :, rows] = both[..., 0]
+        theirs = lse[:, :, rows, None] * _LOG2_E
+        top = torch.maximum(scores.amax(-1, keepdim=True), theirs)
+        top.masked_fill_(top.isneginf(), 0)
+        weights, share = scores.sub_(top).exp2_(), theirs.sub_(top).exp2_()
+        total = weights.sum(-1, keepdim=True).add_(share)
+        lse[:, :, rows] = (top + total.log2()).div_(_LOG2_E)[..., 0]
+        total.masked_fill_(total == 0, 1)
+        merged = out[:, :, rows].to(keys.dtype).mul_(share.div_(total)).flatten(0, 1)  # in place where it needs no copy
+        merged.baddbmm_(weights.div_(total).flatten(0, 1), means.value.flatten(0, 1))
+        if merged.data_ptr() != out[:, :, rows].data_ptr():
+            out[:, :, rows] = merged.view_as(out[:, :, rows])
 
 
 def _strips(q: Tensor, q_block: int, kv_blocks: int) -> Iterator[tuple[slice, slice]]:
@@ -100,17 +104,39 @@ def means_mass(
     Args and returns as in `block_mass`; float32 or better [B, H, nQ, nK].
     """
     means = Means.of(k, k, kv_block, key_mask)
-    keys = (means.key * (q.shape[-1] ** -0.5 if scale is None else scale)).mT  # [B, H, D, nK]
-    bias, masses = means.log_count[:, None, None], []
+    keys = (means.key * ((q.shape[-1] ** -0.5 if scale is None else scale) * _LOG2_E)).mT  # [B, H, D, nK]
+    bias, masses = means.log_count[:, None, None] * _LOG2_E, []
     row_bytes = q.shape[0] * q.shape[1] * keys.shape[-1] * keys.element_size()
     step = max(_STRIP_BYTES // (row_bytes * q_block), 1) * q_block
     for start in range(0, q.shape[2], step):
         rows = slice(start, start + step)
-        cached = lse[:, :, rows, None].to(keys.dtype)
+        cached = lse[:, :, rows, None].to(keys.dtype) * _LOG2_E
         cached = cached.masked_fill(~cached.isfinite(), torch.inf)  # such rows count for nothing
-        weights = (q[:, :, rows].to(keys.dtype) @ keys + bias - cached).exp()
+        weights = (q[:, :, rows].to(keys.dtype) @ keys + bias - cached).exp2()
         masses.append(_sums(weights, q_block))
     return torch.cat(masses, 2)
+
+
+def block_means(x: Tensor, block: int, key_mask: Tensor | None = None) -> Tensor:
+    """Mean of the rows of each block.
+
+    Args:
+        x: [B, H, N, D]. block: in tokens; the last may be ragged. key_mask: bool [B, N], the rows that count.
+
+    Returns:
+        [B, H, nK, D] of x's dtype; 0 where no row counts.
+    """
+    return Means.of(x, x[..., :0], block, key_mask).key.to(x.dtype)
+
+
+def spread(x: Tensor, block: int, key_mask: Tensor | None = None) -> Tensor:
+    """How far the rows of each block lie from their mean: the root of their mean square distance.
+
+    Args as in `block_means`; returns float32 or better [B, H, nK].
+    """
+    squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1, keepdim=True)  # [B, H, N, 1]
+    of = Means.of(x, squares, block, key_mask)
+    return (of.value[..., 0] - of.key.square().sum(-1)).clamp(min=0).sqrt()
 
 
 def _sums(x: Tensor, block: int) -> Tensor:

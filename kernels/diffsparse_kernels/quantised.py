@@ -9,6 +9,7 @@ from torch import Tensor
 from diffsparse_kernels.dispatch import _check, _check_lists, _scale
 from diffsparse_kernels.errors import KernelInputError
 from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.ops import _means_of
 from diffsparse_kernels.reference import _join, _strips
 
 
@@ -51,6 +52,7 @@ def quantised_attention(
     bits: int,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    means: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks whose two products are of whole numbers (arXiv 2506.16054).
 
@@ -58,7 +60,7 @@ def quantised_attention(
     have one for each tile. Sums of the weights, and all that is accumulated, stay float32 (float64 for
     float64 inputs). The products of the rescaled numbers are those of the whole numbers up to rounding.
 
-    Args and returns as in `block_sparse_attention`; bits: 8 or 4, or any number from 2 to 8.
+    Args and returns as in `block_sparse_attention`; bits: 8 or 4, or any number from 2 to 8. Means are not rounded.
     """
     _check(q, k, v, key_mask)
     _check_lists(q, k, lists)
@@ -78,7 +80,10 @@ def quantised_attention(
         total = weights.sum(-1, keepdim=True)
         out = _rounded_tiles(weights, bits, lists) @ v_rounded / total.masked_fill(total == 0, 1)
         parts.append((out, (top + total.log())[..., 0]))
-    return _join(parts, q)
+    out, lse = _join(parts, q)
+    if means:
+        _means_of(q.device).merge_means(q, k, v, lists, _scale(q, scale), key_mask, out, lse)
+    return out, lse
 
 
 def _rounded_tiles(weights: Tensor, bits: int, lists: BlockLists) -> Tensor:

@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import diffsparse_eval.experiment as experiment_module
 from diffsparse import GNA, AdaSpa, Dense, Random
 from diffsparse.cli import main
-from diffsparse_eval import evaluate, report
+from diffsparse_eval import evaluate, pictures, report
 from diffsparse_eval.metrics import DEFINITIONS
 from diffsparse_pipelines.prompts import read_prompts, read_seeds
 
@@ -45,6 +46,20 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def test_a_line_of_the_plot_goes_through_the_sparsities_of_a_strategy(results: Path) -> None:
+    rows = rows_of(results)
+    lines = pictures._lines(rows)
+    assert set(lines) == {"adaspa searches=2 block=16", "random block=16"}  # without dense
+    for points in lines.values():
+        high, low = sorted(points, key=lambda point: point["sparse_density"], reverse=True)
+        assert (high["sparse_density"], low["sparse_density"]) == (
+            pytest.approx(0.5, abs=0.1),
+            pytest.approx(0.2, abs=0.1),
+        )
+    at = [row["psnr_db"] for row in rows if row["label"].startswith("random 0.8")]
+    assert lines["random block=16"][1]["psnr_db"] == pytest.approx(sum(at) / len(at))
+
+
 def test_rows_are_complete_and_consistent(results: Path) -> None:
     rows = rows_of(results)
     assert len(rows) == 1 + 2 * 4  # the noise floor, and prompts x strategies x sparsities
@@ -66,7 +81,7 @@ def test_rows_are_complete_and_consistent(results: Path) -> None:
 
 def test_files(results: Path) -> None:
     names = {path.name for path in results.iterdir()}
-    assert {"results.json", "results.csv", "report.md", "sheet.png"} <= names
+    assert {"results.json", "results.csv", "report.md", "sheet.png", "tradeoff.png"} <= names
     assert {"dense-p00-s0.mp4", "dense-p01-s0.mp4", "random-0.5-block=16-p00-s0.mp4"} <= names
     assert all((results / row["file"]).exists() for row in rows_of(results))
     assert len({row["file"] for row in rows_of(results)}) == 1 + 2 * 4
@@ -77,6 +92,8 @@ def test_files(results: Path) -> None:
     assert "| adaspa 0.8 searches=2 block=16 | 2 |" in text
     assert "noise floor (dense again) identical" in text
     assert all(f"`{name}`" in text for name in DEFINITIONS)
+    with Image.open(results / "tradeoff.png") as plot:
+        assert np.asarray(plot.convert("L")).std() > 1, "something is drawn"
     with Image.open(results / "sheet.png") as sheet:
         assert sheet.height == 5 * (256 + 16)
 

@@ -104,3 +104,20 @@ def test_zeros_and_bad_input() -> None:
     assert not dk.incoherence(torch.zeros(4, 2), 2).any()
     with pytest.raises(dk.KernelInputError, match="wanted 2 to 8 bits; got 16"):
         dk.quantise(torch.zeros(4, 2), 16, 2)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_means_join_unrounded(size: Size) -> None:
+    q, k, v = size.qkv(torch.float64)
+    lists = size.lists(MASKS["random"](size))
+    out, lse = dk.quantised_attention(q, k, v, lists, bits=8)
+    got, got_lse = dk.quantised_attention(q, k, v, lists, bits=8, means=True)
+    total, summed = lse.exp()[..., None], out * lse.exp()[..., None]
+    for number in range(lists.kv_blocks):
+        block = slice(number * size.kv_block, (number + 1) * size.kv_block)
+        key, value = (x[:, :, block].mean(2, keepdim=True) for x in (k, v))
+        dropped = ~lists.to_mask()[..., number].repeat_interleave(size.q_block, 2)[..., : q.shape[2], None]
+        weight = k[:, :, block].shape[2] * (q @ key.mT * size.scale).exp() * dropped
+        total, summed = total + weight, summed + weight * value
+    torch.testing.assert_close(got, summed / total)
+    torch.testing.assert_close(got_lse, total.log()[..., 0])
