@@ -58,9 +58,10 @@ class OnlineSearch(ABC):
         """Block-sparse attention over q, k, v [B, H, N, D] with the latest blocks."""
         if "lists" not in site.memory:
             return self.observe(q, k, v, site)
-        dense = self.search_steps(site.steps, site.memory["first"]).get(site.step)
-        if dense is not None and site.memory["searched"] != site.step:
-            if dense:
+        later, searched = self.search_steps(site.steps, site.memory["first"]), site.memory["searched"]
+        due = max((step for step in later if searched < step <= site.step), default=None)  # a step cache may skip some
+        if due is not None:
+            if later[due]:
                 return self.observe(q, k, v, site)
             self._search(q, k, v, site)
         return self.product(q, k, v, site)

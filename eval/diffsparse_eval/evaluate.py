@@ -23,8 +23,8 @@ def evaluate(
         Path, typer.Option(help="Folder for results.json, results.csv, report.md, videos, a sheet and a plot.")
     ],
     strategy: Annotated[
-        str, typer.Option(help="Names separated by commas: adaspa, gna, random, dense, paro:PLAN, sparse-vdit:PLAN.")
-    ] = "adaspa,random",
+        str, typer.Option(help=f"Names separated by commas: {options.STRATEGIES}.")
+    ] = "digest,adaspa,random",
     sparsity: Annotated[str, typer.Option(help="Numbers in [0, 1) separated by commas.")] = "0.8",
     prompts: Annotated[str, typer.Option(help="How many built-in prompts, or a file with one a line.")] = "2",
     seeds: Annotated[str, typer.Option(help="Numbers separated by commas.")] = "0",

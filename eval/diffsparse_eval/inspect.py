@@ -20,12 +20,8 @@ Row = dict[str, Any]
 
 def inspect(
     out: Annotated[Path, typer.Option(help="Folder for the pictures, inspect.json and recall.csv.")],
-    strategy: Annotated[
-        str, typer.Option(help="adaspa, random, dense, or paro:PLAN.", rich_help_panel="Strategy")
-    ] = "adaspa",
-    sparsity: Annotated[
-        float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel="Strategy")
-    ] = 0.8,
+    strategy: options.Strategy = "adaspa",
+    sparsity: options.Sparsity = 0.8,
     orders: Annotated[
         str, typer.Option(help="Candidate token orders, separated by commas: FHW, ..., tile4x8x8, hilbert.")
     ] = "FHW,FWH,HFW,HWF,WFH,WHF",

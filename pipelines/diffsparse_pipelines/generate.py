@@ -126,13 +126,8 @@ def generate(
     frames: options.NumFrames = None,
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
-    strategy: Annotated[
-        str,
-        typer.Option(help="adaspa, gna, random, dense, paro:PLAN or sparse-vdit:PLAN.", rich_help_panel="Strategy"),
-    ] = "adaspa",
-    sparsity: Annotated[
-        float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel="Strategy")
-    ] = 0.8,
+    strategy: options.Strategy = "digest",
+    sparsity: options.Sparsity = 0.8,
     block: options.Block = 64,
     order: options.Order = None,
     searches: options.Searches = "0.6",

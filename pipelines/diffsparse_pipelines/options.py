@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 _MODEL, _SIZE, _SPARSE, _HEADS = "Model", "Size and sampling", "Strategy", "Head guidance"
 
+STRATEGIES = (
+    "digest, adaspa, gna, random, dense, paro:PLAN or sparse-vdit:PLAN; all but digest also with +means or +tail"
+)
+
 Model = Annotated[
     str, typer.Option(help="A known name, a folder of a saved pipeline, or a hub id.", rich_help_panel=_MODEL)
 ]
@@ -33,6 +37,8 @@ NumFrames = Annotated[
 ]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", show_default="model's", rich_help_panel=_SIZE)]
 NegativePrompt = Annotated[str | None, typer.Option(help="What should not be seen.", rich_help_panel=_SIZE)]
+Strategy = Annotated[str, typer.Option(help=f"{STRATEGIES}.", rich_help_panel=_SPARSE)]
+Sparsity = Annotated[float, typer.Option(help="Share of attention to drop, in [0, 1).", rich_help_panel=_SPARSE)]
 Block = Annotated[int, typer.Option(help="Edge of a block in tokens.", rich_help_panel=_SPARSE)]
 Order = Annotated[
     str | None,
@@ -45,7 +51,8 @@ Order = Annotated[
 Searches = Annotated[
     str,
     typer.Option(
-        help="AdaSpa's later searches: steps (int) or fractions, separated by commas.", rich_help_panel=_SPARSE
+        help="Later searches of adaspa and digest: steps (int) or fractions, separated by commas.",
+        rich_help_panel=_SPARSE,
     ),
 ]
 HeadAdaptive = Annotated[bool, typer.Option(help="AdaSpa's sparsity by head.", rich_help_panel=_SPARSE)]

@@ -85,7 +85,9 @@ def test_tails_equal_the_formula(place: str) -> None:
     real = torch.ones(2, layout.tokens, dtype=torch.bool) if keys is None else keys
     tailed = Compensated(strategy, "tail")
     here: dict[str, Any] = {"key_mask": keys, "memory": memory}
-    dense = tailed.attend(*first, site(layout, 2, **here))
+    at = site(layout, 2, **here)
+    dense = tailed.attend(*first, at)
+    assert (at._record.kind, at._record.density) == ("search", 1.0), "it ran dense, and says so"
     want, _ = exact.softmax_attention(*first, real[:, None, None], SCALE)
     torch.testing.assert_close(dense.double(), want, atol=1e-5, rtol=0)
     out = tailed.attend(*later, site(layout, 3, **here))
@@ -132,7 +134,7 @@ def test_names_and_knobs() -> None:
     one, two = parse("adaspa+means, random+tail", sparsity=0.7)
     assert (one, two) == (Compensated(AdaSpa(0.7)), Compensated(Random(0.7), "tail"))
     assert (name_of(one), one.sparsity, one.order) == ("adaspa+means", 0.7, "FHW")
-    for wrong in ("adaspa+mean", "adaspa+means+tail"):
+    for wrong in ("adaspa+mean", "adaspa+means+tail", "digest+means"):
         with pytest.raises(ConfigError):
             parse(wrong)
     with pytest.raises(ConfigError, match="not compensated yet"):

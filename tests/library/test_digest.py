@@ -14,8 +14,11 @@ from torch import Tensor
 
 import diffsparse
 import diffsparse_kernels as kernels
-from diffsparse import Digest, Layout, Schedule
+from diffsparse import AdaSpa, Digest, Layout, Schedule
 from diffsparse.errors import ConfigError
+from diffsparse_eval import metrics
+from diffsparse_pipelines import tiny
+from diffsparse_pipelines.generate import generation
 from support import exact
 from support.sites import site
 from support.tiny_pipelines import BUILDERS, run
@@ -179,6 +182,32 @@ def test_what_is_missing_is_dropped_with_its_blocks_or_when_old() -> None:
         out = strategy.attend(q, k, v, site(layout, step, steps=15, memory=memory))
         torch.testing.assert_close(out, kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)[0])
         assert "missing" not in memory
+
+
+def test_a_dense_step_that_a_step_cache_skipped_comes_with_the_next_call() -> None:
+    layout, memory = Layout(4, 4, 5), {}
+    q, k, v = (torch.randn(1, 2, layout.tokens, 16) for _ in range(3))
+    strategy = Digest(0.8, block=BLOCK)
+    assert strategy.search_steps(15, 2) == {8: True}
+    strategy.observe(q, k, v, site(layout, 2, steps=15, memory=memory))
+    for step, kind in ((7, "sparse"), (10, "search"), (11, "sparse")):
+        here = site(layout, step, steps=15, memory=memory)
+        strategy.attend(q, k, v, here)
+        assert here._record.kind == kind
+
+
+def test_on_the_twin_it_is_closer_to_dense_than_adaspa_at_equal_work() -> None:
+    pipe, prompts = tiny.load("twin"), tiny.prompts(3)
+    calls = [{**tiny.defaults("twin"), "num_inference_steps": 12, "prompt": prompt} for prompt in prompts]
+    dense = [generation(pipe, call, 0).frames for call in calls]
+    fidelity, work = {}, {}
+    for strategy in (AdaSpa(0.75, block=16), Digest(0.75, block=16, order="tile4x2x2")):
+        with diffsparse.apply(pipe, strategy) as handle:
+            found = [generation(pipe, call, 0).frames for call in calls]
+        fidelity[type(strategy)] = [metrics.psnr_db(a, b) for a, b in zip(dense, found, strict=True)]
+        work[type(strategy)] = handle.report().density
+    assert work[Digest] <= work[AdaSpa] + 0.01
+    assert all(a > b + 1 for a, b in zip(fidelity[Digest], fidelity[AdaSpa], strict=True))
 
 
 def test_little_memory_keeps_means_over_blocks() -> None:
