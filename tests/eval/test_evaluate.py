@@ -19,20 +19,8 @@ from diffsparse_eval import evaluate, pictures, report
 from diffsparse_eval.metrics import DEFINITIONS
 from diffsparse_pipelines.prompts import read_prompts, read_seeds
 
-COMMAND = [
-    "evaluate",
-    "--model",
-    "tiny-twin",
-    "--strategy",
-    "adaspa,random",
-    "--steps",
-    "4",
-    "--block",
-    "16",
-    "--prompts",
-    "2",
-]
-COMMAND += ["--sparsity", "0.5,0.8", "--searches", "2"]
+COMMAND = ["evaluate", "--model", "tiny-twin", "--steps", "4", "--block", "16", "--prompts", "2"]
+COMMAND += ["--strategy", "adaspa,random", "--sparsity", "0.5,0.8", "--searches", "2"]
 KEYS = {
     *("model", "strategy", "arguments", "sparsity", "density", "sparse_density", "dense_steps", "psnr_db", "ssim"),
     *("latent_cosine", "psnr_db_min", "dense_seconds", "seconds", "speedup", "attention_speedup", "dense_backend"),

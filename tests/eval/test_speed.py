@@ -72,20 +72,7 @@ def test_a_few_blocks_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch.time(forward) == 1 + 4 * 2 + 6 * 3
 
 
-COMMAND = [
-    "evaluate",
-    "--model",
-    "tiny-twin",
-    "--strategy",
-    "adaspa,random",
-    "--random-weights",
-    "--layers",
-    "2",
-    "--block",
-    "16",
-    "--searches",
-    "6",
-]
+COMMAND = ["evaluate", "--model", "tiny-twin", "--random-weights", "--layers", "2", "--block", "16", "--searches", "6"]
 COMMAND += ["--strategy", "adaspa,random", "--steps", "10"]
 
 
