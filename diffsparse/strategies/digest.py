@@ -43,7 +43,7 @@ class Digest(OnlineSearch):
     """
 
     order: str = "tile4x4x4"
-    memory: float = 4.0
+    memory: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,9 +59,13 @@ class Digest(OnlineSearch):
         if lasts:
             lists = site.memory["lists"]
             missing = (out - site.product(q, k, v, lists, means=True)).bfloat16()
-            fits = site.layers * missing.nbytes <= self.memory * 2**30
-            rows = missing if fits else block_means(missing, self.block)
-            site.memory["missing"] = _Missing(rows, lists, site.step + lasts)
+            wanted = site.layers * missing.nbytes / 2**30
+            if wanted > self.memory:
+                missing = block_means(missing, self.block)
+                site.note(
+                    f"Digest keeps means over blocks of what is missing: all of it wants {wanted:.1f} GiB a branch"
+                )
+            site.memory["missing"] = _Missing(missing, lists, site.step + lasts)
         return out
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

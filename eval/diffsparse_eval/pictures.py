@@ -34,8 +34,8 @@ def write_tradeoff(rows: list[dict[str, Any]], out: Path) -> None:
 
     from diffsparse_eval import charts
 
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    panels = {"sparse_density": "share of attention computed in sparse steps", "speedup": "speed-up, end to end"}
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    panels = {"density": "share of attention computed, dense steps included", "speedup": "speed-up, end to end"}
     axes = figure.subplots(1, len(panels), sharey=True)
     for number, (name, points) in enumerate(_lines(rows).items()):
         look = charts.line(number)
@@ -47,7 +47,7 @@ def write_tradeoff(rows: list[dict[str, Any]], out: Path) -> None:
         panel.set_xlabel(text)
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("PSNR to the dense video, dB")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     charts.save(figure, out / "tradeoff.png")
 
 
@@ -58,7 +58,7 @@ def _lines(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
         apart = [row for row in group if row["psnr_db"] is not None and row["sparse_density"] is not None]
         if not apart:
             continue  # identical, as dense is
-        point = {column: float(np.mean([row[column] for row in apart])) for column in ("sparse_density", "speedup")}
+        point = {column: float(np.mean([row[column] for row in apart])) for column in ("density", "speedup")}
         point["psnr_db"], half = mean_and_interval([row["psnr_db"] for row in apart])
         lines.setdefault(re.sub(r" \d[\d.]*", "", label, count=1), []).append({**point, "half": half or 0.0})
     return lines

@@ -51,11 +51,8 @@ def test_a_line_of_the_plot_goes_through_the_sparsities_of_a_strategy(results: P
     lines = pictures._lines(rows)
     assert set(lines) == {"adaspa searches=2 block=16", "random block=16"}  # without dense
     for points in lines.values():
-        high, low = sorted(points, key=lambda point: point["sparse_density"], reverse=True)
-        assert (high["sparse_density"], low["sparse_density"]) == (
-            pytest.approx(0.5, abs=0.1),
-            pytest.approx(0.2, abs=0.1),
-        )
+        high, low = sorted(points, key=lambda point: point["density"], reverse=True)
+        assert (high["density"], low["density"]) == (pytest.approx(0.62, abs=0.1), pytest.approx(0.4, abs=0.1))
     at = [row["psnr_db"] for row in rows if row["label"].startswith("random 0.8")]
     assert lines["random block=16"][1]["psnr_db"] == pytest.approx(sum(at) / len(at))
 

@@ -214,7 +214,9 @@ def test_little_memory_keeps_means_over_blocks() -> None:
     layout, memory = Layout(3, 4, 5), {}
     q, k, v = (torch.randn(1, 2, layout.tokens, 16) for _ in range(3))
     strategy = Digest(0.8, block=BLOCK, memory=1e-6)
-    dense = strategy.observe(q, k, v, site(layout, 2, steps=15, memory=memory))
+    here = site(layout, 2, steps=15, memory=memory)
+    dense = strategy.observe(q, k, v, here)
+    assert "means over blocks" in here._record.note
     plain, _ = kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)
     got = strategy.attend(q, k, v, site(layout, 3, steps=15, memory=memory))
     want = torch.cat([part.mean(2, keepdim=True).expand_as(part) for part in (dense - plain).split(BLOCK, 2)], 2)
