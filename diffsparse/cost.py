@@ -39,7 +39,7 @@ def kinds(strategy: Any, schedule: Schedule, steps: int) -> list[Kind]:
     if getattr(strategy, "sparsity", 0) == 0 or first >= end:
         return ["dense"] * steps
     found: list[Kind] = ["dense" if step < first or step >= end else "sparse" for step in range(steps)]
-    searched = max(first - 1, 0)
+    searched = _first_search(schedule, steps)
     if hasattr(strategy, "search_steps"):
         for step, dense in strategy.search_steps(steps, searched).items():
             if first <= step < end:
@@ -47,6 +47,11 @@ def kinds(strategy: Any, schedule: Schedule, steps: int) -> list[Kind]:
     if getattr(strategy, "observe", None) is not None:
         found[searched] = "search"
     return found
+
+
+def _first_search(schedule: Schedule, steps: int) -> int:
+    """The last dense step at the start, or the first step if none is dense."""
+    return max(schedule.bounds(steps)[0] - 1, 0)
 
 
 def passes(kind: Kind, density: float) -> float:
@@ -156,7 +161,7 @@ class Estimate:
         sparsity = getattr(strategy, "sparsity", 0)
         if sparsity is None:
             return None
-        first = max(schedule.bounds(steps)[0] - 1, 0)
+        first = _first_search(schedule, steps)
         density = strategy.density(steps, first) if hasattr(strategy, "density") else 1.0 - float(sparsity)
         mean = sum(passes(kind, density) for kind in kinds(strategy, schedule, steps)) / steps
         layers = len(count.attention)

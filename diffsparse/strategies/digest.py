@@ -90,32 +90,36 @@ class Digest(OnlineSearch):
 
     def search_steps(self, steps: int | None, first: int = 0) -> dict[int, bool]:
         """Dense steps where the work suffices for some, else AdaSpa's later searches."""
-        again, left = self._dense_steps(steps, first), (steps or 0) - 1 - first
+        again = self._dense_steps(steps, first)
         if not again:
             return super().search_steps(steps, first)
-        return {first + round(i * (left + 1) / (again + 1)): True for i in range(1, again + 1)}
+        return {first + round(i * (_left(steps, first) + 1) / (again + 1)): True for i in range(1, again + 1)}
 
     def density(self, steps: int | None, first: int = 0) -> float:
         """Of blocks and means in sparse steps, so that together with the dense ones 1 - sparsity is computed."""
-        again, left = self._dense_steps(steps, first), (steps or 0) - 1 - first
-        if left < 1 or not self.sparsity:
+        left = _left(steps, first)
+        if not left or not self.sparsity:
             return 1 - self.sparsity
-        return ((1 - self.sparsity) * left - again) / (left + 1)  # each search computes it once more
+        dense = self._dense_steps(steps, first)
+        return ((1 - self.sparsity) * left - dense) / (left + 1)  # each search computes it once more
 
     def _dense_steps(self, steps: int | None, first: int) -> int:
         """How many, after the first search."""
-        left = 0 if steps is None or not self.sparsity else steps - 1 - first
-        return int((1 - self.sparsity) * left / 2)
+        return int((1 - self.sparsity) * _left(steps, first) / 2) if self.sparsity else 0
 
     def _lasts(self, steps: int | None, first: int) -> int:
         """How many steps later what is missing is still added: until the next dense one, or for half of the run."""
-        left = 0 if steps is None else steps - 1 - first
-        return math.ceil(left / max(2, self._dense_steps(steps, first) + 1))
+        return math.ceil(_left(steps, first) / max(2, self._dense_steps(steps, first) + 1))
 
     def _share(self, density: float) -> float:
         """Of the blocks, so that with one key for each of the others `density` is computed."""
         mean = 1 / self.block
         return max((density - mean) / (1 - mean), _LEAST) if self.block > 1 else 1.0
+
+
+def _left(steps: int | None, first: int) -> int:
+    """Steps of the run after the first search; 0 if nobody knows its length."""
+    return 0 if steps is None else max(steps - 1 - first, 0)
 
 
 @dataclass(frozen=True)
