@@ -53,9 +53,17 @@ class Site:
         return self._dense(q, k, v)
 
     def dense_with_lse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense attention and its log-sum-exp, float32 [B, H, N]: the first half of a fused search."""
+        """Dense attention and its log-sum-exp, float32 [B, H, N]."""
         self._record.ran_dense("search", planned=True, backend=_kernel_name(q), kind="search")
         return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)
+
+    def dense_with_mass(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Dense attention, its log-sum-exp and the `block_mass` that goes with it: a fused search."""
+        self._record.ran_dense("search", planned=True, backend=_kernel_name(q), kind="search")
+        rest = {"scale": self.scale, "key_mask": self.key_mask}
+        return kernels.attention_with_mass(q, k, v, q_block=block, kv_block=block, **rest)
 
     def block_mass(self, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, block: int) -> torch.Tensor:
         """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK]; `lse` may be of an earlier step."""

@@ -48,10 +48,10 @@ class OnlineSearch(ABC):
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Dense attention over q, k, v [B, H, N, D] with the first search."""
-        out, lse = site.dense_with_lse(q, k, v)
+        out, lse, mass = site.dense_with_mass(q, k, v, self.block)
         site.memory.setdefault("first", site.step)
         site.memory["lse"] = lse
-        self._search(q, k, v, site)
+        self._search(mass, q, k, v, site)
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -63,7 +63,7 @@ class OnlineSearch(ABC):
         if due is not None:
             if later[due]:
                 return self.observe(q, k, v, site)
-            self._search(q, k, v, site)
+            self._search(site.block_mass(q, k, site.memory["lse"], self.block), q, k, v, site)
         return self.product(q, k, v, site)
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -86,8 +86,7 @@ class OnlineSearch(ABC):
         """Share of blocks that sparse steps compute; arguments as for `search_steps`."""
         return 1 - self.sparsity
 
-    def _search(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> None:
-        mass = site.block_mass(q, k, site.memory["lse"], self.block)  # [B, H, nQ, nK]
+    def _search(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> None:
         mask = self.choose(mass, q, k, v, site)
         site.found(recall_of(mass, mask))
         n = site.layout.tokens

@@ -23,6 +23,7 @@ _GATHER_BYTES = 4 * 2**20  # keys and values gathered at a time, about what cach
 _LOG2_E = math.log2(math.e)
 _NEVER = 1e30  # subtracted from the scores of keys that are not seen
 _STRIP_BYTES = 16 * 2**20  # scores of one strip of query rows
+SEES_WHOLE_ROWS = True  # so `attention_with_mass` can do without a cached LSE
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -40,13 +41,13 @@ def attention_with_mass(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     q_block: int,
     kv_block: int,
     scale: float,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense attention, its LSE and the block mass, one pass over strips of rows."""
+    """Dense attention, its LSE and the block mass, one pass over strips of rows; `lse` is the rows' own if None."""
     outs, lses, masses = [], [], []
     exact = torch.promote_types(q.dtype, torch.float32)
     keys, values, scratch = k.to(exact).transpose(-1, -2), v.to(exact), _Scratch()
@@ -57,8 +58,9 @@ def attention_with_mass(
         tiles = _column_sums(weights, kv_block)  # [B, H, rows, nK]
         total = tiles.sum(-1, keepdim=True)
         outs.append((weights @ values / total.masked_fill(total == 0, 1)).to(q.dtype))
-        lses.append((top + total.log2())[..., 0] / _LOG2_E)
-        cached = lse[:, :, rows, None].to(exact) * _LOG2_E
+        own = top + total.log2()
+        lses.append(own[..., 0] / _LOG2_E)
+        cached = own if lse is None else lse[:, :, rows, None].to(exact) * _LOG2_E
         drift = torch.where(cached.isfinite() & ~top.isneginf(), (top - cached).exp2(), 0)
         masses.append(_row_sums(tiles * drift, q_block))
     return torch.cat(outs, 2), torch.cat(lses, 2), torch.cat(masses, 2)

@@ -61,7 +61,7 @@ def attention_with_mass(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse_cached: Tensor,
+    lse_cached: Tensor | None = None,
     *,
     q_block: int,
     kv_block: int,
@@ -69,9 +69,13 @@ def attention_with_mass(
     key_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention`, and in the same pass `block_mass` against `lse_cached` -> out, lse, mass."""
+    """`attention`, and in the same pass `block_mass` against `lse_cached` -> out, lse, mass.
+
+    Without `lse_cached` the mass is that of the call's own LSE: one pass on the CPU, elsewhere two.
+    """
     _check(q, k, v, key_mask)
-    _check_lse(q, lse_cached)
+    if lse_cached is not None:
+        _check_lse(q, lse_cached)
     _check_blocks(q_block, kv_block)
     out, lse, mass = ops.attention_with_mass(
         q, k, v, lse_cached, q_block, kv_block, _scale(q, scale), key_mask, _choose(q, backend)

@@ -45,7 +45,7 @@ def attention_with_mass(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse_cached: Tensor,
+    lse_cached: Tensor | None,
     q_block: int,
     kv_block: int,
     scale: float,
@@ -53,7 +53,12 @@ def attention_with_mass(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention with the block mass -> out, lse, mass."""
-    out, lse, mass = _module(backend, q).attention_with_mass(q, k, v, lse_cached, q_block, kv_block, scale, key_mask)
+    module = _module(backend, q)
+    if lse_cached is None and not getattr(module, "SEES_WHOLE_ROWS", False):  # the LSE is known when the pass ends
+        out, lse = module.attention(q, k, v, scale, key_mask)
+        mass = module.block_mass(q, k, lse, q_block, kv_block, scale, key_mask)
+    else:
+        out, lse, mass = module.attention_with_mass(q, k, v, lse_cached, q_block, kv_block, scale, key_mask)
     return out.contiguous(), lse.contiguous(), mass.contiguous()
 
 
@@ -62,7 +67,7 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse_cached: Tensor,
+    lse_cached: Tensor | None,
     q_block: int,
     kv_block: int,
     scale: float,

@@ -157,10 +157,23 @@ def test_mass(size: Size, dtype: torch.dtype, masked: bool, backend: str) -> Non
 def test_mass_of_the_own_lse_sums_to_the_rows(backend: str) -> None:
     size = Size(q_len=97, kv_len=97)
     q, k, v = size.qkv(torch.float32)
-    _, lse = dk.attention(q, k, v, backend=backend)
+    want, lse = dk.attention(q, k, v, backend=backend)
     mass = dk.block_mass(q, k, lse, q_block=32, kv_block=32, backend=backend)
     rows = torch.tensor([32.0, 32.0, 32.0, 1.0]).expand(2, 3, 4)
     torch.testing.assert_close(mass.sum(-1), rows)
+    fused = dk.attention_with_mass(q, k, v, q_block=32, kv_block=32, backend=backend)
+    torch.testing.assert_close(fused, (want, lse, mass))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_keys_has_no_mass(backend: str) -> None:
+    size = Size()
+    q, k, v = size.qkv(torch.float32)
+    keys = torch.zeros(size.batch, size.kv_len, dtype=torch.bool)
+    out, lse, mass = dk.attention_with_mass(q, k, v, q_block=32, kv_block=32, key_mask=keys, backend=backend)
+    assert not out.any()
+    assert not mass.any()
+    assert lse.isneginf().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
