@@ -13,7 +13,7 @@ from torch import Tensor
 
 import diffsparse_kernels as kernels
 from diffsparse.cost import kinds
-from diffsparse.order import AXES, RASTER, check_order, in_order, permutation_on
+from diffsparse.order import AUTO, AXES, RASTER, candidates, check_order, in_order, permutation_on
 from diffsparse.plan import Planned
 from diffsparse.schedule import Schedule
 from diffsparse.search.calibrate import Sums
@@ -77,6 +77,7 @@ class Inspector:
         self.strategy, self.steps, self.sparsity, self.block, self.layers = strategy, steps, sparsity, block, layers
         self.sums = Sums()
         self.seen: dict[tuple[str, str], int] = {}  # (model, layer) -> its number
+        self.found: dict[tuple[str, str], tuple[str, ...]] = {}  # (model, layer) -> the orders that its heads picked
 
     @property
     def observe(self) -> Callable[..., Tensor] | None:
@@ -96,7 +97,7 @@ class Inspector:
 
     def _watch(self, method: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         number = self.seen.setdefault((site.model, site.layer), len(self.seen))
-        call = partial(in_order, getattr(self.strategy, "order", RASTER), method, (q, k, v))
+        call = partial(in_order, self.strategy, method, (q, k, v))
         if site.step not in self.steps or (self.layers is not None and number not in self.layers):
             return call(site)
         _, lse = kernels.attention(q, k, v, scale=site.scale, key_mask=site.key_mask)
@@ -106,6 +107,9 @@ class Inspector:
             self._add(site, "mass", _pooled(mass), (len(self.orders), *_pooled(mass).shape), i)
         rest = torch.ones(q.shape[1], dtype=torch.bool)
         out = call(replace(site, _look=partial(self._look, site, q, rest)))
+        if getattr(self.strategy, "order", RASTER) == AUTO:
+            names = candidates(site.layout, self.strategy.block)
+            self.found[site.model, site.layer] = tuple(names[int(i)] for i in site.memory["orders"])
         if site._record.kind != "search":  # which chooses, but does not yet use its choice
             self._dense(site, masses[self.orders.index(RASTER)], rest)
         return out
@@ -205,7 +209,7 @@ def _view(inspector: Inspector, model: str, layer: str, parts: dict[str, Any]) -
         inspector.orders,
         recall[:, 0] / recall[:, 1],
         _relative(mass),
-        _own_orders(inspector.strategy, model, layer, heads),
+        inspector.found.get((model, layer)) or _own_orders(inspector.strategy, model, layer, heads),
         None if ran is None else parts["held"][0] / parts["held"][1],
         None if ran is None else parts["density"] / ran,
         None if ran is None else _relative(parts["own"]),

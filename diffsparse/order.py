@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 from functools import lru_cache
@@ -13,22 +14,30 @@ from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.layout import Layout
+from diffsparse_kernels import spread
 
 RASTER = "FHW"
+AUTO = "auto"
 AXES = tuple("".join(axes) for axes in itertools.permutations(RASTER))
+_SAMPLE = 32  # blocks that tell which order suits a head
 _TILE = re.compile(r"tile(\d+)x(\d+)x(\d+)")
 
 
-def check_order(order: str) -> None:
+def check_order(order: str, *, auto: bool = False) -> None:
     """Raise ConfigError unless `order` names one.
 
     Names: the six orders of the axes, slowest first ("FHW" is raster order; PAROAttention, arXiv 2506.16054, section
     4.1); "tile4x8x8", boxes of frames x rows x columns one after the other; "hilbert", a space-filling curve.
+
+    auto: let "auto" pass too: each head in the one of `candidates` that `most_alike` finds when a run first asks.
     """
     tile = _TILE.fullmatch(order) if isinstance(order, str) else None
     if order in AXES or order == "hilbert" or (tile and all(int(edge) for edge in tile.groups())):
         return
-    raise ConfigError(f"order wants one of {', '.join(AXES)}, tileFxHxW such as tile4x8x8, or hilbert; got {order!r}")
+    if auto and order == AUTO:
+        return
+    names = f"{', '.join(AXES)}, tileFxHxW such as tile4x8x8, {'hilbert, or auto' if auto else 'or hilbert'}"
+    raise ConfigError(f"order wants one of {names}; got {order!r}")
 
 
 @lru_cache(maxsize=64)
@@ -59,18 +68,66 @@ def permutation_on(order: str, layout: Layout, device: torch.device) -> tuple[Te
     return forward.to(device), back.to(device)
 
 
-def in_order(order: str, method: Callable[..., Tensor], qkv: tuple[Tensor, ...], site: Any) -> Tensor:
-    """Call `method(q, k, v, site)` with the tokens in that order, and put its output back in raster order."""
+def in_order(strategy: Any, method: Callable[..., Tensor], qkv: tuple[Tensor, ...], site: Any) -> Tensor:
+    """Call `method(q, k, v, site)` with the tokens in the strategy's order, and put its output back in raster order."""
+    order = getattr(strategy, "order", RASTER)
     if order == RASTER:
         return method(*qkv, site)
+    if order == AUTO:
+        orders = _own_orders(qkv, site, strategy.block)
+        return orders.undo(method(*(orders.apply(x) for x in qkv), site))
     forward, back = permutation_on(order, site.layout, qkv[0].device)
     return method(*(x.index_select(2, forward) for x in qkv), site).index_select(2, back)
+
+
+def _own_orders(qkv: tuple[Tensor, ...], site: Any, block: int) -> HeadOrders:
+    """The order of each head that was found when the run first asked."""
+    names = candidates(site.layout, block)
+    if "orders" not in site.memory:
+        site.memory["orders"] = most_alike(qkv, names, site.layout, block)
+    return HeadOrders.of(names, site.memory["orders"], site.layout, qkv[0].device, move_text=False)
+
+
+def candidates(layout: Layout, block: int) -> tuple[str, ...]:
+    """What "auto" picks from: boxes of up to `block` tokens, as near to cubes as the grid allows, and the axes."""
+    edges, extents = [1, 1, 1], (layout.frames, layout.height, layout.width)
+    while 2 * math.prod(edges) <= block:
+        growing = [axis for axis in (2, 1, 0) if edges[axis] < extents[axis]]
+        if not growing:
+            break
+        edges[min(growing, key=edges.__getitem__)] *= 2
+    return ("tile{}x{}x{}".format(*edges), *AXES)
+
+
+def most_alike(qkv: tuple[Tensor, ...], names: tuple[str, ...], layout: Layout, block: int) -> Tensor:
+    """For each head the order that puts the most similar tokens into a block.
+
+    That is where the product of three mean square distances is least: of the queries, the keys and the values of a
+    block to their mean. Looks at a few blocks of the video, evenly spread.
+
+    Args:
+        qkv: three of [B, H, N, D] in raster order.
+
+    Returns:
+        int64 [H], places in `names`.
+    """
+    block, device = min(block, layout.video), qkv[0].device
+    whole = layout.video // block
+    first = torch.linspace(0, whole - 1, min(whole, _SAMPLE)).long() * block + layout.text_before
+    places = (first[:, None] + torch.arange(block)).flatten()
+    products = []
+    for name in names:
+        tokens = permutation(name, layout)[0][places].to(device, non_blocking=True)
+        distances = [spread(x.index_select(2, tokens), block).square().mean((0, 2)) for x in qkv]  # [H] each
+        products.append(torch.stack(distances).prod(0))
+    return torch.stack(products).argmin(0)
 
 
 class HeadOrders(NamedTuple):
     """An order for each head: `forward`, int64 [H, M], and its inverse `back`, int64 [H, N].
 
-    Here all text comes last, whatever its place: the blocks of the video are then the same for prompts of any length.
+    All text comes last, whatever its place, unless told otherwise: the blocks of the video are then the same for
+    prompts of any length.
     M is N, or more where tiles are not full: `filled`, bool [M], then tells tokens from the copies that fill the gaps.
     """
 
@@ -79,9 +136,11 @@ class HeadOrders(NamedTuple):
     filled: Tensor | None = None
 
     @classmethod
-    def of(cls, names: tuple[str, ...], picked: Tensor, layout: Layout, device: torch.device) -> HeadOrders:
+    def of(
+        cls, names: tuple[str, ...], picked: Tensor, layout: Layout, device: torch.device, *, move_text: bool = True
+    ) -> HeadOrders:
         """Head h gets the order `names[picked[h]]`."""
-        forward, back = _tables(names, layout, device)
+        forward, back = _tables(names, layout, device, move_text)
         picked = picked.to(device, torch.int64, non_blocking=True)
         return cls(forward[picked], back[picked])
 
@@ -117,9 +176,10 @@ def _batched(rows: Tensor, batch: int, stride: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _tables(names: tuple[str, ...], layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All orders and their inverses, text last, int64 [orders, N] each, on the device."""
-    forward = torch.stack([text_last(permutation(name, layout)[0], layout) for name in names]).to(device)
+def _tables(names: tuple[str, ...], layout: Layout, device: torch.device, move_text: bool) -> tuple[Tensor, Tensor]:
+    """All orders and their inverses, int64 [orders, N] each, on the device."""
+    forward = torch.stack([permutation(name, layout)[0] for name in names])
+    forward = (text_last(forward, layout) if move_text else forward).to(device)
     return forward, forward.argsort()
 
 

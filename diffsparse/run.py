@@ -24,7 +24,7 @@ from diffsparse.errors import DenseFallbackError
 from diffsparse.layout import Layout
 from diffsparse.masks import KeyMask, read_mask
 from diffsparse.models import Grid, ModelSpec
-from diffsparse.order import RASTER, in_order
+from diffsparse.order import in_order
 from diffsparse.report import CallRecord, Ledger
 from diffsparse.schedule import Schedule
 from diffsparse.site import Site
@@ -277,7 +277,7 @@ class Run(ModelHook):  # type: ignore[misc]
             method = observe
         else:
             method = self.strategy.attend
-        out = in_order(getattr(self.strategy, "order", RASTER), method, qkv, site)
+        out = in_order(self.strategy, method, qkv, site)
         self.ledger.memory[layer.name, site.branch] = _nbytes(site.memory)
         return out
 

@@ -62,8 +62,9 @@ class Site:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Dense attention, its log-sum-exp and the `block_mass` that goes with it: a fused search."""
         self._record.ran_dense("search", planned=True, backend=_kernel_name(q), kind="search")
-        rest = {"scale": self.scale, "key_mask": self.key_mask}
-        return kernels.attention_with_mass(q, k, v, q_block=block, kv_block=block, **rest)
+        return kernels.attention_with_mass(
+            q, k, v, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask
+        )
 
     def block_mass(self, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, block: int) -> torch.Tensor:
         """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK]; `lse` may be of an earlier step."""

@@ -52,7 +52,7 @@ class AdaSpa(OnlineSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_order(self.order)
+        check_order(self.order, auto=True)
         if not isinstance(self.recall_threshold, int | float) or not 0 <= self.recall_threshold <= 1:
             raise ConfigError(f"recall_threshold wants a number in [0, 1]; got {self.recall_threshold!r}")
 

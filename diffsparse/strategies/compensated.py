@@ -47,6 +47,11 @@ class Compensated:
         return str(getattr(self.strategy, "order", RASTER))
 
     @property
+    def block(self) -> int:
+        """The strategy's own edge of a block."""
+        return int(self.strategy.block)
+
+    @property
     def sparsity(self) -> float:
         """The strategy's own sparsity; 0 if it has none."""
         return float(getattr(self.strategy, "sparsity", 0.0))

@@ -12,7 +12,7 @@ from diffsparse.errors import ConfigError
 from diffsparse.order import check_order
 from diffsparse.site import Site
 from diffsparse.strategies.online import OnlineSearch
-from diffsparse_kernels import BlockLists, block_means, select_heads, spread
+from diffsparse_kernels import block_means, select_heads, spread
 
 _LEAST = 1e-3  # of the blocks, beside the best of each row
 
@@ -42,12 +42,13 @@ class Digest(OnlineSearch):
     step is dense again. The rest of the memory between steps is AdaSpa's.
     """
 
-    order: str = "tile4x4x4"
+    searches: tuple[int | float, ...] = (0.4,)
+    order: str = "auto"
     memory: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_order(self.order)
+        check_order(self.order, auto=True)
         if not isinstance(self.memory, int | float) or not self.memory >= 0:
             raise ConfigError(f"memory wants a number of GiB, at least 0; got {self.memory!r}")
 
@@ -57,24 +58,23 @@ class Digest(OnlineSearch):
         lasts = self._lasts(site.steps, site.memory["first"])
         site.memory.pop("missing", None)
         if lasts:
-            lists = site.memory["lists"]
-            missing = (out - site.product(q, k, v, lists, means=True)).bfloat16()
+            missing = (out - site.product(q, k, v, site.memory["lists"], means=True)).bfloat16()
             wanted = site.layers * missing.nbytes / 2**30
             if wanted > self.memory:
                 missing = block_means(missing, self.block)
                 site.note(
                     f"Digest keeps means over blocks of what is missing: all of it wants {wanted:.1f} GiB a branch"
                 )
-            site.memory["missing"] = _Missing(missing, lists, site.step + lasts)
+            site.memory["missing"] = _Missing(missing, site.step + lasts)
         return out
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Blocks and means, and what they missed in the last dense step unless that is long ago."""
+        """Blocks and means, and what such missed in the last dense step unless that is long ago."""
         missing: _Missing | None = site.memory.get("missing")
-        fresh = missing is not None and missing.lists is site.memory["lists"] and site.step <= missing.until
-        if not fresh:
-            site.memory.pop("missing", None)
-        plus = missing.rows_of(q.shape[2], self.block) if missing is not None and fresh else None
+        if missing is not None and site.step > missing.until:
+            missing = None
+            del site.memory["missing"]
+        plus = None if missing is None else missing.rows_of(q.shape[2], self.block)
         return site.sparse(q, k, v, site.memory["lists"], means=True, plus=plus)
 
     def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -124,10 +124,9 @@ def _left(steps: int | None, first: int) -> int:
 
 @dataclass(frozen=True)
 class _Missing:
-    """What blocks and means of `lists` missed: bfloat16 [B, H, N, D], or [B, H, nQ, D] for means over blocks."""
+    """What blocks and means missed: bfloat16 [B, H, N, D], or [B, H, nQ, D] for means over blocks."""
 
     rows: Tensor
-    lists: BlockLists
     until: int  # the last step at which it is added
 
     def rows_of(self, tokens: int, block: int) -> Tensor:

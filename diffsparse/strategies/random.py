@@ -32,7 +32,7 @@ class Random:
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)
         check_block(self.block)
-        check_order(self.order)
+        check_order(self.order, auto=True)
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed wants a whole number of at least 0; got {self.seed!r}")
 

@@ -170,18 +170,20 @@ def test_what_is_missing_is_added_until_it_is_old() -> None:
     assert last._record.kind == "search", "dense again"
 
 
-def test_what_is_missing_is_dropped_with_its_blocks_or_when_old() -> None:
-    layout = Layout(4, 4, 5)
+def test_what_is_missing_outlives_a_search_and_is_dropped_when_old() -> None:
+    layout, memory = Layout(4, 4, 5), {}
     q, k, v = (torch.randn(1, 2, layout.tokens, 16) for _ in range(3))
-    for strategy, step in ((Digest(0.9, block=4), 8), (Digest(0.9, block=4, searches=()), 9)):
-        memory: dict[str, Any] = {}
-        assert strategy.search_steps(15, 2) == ({8: False} if strategy.searches else {})
-        strategy.observe(q, k, v, site(layout, 2, steps=15, memory=memory))
-        kept = memory["missing"].nbytes
-        assert kept == 2 * q.numel()
-        out = strategy.attend(q, k, v, site(layout, step, steps=15, memory=memory))
-        torch.testing.assert_close(out, kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)[0])
-        assert "missing" not in memory
+    strategy = Digest(0.9, block=4)
+    assert strategy.search_steps(15, 2) == {5: False}
+    dense = strategy.observe(q, k, v, site(layout, 2, steps=15, memory=memory))
+    missing = (dense - kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)[0]).bfloat16()
+    assert memory["missing"].nbytes == 2 * q.numel()
+    for step in (5, 8, 9):
+        out = strategy.attend(2 * q, k, v, site(layout, step, steps=15, memory=memory))
+        plain, _ = kernels.block_sparse_attention(2 * q, k, v, memory["lists"], means=True)
+        torch.testing.assert_close(out, plain + missing if step < 9 else plain)
+    assert memory["searched"] == 5
+    assert "missing" not in memory
 
 
 def test_a_dense_step_that_a_step_cache_skipped_comes_with_the_next_call() -> None:
@@ -201,7 +203,7 @@ def test_on_the_twin_it_is_closer_to_dense_than_adaspa_at_equal_work() -> None:
     calls = [{**tiny.defaults("twin"), "num_inference_steps": 12, "prompt": prompt} for prompt in prompts]
     dense = [generation(pipe, call, 0).frames for call in calls]
     fidelity, work = {}, {}
-    for strategy in (AdaSpa(0.75, block=16), Digest(0.75, block=16, order="tile4x2x2")):
+    for strategy in (AdaSpa(0.75, block=16), Digest(0.75, block=16)):
         with diffsparse.apply(pipe, strategy) as handle:
             found = [generation(pipe, call, 0).frames for call in calls]
         fidelity[type(strategy)] = [metrics.psnr_db(a, b) for a, b in zip(dense, found, strict=True)]

@@ -13,7 +13,7 @@ import diffsparse
 from diffsparse import AdaSpa, Dense, Layout, Random, Schedule, inspection
 from diffsparse.errors import ConfigError, PlanError
 from diffsparse.inspection import Inspector, best_recall, looks
-from diffsparse.order import AXES, HeadOrders, permutation
+from diffsparse.order import AXES, HeadOrders, candidates, most_alike, permutation
 from diffsparse.search import PAROSearch, calibrate
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import keep_count
@@ -75,6 +75,16 @@ def test_masked_keys_have_no_mass_in_any_order() -> None:
     mass = masses(weights(q, k, keys), permutation("WHF", layout)[0])
     best = mass.sort(-1, descending=True).values[..., :1].sum((0, 2, 3)) / mass.sum((0, 2, 3))
     torch.testing.assert_close(only(inspector).recall[1].double(), best, rtol=1e-4, atol=0)
+
+
+def test_the_orders_that_heads_picked_are_told() -> None:
+    layout = Layout(3, 4, 6)
+    q, k, v = tensors(layout)
+    inspector = Inspector(Random(0.6, block=BLOCK, order="auto"), {0}, block=BLOCK)
+    place = site(layout)
+    inspector.attend(q, k, v, place)
+    names = candidates(layout, BLOCK)
+    assert only(inspector).own_orders == tuple(names[i] for i in most_alike((q, k, v), names, layout, BLOCK))
 
 
 @pytest.mark.parametrize("order", ["FHW", "WHF", "hilbert"])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import diffsparse
 from diffsparse import AdaSpa, Layout, Random, Schedule
 from diffsparse.errors import ConfigError
-from diffsparse.order import AXES, check_order, permutation
+from diffsparse.order import AXES, candidates, check_order, in_order, most_alike, permutation
+from support.sites import site
 from support.tiny_transformers import build, inputs, tensors
 
 ORDERS = (*AXES, "tile2x2x2", "tile1x3x4", "tile9x9x9", "hilbert")
@@ -56,16 +57,17 @@ def test_the_hilbert_curve_never_jumps_in_a_cube(edge: int) -> None:
     assert (cells.diff(dim=0).abs().sum(1) == 1).all()
 
 
-@pytest.mark.parametrize("order", ["raster", "tile0x1x1", "tile4x4", "FHF", "", 3, None])
+@pytest.mark.parametrize("order", ["raster", "auto", "tile0x1x1", "tile4x4", "FHF", "", 3, None])
 def test_unknown_orders(order: Any) -> None:
     with pytest.raises(ConfigError, match="order wants one of FHW"):
         check_order(order)
-    with pytest.raises(ConfigError, match="order wants"):
-        AdaSpa(order=order)
+    if order != "auto":
+        with pytest.raises(ConfigError, match="hilbert, or auto; got"):
+            AdaSpa(order=order)
 
 
 @pytest.mark.parametrize("name", ["WanTransformer3DModel", "HunyuanVideoTransformer3DModel", "FluxTransformer2DModel"])
-@pytest.mark.parametrize("order", ["WHF", "tile2x2x2", "hilbert"])
+@pytest.mark.parametrize("order", ["WHF", "tile2x2x2", "hilbert", "auto"])
 def test_an_order_changes_blocks_and_nothing_else(name: str, order: str) -> None:
     """With every block kept the output is the dense one; with fewer it differs from raster order."""
     model, kwargs = build(name), inputs(name)
@@ -98,3 +100,68 @@ def test_neighbours_share_blocks() -> None:
     found = {order: round(recall(order), 3) for order in ("FHW", "tile4x4x4", "hilbert")}
     assert found["tile4x4x4"] > found["FHW"] + 0.05, found
     assert found["hilbert"] > found["FHW"] + 0.05, found
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "box"),
+    [
+        ((17, 16, 16), 64, "tile4x4x4"),
+        ((17, 16, 16), 128, "tile4x4x8"),
+        ((1, 64, 64), 64, "tile1x8x8"),
+        ((2, 3, 50), 64, "tile2x4x8"),
+        ((2, 2, 2), 64, "tile2x2x2"),
+        ((8, 8, 8), 1, "tile1x1x1"),
+        ((8, 8, 8), 50, "tile2x4x4"),
+    ],
+)
+def test_a_box_fills_a_block(grid: tuple[int, int, int], block: int, box: str) -> None:
+    assert candidates(Layout(*grid), block) == (box, *AXES)
+
+
+def test_each_head_gets_the_order_in_which_its_tokens_are_most_alike() -> None:
+    """Heads that see only columns, only rows and columns, and blobs; text in front is left out."""
+    layout = Layout(8, 8, 8, text_before=5)
+    frame, row, column = torch.cartesian_prod(*(torch.arange(8.0),) * 3).T
+    blob = (frame // 2) * 16 + (row // 2) * 4 + column // 2
+    facts = torch.stack([column, 8 * row + column, blob])  # [H, video]
+    torch.manual_seed(0)
+    table = torch.randn(64, 16)
+    video = table[facts.long()] + 0.1 * torch.randn(3, 512, 16)
+    x = torch.cat([100 * torch.randn(3, 5, 16), video], 1)[None]
+    names = candidates(layout, 8)
+    found = [names[i] for i in most_alike((x, x, x), names, layout, 8)]
+    assert found[0][-1] in "FH", "a block never spans columns"
+    assert found[1][-1] == "F"
+    assert found[2] == "tile2x2x2"
+
+
+@pytest.mark.parametrize("layout", [Layout(3, 4, 5), Layout(3, 4, 5, 7, 2), Layout(1, 2, 3)], ids=str)
+def test_alike_by_a_loop(layout: Layout) -> None:
+    names, block = candidates(layout, 8), min(8, layout.video)
+    qkv = tuple(torch.randn(2, 4, layout.tokens, 6) for _ in range(3))
+    want = torch.ones(len(names), 4, dtype=torch.float64)
+    for i, name in enumerate(names):
+        tokens = permutation(name, layout)[0][layout.span]
+        for x in qkv:
+            parts = [x.double()[:, :, part] for part in tokens.split(block) if len(part) == block]
+            away = [(part - part.mean(2, keepdim=True)).square().sum(-1).mean((0, 2)) for part in parts]
+            want[i] *= torch.stack(away).mean(0)
+    found = most_alike(qkv, names, layout, 8)
+    torch.testing.assert_close(want.gather(0, found[None])[0], want.amin(0), rtol=1e-6, atol=0)
+
+
+def test_orders_are_found_once_in_a_run() -> None:
+    layout, memory, seen = Layout(3, 4, 5, 2), {}, []
+    strategy = Random(0.5, block=8, order="auto")
+
+    def method(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any) -> torch.Tensor:
+        seen.append(q)
+        return v
+
+    first, second = (torch.randn(1, 3, layout.tokens, 4) for _ in range(2))
+    for x in (first, second):
+        assert torch.equal(in_order(strategy, method, (x, x, x), site(layout, memory=memory)), x)
+    names = candidates(layout, 8)
+    for x, moved in zip((first, second), seen, strict=True):
+        for head, i in enumerate(most_alike((first,) * 3, names, layout, 8)):
+            assert torch.equal(moved[:, head], x[:, head, permutation(names[i], layout)[0]])
