@@ -31,7 +31,7 @@ class AdaSpa(OnlineSearch):
     head_adaptive: give heads that hold their mass in few blocks a sparsity of (1+s)/2, as many of the others
         (3s-1)/2, and leave the rest at s (section 4.3).
     recall_threshold: retained mass above which a head counts as one that can drop more.
-    order: of the tokens, one for all heads (`diffsparse.order`); raster order is the paper's.
+    order: of the tokens (`diffsparse.order`); raster order is the paper's, "auto" finds each head's own.
 
     The paper leaves open, and here it is decided:
     - Heads are ranked within one layer, sample and search. At most half of them are raised, so that the raised and

@@ -21,7 +21,7 @@ _LEAST = 1e-3  # of the blocks, beside the best of each row
 class Digest(OnlineSearch):
     """Compute the blocks that a summary would get wrong, summarise the rest, and remember what the summary misses.
 
-    1. Tokens stand in tiles of the grid, so that a block holds neighbours, which are much alike.
+    1. Each head has its tokens in the order that puts the most similar ones into a block.
     2. A block of n keys that is not computed counts as n keys at its mean, in the same softmax, with its mean value.
     3. exp is convex: the means never have more mass than the block. What they lack, mass - means' mass, is what a block
        must be computed for, and not its mass: a heavy block of equal weights is summed up exactly. It tells the more,
@@ -34,7 +34,7 @@ class Digest(OnlineSearch):
     sparsity: share of the attention dropped after the first search, in [0, 1): dense steps, blocks, means (each counts
         as the one key that it is) and the outputs computed to know what is missing all count.
     searches: where the work does not suffice for a dense step, these search on the cached log-sum-exp, as AdaSpa's do.
-    order: of the tokens (`diffsparse.order`); tiles that fill a block are best. For images try "tile1x8x8".
+    order: of the tokens (`diffsparse.order`); "auto" finds each head's own in the first search.
     memory: GiB that what is missing may take, for each guidance branch: 2HND bytes a layer. Where it is too little, the
         mean over the tokens of each block is kept, which takes a block-th of that and helps less.
 

@@ -56,7 +56,7 @@ def evaluate(
     negative_prompt: options.NegativePrompt = None,
     block: options.Block = 64,
     order: options.Order = None,
-    searches: options.Searches = "0.6",
+    searches: options.Searches = None,
     head_adaptive: options.HeadAdaptive = True,
     recall_threshold: options.RecallThreshold = 0.8,
     window: options.Window = "",
@@ -80,7 +80,7 @@ def evaluate(
     knobs = {
         "block": block,
         "order": order,
-        "searches": options.amounts(searches, "--searches"),
+        "searches": None if searches is None else options.amounts(searches, "--searches"),
         "head_adaptive": head_adaptive,
         "recall_threshold": recall_threshold,
         "window": options.cells(window, "--window", 0),

@@ -44,7 +44,7 @@ def inspect(
     negative_prompt: options.NegativePrompt = None,
     block: options.Block = 64,
     order: options.Order = None,
-    searches: options.Searches = "0.6",
+    searches: options.Searches = None,
     head_adaptive: options.HeadAdaptive = True,
     recall_threshold: options.RecallThreshold = 0.8,
     dense_first: options.DenseFirst = "0.2",
@@ -60,7 +60,7 @@ def inspect(
         "sparsity": sparsity,
         "block": block,
         "order": order,
-        "searches": options.amounts(searches, "--searches"),
+        "searches": None if searches is None else options.amounts(searches, "--searches"),
         "head_adaptive": head_adaptive,
         "recall_threshold": recall_threshold,
     }

@@ -43,15 +43,16 @@ Block = Annotated[int, typer.Option(help="Edge of a block in tokens.", rich_help
 Order = Annotated[
     str | None,
     typer.Option(
-        help="Of the tokens: FHW, FWH, ..., tile4x8x8, or hilbert.",
+        help="Of the tokens: FHW, FWH, ..., tile4x8x8, hilbert, or auto (each head's own).",
         show_default="the strategy's",
         rich_help_panel=_SPARSE,
     ),
 ]
 Searches = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Later searches of adaspa and digest: steps (int) or fractions, separated by commas.",
+        show_default="the strategy's",
         rich_help_panel=_SPARSE,
     ),
 ]
