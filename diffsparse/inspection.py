@@ -57,8 +57,8 @@ class Inspector:
     for its block masses. What is kept are sums on the CPU: no map of tokens, and block maps of at most `CELLS` a side.
 
     strategy: the one that runs. steps: at which to look. orders: candidates; raster order is always among them.
-    sparsity: at which recall is measured. block: edge of a block in tokens. layers: which self-attention layers, by
-        number in the order of running; None for all.
+    sparsity: at which recall is measured. block: edge of a block in tokens, None for the machine's default. layers:
+        which self-attention layers, by number in the order of running; None for all.
     """
 
     def __init__(
@@ -68,13 +68,14 @@ class Inspector:
         *,
         orders: tuple[str, ...] = AXES,
         sparsity: float = 0.8,
-        block: int = 64,
+        block: int | None = None,
         layers: Collection[int] | None = None,
     ) -> None:
         self.orders = tuple(dict.fromkeys((RASTER, *orders)))
         for order in self.orders:
             check_order(order)
-        self.strategy, self.steps, self.sparsity, self.block, self.layers = strategy, steps, sparsity, block, layers
+        self.strategy, self.steps, self.sparsity, self.layers = strategy, steps, sparsity, layers
+        self.block = block or kernels.default_block()
         self.sums = Sums()
         self.seen: dict[tuple[str, str], int] = {}  # (model, layer) -> its number
         self.found: dict[tuple[str, str], tuple[str, ...]] = {}  # (model, layer) -> the orders that its heads picked

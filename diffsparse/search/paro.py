@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,7 @@ from diffsparse.search.calibrate import Sums, is_look
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share
 from diffsparse.strategies.paro import group_of, pack
-from diffsparse_kernels import block_mass, incoherence, select_heads
+from diffsparse_kernels import block_mass, default_block, incoherence, select_heads
 from diffsparse_kernels.lists import blocks_of
 
 _SMALL, _SPARSE = 1e-3, 0.9  # epsilon and sigma of section 4.1
@@ -38,7 +38,7 @@ class PAROSearch:
         mended: alpha * (1 - M_sparse) + (1 - alpha) * M_quant, each normalised over the candidates.
     alpha: weight of block sparsity in the paper's metric, which leaves it open.
     groups: parts of the run with masks of their own.
-    block: edge of a block in tokens.
+    block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
     looks: steps of a run at which orders are scored, evenly spread.
     bits: of the numbers that both products multiply: 8, 4, or 16 to leave them as they are. The plan then also holds
         the incoherence, max|x| / mean|x| of a block (section 4.1), of queries, keys and map, before and after
@@ -50,7 +50,7 @@ class PAROSearch:
     metric: Literal["recall", "paper"] = "recall"
     alpha: float = 0.5
     groups: int = 4
-    block: int = 64
+    block: int = field(default_factory=default_block)
     looks: int = 4
     bits: Literal[16, 8, 4] = 16
 

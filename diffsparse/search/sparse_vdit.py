@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share, keep_count
 from diffsparse.strategies.paro import group_of
 from diffsparse.strategies.sparse_vdit import FULL, MODES, SKIP, head_lists, head_orders
-from diffsparse_kernels import block_mass, block_sparse_attention
+from diffsparse_kernels import block_mass, block_sparse_attention, default_block
 
 _ROUNDS = 3  # timings of each mode, of which the middle one counts
 
@@ -43,7 +43,7 @@ class SparseVDiTSearch:
     cost: "sparsity", the share of blocks that a mode computes (the paper's 1 - S_i), or "time" (ours), the time of
         its kernel call on this machine, as a share of that of torch's dense attention.
     groups: parts of the run with modes of their own; None: each step has its own, as in the paper.
-    block: edge of a block in tokens.
+    block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
     looks: steps of a run at which masses are added up, evenly spread.
 
     Decided here:
@@ -62,7 +62,7 @@ class SparseVDiTSearch:
     modes: tuple[str, ...] = MODES[1:]
     cost: Literal["sparsity", "time"] = "sparsity"
     groups: int | None = None
-    block: int = 64
+    block: int = field(default_factory=default_block)
     looks: int = 4
 
     strategy: ClassVar[str] = "sparse-vdit"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from diffsparse.errors import ConfigError
 from diffsparse.schedule import check_amount
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share
-from diffsparse_kernels import BlockLists
+from diffsparse_kernels import BlockLists, default_block
 
 _FEW_STEPS = 10
 
@@ -27,12 +27,12 @@ class OnlineSearch(ABC):
     sparsity: share of blocks dropped, in [0, 1).
     searches: later searches; an int is a step counted from 0, a float a fraction of the run. Runs of ten steps or
         fewer skip fractions: their few sparse steps don't repay one.
-    block: edge of a block in tokens.
+    block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
     """
 
     sparsity: float = 0.8
     searches: tuple[int | float, ...] = (0.6,)
-    block: int = 64
+    block: int = field(default_factory=default_block)
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)

@@ -54,7 +54,7 @@ def evaluate(
     frames: options.NumFrames = None,
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
-    block: options.Block = 64,
+    block: options.Block = None,
     order: options.Order = None,
     searches: options.Searches = None,
     head_adaptive: options.HeadAdaptive = True,

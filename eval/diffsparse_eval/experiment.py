@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,11 +252,15 @@ def _knobs(strategy: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(strategy, Planned):
         settings = strategy.plan.settings
         for knob in fields(SEARCHES[strategy.plan.strategy]):
-            value = settings.get(knob.name, knob.default)
-            yield knob.name, tuple(value) if isinstance(value, list) else value, knob.default
+            value = settings.get(knob.name, _default(knob))
+            yield knob.name, tuple(value) if isinstance(value, list) else value, _default(knob)
     else:
         for knob in fields(strategy):
-            yield knob.name, getattr(strategy, knob.name), knob.default
+            yield knob.name, getattr(strategy, knob.name), _default(knob)
+
+
+def _default(knob: Field[Any]) -> Any:
+    return knob.default if knob.default_factory is MISSING else knob.default_factory()
 
 
 def _compare_attention(row: Row, earlier: list[Row]) -> None:

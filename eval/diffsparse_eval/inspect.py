@@ -42,7 +42,7 @@ def inspect(
     frames: options.NumFrames = None,
     guidance: options.Guidance = None,
     negative_prompt: options.NegativePrompt = None,
-    block: options.Block = 64,
+    block: options.Block = None,
     order: options.Order = None,
     searches: options.Searches = None,
     head_adaptive: options.HeadAdaptive = True,
@@ -148,7 +148,7 @@ def _measure(strategy: Any, knobs: dict[str, Any]) -> dict[str, Any]:
     plan = getattr(strategy, "plan", None)
     own = {name: getattr(strategy, name, None) for name in ("sparsity", "block")}
     own["block"] = plan.settings.get("block") if plan else own["block"]
-    return {name: value or knobs[name] for name, value in own.items()}
+    return {name: value or knobs[name] for name, value in own.items() if value or knobs[name]}
 
 
 def _found(inspector: Inspector) -> list[LayerView]:

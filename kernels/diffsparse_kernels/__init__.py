@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         block_mass,
         block_sparse_attention,
         break_even,
+        default_block,
         forget_measurements,
     )
     from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError
@@ -36,6 +37,7 @@ __all__ = [
     "block_means",
     "block_sparse_attention",
     "break_even",
+    "default_block",
     "forget_measurements",
     "incoherence",
     "means_mass",

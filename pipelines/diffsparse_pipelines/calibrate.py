@@ -21,7 +21,10 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The plan to write, a .safetensors file.")],
     strategy: Annotated[str, typer.Option(help="Whose plan: paro or sparse-vdit.", rich_help_panel=_SEARCH)] = "paro",
     sparsity: Annotated[float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel=_SEARCH)] = 0.8,
-    block: Annotated[int, typer.Option(help="Edge of a block in tokens.", rich_help_panel=_SEARCH)] = 64,
+    block: Annotated[
+        int | None,
+        typer.Option(help="Edge of a block in tokens.", show_default=options.DEFAULT_BLOCK, rich_help_panel=_SEARCH),
+    ] = None,
     groups: Annotated[
         int | None,
         typer.Option(
@@ -93,7 +96,7 @@ def calibrate(
         "weight": weight,
         "cost": cost,
         "modes": options.names(modes),
-        **({} if groups is None else {"groups": groups}),
+        "groups": groups,
     }
     search = _search(strategy, knobs)
     chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
@@ -112,7 +115,7 @@ def _search(name: str, knobs: dict[str, Any]) -> Any:
     if name not in SEARCHES:
         raise UnknownNameError(f"no search is called {name!r}; known: {closest(name, SEARCHES)}")
     own = {field.name for field in fields(SEARCHES[name])}
-    return SEARCHES[name](**{key: value for key, value in knobs.items() if key in own})
+    return SEARCHES[name](**{key: value for key, value in knobs.items() if key in own and value is not None})
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -128,7 +128,7 @@ def generate(
     negative_prompt: options.NegativePrompt = None,
     strategy: options.Strategy = "digest",
     sparsity: options.Sparsity = 0.8,
-    block: options.Block = 64,
+    block: options.Block = None,
     order: options.Order = None,
     searches: options.Searches = None,
     head_adaptive: options.HeadAdaptive = True,

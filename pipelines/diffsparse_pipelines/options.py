@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _MODEL, _SIZE, _SPARSE, _HEADS = "Model", "Size and sampling", "Strategy", "Head guidance"
 
+DEFAULT_BLOCK = "128 with a GPU, else 64"
 STRATEGIES = (
     "digest, adaspa, gna, random, dense, paro:PLAN or sparse-vdit:PLAN; all but digest also with +means or +tail"
 )
@@ -39,7 +40,10 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", show_def
 NegativePrompt = Annotated[str | None, typer.Option(help="What should not be seen.", rich_help_panel=_SIZE)]
 Strategy = Annotated[str, typer.Option(help=f"{STRATEGIES}.", rich_help_panel=_SPARSE)]
 Sparsity = Annotated[float, typer.Option(help="Share of attention to drop, in [0, 1).", rich_help_panel=_SPARSE)]
-Block = Annotated[int, typer.Option(help="Edge of a block in tokens.", rich_help_panel=_SPARSE)]
+Block = Annotated[
+    int | None,
+    typer.Option(help="Edge of a block in tokens.", show_default=DEFAULT_BLOCK, rich_help_panel=_SPARSE),
+]
 Order = Annotated[
     str | None,
     typer.Option(

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 import diffsparse_eval.experiment as experiment_module
-from diffsparse import GNA, AdaSpa, Dense, Random
+from diffsparse import GNA, AdaSpa, Dense, Digest, Random
 from diffsparse.cli import main
+from diffsparse.search import PAROSearch, SparseVDiTSearch
 from diffsparse_eval import evaluate, pictures, report
 from diffsparse_eval.metrics import DEFINITIONS
 from diffsparse_pipelines.prompts import read_prompts, read_seeds
@@ -171,3 +172,12 @@ def test_modes_of_heads_are_told_by_spans_of_steps() -> None:
     text = report._heads("x 0.8", row)
     assert "## Modes of x 0.8, by head\nfull 75.0%, skip 25.0%\n" in text
     assert "| a | 0 | full 2, skip 3, full 4 |\n| a | 1 | full 2-4 |\n" in text
+
+
+@pytest.mark.parametrize(("gpu", "block"), [(True, 128), (False, 64)])
+def test_blocks_suit_the_machine(gpu: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert {strategy().block for strategy in (AdaSpa, Digest, GNA, Random, PAROSearch, SparseVDiTSearch)} == {block}
+    assert AdaSpa(block=32).block == 32
+    assert experiment_module.label(Digest(0.8)) == "digest 0.8"
+    assert experiment_module.label(Digest(0.8, block=192 - block)) == f"digest 0.8 block={192 - block}"
