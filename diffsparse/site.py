@@ -54,14 +54,14 @@ class Site:
 
     def dense_with_lse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense attention and its log-sum-exp, float32 [B, H, N]."""
-        self._record.ran_dense("search", planned=True, backend=_kernel_name(q), kind="search")
+        self._searches_dense(q, k, v)
         return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)
 
     def dense_with_mass(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Dense attention, its log-sum-exp and the `block_mass` that goes with it: a fused search."""
-        self._record.ran_dense("search", planned=True, backend=_kernel_name(q), kind="search")
+        self._searches_dense(q, k, v)
         return kernels.attention_with_mass(
             q, k, v, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask
         )
@@ -122,10 +122,11 @@ class Site:
             return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
         computed = density + (1 - density) / lists.kv_block if means else density  # a mean counts as one key
         overall = computed if heads is None else 1 - (1 - computed) * q.shape[1] / heads
-        self._record.ran_sparse(overall, _kernel_name(q) if bits == 16 else f"int{bits} emulated")
         keys = self.key_mask
         if orders is not None:
             (q, k, v), keys = (orders.apply(x) for x in (q, k, v)), orders.keys(keys)
+        kernel = kernels.kernel_for(q, k, v, lists, key_mask=keys, boxes=boxes)
+        self._record.ran_sparse(overall, kernel if bits == 16 else f"int{bits} emulated")
         if self._look is not None:
             self._look(q, k, lists, keys)
         if keys is not None:
@@ -157,6 +158,10 @@ class Site:
         if bits < 16:
             return kernels.quantised_attention(q, k, v, lists, bits=bits, scale=self.scale, **rest)
         return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, boxes=boxes, **rest)
+
+    def _searches_dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        kernel = kernels.kernel_for(q, k, v, key_mask=self.key_mask)
+        self._record.ran_dense("search", planned=True, backend=kernel, kind="search")
 
     def _known_density(self, lists: kernels.BlockLists, density: torch.Tensor) -> float | None:
         """The density as a number; on a device only from the next call with these lists on, for nobody waits for it."""
@@ -193,7 +198,3 @@ class _Reading:
                 return None
             self._here = None
         return float(self._number)
-
-
-def _kernel_name(q: torch.Tensor) -> str:
-    return kernels.backend_for(q.device)

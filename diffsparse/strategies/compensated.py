@@ -128,7 +128,8 @@ class _TailSite(Site):
         if tail is not None and tail.lists is lists:
             return tail.merged(*sparse)  # type: ignore[no-any-return]
         self._afford(q, v)
-        self._record.ran_dense("tail", planned=True, backend=kernels.backend_for(q.device), kind="search")
+        kernel = kernels.kernel_for(q, k, v, key_mask=rest["key_mask"])
+        self._record.ran_dense("tail", planned=True, backend=kernel, kind="search")
         dense = kernels.attention(q, k, v, scale=self.scale, key_mask=rest["key_mask"])
         self.memory["tail"] = _Tail.of(lists, dense, sparse)
         return dense

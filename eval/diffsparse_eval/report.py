@@ -93,8 +93,8 @@ def facts(rows: list[Row]) -> str:
     if dense:
         floor = "identical" if dense["psnr_db"] is None else f"{dense['psnr_db']:.1f} dB"
         parts += [f"attention {dense['attention_share']:.0%} of a dense call", f"noise floor (dense again) {floor}"]
-    versions = row["versions"]
-    parts += [f"torch {versions['torch']}", f"Diffusers {versions['diffusers']}", f"commit {row['commit']}"]
+    versions, commits = row["versions"], " and ".join(dict.fromkeys(str(row["commit"]) for row in rows))
+    parts += [f"torch {versions['torch']}", f"Diffusers {versions['diffusers']}", f"commit {commits}"]
     return "; ".join(parts)
 
 

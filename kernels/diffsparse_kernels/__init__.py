@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         break_even,
         default_block,
         forget_measurements,
+        kernel_for,
     )
     from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError
     from diffsparse_kernels.lists import BlockLists, Boxes
@@ -40,6 +41,7 @@ __all__ = [
     "default_block",
     "forget_measurements",
     "incoherence",
+    "kernel_for",
     "means_mass",
     "quantise",
     "quantised_attention",

@@ -177,6 +177,22 @@ def backend_for(device: torch.device) -> str:
     return os.environ.get("DIFFSPARSE_BACKEND") or _fitting(device)
 
 
+def kernel_for(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    boxes: Boxes | None = None,
+) -> str:
+    """Name of the backend whose kernel computes this very call: some leave to triton what they can't do."""
+    name = backend_for(q.device)
+    fits = getattr(load(name), "fits", None)
+    q_block, kv_block = (128, 128) if lists is None else (lists.q_block, lists.kv_block)
+    return name if fits is None or fits(q, k, v, q_block, kv_block, key_mask, boxes) else "triton"
+
+
 @cache
 def _fitting(device: torch.device) -> str:
     fastest = measured_backend(device_name(device))

@@ -39,7 +39,7 @@ def unfit(device: torch.device) -> str:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    if key_mask is not None or q.dtype not in (torch.bfloat16, torch.float16):
+    if not fits(q, k, v, BLOCK, BLOCK, key_mask, None):
         return triton.attention(q, k, v, scale, key_mask)
     return _flash(q, k, v, scale, None)
 
@@ -54,10 +54,17 @@ def block_sparse_attention(
     boxes: Boxes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks."""
-    square = lists.q_block == lists.kv_block == BLOCK
-    if key_mask is not None or boxes is not None or not square or q.dtype not in (torch.bfloat16, torch.float16):
+    if not fits(q, k, v, lists.q_block, lists.kv_block, key_mask, boxes):
         return triton.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
     return _flash(q, k, v, scale, lists)
+
+
+def fits(
+    q: Tensor, k: Tensor, v: Tensor, q_block: int, kv_block: int, key_mask: Tensor | None, boxes: Boxes | None
+) -> bool:
+    """Whether the kernel can do this."""
+    sixteen_bits = q.dtype in (torch.bfloat16, torch.float16)
+    return sixteen_bits and q_block == kv_block == BLOCK and key_mask is None and boxes is None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, lists: BlockLists | None) -> tuple[Tensor, Tensor]:
@@ -65,7 +72,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, lists: BlockLists | No
     blocks = None
     if lists is not None:
         batch = q.shape[0]
-        cnt, idx = lists.cnt.expand(batch, -1, -1).contiguous(), lists.idx.expand(batch, -1, -1, -1).contiguous()
+        cnt, idx = lists.cnt.expand(batch, -1, -1).contiguous(), lists.idx.expand(batch, -1, -1, -1).int().contiguous()
         blocks = BlockSparseTensorsTorch(
             mask_block_cnt=torch.zeros_like(cnt),
             mask_block_idx=torch.zeros_like(idx),

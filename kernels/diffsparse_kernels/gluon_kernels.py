@@ -55,7 +55,7 @@ def block_at(idx_at, turn, SPARSE: gl.constexpr):
     """The key block of a turn."""
     block = turn
     if SPARSE:
-        block = gl.load(idx_at + turn)
+        block = gl.load(idx_at + turn).to(gl.int32)
     return block
 
 
@@ -170,9 +170,9 @@ def attend(queries, keys, values, out_ptr, lse_ptr, idx_ptr, cnt_ptr, order_ptr,
     """Attention of 128 query rows of one head to its key blocks.
 
     queries, keys, values: descriptors of [B, H, N, D] with tiles [1, 1, 128 or KV_BLOCK, D_PAD].
-    out_ptr [B, H, N_q, D], lse_ptr float32 [B, H, N_q]; idx_ptr, cnt_ptr, order_ptr: of `BlockLists`, int32.
-    scale: of the scores, positive, in base 2. listed: number of lists; where it is less than B * H * nQ, all samples
-    share them. width: of a list.
+    out_ptr [B, H, N_q, D], lse_ptr float32 [B, H, N_q]; idx_ptr int16 or int32, cnt_ptr and order_ptr int32: of
+    `BlockLists`. scale: of the scores, positive, in base 2. listed: number of lists; where it is less than B * H * nQ,
+    all samples share them. width: of a list.
     """
     Q_BLOCK: gl.constexpr = 128
     ROWS: gl.constexpr = 64

@@ -39,7 +39,7 @@ class Boxes(NamedTuple):
 class BlockLists:
     """Ascending lists of the key blocks that each query block visits.
 
-    idx: int32 [B|1, H, nQ, W], block numbers; entries at or behind `cnt` are padding (zero).
+    idx: int16 or int32 [B|1, H, nQ, W], block numbers; entries at or behind `cnt` are padding (zero).
     cnt: int32 [B|1, H, nQ], how many entries of each list count.
     q_block, kv_block: edge of a block in tokens. q_len, kv_len: tokens; the last blocks may be ragged.
     order: int32 [B|1 * H * nQ], the lists in the order in which a GPU starts them, or None.
@@ -62,8 +62,8 @@ class BlockLists:
             raise KernelInputError(
                 f"wanted idx [B|1, H, nQ, W] and cnt [B|1, H, nQ]; got {tuple(idx.shape)} and {tuple(cnt.shape)}"
             )
-        if idx.dtype != torch.int32 or cnt.dtype != torch.int32:
-            raise KernelInputError(f"wanted idx and cnt as int32; got {idx.dtype} and {cnt.dtype}")
+        if idx.dtype not in (torch.int16, torch.int32) or cnt.dtype != torch.int32:
+            raise KernelInputError(f"wanted idx as int16 or int32 and cnt as int32; got {idx.dtype} and {cnt.dtype}")
         if idx.device != cnt.device:
             raise KernelInputError(f"wanted idx and cnt on one device; got {idx.device} and {cnt.device}")
         order = self.order
@@ -106,6 +106,7 @@ class BlockLists:
 
         width: length of the padded lists. By default the longest list on the CPU, and nK elsewhere, where asking
         for the longest would wait for the device. Entries beyond a given width are dropped, the highest first.
+        Block numbers are int16 where that suffices: wide lists of many layers are what fills a device's memory.
         Lists that are built on a device know their order, too.
         """
         if mask.dtype != torch.bool or mask.ndim != 4:
@@ -121,7 +122,8 @@ class BlockLists:
             width = max(int(cnt.max()), 1) if mask.device.type == "cpu" else mask.shape[-1]
         # Compaction without a sort: the running count tells each True block its place, all others share a spare one.
         place = mask.cumsum(-1).sub_(1).masked_fill_(~mask, width).clamp_(max=width)
-        numbers = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
+        number = torch.int16 if mask.shape[-1] <= torch.iinfo(torch.int16).max else torch.int32
+        numbers = torch.arange(mask.shape[-1], dtype=number, device=mask.device).expand(mask.shape)
         idx = numbers.new_zeros(*mask.shape[:3], width + 1).scatter_(-1, place, numbers)[..., :width]
         lists = cls(idx.contiguous(), cnt.clamp(max=width), q_block, kv_block, q_len, kv_len)
         return lists if mask.device.type == "cpu" else lists.ordered()
@@ -162,9 +164,9 @@ class BlockLists:
         wide = self.from_mask(mask, q_block=q_block, kv_block=kv_block, **lengths, width=self.kv_blocks)
         return BlockMask.from_kv_blocks(
             torch.zeros_like(wide.cnt),
-            torch.zeros_like(wide.idx),
+            torch.zeros_like(wide.idx, dtype=torch.int32),
             wide.cnt,
-            wide.idx,
+            wide.idx.int(),
             BLOCK_SIZE=(q_block, kv_block),
             mask_mod=listed,
             seq_lengths=(self.q_len, self.kv_len),

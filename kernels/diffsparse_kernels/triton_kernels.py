@@ -157,7 +157,7 @@ def log2_of_cached(cached_ptr, rows, n_q):
 def next_block(idx_ptr, turn, turns, PARTS: tl.constexpr, SPARSE: tl.constexpr):
     """The key block of a turn, from the list or counted; asked for one turn ahead, so that copies need not wait."""
     if SPARSE:
-        return tl.load(idx_ptr + turn // PARTS, mask=turn < turns, other=0)
+        return tl.load(idx_ptr + turn // PARTS, mask=turn < turns, other=0).to(tl.int32)
     else:
         return turn // PARTS
 
@@ -178,9 +178,9 @@ def attend(
 
     q_ptr [B, H, N_q, D], k_ptr [B, H, N_kv, D], v_ptr [B, H, N_kv, D_V] with the strides `q_b` to `v_d`; out_ptr
     [B, H, N_q, D_V], lse_ptr, cached_ptr float32 [B, H, N_q], mass_ptr float32 [B, H, nQ, nK], all contiguous.
-    idx_ptr int32 [B|1, H, nQ, width], cnt_ptr [B|1, H, nQ], order_ptr [listed]: of `BlockLists`. key_mask_ptr uint8
-    [B, N_kv]; place_ptr int32 [AXES, N_kv], low_ptr, high_ptr [AXES, N_q]: of `Boxes`. A pointer that its flag leaves
-    unread may be any. SCALED: q and k are eight bits, to be multiplied by q_scale_ptr float32 [B, H, nQ] and
+    idx_ptr int16 or int32 [B|1, H, nQ, width], cnt_ptr [B|1, H, nQ], order_ptr [listed]: of `BlockLists`. key_mask_ptr
+    uint8 [B, N_kv]; place_ptr int32 [AXES, N_kv], low_ptr, high_ptr [AXES, N_q]: of `Boxes`. A pointer that its flag
+    leaves unread may be any. SCALED: q and k are eight bits, to be multiplied by q_scale_ptr float32 [B, H, nQ] and
     k_scale_ptr [B, H, nK]. VALUES: "plain", or "int8" or "fp8": v_ptr is then [B, H, D_V, N_kv], rows `v_n` apart, to
     be multiplied by v_scale_ptr float32 [B, H, D_V].
     """

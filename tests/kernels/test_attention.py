@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -114,6 +116,16 @@ def test_heads_that_share_their_boxes(
     qkv = size.qkv(dtype)
     got = dk.block_sparse_attention(*qkv, size.lists(mask), key_mask=keys, boxes=boxes, backend=backend)
     assert_attention(got, qkv, size.allowed(mask, keys) & seen(boxes), size.scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wide_block_numbers_are_the_same_blocks(backend: str) -> None:
+    size = Size(q_len=97, kv_len=97)
+    qkv, lists = size.qkv(torch.float32), size.lists(random_mask(size))
+    wide = replace(lists, idx=lists.idx.int())
+    assert wide.idx.element_size() == 2 * lists.idx.element_size()
+    for got, want in zip(*(dk.block_sparse_attention(*qkv, x, backend=backend) for x in (wide, lists)), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import diffsparse_kernels as dk
 from diffsparse_kernels import gluon, gluon_kernels, triton
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from support import aot, hopper
@@ -109,3 +110,23 @@ def test_on_the_device() -> None:
         lists = size.lists(mask).to(device).ordered()
         out, lse = gluon._attend(*(x.to(device) for x in qkv), size.scale, size.kv_block, lists)
         assert_attention((out.cpu(), lse.cpu()), qkv, size.allowed(mask), size.scale)
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype", "masked", "wanted"),
+    [
+        (128, torch.bfloat16, False, "gluon"),
+        (64, torch.bfloat16, False, "triton"),
+        (128, torch.float32, False, "triton"),
+        (128, torch.bfloat16, True, "triton"),
+    ],
+)
+def test_the_kernel_that_runs_is_named(
+    block: int, dtype: torch.dtype, masked: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFSPARSE_BACKEND", "gluon")
+    size = Size(q_len=256, kv_len=256, q_block=block, kv_block=block, dim=64)
+    qkv, lists = size.qkv(dtype), size.lists(random_mask(size))
+    keys = torch.ones(size.batch, 256, dtype=torch.bool) if masked else None
+    assert dk.kernel_for(*qkv, lists, key_mask=keys) == wanted
+    assert dk.kernel_for(*qkv, key_mask=keys) == (wanted if block == 128 else "gluon")

@@ -204,6 +204,7 @@ class Hopper:
     def _language(self) -> Any:
         return types.SimpleNamespace(
             constexpr=lambda x: x,
+            int32=torch.int32,
             int64=torch.int64,
             float32=torch.float32,
             NVMMADistributedLayout=lambda *_: None,
