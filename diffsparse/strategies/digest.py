@@ -35,8 +35,8 @@ class Digest(OnlineSearch):
         as the one key that it is) and the outputs computed to know what is missing all count.
     searches: where the work does not suffice for a dense step, these search on the cached log-sum-exp, as AdaSpa's do.
     order: of the tokens (`diffsparse.order`); "auto" finds each head's own in the first search.
-    memory: GiB that what is missing may take, for each guidance branch: 2HND bytes a layer. Where it is too little, the
-        mean over the tokens of each block is kept, which takes a block-th of that and helps less.
+    memory: GiB that what is missing may take, for each guidance branch: 2HND bytes a layer. Where that is too little,
+        means over as few neighbouring tokens as fit are kept, over a block at most, which helps less.
 
     Blocks that hold text are always computed. Where nobody knows the length of the run, nothing missing is added and no
     step is dense again. The rest of the memory between steps is AdaSpa's.
@@ -59,13 +59,7 @@ class Digest(OnlineSearch):
         site.memory.pop("missing", None)
         if lasts:
             missing = (out - site.product(q, k, v, site.memory["lists"], means=True)).bfloat16()
-            wanted = site.layers * missing.nbytes / 2**30
-            if wanted > self.memory:
-                missing = block_means(missing, self.block)
-                site.note(
-                    f"Digest keeps means over blocks of what is missing: all of it wants {wanted:.1f} GiB a branch"
-                )
-            site.memory["missing"] = _Missing(missing, site.step + lasts)
+            site.memory["missing"] = _Missing(*self._affordable(missing, site), site.step + lasts)
         return out
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -74,7 +68,7 @@ class Digest(OnlineSearch):
         if missing is not None and site.step > missing.until:
             missing = None
             del site.memory["missing"]
-        plus = None if missing is None else missing.rows_of(q.shape[2], self.block)
+        plus = None if missing is None else missing.rows_of(q.shape[2])
         return site.sparse(q, k, v, site.memory["lists"], means=True, plus=plus)
 
     def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -103,6 +97,17 @@ class Digest(OnlineSearch):
         dense = self._dense_steps(steps, first)
         return ((1 - self.sparsity) * left - dense) / (left + 1)  # each search computes it once more
 
+    def _affordable(self, missing: Tensor, site: Site) -> tuple[Tensor, int]:
+        """Means over groups of as few tokens as the memory allows, and how many those are."""
+        wanted = site.layers * missing.nbytes / 2**30
+        group = math.ceil(min(wanted / self.memory, self.block)) if self.memory else self.block
+        if group <= 1:
+            return missing, 1
+        site.note(
+            f"Digest keeps what is missing as means over {group} tokens: all of it wants {wanted:.1f} GiB a branch"
+        )
+        return block_means(missing, group), group
+
     def _dense_steps(self, steps: int | None, first: int) -> int:
         """How many, after the first search."""
         return int((1 - self.sparsity) * _left(steps, first) / 2) if self.sparsity else 0
@@ -124,14 +129,15 @@ def _left(steps: int | None, first: int) -> int:
 
 @dataclass(frozen=True)
 class _Missing:
-    """What blocks and means missed: bfloat16 [B, H, N, D], or [B, H, nQ, D] for means over blocks."""
+    """What blocks and means missed: bfloat16 [B, H, N / group, D], means over groups of tokens in a row."""
 
     rows: Tensor
+    group: int
     until: int  # the last step at which it is added
 
-    def rows_of(self, tokens: int, block: int) -> Tensor:
+    def rows_of(self, tokens: int) -> Tensor:
         """[B, H, tokens, D]."""
-        return self.rows if self.rows.shape[2] == tokens else self.rows.repeat_interleave(block, 2)[:, :, :tokens]
+        return self.rows if self.group == 1 else self.rows.repeat_interleave(self.group, 2)[:, :, :tokens]
 
     @property
     def nbytes(self) -> int:

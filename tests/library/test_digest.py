@@ -212,18 +212,19 @@ def test_on_the_twin_it_is_closer_to_dense_than_adaspa_at_equal_work() -> None:
     assert all(a > b + 1 for a, b in zip(fidelity[Digest], fidelity[AdaSpa], strict=True))
 
 
-def test_little_memory_keeps_means_over_blocks() -> None:
+@pytest.mark.parametrize(("share", "group"), [(1.0, 1), (0.99, 2), (0.3, 4), (0.1, BLOCK), (0.0, BLOCK)])
+def test_little_memory_keeps_means_over_neighbours(share: float, group: int) -> None:
     layout, memory = Layout(3, 4, 5), {}
     q, k, v = (torch.randn(1, 2, layout.tokens, 16) for _ in range(3))
-    strategy = Digest(0.8, block=BLOCK, memory=1e-6)
+    strategy = Digest(0.8, block=BLOCK, memory=share * 2 * q.numel() / 2**30)
     here = site(layout, 2, steps=15, memory=memory)
     dense = strategy.observe(q, k, v, here)
-    assert "means over blocks" in here._record.note
+    assert (f"means over {group} tokens" in here._record.note) == (group > 1)
     plain, _ = kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)
     got = strategy.attend(q, k, v, site(layout, 3, steps=15, memory=memory))
-    want = torch.cat([part.mean(2, keepdim=True).expand_as(part) for part in (dense - plain).split(BLOCK, 2)], 2)
+    want = torch.cat([part.mean(2, keepdim=True).expand_as(part) for part in (dense - plain).split(group, 2)], 2)
     torch.testing.assert_close(got, plain + want, atol=2**-8 * float(want.abs().max()), rtol=0)
-    assert memory["missing"].nbytes == 2 * 2 * 8 * 16
+    assert memory["missing"].nbytes == 2 * 2 * math.ceil(layout.tokens / group) * 16
 
 
 def test_a_call_that_falls_back_to_dense_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
