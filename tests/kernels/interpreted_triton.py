@@ -43,6 +43,14 @@ def test_block_sparse(size: Size, dtype: torch.dtype, kind: str) -> None:
     assert_attention(got, qkv, size.allowed(mask), size.scale)
 
 
+def test_more_keys_than_16_bits_count() -> None:
+    size = Size(batch=1, heads=1, q_len=16, kv_len=40_000, dim=16, q_block=16, kv_block=64)
+    qkv, mask = size.qkv(torch.float16), torch.zeros(size.blocks, dtype=torch.bool)
+    mask[..., [0, 300, 600, 624]] = True
+    got = triton.block_sparse_attention(*qkv, size.lists(mask), size.scale, None)
+    assert_attention(got, qkv, size.allowed(mask), size.scale)
+
+
 @pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)
 def test_padded_keys(size: Size, dtype: torch.dtype) -> None:
     qkv, mask = size.qkv(dtype), random_mask(size, 0.7)

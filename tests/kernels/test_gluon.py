@@ -55,6 +55,13 @@ def test_block_sparse(size: Size, kind: str, dtype: torch.dtype) -> None:
     assert_attention(attend(size, qkv, size.lists(mask)), qkv, size.allowed(mask), size.scale)
 
 
+def test_more_keys_than_16_bits_count() -> None:
+    size = Size(batch=1, heads=1, q_len=3, kv_len=40_000, dim=64, q_block=128, kv_block=64)
+    qkv, mask = size.qkv(torch.float16), torch.zeros(size.blocks, dtype=torch.bool)
+    mask[..., [0, 300, 600, 624]] = True
+    assert_attention(attend(size, qkv, size.lists(mask)), qkv, size.allowed(mask), size.scale)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_dense(size: Size) -> None:
     qkv = size.qkv(torch.bfloat16)
