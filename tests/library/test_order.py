@@ -138,7 +138,7 @@ def test_each_head_gets_the_order_in_which_its_tokens_are_most_alike() -> None:
 @pytest.mark.parametrize("layout", [Layout(3, 4, 5), Layout(3, 4, 5, 7, 2), Layout(1, 2, 3)], ids=str)
 def test_alike_by_a_loop(layout: Layout) -> None:
     names, block = candidates(layout, 8), min(8, layout.video)
-    qkv = tuple(torch.randn(2, 4, layout.tokens, 6) for _ in range(3))
+    qkv = tuple(size * torch.randn(2, 4, layout.tokens, 6) for size in (100, 1, 0.01))
     want = torch.ones(len(names), 4, dtype=torch.float64)
     for i, name in enumerate(names):
         tokens = permutation(name, layout)[0][layout.span]
