@@ -134,7 +134,8 @@ def spread(x: Tensor, block: int, key_mask: Tensor | None = None) -> Tensor:
 
     Args as in `block_means`; returns float32 or better [B, H, nK].
     """
-    squares = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1, keepdim=True)  # [B, H, N, 1]
+    exact = torch.promote_types(x.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square()  # [B, H, N, 1], x is not copied
     of = Means.of(x, squares, block, key_mask)
     return (of.value[..., 0] - of.key.square().sum(-1)).clamp(min=0).sqrt()
 
