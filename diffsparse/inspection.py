@@ -13,7 +13,7 @@ from torch import Tensor
 
 import diffsparse_kernels as kernels
 from diffsparse.cost import kinds
-from diffsparse.order import AUTO, AXES, RASTER, candidates, check_order, in_order, permutation_on
+from diffsparse.order import AUTO, AXES, RASTER, check_order, found_orders, in_order, permutation_on
 from diffsparse.plan import Planned
 from diffsparse.schedule import Schedule
 from diffsparse.search.calibrate import Sums
@@ -109,8 +109,7 @@ class Inspector:
         rest = torch.ones(q.shape[1], dtype=torch.bool)
         out = call(replace(site, _look=partial(self._look, site, q, rest)))
         if getattr(self.strategy, "order", RASTER) == AUTO:
-            names = candidates(site.layout, self.strategy.block)
-            self.found[site.model, site.layer] = tuple(names[int(i)] for i in site.memory["orders"])
+            self.found[site.model, site.layer] = found_orders(site, self.strategy.block)
         if site._record.kind != "search":  # which chooses, but does not yet use its choice
             self._dense(site, masses[self.orders.index(RASTER)], rest)
         return out

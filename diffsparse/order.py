@@ -88,6 +88,12 @@ def _own_orders(qkv: tuple[Tensor, ...], site: Any, block: int) -> HeadOrders:
     return HeadOrders.of(names, site.memory["orders"], site.layout, qkv[0].device, move_text=False)
 
 
+def found_orders(site: Any, block: int) -> tuple[str, ...]:
+    """By name, what "auto" found for each head of a site that was called."""
+    names = candidates(site.layout, block)
+    return tuple(names[int(i)] for i in site.memory["orders"])
+
+
 def candidates(layout: Layout, block: int) -> tuple[str, ...]:
     """What "auto" picks from: boxes of up to `block` tokens, as near to cubes as the grid allows, and the axes."""
     edges, extents = [1, 1, 1], (layout.frames, layout.height, layout.width)

@@ -54,14 +54,14 @@ class Site:
 
     def dense_with_lse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense attention and its log-sum-exp, float32 [B, H, N]."""
-        self._searches_dense(q, k, v)
+        self._ran_search(q, k, v, self.key_mask)
         return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)
 
     def dense_with_mass(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Dense attention, its log-sum-exp and the `block_mass` that goes with it: a fused search."""
-        self._searches_dense(q, k, v)
+        self._ran_search(q, k, v, self.key_mask)
         return kernels.attention_with_mass(
             q, k, v, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask
         )
@@ -125,8 +125,8 @@ class Site:
         keys = self.key_mask
         if orders is not None:
             (q, k, v), keys = (orders.apply(x) for x in (q, k, v)), orders.keys(keys)
-        kernel = kernels.kernel_for(q, k, v, lists, key_mask=keys, boxes=boxes)
-        self._record.ran_sparse(overall, kernel if bits == 16 else f"int{bits} emulated")
+        kernel = f"int{bits} emulated" if bits < 16 else kernels.kernel_for(q, k, v, lists, key_mask=keys, boxes=boxes)
+        self._record.ran_sparse(overall, kernel)
         if self._look is not None:
             self._look(q, k, lists, keys)
         if keys is not None:
@@ -159,9 +159,12 @@ class Site:
             return kernels.quantised_attention(q, k, v, lists, bits=bits, scale=self.scale, **rest)
         return kernels.block_sparse_attention(q, k, v, lists, scale=self.scale, boxes=boxes, **rest)
 
-    def _searches_dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        kernel = kernels.kernel_for(q, k, v, key_mask=self.key_mask)
-        self._record.ran_dense("search", planned=True, backend=kernel, kind="search")
+    def _ran_search(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor | None, reason: str = "search"
+    ) -> None:
+        """Note a dense call that our own kernel answers."""
+        kernel = kernels.kernel_for(q, k, v, key_mask=keys)
+        self._record.ran_dense(reason, planned=True, backend=kernel, kind="search")
 
     def _known_density(self, lists: kernels.BlockLists, density: torch.Tensor) -> float | None:
         """The density as a number; on a device only from the next call with these lists on, for nobody waits for it."""

@@ -33,6 +33,7 @@ __all__ = [
     "Strategy",
     "name_of",
     "parse",
+    "with_knobs",
 ]
 
 
@@ -98,5 +99,10 @@ def _make(text: str, knobs: dict[str, Any]) -> Any:
         return cls.load(plan)
     if colon:
         raise ConfigError(f"strategy {name!r} takes no plan; got {text!r}")
+    return with_knobs(cls, knobs)
+
+
+def with_knobs(cls: type[Any], knobs: dict[str, Any]) -> Any:
+    """The dataclass with those of the knobs that it has; its own default for those that are None."""
     own = {field.name for field in fields(cls)}
     return cls(**{key: value for key, value in knobs.items() if key in own and value is not None})

@@ -128,8 +128,7 @@ class _TailSite(Site):
         if tail is not None and tail.lists is lists:
             return tail.merged(*sparse)  # type: ignore[no-any-return]
         self._afford(q, v)
-        kernel = kernels.kernel_for(q, k, v, key_mask=rest["key_mask"])
-        self._record.ran_dense("tail", planned=True, backend=kernel, kind="search")
+        self._ran_search(q, k, v, rest["key_mask"], "tail")
         dense = kernels.attention(q, k, v, scale=self.scale, key_mask=rest["key_mask"])
         self.memory["tail"] = _Tail.of(lists, dense, sparse)
         return dense

@@ -80,7 +80,7 @@ def evaluate(
     knobs = {
         "block": block,
         "order": order,
-        "searches": None if searches is None else options.amounts(searches, "--searches"),
+        "searches": options.searches(searches),
         "head_adaptive": head_adaptive,
         "recall_threshold": recall_threshold,
         "window": options.cells(window, "--window", 0),

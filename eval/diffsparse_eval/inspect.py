@@ -60,7 +60,7 @@ def inspect(
         "sparsity": sparsity,
         "block": block,
         "order": order,
-        "searches": None if searches is None else options.amounts(searches, "--searches"),
+        "searches": options.searches(searches),
         "head_adaptive": head_adaptive,
         "recall_threshold": recall_threshold,
     }
@@ -148,7 +148,7 @@ def _measure(strategy: Any, knobs: dict[str, Any]) -> dict[str, Any]:
     plan = getattr(strategy, "plan", None)
     own = {name: getattr(strategy, name, None) for name in ("sparsity", "block")}
     own["block"] = plan.settings.get("block") if plan else own["block"]
-    return {name: value or knobs[name] for name, value in own.items() if value or knobs[name]}
+    return {name: value or knobs[name] for name, value in own.items()}
 
 
 def _found(inspector: Inspector) -> list[LayerView]:

@@ -107,15 +107,13 @@ def calibrate(
 
 
 def _search(name: str, knobs: dict[str, Any]) -> Any:
-    from dataclasses import fields
-
     from diffsparse.names import closest
     from diffsparse.search import SEARCHES
+    from diffsparse.strategies import with_knobs
 
     if name not in SEARCHES:
         raise UnknownNameError(f"no search is called {name!r}; known: {closest(name, SEARCHES)}")
-    own = {field.name for field in fields(SEARCHES[name])}
-    return SEARCHES[name](**{key: value for key, value in knobs.items() if key in own and value is not None})
+    return with_knobs(SEARCHES[name], knobs)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -145,6 +145,11 @@ def amounts(text: str, option: str) -> tuple[int | float, ...]:
     return tuple(amount(part.strip(), option) for part in text.split(",") if part.strip())
 
 
+def searches(text: str | None) -> tuple[int | float, ...] | None:
+    """Of --searches; None, the strategy's own, where nothing is given."""
+    return None if text is None else amounts(text, "--searches")
+
+
 def cells(text: str, option: str, least: int) -> tuple[int, int, int] | None:
     """Frames, rows and columns ("8x16x16"), each at least `least`; None if the text is empty.
 
