@@ -1,6 +1,6 @@
 """The exception tree: one root, one child for each way in which input can be wrong."""
 
-from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError
+from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError, NoKernelError
 
 __all__ = [
     "BackendError",
@@ -9,6 +9,7 @@ __all__ = [
     "DiffsparseError",
     "InputFileError",
     "KernelInputError",
+    "NoKernelError",
     "OutputFileError",
     "PlanError",
     "UnknownNameError",

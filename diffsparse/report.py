@@ -23,6 +23,7 @@ class CallRecord:
     """One self-attention call. `reason` says why a dense call was dense; `planned` ones are no fall-backs.
 
     heads: what each head did, by name, where a strategy chooses by head. note: what else the user should know.
+    passed_over: backends of this device that come before the one that ran, and why they didn't run.
     """
 
     layer: str
@@ -36,16 +37,26 @@ class CallRecord:
     recall: torch.Tensor | None = None
     heads: tuple[str, ...] = ()
     note: str = ""
+    passed_over: tuple[str, ...] = ()
     _marks: list[Any] = field(default_factory=list, repr=False)
 
-    def ran_dense(self, reason: str, *, planned: bool, backend: str, kind: Kind = "dense") -> None:
+    def ran_dense(
+        self,
+        reason: str,
+        *,
+        planned: bool,
+        backend: str,
+        kind: Kind = "dense",
+        passed_over: tuple[str, ...] = (),
+    ) -> None:
         """Note a dense call; one of kind "search" ran on our kernels, others on the user's backend."""
-        self.kind, self.density = kind, 1.0
+        self.kind, self.density, self.passed_over = kind, 1.0, passed_over
         self.reason, self.planned, self.backend = reason, planned, backend
 
-    def ran_sparse(self, density: torch.Tensor, backend: str) -> None:
+    def ran_sparse(self, density: torch.Tensor, backend: str, passed_over: tuple[str, ...] = ()) -> None:
         """Note a block-sparse call; `density` may still live on the device."""
         self.kind, self.density, self.reason, self.backend = "sparse", density, "", backend
+        self.passed_over = passed_over
 
     def searched(self, recall: torch.Tensor) -> None:
         """Note that this call chose blocks; `recall` is their share of the softmax mass."""
@@ -101,7 +112,8 @@ class Report:
     density counts every self-attention call (dense = 1), sparse_density the sparse ones alone; recall is the mean
     softmax mass that the chosen blocks held when they were chosen; attention_seconds is the time inside
     self-attention; memory_bytes is what the strategy kept between steps (masks, LSE); fallbacks are the dense calls
-    that nobody planned, by reason. Where a strategy chooses by head, modes is the share of heads in each mode, over
+    that nobody planned, by reason, and passed_over the calls that a faster backend of this device did not take, by the
+    reason. Where a strategy chooses by head, modes is the share of heads in each mode, over
     all calls in which it chose, and heads the modes of a layer's heads, by layer and step. notes is what
     else the strategy has to say.
     """
@@ -122,6 +134,7 @@ class Report:
     modes: dict[str, float] = field(default_factory=dict)
     heads: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    passed_over: dict[str, int] = field(default_factory=dict)
     calls: tuple[CallRecord, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -148,6 +161,7 @@ class Report:
             modes=_shares(mode for call in calls for mode in call.heads),
             heads=_heads(calls),
             notes=list(dict.fromkeys(call.note for call in calls if call.note)),
+            passed_over=dict(Counter(reason for call in calls for reason in call.passed_over)),
             calls=tuple(calls),
         )
 
@@ -183,6 +197,7 @@ class Report:
             ("calls", f"{self.sparse_calls} sparse, {self.dense_calls} dense" if self.steps else _NONE_YET),
             ("backends", _counts(self.backends)),
             ("fall-backs", _counts(self.fallbacks) or "none"),
+            *(("passed over", f"{reason} x{count}") for reason, count in self.passed_over.items()),
             ("attention time", f"{self.attention_seconds:.2f} s"),
             ("memory kept", f"{self.memory_bytes / 2**20:.1f} MiB"),
             *(("notes", note) for note in self.notes),

@@ -20,7 +20,7 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor
 
 from diffsparse.clock import Clock, Moment
-from diffsparse.errors import DenseFallbackError
+from diffsparse.errors import DenseFallbackError, NoKernelError
 from diffsparse.layout import Layout
 from diffsparse.masks import KeyMask, read_mask
 from diffsparse.models import Grid, ModelSpec
@@ -29,6 +29,7 @@ from diffsparse.report import CallRecord, Ledger
 from diffsparse.schedule import Schedule
 from diffsparse.site import Site
 
+_OBSTACLE = "no kernel"  # in a layer's memory: why none of this device can do its calls
 SDPA = F.scaled_dot_product_attention
 
 
@@ -277,7 +278,13 @@ class Run(ModelHook):  # type: ignore[misc]
             method = observe
         else:
             method = self.strategy.attend
-        out = in_order(self.strategy, method, qkv, site)
+        if _OBSTACLE in site.memory:
+            return site.fall_back(*qkv, site.memory[_OBSTACLE])
+        try:
+            out = in_order(self.strategy, method, qkv, site)
+        except NoKernelError as error:  # the same in all steps, so nothing is moved for it again
+            site.memory[_OBSTACLE] = error.reason
+            return site.fall_back(*qkv, error.reason)
         self.ledger.memory[layer.name, site.branch] = _nbytes(site.memory)
         return out
 

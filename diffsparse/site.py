@@ -116,7 +116,8 @@ class Site:
         plus: [B, H, N, D], added to the output of the tokens as the lists count them, unless the call runs dense.
         """
         density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
-        limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block, q.shape[2])
+        masked = self.key_mask is not None
+        limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block, q.shape[2], masked)
         known = self._known_density(lists, density)
         if bits == 16 and known is not None and known > limit:
             return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
@@ -125,8 +126,11 @@ class Site:
         keys = self.key_mask
         if orders is not None:
             (q, k, v), keys = (orders.apply(x) for x in (q, k, v)), orders.keys(keys)
-        kernel = f"int{bits} emulated" if bits < 16 else kernels.kernel_for(q, k, v, lists, key_mask=keys, boxes=boxes)
-        self._record.ran_sparse(overall, kernel)
+        if bits < 16:
+            kernel = kernels.Choice(f"int{bits} emulated")
+        else:
+            kernel = kernels.kernel_for(q, k, v, lists, key_mask=keys, boxes=boxes)
+        self._record.ran_sparse(overall, kernel.name, kernel.passed_over)
         if self._look is not None:
             self._look(q, k, lists, keys)
         if keys is not None:
@@ -164,7 +168,7 @@ class Site:
     ) -> None:
         """Note a dense call that our own kernel answers."""
         kernel = kernels.kernel_for(q, k, v, key_mask=keys)
-        self._record.ran_dense(reason, planned=True, backend=kernel, kind="search")
+        self._record.ran_dense(reason, planned=True, backend=kernel.name, kind="search", passed_over=kernel.passed_over)
 
     def _known_density(self, lists: kernels.BlockLists, density: torch.Tensor) -> float | None:
         """The density as a number; on a device only from the next call with these lists on, for nobody waits for it."""

@@ -9,27 +9,27 @@ if TYPE_CHECKING:
     from diffsparse_kernels.dispatch import (
         attention,
         attention_with_mass,
-        backend_for,
-        backends,
         block_mass,
         block_sparse_attention,
         break_even,
         default_block,
-        forget_measurements,
         kernel_for,
     )
-    from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError
+    from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError, NoKernelError
     from diffsparse_kernels.lists import BlockLists, Boxes
     from diffsparse_kernels.means import block_means, means_mass, spread
     from diffsparse_kernels.quantised import incoherence, quantise, quantised_attention
+    from diffsparse_kernels.registry import Choice, backend_for, backends, forget_measurements
     from diffsparse_kernels.select import select_heads, select_mass, select_rows
 
 __all__ = [
     "BackendError",
     "BlockLists",
     "Boxes",
+    "Choice",
     "DiffsparseError",
     "KernelInputError",
+    "NoKernelError",
     "attention",
     "attention_with_mass",
     "backend_for",
@@ -52,9 +52,10 @@ __all__ = [
 ]
 
 _HOME = {
-    "errors": ("BackendError", "DiffsparseError", "KernelInputError"),
+    "errors": ("BackendError", "DiffsparseError", "KernelInputError", "NoKernelError"),
     "lists": ("BlockLists", "Boxes"),
     "means": ("block_means", "means_mass", "spread"),
+    "registry": ("Choice", "backend_for", "backends", "forget_measurements"),
     "quantised": ("incoherence", "quantise", "quantised_attention"),
     "select": ("select_heads", "select_mass", "select_rows"),
 }

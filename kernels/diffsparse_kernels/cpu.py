@@ -305,8 +305,9 @@ def _product(
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """torch's flash kernel, which also tells the LSE; it wants values as wide as keys."""
+    """torch's flash kernel, which also tells the LSE; it wants values as wide as keys, and rows without gaps."""
     width = v.shape[-1]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # it reads others wrong, in silence
     if width != q.shape[-1]:
         wide = max(width, q.shape[-1])
         q, k, v = (F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from functools import cache
-from importlib import import_module
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from diffsparse_kernels import cached, ops, tiles
-from diffsparse_kernels.cached import density_limit, device_name, measured_backend
+from diffsparse_kernels import ops
+from diffsparse_kernels.cached import density_limit, device_name
+from diffsparse_kernels.case import DENSE_BLOCKS, Case
 from diffsparse_kernels.errors import BackendError, KernelInputError
 from diffsparse_kernels.lists import BlockLists, Boxes
+from diffsparse_kernels.registry import BACKENDS, Choice, choose
 
-# name -> (module, kinds of device); the first that fits is taken, those behind the reference only by name or measure
-_BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "cpu": ("diffsparse_kernels.cpu", ("cpu",)),
-    "gluon": ("diffsparse_kernels.gluon", ("cuda",)),
-    "triton": ("diffsparse_kernels.triton", ("cuda", "cpu")),
-    "reference": ("diffsparse_kernels.reference", ("cpu", "cuda", "mps", "xpu", "meta")),
-    "flex": ("diffsparse_kernels.flex", ("cuda", "cpu")),
-    "flash-attn-4": ("diffsparse_kernels.flash4", ("cuda",)),
-}
 _PRECISIONS = ("int8", "int8-int8", "int8-fp8", "fp8")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -163,20 +151,6 @@ def block_sparse_attention(
     return out, lse
 
 
-def backends(device: torch.device | None = None) -> dict[str, str]:
-    """Every backend by name: "available", or the reason why it does not run here, or on `device` if that is given."""
-    return {name: _obstacle(name, device) or "available" for name in _BACKENDS}
-
-
-def backend_for(device: torch.device) -> str:
-    """Name of the backend that calls on `device` take.
-
-    DIFFSPARSE_BACKEND if set, else the one that `diffsparse doctor --measure` found the fastest, else the first that
-    fits.
-    """
-    return os.environ.get("DIFFSPARSE_BACKEND") or _fitting(device)
-
-
 def kernel_for(
     q: Tensor,
     k: Tensor,
@@ -185,29 +159,25 @@ def kernel_for(
     *,
     key_mask: Tensor | None = None,
     boxes: Boxes | None = None,
-) -> str:
-    """Name of the backend whose kernel computes this very call: some leave to triton what they can't do."""
-    name = backend_for(q.device)
-    fits = getattr(load(name), "fits", None)
-    q_block, kv_block = (128, 128) if lists is None else (lists.q_block, lists.kv_block)
-    return name if fits is None or fits(q, k, v, q_block, kv_block, key_mask, boxes) else "triton"
+) -> Choice:
+    """The backend whose kernel computes this very call, and those that were passed over for it, with their reasons.
+
+    Raises:
+        NoKernelError: no kernel of the device can do it.
+    """
+    blocks = DENSE_BLOCKS if lists is None else (lists.q_block, lists.kv_block)
+    return choose(Case.of("attend", q, k, v, blocks, key_mask, boxes), q.device)
 
 
-@cache
-def _fitting(device: torch.device) -> str:
-    fastest = measured_backend(device_name(device))
-    for name in [fastest or "", *_BACKENDS][: 1 + list(_BACKENDS).index("flex")]:
-        if name in _BACKENDS and device.type in _BACKENDS[name][1] and not _obstacle(name, device):
-            return name
-    raise BackendError(f"no backend runs on {device.type!r}; known: {', '.join(_BACKENDS)}")
-
-
-def break_even(device: torch.device, dtype: torch.dtype, head_dim: int, block: int, tokens: int) -> float:
+def break_even(
+    device: torch.device, dtype: torch.dtype, head_dim: int, block: int, tokens: int, masked: bool = False
+) -> float:
     """Density above which dense attention is faster than block-sparse attention of `block` tokens.
 
     As `diffsparse doctor --measure` found it on this device, else a cautious default.
     """
-    return density_limit(backend_for(device), device_name(device), dtype, head_dim, block, tokens)
+    case = Case("attend", dtype, head_dim, head_dim, block, block, masked)
+    return density_limit(choose(case, device).name, device_name(device), dtype, head_dim, block, tokens)
 
 
 def default_block() -> int:
@@ -218,57 +188,16 @@ def default_block() -> int:
     return 128 if torch.cuda.is_available() else 64
 
 
-@cache
-def load(name: str) -> ModuleType:
-    """The module of a backend, imported now if it was not."""
-    if name not in _BACKENDS:
-        raise BackendError(f"no backend is called {name!r}; known: {', '.join(_BACKENDS)}")
-    return import_module(_BACKENDS[name][0])
-
-
-@cache
-def _obstacle(name: str, device: torch.device | None = None) -> str:
-    """Why a backend does not run here; modules that know more of devices than their kind have `unfit`."""
-    if device is not None and device.type not in _BACKENDS[name][1]:
-        return f"runs on {', '.join(_BACKENDS[name][1])}, not on {device.type}"
-    try:
-        module = load(name)
-    except ImportError as error:
-        return str(error)
-    unfit = getattr(module, "unfit", None)
-    return "" if unfit is None or device is None else str(unfit(device))
-
-
 def _choose(q: Tensor, name: str | None) -> str:
-    """A name that is known, or an empty one; whether it runs here is asked inside the op, where no compiler looks."""
+    """A name that is known, or an empty one; whether it can do this is asked inside the op, where no compiler looks."""
     if name is None:
         return ""
-    if name not in _BACKENDS:
-        raise BackendError(f"no backend is called {name!r}; known: {', '.join(_BACKENDS)}")
-    if q.device.type not in _BACKENDS[name][1]:
-        raise BackendError(f"backend {name!r} runs on {', '.join(_BACKENDS[name][1])}; got tensors on {q.device.type}")
+    if name not in BACKENDS:
+        raise BackendError(f"no backend is called {name!r}; known are {', '.join(BACKENDS)}")
+    if q.device.type not in BACKENDS[name].devices:
+        kinds = ", ".join(BACKENDS[name].devices)
+        raise BackendError(f"backend {name!r} runs on {kinds}; got tensors on {q.device}")
     return name
-
-
-def module_for(name: str, device: torch.device) -> ModuleType:
-    """The module of a backend that was named, here or by DIFFSPARSE_BACKEND, or of the device's if none was.
-
-    Raises:
-        BackendError: it was named, and can't run here.
-    """
-    name = name or os.environ.get("DIFFSPARSE_BACKEND", "")
-    if not name:
-        return load(_fitting(device))
-    obstacle = _obstacle(name, device) if name in _BACKENDS else f"known are {', '.join(_BACKENDS)}"
-    if obstacle:
-        raise BackendError(f"backend {name!r} can't run on {device}: {obstacle}")
-    return load(name)
-
-
-def forget_measurements() -> None:
-    """Read what is measured on this machine anew, when it is next asked for."""
-    for known in (_fitting, _obstacle, cached.break_even_rows, tiles.tuned):
-        known.cache_clear()
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

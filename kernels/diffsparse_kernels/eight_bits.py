@@ -25,6 +25,7 @@ from torch import Tensor
 
 from diffsparse_kernels import triton
 from diffsparse_kernels import triton_kernels as kernels
+from diffsparse_kernels.case import copyable
 from diffsparse_kernels.errors import BackendError
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.tiles import Tile, tiles_for
@@ -64,7 +65,7 @@ def block_sparse_attention(
     if values != "plain":
         v, extra["v_scale_ptr"] = _rounded_values(v, values)
     sizes = max(q.shape[3], v.shape[2 if values != "plain" else 3]), lists.q_block, lists.kv_block
-    tile = tile_for(chip, *sizes, precision, triton.copyable(queries, keys, v))
+    tile = tile_for(chip, *sizes, precision, copyable(queries, keys, v))
     out, lse = triton.attend_rounded(queries, keys, v, lists, scale, key_mask, tile, q.dtype, extra)
     return out, lse + shift * scale
 

@@ -6,14 +6,11 @@ all else is the triton backend's. The error is that of its kernel, and is checke
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from diffsparse_kernels import triton
+from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists, Boxes
-from diffsparse_kernels.proof import proven
 
 try:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -23,24 +20,30 @@ except ImportError as error:
 
 BLOCK = 128
 
-attention_with_mass = triton.attention_with_mass
-block_mass = triton.block_mass
 
-
-@cache
 def unfit(device: torch.device) -> str:
     """Why the kernel does not run on `device`; empty if it does."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return "flash-attn-4 knows block-sparse attention on Hopper and Blackwell (sm_90, sm_100) only"
-    return "" if proven(block_sparse_attention, device, BLOCK) else "flash-attn-4 failed its test on this device"
+    return ""
+
+
+def refuses(case: Case) -> str:
+    """What the kernel can't do of a case, which the triton backend then does; empty if it can do all."""
+    if case.kind != "attend":
+        return "it computes attention alone"
+    if case.axes or case.masked:
+        return "it takes no boxes and no key mask"
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16; got {case.dtype}"
+    blocks = case.q_block, case.kv_block
+    return "" if blocks == (BLOCK, BLOCK) else f"it takes blocks of {BLOCK}; got {blocks[0]} and {blocks[1]}"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    if not fits(q, k, v, BLOCK, BLOCK, key_mask, None):
-        return triton.attention(q, k, v, scale, key_mask)
     return _flash(q, k, v, scale, None)
 
 
@@ -54,17 +57,7 @@ def block_sparse_attention(
     boxes: Boxes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks."""
-    if not fits(q, k, v, lists.q_block, lists.kv_block, key_mask, boxes):
-        return triton.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
     return _flash(q, k, v, scale, lists)
-
-
-def fits(
-    q: Tensor, k: Tensor, v: Tensor, q_block: int, kv_block: int, key_mask: Tensor | None, boxes: Boxes | None
-) -> bool:
-    """Whether the kernel can do this."""
-    sixteen_bits = q.dtype in (torch.bfloat16, torch.float16)
-    return sixteen_bits and q_block == kv_block == BLOCK and key_mask is None and boxes is None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, lists: BlockLists | None) -> tuple[Tensor, Tensor]:

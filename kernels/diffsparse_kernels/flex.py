@@ -88,6 +88,6 @@ def _kernel(device: str) -> Any:
 
 
 def _own(device: str) -> ModuleType:
-    from diffsparse_kernels.dispatch import load
+    from diffsparse_kernels.registry import load
 
     return load("triton" if device == "cuda" else "cpu")

@@ -8,7 +8,6 @@ the error against float64 stays below twice that of plain attention in the same 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from diffsparse_kernels import gluon_kernels as kernels
 from diffsparse_kernels import triton
+from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
-from diffsparse_kernels.proof import proven
+from diffsparse_kernels.tiles import HEAD_DIMS
 
 VERSIONS = (3, 6), (3, 10)  # of Triton, the last excluded: Gluon is experimental, and renames things
 _VERSION = tuple(int(part) for part in compiler.__version__.split(".")[:2])
@@ -30,24 +30,35 @@ if not VERSIONS[0] <= _VERSION < VERSIONS[1]:
 Q_BLOCK = 128
 KV_BLOCKS = (64, 128)
 
-attention_with_mass = triton.attention_with_mass
-block_mass = triton.block_mass
 
-
-@cache
 def unfit(device: torch.device) -> str:
     """Why the kernel does not run on `device`; empty if it does."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if torch.cuda.get_device_capability(device)[0] != 9:
         return "the gluon backend is for Hopper (sm_90)"
-    return "" if proven(block_sparse_attention, device) else "the gluon kernel failed its test on this device"
+    return ""
+
+
+def refuses(case: Case) -> str:
+    """What the kernel can't do of a case, which the triton backend then does; empty if it can do all."""
+    if case.kind != "attend":
+        return "it computes attention alone"
+    if case.axes or case.masked:
+        return "it takes no boxes and no key mask"
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16; got {case.dtype}"
+    if case.head_dim != case.value_dim or case.head_dim > HEAD_DIMS[-1]:
+        sizes = f"{case.head_dim} and {case.value_dim}"
+        return f"it takes heads of at most {HEAD_DIMS[-1]} channels, as many of keys as of values; got {sizes}"
+    if case.q_block != Q_BLOCK or case.kv_block not in KV_BLOCKS:
+        wanted = f"{Q_BLOCK} queries and {' or '.join(map(str, KV_BLOCKS))} keys"
+        return f"it takes blocks of {wanted}; got {case.q_block} and {case.kv_block}"
+    return "" if case.copyable else "it takes dense rows, with addresses and strides that are multiples of 16 bytes"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    if not fits(q, k, v, Q_BLOCK, KV_BLOCKS[-1], key_mask, None):
-        return triton.attention(q, k, v, scale, key_mask)
     return _attend(q, k, v, scale, KV_BLOCKS[-1], None)
 
 
@@ -61,24 +72,7 @@ def block_sparse_attention(
     boxes: Boxes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks."""
-    if not fits(q, k, v, lists.q_block, lists.kv_block, key_mask, boxes):
-        return triton.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
     return _attend(q, k, v, scale, lists.kv_block, lists)
-
-
-def fits(
-    q: Tensor, k: Tensor, v: Tensor, q_block: int, kv_block: int, key_mask: Tensor | None, boxes: Boxes | None
-) -> bool:
-    """Whether the kernel can do this."""
-    return (
-        key_mask is None
-        and boxes is None
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[3] == v.shape[3] <= 128
-        and q_block == Q_BLOCK
-        and kv_block in KV_BLOCKS
-        and triton.copyable(q, k, v)
-    )
 
 
 def constants(head_dim: int, kv_block: int, lists: BlockLists | None) -> dict[str, Any]:

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from diffsparse_kernels import means as plain_means
+from diffsparse_kernels.case import DENSE_BLOCKS, Case, Kind
+from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
+from diffsparse_kernels.registry import check_named, choose
 
 
-def _module(backend: str, q: Tensor):  # type: ignore[no-untyped-def]  # a module, checked where it is defined
-    """The backend of that name, or the device's if it is empty: chosen here, where no compiler looks."""
-    from diffsparse_kernels.dispatch import module_for
+def _module(
+    backend: str,
+    kind: Kind,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    blocks: tuple[int, int] = DENSE_BLOCKS,
+    key_mask: Tensor | None = None,
+    boxes: Boxes | None = None,
+) -> ModuleType:
+    """The module that answers this call: chosen here, where no compiler looks."""
+    return choose(Case.of(kind, *qkv, blocks, key_mask, boxes), qkv[0].device, backend).module
 
-    return module_for(backend, q.device)
 
-
-def _means_of(device: torch.device):  # type: ignore[no-untyped-def]  # a module, checked where it is defined
-    """Where `merge_means` is: the same for all backends of a device."""
-    from diffsparse_kernels import dispatch, means
-
-    return dispatch.load("triton") if device.type == "cuda" else means
+def merge_means(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Merge what the means of the blocks outside the lists give into out and lse, in place, whoever made these."""
+    try:
+        case = Case.of("means", q, k, v, (lists.q_block, lists.kv_block), key_mask)
+        merge = getattr(choose(case, q.device).module, "merge_means", plain_means.merge_means)
+    except NoKernelError:  # plain torch always can
+        merge = plain_means.merge_means
+    merge(q, k, v, lists, scale, key_mask, out, lse)
 
 
 def _accumulated(q: Tensor) -> torch.dtype:
@@ -31,7 +54,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    out, lse = _module(backend, q).attention(q, k, v, scale, key_mask)
+    module = _module(backend, "attend", (q, k, v), key_mask=key_mask)
+    out, lse = module.attention(q, k, v, scale, key_mask)
     return out.contiguous(), lse.contiguous()
 
 
@@ -53,12 +77,17 @@ def attention_with_mass(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention with the block mass -> out, lse, mass."""
-    module = _module(backend, q)
-    if lse_cached is None and not getattr(module, "SEES_WHOLE_ROWS", False):  # the LSE is known when the pass ends
+    blocks, rest = (q_block, kv_block), (q_block, kv_block, scale, key_mask)
+    if lse_cached is not None:
+        module = _module(backend, "fused", (q, k, v), blocks, key_mask)
+        out, lse, mass = module.attention_with_mass(q, k, v, lse_cached, *rest)
+        return out.contiguous(), lse.contiguous(), mass.contiguous()
+    module = _module(backend, "attend", (q, k, v), key_mask=key_mask)
+    if getattr(module, "SEES_WHOLE_ROWS", False):
+        out, lse, mass = module.attention_with_mass(q, k, v, None, *rest)
+    else:  # the LSE is known when the pass ends
         out, lse = module.attention(q, k, v, scale, key_mask)
-        mass = module.block_mass(q, k, lse, q_block, kv_block, scale, key_mask)
-    else:
-        out, lse, mass = module.attention_with_mass(q, k, v, lse_cached, q_block, kv_block, scale, key_mask)
+        mass = _module(backend, "mass", (q, k, k), blocks, key_mask).block_mass(q, k, lse, *rest)
     return out.contiguous(), lse.contiguous(), mass.contiguous()
 
 
@@ -95,7 +124,8 @@ def block_mass(
     backend: str,
 ) -> Tensor:
     """Block mass alone."""
-    mass: Tensor = _module(backend, q).block_mass(q, k, lse, q_block, kv_block, scale, key_mask)
+    module = _module(backend, "mass", (q, k, k), (q_block, kv_block), key_mask)
+    mass: Tensor = module.block_mass(q, k, lse, q_block, kv_block, scale, key_mask)
     return mass.contiguous()
 
 
@@ -129,9 +159,7 @@ def eight_bit_attention(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention in eight bits -> out, lse."""
-    from diffsparse_kernels.dispatch import module_for
-
-    module_for("triton", q.device)
+    check_named("triton", q.device)
     from diffsparse_kernels.eight_bits import block_sparse_attention as rounded
 
     lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
@@ -176,10 +204,11 @@ def block_sparse_attention(
     """Block-sparse attention -> out, lse."""
     lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
     boxes = None if place is None or low is None or high is None else Boxes(place, low, high)
-    out, lse = _module(backend, q).block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
+    module = _module(backend, "attend", (q, k, v), (q_block, kv_block), key_mask, boxes)
+    out, lse = module.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
     if means:
         out, lse = out.contiguous(), lse.contiguous()
-        _means_of(q.device).merge_means(q, k, v, lists, scale, key_mask, out, lse)
+        merge_means(q, k, v, lists, scale, key_mask, out, lse)
     return out.contiguous(), lse.contiguous()
 
 

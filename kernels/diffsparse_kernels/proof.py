@@ -1,28 +1,229 @@
-"""A backend is tried on the device before it is trusted: what no test could run where it was written, this does."""
+"""Whether a kernel agrees with the reference in float64 on this device: `python -m diffsparse_kernels.proof`.
+
+Run by `trials.py` in a process of its own, for what it tries may hang or crash. Tolerances come from the data: twice
+the error of the same computation in plain torch with every step rounded to the inputs' dtype.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffsparse_kernels import reference
-from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels import means, reference
+from diffsparse_kernels.case import Case
+from diffsparse_kernels.child import say
+from diffsparse_kernels.lists import BlockLists, Boxes
 
-Sparse = Callable[[Tensor, Tensor, Tensor, BlockLists, float, None], tuple[Tensor, Tensor]]
+REPEATS = 3  # there are no atomics, so a difference between two runs is a race
+KERNELS = {  # name -> module, and the kind of tiles that is tried, where there are several
+    "gluon": ("diffsparse_kernels.gluon", ""),
+    "triton": ("diffsparse_kernels.triton", "pointers"),
+    "triton-tma": ("diffsparse_kernels.triton", "tma"),
+    "triton-specialised": ("diffsparse_kernels.triton", "specialised"),
+    "flash-attn-4": ("diffsparse_kernels.flash4", ""),
+}
+_RESULTS = {"attend": ("output", "LSE"), "means": ("output", "LSE"), "mass": ("mass",)}
+_RESULTS["fused"] = (*_RESULTS["attend"], *_RESULTS["mass"])
 
 
-def proven(sparse: Sparse, device: torch.device, block: int = 128) -> bool:
-    """Whether block-sparse attention agrees with the reference on ragged lengths, with an empty list among others.
+class Sample(NamedTuple):
+    """One call: q, k, v [B, H, N, D], the lists (None: dense), and what hides keys."""
 
-    One small call in bfloat16, and the first of its kind, so it compiles. It waits for the device.
-    """
-    generator, length = torch.Generator().manual_seed(0), 6 * block - block // 2 - 4
-    q, k, v = (torch.randn(1, 2, length, 128, generator=generator).to(device, torch.bfloat16) for _ in range(3))
-    mask = torch.rand(1, 2, 6, 6, generator=generator) < 0.7
+    name: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lists: BlockLists | None = None
+    key_mask: Tensor | None = None
+    boxes: Boxes | None = None
+    scale: float = 0.1
+
+    def double(self) -> Sample:
+        """The same in float64."""
+        q, k, v = (x.double() for x in (self.q, self.k, self.v))
+        return self._replace(q=q, k=k, v=v)
+
+    def seen(self) -> Tensor:
+        """Which keys each query sees: bool, broadcastable to [B, H, N_q, N_kv]."""
+        n_q, n_kv = self.q.shape[2], self.k.shape[2]
+        seen = torch.ones(1, 1, n_q, n_kv, dtype=torch.bool, device=self.q.device)
+        if self.lists is not None:
+            rows = self.lists.to_mask().repeat_interleave(self.lists.q_block, 2)[:, :, :n_q]
+            seen = rows.repeat_interleave(self.lists.kv_block, 3)[..., :n_kv]
+        seen = seen if self.key_mask is None else seen & self.key_mask[:, None, None]
+        return seen if self.boxes is None else seen & self.boxes.visible()
+
+
+# --- small calls of a case ----------------------------------------------------------------------------------------
+
+
+def samples(case: Case, device: torch.device) -> Iterator[Sample]:
+    """Ragged lengths, both layouts of memory, an empty list, lists for each sample and for all, a prefix and holes."""
+    generator = torch.Generator().manual_seed(0)
+    n_q, n_kv = 3 * case.q_block - 9, 6 * case.kv_block - case.kv_block // 2 - 4
+    sizes = {"q_block": case.q_block, "kv_block": case.kv_block, "q_len": n_q, "kv_len": n_kv}
+
+    def normal(length: int, dim: int, token_major: bool) -> Tensor:
+        shape = (2, length, 2, dim) if token_major else (2, 2, length, dim)
+        x = torch.randn(*shape, generator=generator).to(device, case.dtype)
+        x = x if case.copyable else torch.stack((x, x), -1)[..., 0]
+        return x.transpose(1, 2) if token_major else x
+
+    def make(name: str, mask: Tensor | None, keys: Tensor, token_major: bool) -> Sample:
+        dims = (n_q, case.head_dim), (n_kv, case.head_dim), (n_kv, case.value_dim)
+        q, k, v = (normal(*size, token_major) for size in dims)
+        lists = None if mask is None else BlockLists.from_mask(mask.to(device), **sizes)
+        boxes = _boxes(case.axes, n_q, n_kv, generator, device) if case.axes else None
+        return Sample(name, q, k, v, lists, keys.to(device) if case.masked else None, boxes)
+
+    mask = torch.rand(2, 2, 3, 6, generator=generator) < 0.7
     mask[0, 0, 0] = False
-    lists = BlockLists.from_mask(mask.to(device), q_block=block, kv_block=block, q_len=length, kv_len=length)
-    got = sparse(q, k, v, lists, 0.1, None)
-    want = reference.block_sparse_attention(q, k, v, lists, 0.1, None)
-    return all(torch.allclose(x.float(), y.float(), rtol=0.02, atol=0.02) for x, y in zip(got, want, strict=True))
+    prefix = torch.arange(n_kv) < torch.tensor([[n_kv - case.kv_block // 3], [n_kv]])
+    holes = torch.rand(2, n_kv, generator=generator) < 0.8
+    holes[0, : case.kv_block] = False
+    if case.kind in ("attend", "means"):
+        yield make("lists", mask, prefix, False)
+        yield make("one set of lists for all, token-major", mask[1:], holes, True)
+    if case.kind in ("fused", "mass"):
+        yield make("dense", None, prefix, False)
+    if case.kind != "means" and not case.axes:
+        yield make("dense, token-major", None, holes, True)
+
+
+def _boxes(axes: int, n_q: int, n_kv: int, generator: torch.Generator, device: torch.device) -> Boxes:
+    place, low = (torch.randint(0, 6, (axes, n), generator=generator, dtype=torch.int32) for n in (n_kv, n_q))
+    place[0, ::7] = -1
+    return Boxes(*(x.to(device) for x in (place, low, low + 3)))
+
+
+# --- a result and what to make of it ------------------------------------------------------------------------------
+
+
+def compute(case: Case, kernel: Any, sample: Sample) -> tuple[Tensor, ...]:
+    """What a kernel gives for one call of a case. kernel: a backend's module, or whatever has its functions."""
+    q, k, v, lists, key_mask, boxes, scale = sample[1:]
+    lse = (
+        torch.linspace(3, 6, q.shape[2], device=q.device)
+        .expand(q.shape[:3])
+        .to(torch.promote_types(q.dtype, torch.float32))
+    )
+    tiles = lse, case.q_block, case.kv_block, scale, key_mask
+    if case.kind == "mass":
+        return (kernel.block_mass(q, k, *tiles),)
+    if case.kind == "fused":
+        return tuple(kernel.attention_with_mass(q, k, v, *tiles))
+    if lists is None:
+        return tuple(kernel.attention(q, k, v, scale, key_mask))
+    if case.kind == "attend":
+        return tuple(kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes))
+    merged = q.new_ones(*q.shape[:3], v.shape[3]), lse.clone()
+    kernel.merge_means(q, k, v, lists, scale, key_mask, *merged)
+    return merged
+
+
+def exact(case: Case, sample: Sample) -> tuple[Tensor, ...]:
+    """The same by the reference, in float64."""
+    return compute(case, SimpleNamespace(**vars(reference), merge_means=means.merge_means), sample.double())
+
+
+def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
+    """The same in plain torch, every step rounded to the inputs' dtype."""
+    if case.kind == "means":
+        return compute(case, means, sample)
+    scores = (sample.q @ sample.k.mT * sample.scale).masked_fill(~sample.seen(), -torch.inf)
+    attended = scores.softmax(-1).nan_to_num(0.0) @ sample.v, scores.logsumexp(-1)
+
+    def block_mass(q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, *_: Any) -> Tensor:
+        return reference.tile_sums((scores - lse[..., None].to(scores.dtype)).exp(), q_block, kv_block)
+
+    mass = compute(case._replace(kind="mass"), SimpleNamespace(block_mass=block_mass), sample)
+    return {"attend": attended, "mass": mass, "fused": (*attended, *mass)}[case.kind]
+
+
+def difference(got: Tensor, want: Tensor, low: Tensor) -> tuple[float, float]:
+    """The largest error of `got`, infinite if it isn't finite where it should be, and the largest that is explained.
+
+    want: float64. low: the same in plain torch, every step rounded: twice its error is what a number format explains.
+    """
+    alive = want.isfinite()
+    if not torch.equal(got.isfinite(), alive) or not torch.equal(got[~alive].double(), want[~alive]):
+        return float("inf"), 0.0
+    if not bool(alive.any()):
+        return 0.0, 0.0
+    largest = max(1.0, want[alive].abs().max().item())
+    error, explained = ((x - want)[alive].abs().max().item() for x in (got, low))
+    return error, 2 * explained + torch.finfo(low.dtype).eps * largest
+
+
+def problem(case: Case, kernel: Any, sample: Sample, repeats: int = REPEATS) -> str:
+    """What is wrong with a kernel's results for one call; empty if nothing is."""
+    results = [compute(case, kernel, sample) for _ in range(repeats)]
+    parts = results[0], exact(case, sample), rounded(case, sample)
+    for name, got, want, low in zip(_RESULTS[case.kind], *parts, strict=True):
+        error, limit = difference(got, want, low)
+        if not error <= limit:
+            return f"wrong: the {name} is off by {error:.2e}, {limit:.2e} is explained ({sample.name})"
+    for again in results[1:]:
+        if not all(torch.equal(x, y) for x, y in zip(again, results[0], strict=True)):
+            return f"wrong: not the same twice ({sample.name})"
+    return ""
+
+
+# --- the child ----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> None:
+    """Try one kernel with one case: a message before each call, the verdict last."""
+    place, name, words = arguments[0], arguments[1], arguments[2:]
+    try:
+        device = torch.zeros(1, device=place).device
+    except Exception as error:  # a device that is full or busy says nothing of the kernel
+        return say(untried=_line(error))
+    say(trying="the first call")
+    try:
+        say(verdict=_verdict(name, Case.read(words), device))
+    except torch.OutOfMemoryError as error:
+        say(untried=_line(error))
+    except Exception as error:
+        say(verdict=f"raised {_line(error)}")
+
+
+def _verdict(name: str, case: Case, device: torch.device) -> str:
+    kernel = kernel_of(name)
+    poison()
+    for sample in samples(case, device):
+        say(trying=sample.name)
+        found = problem(case, kernel, sample)
+        if found:
+            return found
+    return "right"
+
+
+def kernel_of(name: str) -> Any:
+    """A kernel's module; of several kinds of tiles this process then uses the named one alone."""
+    place, kind = KERNELS[name]
+    module = import_module(place)
+    if kind:
+        module.trusted = lambda copy, *_: copy == kind  # type: ignore[attr-defined]
+    return module
+
+
+def poison() -> None:
+    """From now on `torch.empty` gives NaN: what no kernel wrote must not pass for a result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffsparse_kernels.dispatch import _check, _check_lists, _scale
 from diffsparse_kernels.errors import KernelInputError
 from diffsparse_kernels.lists import BlockLists, blocks_of
-from diffsparse_kernels.ops import _means_of
+from diffsparse_kernels.ops import merge_means
 from diffsparse_kernels.reference import _join, _strips
 
 
@@ -82,7 +82,7 @@ def quantised_attention(
         parts.append((out, (top + total.log())[..., 0]))
     out, lse = _join(parts, q)
     if means:
-        _means_of(q.device).merge_means(q, k, v, lists, _scale(q, scale), key_mask, out, lse)
+        merge_means(q, k, v, lists, _scale(q, scale), key_mask, out, lse)
     return out, lse
 
 

@@ -41,7 +41,7 @@ def block_mass(
         scores = _scores(q[:, :, rows], k, scale, key_mask)
         cached = lse[:, :, rows, None].to(scores.dtype)
         weights = torch.where(cached.isfinite(), (scores - cached).exp(), 0.0)
-        parts.append(_tile_sums(weights, q_block, kv_block))
+        parts.append(tile_sums(weights, q_block, kv_block))
     return torch.cat(parts, 2)
 
 
@@ -93,7 +93,7 @@ def _join(parts: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor
     return torch.cat(outs, 2).to(q.dtype), torch.cat(lses, 2)
 
 
-def _tile_sums(weights: Tensor, q_block: int, kv_block: int) -> Tensor:
+def tile_sums(weights: Tensor, q_block: int, kv_block: int) -> Tensor:
     """[B, H, rows, N_kv] -> [B, H, ceil(rows / q_block), ceil(N_kv / kv_block)]."""
     rows, columns = weights.shape[2:]
     padded = torch.nn.functional.pad(weights, (0, -columns % kv_block, 0, -rows % q_block))

@@ -16,6 +16,7 @@ from diffsparse_kernels.cached import read_rows
 
 HEAD_DIMS = (64, 128)  # smaller heads are padded to these in registers
 TUNED = "tiles.json"  # in the cache folder
+Copy = Literal["pointers", "tma", "specialised"]
 
 
 class Tile(NamedTuple):
@@ -28,7 +29,7 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
-    copy: Literal["pointers", "tma", "specialised"] = "pointers"
+    copy: Copy = "pointers"
 
 
 def tiles_for(chip: int, head_dim: int, q_block: int, kv_block: int, device: str | None = None) -> list[Tile]:

@@ -7,22 +7,21 @@ error against float64 stays below twice that of plain attention in the same dtyp
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextvars import copy_context
-from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from diffsparse_kernels import trials
 from diffsparse_kernels import triton_kernels as kernels
-from diffsparse_kernels.errors import KernelInputError
+from diffsparse_kernels.case import Case
+from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
 from diffsparse_kernels.means import Means
-from diffsparse_kernels.proof import proven
-from diffsparse_kernels.tiles import HEAD_DIMS, Tile, tiles_for
+from diffsparse_kernels.tiles import HEAD_DIMS, Copy, Tile, tiles_for
 
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,6 +34,21 @@ def unfit(device: torch.device) -> str:
     """Why the kernels do not run on `device`; empty if they do."""
     if device.type == "cpu" and not INTERPRETED:
         return "on the CPU it runs in Triton's interpreter only: set TRITON_INTERPRET=1"
+    return ""
+
+
+def refuses(case: Case) -> str:
+    """What the kernels can't do of a case; empty if they can do all."""
+    q_block = (
+        max(case.q_block, BLOCKS[0]) if case.kind == "mass" else case.q_block
+    )  # of sampled rows there may be fewer
+    if q_block not in BLOCKS or case.kv_block not in BLOCKS:
+        wanted = ", ".join(map(str, BLOCKS))
+        return f"it wants blocks of {wanted} tokens; got {case.q_block} and {case.kv_block}"
+    if case.dtype not in DTYPES:
+        return f"it wants float32, bfloat16 or float16; got {case.dtype}"
+    if max(case.head_dim, case.value_dim) > HEAD_DIMS[-1]:
+        return f"it wants heads of at most {HEAD_DIMS[-1]} channels; got {case.head_dim} and {case.value_dim}"
     return ""
 
 
@@ -122,11 +136,14 @@ def block_mass(
     q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, scale: float, key_mask: Tensor | None
 ) -> Tensor:
     """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK], one pass over keys."""
-    _check(q.shape[3], 0, q.dtype, max(q_block, BLOCKS[0]), kv_block)  # of rows sampled from a block there may be fewer
+    case = Case.of("mass", q, k, k, (q_block, kv_block), key_mask)
+    check(case)
     q, scale = positive(q, scale)
     (batch, heads, n_q, head_dim), n_kv = q.shape, k.shape[2]
     mass = q.new_empty(batch, heads, blocks_of(n_q, q_block), blocks_of(n_kv, kv_block), dtype=torch.float32)
-    tile = measure_tile(chip(q.device), kv_block, q.element_size(), copyable(q, k))
+    tile = measure_tile(chip(q.device), kv_block, q.element_size(), case.copyable)
+    if not trusted(tile.copy, case, q.device):
+        tile = tile._replace(copy="pointers")
     constants = measure_constants(head_dim, q_block, kv_block, tile)
     grid = batch * heads * blocks_of(n_q, constants["BLOCK_M"])
     launch(
@@ -188,7 +205,9 @@ def _attend(
     """Launch `kernels.attend` -> out, lse, mass (empty if there is no cached LSE)."""
     rounded_values = extra is not None and extra["VALUES"] != "plain"  # [B, H, D_V, N]
     value_dim = v.shape[2 if rounded_values else 3]
-    _check(q.shape[3], value_dim, q.dtype if dtype is None else dtype, q_block, kv_block)
+    case = Case.of("attend" if cached is None else "fused", q, k, v, (q_block, kv_block), key_mask, boxes)
+    case = case._replace(dtype=q.dtype if dtype is None else dtype, value_dim=value_dim)
+    check(case)
     q, scale = positive(q, scale)
     (batch, heads, n_q, head_dim), n_kv = q.shape, k.shape[2]
     q_blocks, kv_blocks = blocks_of(n_q, q_block), blocks_of(n_kv, kv_block)
@@ -197,7 +216,7 @@ def _attend(
     mass = q.new_empty((0,) if cached is None else (batch, heads, q_blocks, kv_blocks), dtype=torch.float32)
     order = None if lists is None else lists.order
     flags = flags_of(lists is not None, order is not None, key_mask is not None, boxes, cached is not None)
-    tile = tile or attend_tile(q, k, v, q_block, kv_block, flags)
+    tile = tile or attend_tile(case, q.device, flags)
     arguments: dict[str, Any] = {
         "q_ptr": q,
         "k_ptr": k,
@@ -235,25 +254,20 @@ def flags_of(sparse: bool, ordered: bool, masked: bool, boxes: Boxes | None, mas
     return {"SPARSE": sparse, "ORDERED": ordered, "MASKED": masked, "AXES": axes, "MASS": mass, **plain}
 
 
-def attend_tile(q: Tensor, k: Tensor, v: Tensor, q_block: int, kv_block: int, flags: dict[str, Any]) -> Tile:
+def attend_tile(case: Case, device: torch.device, flags: dict[str, Any]) -> Tile:
     """The first tile of the table whose needs are met, and whose kind is right on this device."""
-    device = torch.cuda.get_device_name(q.device) if q.is_cuda else None
-    tiles = tiles_for(chip(q.device), max(q.shape[3], v.shape[3]), q_block, kv_block, device)
-    return fitting(
-        [tile for tile in tiles if _trusted(q.device, tile.copy)], q.element_size(), copyable(q, k, v), flags
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    tiles = tiles_for(chip(device), max(case.head_dim, case.value_dim), case.q_block, case.kv_block, name)
+    while True:
+        tile = fitting(tiles, case.dtype.itemsize, case.copyable, flags)
+        if trusted(tile.copy, case, device):
+            return tile
+        tiles = [other for other in tiles if other.copy != tile.copy]
 
 
-@cache
-def _trusted(device: torch.device, kind: str) -> bool:
-    """Whether tiles of this kind agree with the reference: compilers are young where they split the work of warps."""
-    if kind == "pointers" or device.type != "cuda":
-        return True
-    tile = next((tile for tile in tiles_for(chip(device), 128, 128, 128) if tile.copy == kind), None)
-    right = tile is not None and proven(partial(block_sparse_attention, tile=tile), device)
-    if not right:
-        warnings.warn(f"tiles of the kind {kind!r} fail their test on {device}; others are used", stacklevel=2)
-    return right
+def trusted(copy: Copy, case: Case, device: torch.device) -> bool:
+    """Whether tiles of this kind are right on this device: compilers are young where they split the work of warps."""
+    return copy == "pointers" or not trials.verdict(f"triton-{copy}", case, device)
 
 
 def fitting(tiles: list[Tile], itemsize: int, copyable: bool, flags: dict[str, Any]) -> Tile:
@@ -328,36 +342,16 @@ def _pointers(boxes: Boxes | None, q: Tensor) -> tuple[Tensor, ...]:
     return (q, q, q) if boxes is None else tuple(x.contiguous() for x in boxes)
 
 
-def copyable(*tensors: Tensor) -> bool:
-    """Whether the copy engine can read these: dense rows, all addresses and strides multiples of 16 bytes."""
-    return all(
-        x.stride(3) == 1
-        and x.data_ptr() % 16 == 0
-        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-        for x in tensors
-    )
-
-
 def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
     """The kernels take the maximum before they scale, which wants a positive scale."""
     return (-q, -scale) if scale < 0 else (q, max(scale, 1e-30))
 
 
-def _check(head_dim: int, value_dim: int, dtype: torch.dtype, q_block: int, kv_block: int) -> None:
-    if q_block not in BLOCKS or kv_block not in BLOCKS:
-        raise KernelInputError(
-            f"the triton backend wants blocks of {', '.join(map(str, BLOCKS))} tokens; got {q_block} and {kv_block}. "
-            "Choose one of these, or backend='reference'"
-        )
-    if dtype not in DTYPES:
-        raise KernelInputError(
-            f"the triton backend wants float32, bfloat16 or float16; got {dtype}. Use backend='reference'"
-        )
-    if max(head_dim, value_dim) > HEAD_DIMS[-1]:
-        raise KernelInputError(
-            f"the triton backend wants heads of at most {HEAD_DIMS[-1]} channels; got {head_dim} and {value_dim}. "
-            "Use backend='reference'"
-        )
+def check(case: Case) -> None:
+    """Raise NoKernelError for what the kernels can't do."""
+    reason = refuses(case)
+    if reason:
+        raise NoKernelError(f"the triton backend can't do this: {reason}")
 
 
 def padded(head_dim: int) -> int:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import BackendError, KernelInputError, cached, dispatch, ops, tiles
+from diffsparse_kernels import BackendError, KernelInputError, NoKernelError, cached, ops, registry, tiles, trials
 from diffsparse_kernels.cached import device_name
+from diffsparse_kernels.case import Case
 from support.cases import Size, random_boxes
 
 SHAPE = (1, 2, 48, 16)
@@ -102,34 +104,64 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
         dk.backend_for(torch.device("vulkan"))
     monkeypatch.setenv("DIFFSPARSE_BACKEND", "reference")
     assert dk.backend_for(torch.device("cpu")) == "reference"
-    for name, message in {"fast": "known are cpu, gluon", "gluon": "runs on cuda, not on cpu"}.items():
-        monkeypatch.setenv("DIFFSPARSE_BACKEND", name)
-        with pytest.raises(BackendError, match=f"backend '{name}' can't run on cpu: {message}"):
-            dk.attention(*qkv())
+    monkeypatch.setenv("DIFFSPARSE_BACKEND", "gluon")
+    with pytest.raises(BackendError, match="backend 'gluon' can't run on cpu: runs on cuda, not on cpu"):
+        dk.attention(*qkv())
+    monkeypatch.setenv("DIFFSPARSE_BACKEND", "fast")
+    with pytest.raises(BackendError, match="no backend is called 'fast'; known are cpu, gluon"):
+        dk.attention(*qkv())
 
 
 @pytest.mark.parametrize(
-    ("capability", "proves", "wanted"), [((9, 0), True, "gluon"), ((9, 0), False, "triton"), ((8, 0), True, "triton")]
+    ("capability", "verdict", "wanted"), [((9, 0), "", "gluon"), ((9, 0), "wrong", "triton"), ((8, 0), "", "triton")]
 )
 def test_a_gpu_gets_the_fastest_kernel_that_is_right_on_it(
-    capability: tuple[int, int], proves: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], verdict: str, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    from diffsparse_kernels import gluon
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(gluon, "proven", lambda *_: proves)
-    gluon.unfit.cache_clear()
+    monkeypatch.setattr(trials, "verdict", lambda kernel, *_: verdict if kernel == "gluon" else "")
+    dk.forget_measurements()
     device = torch.device("cuda")
     assert dk.backend_for(device) == wanted
-    assert dispatch.module_for("", device).__name__ == f"diffsparse_kernels.{wanted}"
+    case = Case("attend", torch.float16, 64, 64, 128, 64)
+    assert registry.choose(case, device).module.__name__ == f"diffsparse_kernels.{wanted}"
+    assert registry.choose(case, device).passed_over == (("gluon: wrong",) if verdict else ())
     assert (dk.backends(device)["gluon"] == "available") == (wanted == "gluon")
-    if wanted != "gluon":
-        with pytest.raises(BackendError, match="backend 'gluon' can't run on cuda: the gluon"):
-            dispatch.module_for("gluon", device)
-    gluon.unfit.cache_clear()
+    if verdict:  # whoever names a kernel gets it
+        assert registry.choose(case, device, "gluon").name == "gluon"
+    elif wanted == "triton":
+        with pytest.raises(BackendError, match="backend 'gluon' can't run on cuda: the gluon backend is for Hopper"):
+            registry.choose(case, device, "gluon")
+
+
+def test_what_no_kernel_can_do_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the reference is not a way out: dense attention is faster, and who asks can have it."""
+    pytest.importorskip("triton")
+    unfit = {name: lambda device: "not here" for name in ("gluon", "triton")} | {"triton": lambda device: ""}
+    for name, function in unfit.items():
+        monkeypatch.setattr(registry.load(name), "unfit", function)
+    monkeypatch.setattr(trials, "verdict", lambda kernel, *_: "hang in its trial")
+    for case, reason in {
+        Case("attend", torch.bfloat16, 256, 256, 128, 128): "heads of at most 128 channels; got 256",
+        Case("attend", torch.bfloat16, 64, 64, 256, 256): "wants blocks of 16, 32, 64, 128 tokens; got 256",
+        Case("mass", torch.float64, 64, 64, 64, 64): "wants float32, bfloat16 or float16; got torch.float64",
+        Case("attend", torch.bfloat16, 64, 64, 64, 64): "triton: hang in its trial",
+    }.items():
+        with pytest.raises(NoKernelError, match=reason) as told:
+            registry.choose(case, torch.device("cuda"))
+        assert "gluon: not here" in told.value.reason
+        assert "backend='reference'" in str(told.value)
+
+
+def test_no_exception_of_a_backend_leaves_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> ModuleType:
+        raise RuntimeError(f"{name} was made for another compiler")
+
+    monkeypatch.setattr(registry, "load", broken)
+    assert dk.backends()["gluon"] == "gluon was made for another compiler"
 
 
 def test_what_was_measured_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

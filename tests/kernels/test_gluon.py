@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import gluon, gluon_kernels, triton
+from diffsparse_kernels import gluon, gluon_kernels, registry, triton
+from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from support import aot, hopper
 from support.cases import MASKS, Size, assert_attention, random_mask
@@ -94,15 +98,28 @@ def test_ahead_of_time(head_dim: int, kv_block: int) -> None:
     assert aot.SPECIALISED in kernel.ptx
 
 
-def test_what_is_left_to_the_triton_backend() -> None:
-    size = SIZES[2]
-    q, k, v = size.qkv(torch.bfloat16)
-    assert gluon.fits(q, k, v, 128, 64, None, None)
-    assert not gluon.fits(q, k, v, 64, 64, None, None)
-    assert not gluon.fits(q, k, v, 128, 32, None, None)
-    assert not gluon.fits(q, k, v, 128, 64, torch.ones(1, 512, dtype=torch.bool), None)
-    assert not gluon.fits(*(x.float() for x in (q, k, v)), 128, 64, None, None)
-    assert not gluon.fits(*(x[..., 1:] for x in (q, k, v)), 128, 64, None, None)
+CASE = Case("attend", torch.bfloat16, 128, 128, 128, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"dtype": torch.float16, "head_dim": 72, "value_dim": 72, "kv_block": 128}, ""),
+        ({"kind": "mass"}, "attention alone"),
+        ({"q_block": 64}, "blocks of 128 queries and 64 or 128 keys; got 64 and 64"),
+        ({"kv_block": 32}, "got 128 and 32"),
+        ({"axes": 1}, "no boxes"),
+        ({"dtype": torch.float32}, "bfloat16 and float16; got torch.float32"),
+        ({"head_dim": 256, "value_dim": 256}, "heads of at most 128 channels"),
+        ({"value_dim": 64}, "as many of keys as of values"),
+        ({"copyable": False}, "multiples of 16 bytes"),
+    ],
+)
+def test_what_is_left_to_the_triton_backend(change: dict[str, Any], reason: str) -> None:
+    told = gluon.refuses(CASE._replace(**change))
+    assert reason in told
+    assert bool(told) == bool(reason)
 
 
 @pytest.mark.gpu
@@ -119,6 +136,20 @@ def test_on_the_device() -> None:
         assert_attention((out.cpu(), lse.cpu()), qkv, size.allowed(mask), size.scale)
 
 
+@pytest.fixture
+def hopper_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU as if it were a Hopper GPU on which all kernels were tried."""
+    for name in ("gluon", "triton"):
+        here = registry.BACKENDS[name]._replace(devices=("cpu",), unasked=("cpu",))
+        monkeypatch.setitem(registry.BACKENDS, name, here)
+        monkeypatch.setattr(registry.load(name), "unfit", lambda device: "")
+    monkeypatch.delitem(registry.BACKENDS, "cpu")
+    dk.forget_measurements()
+    yield
+    monkeypatch.undo()
+    dk.forget_measurements()
+
+
 @pytest.mark.parametrize(
     ("block", "dtype", "masked", "wanted"),
     [
@@ -128,12 +159,13 @@ def test_on_the_device() -> None:
         (128, torch.bfloat16, True, "triton"),
     ],
 )
-def test_the_kernel_that_runs_is_named(
-    block: int, dtype: torch.dtype, masked: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DIFFSPARSE_BACKEND", "gluon")
+@pytest.mark.usefixtures("hopper_here")
+def test_the_kernel_that_runs_is_named(block: int, dtype: torch.dtype, masked: bool, wanted: str) -> None:
     size = Size(q_len=256, kv_len=256, q_block=block, kv_block=block, dim=64)
     qkv, lists = size.qkv(dtype), size.lists(random_mask(size))
     keys = torch.ones(size.batch, 256, dtype=torch.bool) if masked else None
-    assert dk.kernel_for(*qkv, lists, key_mask=keys) == wanted
-    assert dk.kernel_for(*qkv, key_mask=keys) == (wanted if block == 128 else "gluon")
+    choice = dk.kernel_for(*qkv, lists, key_mask=keys)
+    assert choice.name == wanted
+    assert bool(choice.passed_over) == (wanted == "triton")
+    assert all(reason.startswith("gluon: it takes ") for reason in choice.passed_over)
+    assert dk.kernel_for(*qkv, key_mask=keys).name == (wanted if block == 128 else "gluon")

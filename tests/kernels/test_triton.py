@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
-from diffsparse_kernels import reference, tiles, triton, triton_kernels
-from diffsparse_kernels.proof import proven
+from diffsparse_kernels import tiles, triton, triton_kernels
+from diffsparse_kernels.case import Case
 from diffsparse_kernels.tiles import Tile
 from support import aot
 
@@ -134,32 +133,21 @@ def test_a_tile_is_taken_only_where_its_needs_are_met() -> None:
 
 
 def test_tiles_that_are_wrong_on_a_device_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
+    wrong: set[str] = set()
+    tried: list[str] = []
 
-    def wrong(sparse: Any, device: torch.device) -> bool:
-        tried.append(sparse.keywords["tile"])
-        return False
+    def verdict(kernel: str, case: Case, device: torch.device) -> str:
+        tried.append(kernel)
+        return "wrong" if kernel in wrong else ""
 
-    monkeypatch.setattr(triton, "proven", wrong)
+    monkeypatch.setattr(triton.trials, "verdict", verdict)
     monkeypatch.setattr(triton, "chip", lambda device: 90)
-    triton._trusted.cache_clear()
-    device = torch.device("cuda")
-    with pytest.warns(UserWarning, match="'specialised' fail their test on cuda"):
-        assert not triton._trusted(device, "specialised")
-    assert tried == [tiles.tiles_for(90, 128, 128, 128)[0]]
-    assert triton._trusted(device, "pointers")
-    triton._trusted.cache_clear()
-
-
-def test_the_proof_tells_right_from_wrong() -> None:
-    cpu = torch.device("cpu")
-    assert proven(reference.block_sparse_attention, cpu, 16)
-
-    def wrong(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        out, lse = reference.block_sparse_attention(q, *rest)
-        return out.roll(1, 2), lse
-
-    assert not proven(wrong, cpu, 16)
+    case, cpu = Case("attend", torch.bfloat16, 128, 128, 128, 128), torch.device("cpu")
+    for kind in ("specialised", "tma", "pointers"):
+        tried.clear()
+        assert triton.attend_tile(case, cpu, SPARSE).copy == kind
+        assert len(tried) == {"specialised": 1, "tma": 2, "pointers": 2}[kind]
+        wrong.add(f"triton-{kind}")
 
 
 def test_chips_between_those_of_the_table() -> None:

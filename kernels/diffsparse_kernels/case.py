@@ -1,0 +1,79 @@
+"""What a call asks of a kernel, as far as that decides which kernel can answer it, and whether it was tried."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from diffsparse_kernels.lists import Boxes
+
+DENSE_BLOCKS = 128, 128  # in which dense attention is computed
+Kind = Literal["attend", "fused", "mass", "means"]
+
+
+class Case(NamedTuple):
+    """A class of calls.
+
+    kind: "attend" (dense or over lists), "fused" (dense with the block mass), "mass" (that alone), "means" (merged into
+    what another kernel gave). head_dim, value_dim: channels. masked: has a key mask. axes: of its boxes, 0 for none.
+    copyable: dense rows, all addresses and strides multiples of 16 bytes, as copy engines want them.
+    """
+
+    kind: Kind
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    q_block: int
+    kv_block: int
+    masked: bool = False
+    axes: int = 0
+    copyable: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        kind: Kind,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        blocks: tuple[int, int],
+        key_mask: Tensor | None = None,
+        boxes: Boxes | None = None,
+    ) -> Case:
+        """The case of q, k, v [B, H, N, D] in blocks of so many queries and keys."""
+        axes = 0 if boxes is None else boxes.place.shape[0]
+        sizes = q.shape[3], v.shape[3], *blocks
+        return cls(kind, q.dtype, *sizes, key_mask is not None, axes, copyable(q, k, v))
+
+    def words(self) -> list[str]:
+        """What `read` reads, one word a field."""
+        return [str(value).removeprefix("torch.") for value in self]
+
+    @classmethod
+    def read(cls, words: list[str]) -> Case:
+        """The case of such words."""
+        kind, dtype, *sizes, masked, axes, copyable_ = words
+        head_dim, value_dim, q_block, kv_block = map(int, sizes)
+        flags = masked == "True", int(axes), copyable_ == "True"
+        return cls(cast(Kind, kind), getattr(torch, dtype), head_dim, value_dim, q_block, kv_block, *flags)
+
+    def __str__(self) -> str:
+        parts = [
+            self.kind,
+            str(self.dtype).removeprefix("torch."),
+            f"D={self.head_dim}" if self.head_dim == self.value_dim else f"D={self.head_dim}/{self.value_dim}",
+            f"blocks of {self.q_block}x{self.kv_block}",
+        ]
+        return ", ".join([*parts, *(["key mask"] if self.masked else []), *(["boxes"] if self.axes else [])])
+
+
+def copyable(*tensors: Tensor) -> bool:
+    """Whether the copy engine can read these: dense rows, all addresses and strides multiples of 16 bytes."""
+    return all(
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+        for x in tensors
+    )

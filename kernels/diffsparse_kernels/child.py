@@ -1,0 +1,129 @@
+"""A Python process of its own for what may hang or crash: it talks in JSON lines, and is killed when it is silent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import IO, Any, NamedTuple
+
+Message = dict[str, Any]
+_PATIENCE = 5.0  # seconds for a killed process to go; one stuck in a driver never does
+
+
+class Ending(NamedTuple):
+    """How a child ended: "done", "hang" (it was killed) or "crash", and what is known of why."""
+
+    how: str
+    why: str = ""
+
+
+def run_child(
+    arguments: list[str],
+    hear: Callable[[Message], None],
+    *,
+    start: float,
+    silence: float,
+    seconds: float,
+    environment: Mapping[str, str] | None = None,
+) -> Ending:
+    """Run `python arguments` on this process's paths, and pass each JSON line of its output to `hear` as it comes.
+
+    Args:
+        start: seconds to its first line. silence: seconds without a line, from then on, after which it counts as
+            hanging. seconds: that it may take in all.
+        environment: what differs from this process's.
+
+    Raises:
+        OSError: it can't be started.
+    """
+    # The child must find the packages where this process did, and nothing else in the folder that it starts in.
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
+    world = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **(environment or {})}
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(
+            [sys.executable, "-P", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            errors="replace",
+            env=world,
+            start_new_session=True,
+        )
+        try:
+            return _listen(process, complaints, hear, (start, silence, end))
+        finally:
+            _kill(process)
+
+
+def say(**message: Any) -> None:
+    """Called in a child: one message to the process that runs it."""
+    print(json.dumps(message), flush=True)
+
+
+def _listen(
+    process: subprocess.Popen[str],
+    complaints: IO[bytes],
+    hear: Callable[[Message], None],
+    limits: tuple[float, float, float],
+) -> Ending:
+    patience, silence, end = limits
+    assert process.stdout is not None
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
+    while True:
+        left = min(patience, end - time.monotonic())
+        try:
+            line = lines.get(timeout=max(left, 0.0))
+        except queue.Empty:
+            silent = f"killed after {patience:.0f} s without a sign"
+            return Ending("hang", silent if left == patience else "killed when its time was over")
+        if line is None:
+            break
+        with contextlib.suppress(ValueError):  # libraries print, too
+            message = json.loads(line)
+            if isinstance(message, dict):
+                patience = silence
+                hear(message)
+    try:
+        code = process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        return Ending("hang", "it closed its output and did not end")
+    return Ending("done") if code == 0 else Ending("crash", _reason(code, complaints))
+
+
+def _forward(output: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    with output:
+        for line in output:
+            lines.put(line)
+    lines.put(None)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """The child and whatever it started."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_PATIENCE)
+
+
+def _reason(code: int, complaints: IO[bytes]) -> str:
+    """The signal that ended a process, or the last line of its complaints."""
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    complaints.seek(0)
+    lines = complaints.read().decode(errors="replace").strip().splitlines()
+    return f"exit code {code}" + (f": {lines[-1][:200]}" if lines else "")

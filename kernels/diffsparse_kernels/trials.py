@@ -1,0 +1,153 @@
+"""A young kernel is tried in a process of its own before it is trusted, once for each device, driver and version.
+
+A compiler that is new to a chip can make a kernel that is wrong, raises, takes the process down or never ends. None of
+that may happen to whoever called it: `proof.py` runs in a child, and the verdict is kept in the cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import tempfile
+import threading
+import warnings
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsparse_kernels.cached import cache_folder, device_name
+from diffsparse_kernels.case import Case
+from diffsparse_kernels.child import Message, run_child
+
+RIGHT = "right"
+SECONDS = 30.0  # that a trial may be silent: compiling, copying, computing
+_START = 90.0  # to import torch and to open the device
+_LONGEST = 300.0
+_TRIED_ON = ("cuda",)  # kinds of device; elsewhere tests have shown all there is to see
+_LOG = logging.getLogger(__name__)
+_lock = threading.RLock()
+_verdicts: dict[tuple[str, Case, str], str] = {}
+
+
+def verdict(kernel: str, case: Case, device: torch.device) -> str:
+    """Why `kernel` is not to be trusted with `case` on `device`; empty if it is. May run a child for some seconds.
+
+    kernel: a name that `proof.KERNELS` knows.
+    """
+    if device.type not in _TRIED_ON:
+        return ""
+    key = kernel, case, str(device)
+    with _lock:
+        if key not in _verdicts:
+            told = _kept(kernel, case, device) or _tried(kernel, case, device)
+            _verdicts[key] = "" if told == RIGHT else told
+        return _verdicts[key]
+
+
+def found() -> list[dict[str, Any]]:
+    """The verdicts that the cache folder holds, of this machine's and other versions."""
+    rows = []
+    for path in sorted(_folder().glob("*.json")):
+        with suppress(OSError, ValueError):
+            rows.append(json.loads(path.read_text()))
+    return [row for row in rows if isinstance(row, dict) and {"kernel", "case", "device", "verdict"} <= row.keys()]
+
+
+def forget() -> None:
+    """Read verdicts anew from the cache folder."""
+    with _lock:
+        _verdicts.clear()
+
+
+def _kept(kernel: str, case: Case, device: torch.device) -> str:
+    """A verdict of the cache folder; empty if there is none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(_path(kernel, case, device).read_text())["verdict"])
+    return ""
+
+
+def _tried(kernel: str, case: Case, device: torch.device) -> str:
+    """Run the child -> "right", or what is wrong."""
+    _LOG.warning("trying the kernel %s (%s) on %s, once, in a process of its own", kernel, case, device_name(device))
+    messages: list[Message] = []
+    command = _command(kernel, case, device)
+    try:
+        ending = run_child(command, messages.append, start=_START, silence=SECONDS, seconds=_LONGEST)
+    except OSError as error:
+        return f"it could not be tried: {error}"
+    last = messages[-1] if messages else {}
+    if "untried" in last or not messages:  # says nothing of the kernel, so another process may try again
+        return f"it could not be tried: {last.get('untried') or ending.why or ending.how}"
+    if ending.how == "done":
+        found = str(last.get("verdict", "its trial ended early"))
+    else:
+        found = f"{ending.how} in its trial ({last.get('trying', 'start')}): {ending.why}"
+    if found != RIGHT:
+        warnings.warn(f"the kernel {kernel} is not used on {device_name(device)}: {found} ({case})", stacklevel=2)
+    _keep(kernel, case, device, found)
+    return found
+
+
+def _command(kernel: str, case: Case, device: torch.device) -> list[str]:
+    return ["-m", "diffsparse_kernels.proof", str(device), kernel, *case.words()]
+
+
+def _keep(kernel: str, case: Case, device: torch.device, found: str) -> None:
+    """Write the verdict whole or not at all; where the folder takes no files, the next process tries again."""
+    path, row = _path(kernel, case, device), {**_world(device), "kernel": kernel, "case": str(case), "verdict": found}
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(number, "w") as file:
+            json.dump(row, file, indent=1)
+        os.replace(temporary, path)
+
+
+def _path(kernel: str, case: Case, device: torch.device) -> Path:
+    text = json.dumps([_world(device), kernel, case.words()])
+    return _folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+
+
+def _folder() -> Path:
+    return cache_folder() / "trials"
+
+
+def _world(device: torch.device) -> dict[str, str]:
+    """All that a verdict depends on besides the case."""
+    return {"device": device_name(device), "driver": driver(), "torch": torch.__version__, **_sources()}
+
+
+@cache
+def driver() -> str:
+    """Version of the NVIDIA driver; empty where nobody tells."""
+    with suppress(OSError):
+        told = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        if told:
+            return told[1]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
+    return ""
+
+
+@cache
+def _sources() -> dict[str, str]:
+    """Triton's version, and a hash of this package."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.*")):
+        if path.suffix in (".py", ".json"):
+            digest.update(path.read_bytes())
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = ""
+    return {"triton": triton, "source": digest.hexdigest()[:24]}

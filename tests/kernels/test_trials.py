@@ -1,0 +1,209 @@
+"""A young kernel is tried in a process of its own: whatever it does there, the process that asks goes on, and knows."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffsparse_kernels import child, cpu, means, proof, reference, trials
+from diffsparse_kernels.case import Case
+from support import trial
+
+SCRIPT = str(Path(trial.__file__))
+CPU = torch.device("cpu")
+CASE = Case("attend", torch.bfloat16, 16, 16, 16, 16)
+LIMITS = {"start": 60.0, "silence": 60.0, "seconds": 60.0}
+OUTCOMES = {
+    "raise": "raised RuntimeError: out of resource: shared memory",
+    "wrong": r"wrong: the output is off by \S+, \S+ is explained \(lists\)",
+    "unwritten": r"wrong: the output is off by inf",
+    "race": r"wrong: not the same twice \(lists\)",
+    "hang": r"hang in its trial \(lists\): killed after 8 s without a sign",
+    "crash": r"crash in its trial \(lists\): ended by SIGSEGV",
+    "exit": r"crash in its trial \(lists\): exit code 1: the driver said no",
+}
+
+
+@pytest.fixture(autouse=True)
+def a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The CPU as if it were a device where kernels are young, with a cache folder of its own."""
+    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(trials, "_TRIED_ON", ("cpu",))
+    monkeypatch.setattr(trials, "SECONDS", 8.0)
+    trials.forget()
+    return tmp_path / "trials"
+
+
+def behave(monkeypatch: pytest.MonkeyPatch, mode: str) -> list[str]:
+    """Trials run a kernel that does so -> the kernels that were tried."""
+    tried: list[str] = []
+
+    def command(kernel: str, case: Case, device: torch.device) -> list[str]:
+        tried.append(kernel)
+        return [SCRIPT, mode, str(device), kernel, *case.words()]
+
+    monkeypatch.setattr(trials, "_command", command)
+    return tried
+
+
+@pytest.mark.parametrize("mode", OUTCOMES)
+def test_whatever_a_kernel_does_the_caller_goes_on(mode: str, a_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = behave(monkeypatch, mode)
+    with pytest.warns(UserWarning, match="the kernel gluon is not used on"):
+        told = trials.verdict("gluon", CASE, CPU)
+    assert re.match(OUTCOMES[mode], told), told
+    assert trials.verdict("gluon", CASE, CPU) == told
+    trials.forget()  # as another process would begin
+    assert trials.verdict("gluon", CASE, CPU) == told
+    assert tried == ["gluon"]
+    (row,) = trials.found()
+    assert row["verdict"] == told
+    assert row["torch"] == torch.__version__
+    assert len(list(a_machine.iterdir())) == 1
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *messages: child.Message) -> list[list[str]]:
+    """Children say this, and end well -> their arguments."""
+    ran: list[list[str]] = []
+
+    def run(arguments: list[str], hear: Callable[[child.Message], None], **_: float) -> child.Ending:
+        ran.append(arguments)
+        for message in messages:
+            hear(message)
+        return child.Ending("done")
+
+    monkeypatch.setattr(trials, "run_child", run)
+    return ran
+
+
+RIGHT = {"verdict": "right"}
+
+
+def test_the_right_one_is_tried_once_for_each_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = pretend(monkeypatch, RIGHT)
+    threads = [threading.Thread(target=trials.verdict, args=("gluon", CASE, CPU)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert trials.verdict("gluon", CASE, CPU) == ""
+    assert ran == [["-m", "diffsparse_kernels.proof", "cpu", "gluon", *CASE.words()]]
+    assert trials.verdict("gluon", CASE._replace(masked=True), CPU) == ""
+    assert len(ran) == 2
+    monkeypatch.setattr(trials, "driver", lambda: "another")
+    trials.forget()
+    trials.verdict("gluon", CASE, CPU)
+    assert len(ran) == 3
+
+
+def test_a_full_device_says_nothing_of_the_kernel(a_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process does without the kernel, the next one tries again."""
+    tried = behave(monkeypatch, "full")
+    for _ in range(2):
+        assert trials.verdict("gluon", CASE, CPU).startswith("it could not be tried: OutOfMemoryError")
+    assert tried == ["gluon"]
+    assert not a_machine.exists()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert trials.verdict("triton", CASE, CPU).startswith("it could not be tried: ")
+
+
+def test_a_child_that_never_spoke_says_nothing_either(a_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    assert trials.verdict("gluon", CASE, CPU) == "it could not be tried: done"
+    assert not a_machine.exists()
+
+
+def test_a_cache_that_cannot_be_read_or_written_stops_nobody(a_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = pretend(monkeypatch, RIGHT)
+    trials._path("gluon", CASE, CPU).parent.mkdir()
+    trials._path("gluon", CASE, CPU).write_text("half a fi")
+    assert trials.verdict("gluon", CASE, CPU) == ""
+    assert len(ran) == 1
+    a_machine.rename(a_machine.with_name("moved"))
+    a_machine.write_text("a file in the folder's place")
+    trials.forget()
+    assert trials.verdict("gluon", CASE, CPU) == ""
+    assert len(ran) == 2
+    assert trials.found() == []
+
+
+@pytest.mark.parametrize("kind", ["attend", "mass", "fused", "means"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("copyable", [False, True])
+def test_the_proof_passes_what_is_right(kind: str, masked: bool, copyable: bool) -> None:
+    case = Case(kind, torch.bfloat16, 24, 24, 16, 32, masked, 0, copyable)  # type: ignore[arg-type]
+    kernel = SimpleNamespace(**vars(cpu), merge_means=means.merge_means)
+    for sample in proof.samples(case, CPU):
+        assert proof.problem(case, kernel, sample) == ""
+        assert (sample.key_mask is not None) == masked
+
+
+def test_the_proof_covers_boxes() -> None:
+    case = Case("attend", torch.float16, 16, 16, 16, 16, True, 2)
+    for sample in proof.samples(case, CPU):
+        assert sample.boxes is not None
+        assert proof.problem(case, cpu, sample) == ""
+        blind = SimpleNamespace(**{**vars(reference), "block_sparse_attention": lambda *x: trial.right(*x[:-1])})
+        assert proof.problem(case, blind, sample).startswith("wrong: the output is off")
+
+
+@pytest.mark.parametrize("kind", ["mass", "fused", "means"])
+def test_the_proof_sees_what_is_wrong(kind: str) -> None:
+    case = Case(kind, torch.bfloat16, 16, 16, 16, 16)  # type: ignore[arg-type]
+
+    def mass(*arguments: object) -> torch.Tensor:
+        return reference.block_mass(*arguments) * 1.2  # type: ignore[arg-type]
+
+    def fused(*arguments: object) -> tuple[torch.Tensor, ...]:
+        out, lse, found = reference.attention_with_mass(*arguments)  # type: ignore[arg-type]
+        return out, lse + 0.1, found
+
+    off = SimpleNamespace(block_mass=mass, attention_with_mass=fused, merge_means=lambda *_: None)
+    for sample in proof.samples(case, CPU):
+        assert proof.problem(case, off, sample).startswith("wrong: the")
+
+
+def test_the_cases_are_read_as_they_were_written() -> None:
+    for case in (CASE, Case("means", torch.float16, 64, 72, 128, 64, True, 3, False)):
+        assert Case.read(case.words()) == case
+
+
+def test_the_real_child_runs_the_real_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the CPU the triton backend wants the interpreter: told as what it is."""
+    proof.main(["cpu", "triton", *CASE.words()])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["verdict"].startswith("raised ")
+    proof.main(["nowhere", "triton", *CASE.words()])
+    assert "untried" in json.loads(capsys.readouterr().out.splitlines()[-1])
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_child_is_heard_and_killed_with_all_that_it_started(tmp_path: Path) -> None:
+    heard: list[child.Message] = []
+    alive = tmp_path / "alive"
+    code = f"""
+import json, subprocess, sys, time
+print("a line of some library"); print("[1]"); print(json.dumps({{"a": 1}}), flush=True)
+subprocess.Popen([sys.executable, "-c", "import time\\ntime.sleep(3)\\nopen({str(alive)!r}, 'w')"])
+time.sleep(1000)
+"""
+    start = time.monotonic()
+    ending = child.run_child(["-c", code], heard.append, start=60, silence=1, seconds=60)
+    assert ending == ("hang", "killed after 1 s without a sign")
+    assert heard == [{"a": 1}]
+    assert time.monotonic() - start < 30
+    time.sleep(3)
+    assert not alive.exists()
+    late = child.run_child(["-c", "import time; time.sleep(1000)"], heard.append, start=60, silence=60, seconds=1)
+    assert late == ("hang", "killed when its time was over")
+    assert child.run_child(["-c", "print(1)"], heard.append, **LIMITS) == ("done", "")
+    assert child.run_child(["-c", "1 / 0"], heard.append, **LIMITS).why.endswith("ZeroDivisionError: division by zero")

@@ -1,0 +1,77 @@
+"""A trial whose kernel is right, or goes wrong in the way that is named: `trial.py MODE DEVICE KERNEL CASE...`."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsparse_kernels import proof, reference
+
+right = reference.block_sparse_attention
+
+
+def fails(*_: Any) -> tuple[Tensor, Tensor]:
+    raise RuntimeError("out of resource: shared memory\nRequired: 300000")
+
+
+def wrong(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out, lse = right(q, *rest)
+    return out.roll(1, 2), lse
+
+
+def unwritten(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out, lse = right(q, *rest)
+    whole = torch.empty_like(out)
+    whole[:, :, :-1] = out[:, :, :-1]
+    return whole, lse
+
+
+def races(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out, lse = right(q, *rest)
+    return out, lse + torch.rand(()) * 1e-5
+
+
+def hangs(*_: Any) -> tuple[Tensor, Tensor]:
+    time.sleep(1000)
+    raise AssertionError
+
+
+def crashes(*_: Any) -> tuple[Tensor, Tensor]:
+    ctypes.string_at(0)
+    raise AssertionError
+
+
+def leaves(*_: Any) -> tuple[Tensor, Tensor]:
+    sys.exit("the driver said no")
+
+
+def full(*_: Any) -> tuple[Tensor, Tensor]:
+    raise torch.OutOfMemoryError("out of memory")
+
+
+MODES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "right": right,
+    "raise": fails,
+    "wrong": wrong,
+    "unwritten": unwritten,
+    "race": races,
+    "hang": hangs,
+    "crash": crashes,
+    "exit": leaves,
+    "full": full,
+}
+
+if __name__ == "__main__":
+    mode, *arguments = sys.argv[1:]
+    kernel = SimpleNamespace(**{**vars(reference), "block_sparse_attention": MODES[mode]})
+    proof.kernel_of = lambda name: kernel
+    if mode != "unwritten":
+        proof.poison = lambda: None  # takes seconds
+    proof.main(arguments)
