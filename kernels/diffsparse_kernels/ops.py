@@ -86,8 +86,9 @@ def attention_with_mass(
     if getattr(module, "SEES_WHOLE_ROWS", False):
         out, lse, mass = module.attention_with_mass(q, k, v, None, *rest)
     else:  # the LSE is known when the pass ends
+        second = _module(backend, "mass", (q, k, k), blocks, key_mask)
         out, lse = module.attention(q, k, v, scale, key_mask)
-        mass = _module(backend, "mass", (q, k, k), blocks, key_mask).block_mass(q, k, lse, *rest)
+        mass = second.block_mass(q, k, lse, *rest)
     return out.contiguous(), lse.contiguous(), mass.contiguous()
 
 

@@ -1,0 +1,104 @@
+"""The first use of GPU kernels can't hurt: what fails is passed over, what none can do runs dense, and it is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import diffsparse
+import diffsparse_kernels as dk
+from diffsparse import AdaSpa, Digest, Random, Schedule
+from diffsparse.errors import DenseFallbackError
+from diffsparse_kernels import registry
+from support import first_use, tiny_transformers
+
+ALWAYS = Schedule(dense_first=0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("raise", "raised RuntimeError: out of resource"),
+        ("wrong", "wrong: the output is off by"),
+        ("hang", r"hang in its trial \(lists\): killed after"),
+        ("crash", r"crash in its trial \(lists\): ended by SIGSEGV"),
+    ],
+)
+def test_a_kernel_that_fails_leaves_the_run_to_the_next(mode: str, reason: str, tmp_path: Path) -> None:
+    """In Triton's interpreter, so in a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "DIFFSPARSE_CACHE": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, str(Path(first_use.__file__)), mode]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["backends"] == {"triton": 4}
+    ((told, count),) = found["passed_over"].items()
+    assert re.match(f"gluon: {reason}", told), told
+    assert count == 4
+    assert f"passed over        {told}" in found["text"]
+    assert any("the kernel gluon is not used on" in said for said in found["said"])
+    assert found["known"]["triton"] == "available"
+    assert re.match(reason, found["known"]["gluon"])
+    assert found["error"] < 0.1  # nothing was dropped
+
+
+@pytest.fixture
+def only_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU as if it were a GPU."""
+    for name in [name for name in registry.BACKENDS if name != "triton"]:
+        monkeypatch.delitem(registry.BACKENDS, name)
+    monkeypatch.setattr(registry.load("triton"), "unfit", lambda device: "")
+    monkeypatch.setattr("diffsparse_kernels.break_even", registered_break_even)
+    dk.forget_measurements()
+    yield
+    monkeypatch.undo()
+    dk.forget_measurements()
+
+
+registered_break_even = dk.break_even
+
+
+@pytest.mark.usefixtures("only_triton")
+@pytest.mark.parametrize("strategy", [AdaSpa(block=256), Digest(block=256), Random(block=256)], ids=str)
+def test_blocks_that_no_kernel_takes_run_dense(strategy: Any) -> None:
+    model, inputs = tiny_transformers.build("WanTransformer3DModel"), tiny_transformers.inputs("WanTransformer3DModel")
+    dense = tiny_transformers.tensors(model, inputs)
+    with diffsparse.apply(model, strategy, schedule=ALWAYS) as handle:
+        for _ in range(2):
+            assert all(map(torch.equal, tiny_transformers.tensors(model, inputs), dense))
+        report = handle.report()
+    ((reason, count),) = report.fallbacks.items()
+    assert "triton: it wants blocks of 16, 32, 64, 128 tokens; got 256 and 256" in reason
+    assert count == report.dense_calls == len(report.calls)
+    with (
+        diffsparse.apply(model, strategy, schedule=ALWAYS, strict=True),
+        pytest.raises(DenseFallbackError, match=r"would run dense \(no kernel on cpu can do this"),
+    ):
+        tiny_transformers.tensors(model, inputs)
+
+
+@pytest.mark.usefixtures("only_triton")
+def test_heads_that_no_kernel_takes_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AuraFlow has heads of 256."""
+    name = "AuraFlowTransformer2DModel"
+    case = tiny_transformers.CASES[name]
+    config = {**case.config, "attention_head_dim": 256, "num_attention_heads": 1, "caption_projection_dim": 256}
+    monkeypatch.setitem(tiny_transformers.CASES, name, case.__class__(config, case.inputs))
+    model, inputs = tiny_transformers.build(name), tiny_transformers.inputs(name)
+    dense = tiny_transformers.tensors(model, inputs)
+    with diffsparse.apply(model, Digest(block=64), schedule=ALWAYS) as handle:
+        assert all(map(torch.equal, tiny_transformers.tensors(model, inputs), dense))
+        (reason,) = handle.report().fallbacks
+    assert "heads of at most 128 channels; got 256" in reason
