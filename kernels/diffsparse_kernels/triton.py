@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffsparse_kernels import trials
 from diffsparse_kernels import triton_kernels as kernels
-from diffsparse_kernels.case import Case
+from diffsparse_kernels.case import DENSE_BLOCKS, Case
 from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
 from diffsparse_kernels.means import Means
@@ -52,9 +52,11 @@ def refuses(case: Case) -> str:
     return ""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Dense attention -> out, lse."""
-    return _attend(q, k, v, scale, key_mask, 128, 128)[:2]
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, copy: Copy | None = None
+) -> tuple[Tensor, Tensor]:
+    """Dense attention -> out, lse. `copy`, here and below: by tiles of this kind alone, for whoever tries them."""
+    return _attend(q, k, v, scale, key_mask, *DENSE_BLOCKS, copy=copy)[:2]
 
 
 def attention_with_mass(
@@ -66,9 +68,10 @@ def attention_with_mass(
     kv_block: int,
     scale: float,
     key_mask: Tensor | None,
+    copy: Copy | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention, its LSE and the block mass, one pass."""
-    return _attend(q, k, v, scale, key_mask, q_block, kv_block, cached=lse)
+    return _attend(q, k, v, scale, key_mask, q_block, kv_block, cached=lse, copy=copy)
 
 
 def block_sparse_attention(
@@ -80,10 +83,11 @@ def block_sparse_attention(
     key_mask: Tensor | None,
     boxes: Boxes | None = None,
     tile: Tile | None = None,
+    copy: Copy | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks; `tile` instead of the table's is for whoever measures them."""
-    q_block, kv_block = lists.q_block, lists.kv_block
-    return _attend(q, k, v, scale, key_mask, q_block, kv_block, lists=lists, boxes=boxes, tile=tile)[:2]
+    blocks = lists.q_block, lists.kv_block
+    return _attend(q, k, v, scale, key_mask, *blocks, lists=lists, boxes=boxes, tile=tile, copy=copy)[:2]
 
 
 def merge_means(
@@ -133,7 +137,14 @@ def means_constants(head_dim: int, value_dim: int, q_block: int, tile: Tile) -> 
 
 
 def block_mass(
-    q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, scale: float, key_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    key_mask: Tensor | None,
+    copy: Copy | None = None,
 ) -> Tensor:
     """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK], one pass over keys."""
     case = Case.of("mass", q, k, k, (q_block, kv_block), key_mask)
@@ -142,7 +153,7 @@ def block_mass(
     (batch, heads, n_q, head_dim), n_kv = q.shape, k.shape[2]
     mass = q.new_empty(batch, heads, blocks_of(n_q, q_block), blocks_of(n_kv, kv_block), dtype=torch.float32)
     tile = measure_tile(chip(q.device), kv_block, q.element_size(), case.copyable)
-    if not trusted(tile.copy, case, q.device):
+    if tile.copy != copy and not (copy is None and trusted(tile.copy, case, q.device)):
         tile = tile._replace(copy="pointers")
     constants = measure_constants(head_dim, q_block, kv_block, tile)
     grid = batch * heads * blocks_of(n_q, constants["BLOCK_M"])
@@ -199,6 +210,7 @@ def _attend(
     cached: Tensor | None = None,
     boxes: Boxes | None = None,
     tile: Tile | None = None,
+    copy: Copy | None = None,
     dtype: torch.dtype | None = None,
     extra: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +228,7 @@ def _attend(
     mass = q.new_empty((0,) if cached is None else (batch, heads, q_blocks, kv_blocks), dtype=torch.float32)
     order = None if lists is None else lists.order
     flags = flags_of(lists is not None, order is not None, key_mask is not None, boxes, cached is not None)
-    tile = tile or attend_tile(case, q.device, flags)
+    tile = tile or attend_tile(case, q.device, flags, copy)
     arguments: dict[str, Any] = {
         "q_ptr": q,
         "k_ptr": k,
@@ -254,13 +266,13 @@ def flags_of(sparse: bool, ordered: bool, masked: bool, boxes: Boxes | None, mas
     return {"SPARSE": sparse, "ORDERED": ordered, "MASKED": masked, "AXES": axes, "MASS": mass, **plain}
 
 
-def attend_tile(case: Case, device: torch.device, flags: dict[str, Any]) -> Tile:
-    """The first tile of the table whose needs are met, and whose kind is right on this device."""
+def attend_tile(case: Case, device: torch.device, flags: dict[str, Any], copy: Copy | None = None) -> Tile:
+    """The first tile of the table whose needs are met, and whose kind is right on this device, or is `copy`."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     tiles = tiles_for(chip(device), max(case.head_dim, case.value_dim), case.q_block, case.kv_block, name)
     while True:
         tile = fitting(tiles, case.dtype.itemsize, case.copyable, flags)
-        if trusted(tile.copy, case, device):
+        if tile.copy == copy or (copy is None and trusted(tile.copy, case, device)) or tile.copy == "pointers":
             return tile
         tiles = [other for other in tiles if other.copy != tile.copy]
 

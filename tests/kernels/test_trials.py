@@ -143,7 +143,7 @@ def test_the_proof_passes_what_is_right(kind: str, masked: bool, copyable: bool)
     case = Case(kind, torch.bfloat16, 24, 24, 16, 32, masked, 0, copyable)  # type: ignore[arg-type]
     kernel = SimpleNamespace(**vars(cpu), merge_means=means.merge_means)
     for sample in proof.samples(case, CPU):
-        assert proof.problem(case, kernel, sample) == ""
+        assert proof.examine(case, kernel, sample).problem == ""
         assert (sample.key_mask is not None) == masked
 
 
@@ -151,9 +151,9 @@ def test_the_proof_covers_boxes() -> None:
     case = Case("attend", torch.float16, 16, 16, 16, 16, True, 2)
     for sample in proof.samples(case, CPU):
         assert sample.boxes is not None
-        assert proof.problem(case, cpu, sample) == ""
+        assert proof.examine(case, cpu, sample).problem == ""
         blind = SimpleNamespace(**{**vars(reference), "block_sparse_attention": lambda *x: trial.right(*x[:-1])})
-        assert proof.problem(case, blind, sample).startswith("wrong: the output is off")
+        assert proof.examine(case, blind, sample).problem.startswith("wrong: the output is off")
 
 
 @pytest.mark.parametrize("kind", ["mass", "fused", "means"])
@@ -169,7 +169,7 @@ def test_the_proof_sees_what_is_wrong(kind: str) -> None:
 
     off = SimpleNamespace(block_mass=mass, attention_with_mass=fused, merge_means=lambda *_: None)
     for sample in proof.samples(case, CPU):
-        assert proof.problem(case, off, sample).startswith("wrong: the")
+        assert proof.examine(case, off, sample).problem.startswith("wrong: the")
 
 
 def test_the_cases_are_read_as_they_were_written() -> None:
