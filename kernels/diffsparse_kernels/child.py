@@ -20,7 +20,7 @@ _PATIENCE = 5.0  # seconds for a killed process to go; one stuck in a driver nev
 
 
 class Ending(NamedTuple):
-    """How a child ended: "done", "hang" (it was killed) or "crash", and what is known of why."""
+    """How a child ended: "done", "crash", or killed: "hang" or "late"; and what is known of why."""
 
     how: str
     why: str = ""
@@ -86,8 +86,9 @@ def _listen(
         try:
             line = lines.get(timeout=max(left, 0.0))
         except queue.Empty:
-            silent = f"killed after {patience:.0f} s without a sign"
-            return Ending("hang", silent if left == patience else "killed when its time was over")
+            if left < patience:
+                return Ending("late", "killed when its time was over")
+            return Ending("hang", f"killed after {patience:.0f} s without a sign")
         if line is None:
             break
         with contextlib.suppress(ValueError):  # libraries print, too

@@ -21,6 +21,7 @@ from diffsparse_kernels.case import Case
 from diffsparse_kernels.child import say
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
 
+_MANY = 40_000  # keys: more than 16 bits count
 REPEATS = 3  # there are no atomics, so a difference between two runs is a race
 KERNELS = {  # name -> module, and the kind of tiles, where there are several
     "cpu": ("diffsparse_kernels.cpu", ""),
@@ -67,11 +68,13 @@ class Sample(NamedTuple):
 # --- small calls of a case ----------------------------------------------------------------------------------------
 
 
-def samples(case: Case, device: torch.device) -> Iterator[Sample]:
-    """Ragged lengths, both layouts of memory, an empty list, lists for each sample and for all, a prefix and holes."""
+def samples(case: Case, device: torch.device, long: bool = True) -> Iterator[Sample]:
+    """Ragged lengths, both layouts of memory, an empty list, lists for each sample and for all, a prefix and holes.
+
+    long: one with more keys than 16 bits count, too, for which a CPU takes seconds.
+    """
     generator = torch.Generator().manual_seed(0)
     n_q, n_kv = 3 * case.q_block - 9, 6 * case.kv_block - case.kv_block // 2 - 4
-    sizes = {"q_block": case.q_block, "kv_block": case.kv_block, "q_len": n_q, "kv_len": n_kv}
 
     def normal(length: int, dim: int, token_major: bool) -> Tensor:
         shape = (2, length, 2, dim) if token_major else (2, 2, length, dim)
@@ -79,9 +82,11 @@ def samples(case: Case, device: torch.device) -> Iterator[Sample]:
         x = x if case.copyable else torch.stack((x, x), -1)[..., 0]
         return x.transpose(1, 2) if token_major else x
 
-    def make(name: str, mask: Tensor | None, keys: Tensor, token_major: bool) -> Sample:
+    def make(name: str, mask: Tensor | None, keys: Tensor, token_major: bool, n_q: int = n_q) -> Sample:
+        n_kv = keys.shape[1]
         dims = (n_q, case.head_dim), (n_kv, case.head_dim), (n_kv, case.value_dim)
         q, k, v = (normal(*size, token_major) for size in dims)
+        sizes = {"q_block": case.q_block, "kv_block": case.kv_block, "q_len": n_q, "kv_len": n_kv}
         lists = None if mask is None else BlockLists.from_mask(mask.to(device), **sizes)
         boxes = _boxes(case.axes, n_q, n_kv, generator, device) if case.axes else None
         return Sample(name, q, k, v, lists, keys.to(device) if case.masked else None, boxes)
@@ -98,12 +103,11 @@ def samples(case: Case, device: torch.device) -> Iterator[Sample]:
         yield make("dense", None, prefix, False)
     if case.kind != "means" and not case.axes:
         yield make("dense, token-major", None, holes, True)
-    if case.kind == "attend" and not case.axes:
-        n_q, n_kv = case.q_block, 40_000  # more than 16 bits count
-        sizes.update(q_len=n_q, kv_len=n_kv)
-        mask = torch.rand(2, 2, 1, blocks_of(n_kv, case.kv_block), generator=generator) < 0.02
+    if long and case.kind == "attend" and not case.axes:
+        mask = torch.rand(2, 2, 1, blocks_of(_MANY, case.kv_block), generator=generator) < 0.02
         mask[..., -1] = True
-        yield make("40,000 keys", mask, torch.arange(n_kv) < torch.tensor([[n_kv - 1], [39_000]]), False)
+        keys = torch.arange(_MANY) < torch.tensor([[_MANY - 1], [_MANY - 1000]])
+        yield make(f"{_MANY} keys", mask, keys, False, case.q_block)
 
 
 def _boxes(axes: int, n_q: int, n_kv: int, generator: torch.Generator, device: torch.device) -> Boxes:
@@ -146,14 +150,33 @@ def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
     """The same in plain torch, every step rounded to the inputs' dtype."""
     if case.kind == "means":
         return compute(case, means, sample)
-    scores = (sample.q @ sample.k.mT * sample.scale).masked_fill(~sample.seen(), -torch.inf)
-    attended = scores.softmax(-1).nan_to_num(0.0) @ sample.v, scores.logsumexp(-1)
+    scores, *attended = rounded_attention(sample)
 
     def block_mass(q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, *_: Any) -> Tensor:
         return reference.tile_sums((scores - lse[..., None].to(scores.dtype)).exp(), q_block, kv_block)
 
     mass = compute(case._replace(kind="mass"), SimpleNamespace(block_mass=block_mass), sample)
-    return {"attend": attended, "mass": mass, "fused": (*attended, *mass)}[case.kind]
+    return {"attend": tuple(attended), "mass": mass, "fused": (*attended, *mass)}[case.kind]
+
+
+def rounded_attention(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, output and LSE in plain torch, every step rounded to the inputs' dtype."""
+    scores = (sample.q @ sample.k.mT * sample.scale).masked_fill(~sample.seen(), -torch.inf)
+    return scores, scores.softmax(-1).nan_to_num(0.0) @ sample.v, scores.logsumexp(-1)
+
+
+def some_rows(sample: Sample, head: int, blocks: int = 6) -> tuple[Sample, Tensor]:
+    """A part of a large call that float64 can follow: one head, a few query blocks, the last among them -> its rows."""
+    lists = sample.lists
+    assert lists is not None
+    picked = torch.linspace(0, lists.q_blocks - 1, min(blocks, lists.q_blocks), device=lists.idx.device).round().long()
+    rows = (picked[:, None] * lists.q_block + torch.arange(lists.q_block, device=picked.device)).flatten()
+    rows = rows[rows < lists.q_len]
+    idx, cnt = (x[:1, head : head + 1, picked] for x in (lists.idx, lists.cnt))
+    few = BlockLists(idx, cnt, lists.q_block, lists.kv_block, len(rows), lists.kv_len)
+    one = slice(head, head + 1)
+    q, k, v = sample.q[:, one, rows], sample.k[:, one], sample.v[:, one]
+    return sample._replace(q=q, k=k, v=v, lists=few), rows
 
 
 def difference(got: Tensor, want: Tensor, low: Tensor) -> tuple[float, float]:
@@ -216,7 +239,7 @@ def main(arguments: list[str]) -> None:
 def _verdict(name: str, case: Case, device: torch.device) -> str:
     kernel = kernel_of(name)
     poison()
-    for sample in samples(case, device):
+    for sample in samples(case, device, long=device.type != "cpu"):
         say(trying=sample.name)
         found = examine(case, kernel, sample)
         if found.problem:

@@ -84,7 +84,7 @@ def _tried(kernel: str, case: Case, device: torch.device) -> str:
     except OSError as error:
         return f"it could not be tried: {error}"
     last = messages[-1] if messages else {}
-    if "untried" in last or not messages:  # says nothing of the kernel, so another process may try again
+    if "untried" in last or not messages or ending.how == "late":  # says nothing of the kernel: the next may try again
         return f"it could not be tried: {last.get('untried') or ending.why or ending.how}"
     if ending.how == "done":
         found = str(last.get("verdict", "its trial ended early"))

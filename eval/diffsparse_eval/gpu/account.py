@@ -1,0 +1,223 @@
+"""The parent: it never touches the device. Each stage is a child, and whatever a child does, the next begins."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from diffsparse_eval.gpu.stage import STAGES, WHOLE, Options, Row, Stage, Talk, module_of
+from diffsparse_eval.gpu.table import summary
+from diffsparse_kernels.child import Message, run_child
+
+ROWS, TABLE, TILES = "rows.jsonl", "table.txt", "tiles.json"
+_START = 90.0  # seconds to import torch and open a device
+_LEAST = 4.0  # seconds under which nothing is begun
+_FAILURES = 4  # of one child, after which its stage goes on without it
+_FIELDS = ("stage", "shape", "kernel", "verdict", "ms", "tflops", "share", "error", "repeat_equal")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line of the parent, and of its children."""
+    told = _parser().parse_args(arguments)
+    options = Options(told.device, told.shrink, tuple(name for name in told.kernels.split(",") if name))
+    if told.stage:
+        stage = next(stage for stage in STAGES if stage.name == told.stage)
+        return module_of(stage).run(told.job, options, Talk(told.first, told.seconds))  # type: ignore[no-any-return]
+    if told.shrink < 1 or told.seconds <= 0:
+        _stop("--shrink and --seconds want numbers of at least 1")
+    try:
+        told.out.mkdir(parents=True, exist_ok=True)
+        rows = (told.out / ROWS).open("w")
+    except OSError as error:
+        _stop(f"can't write into {told.out}: {error.strerror or error}; choose another folder with --out")
+    with rows:
+        account = Account(options, told.out, rows, told.seconds)
+        account.run()
+    print(f"{account.count} rows are in {told.out / ROWS}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m diffsparse_eval.gpu", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out/gpu"), help="folder for rows.jsonl, table.txt, tiles.json")
+    add("--seconds", type=float, default=WHOLE, help="budget; a short one drops the last stages")
+    add("--device", default="cuda", help="cuda, or cpu to try the program itself")
+    add("--shrink", type=int, default=1, help="divide tokens by this, on a machine without a GPU")
+    add("--kernels", default="", help="kernels of one's own to try beside ours: module:attribute, separated by commas")
+    for name in ("--stage", "--job"):
+        add(name, default="", help=argparse.SUPPRESS)
+    add("--first", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def _stop(reason: str) -> None:
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Account:
+    """Runs the stages, and writes each row as it comes: flushed and synced, for the machine may be gone at any time."""
+
+    def __init__(self, options: Options, out: Path, rows: IO[str], seconds: float) -> None:
+        self.options, self.out = options, out
+        self.facts: Row = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.rows: list[Row] = []
+        self._file, self._lock, self._folders = rows, threading.Lock(), ExitStack()
+        self._plan: dict[str, list[str] | str] = {}
+        self._begun, self._seconds, self._missing = time.monotonic(), seconds, ""
+
+    @property
+    def count(self) -> int:
+        """Rows so far."""
+        return len(self.rows)
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self._begun + self._seconds - time.monotonic()
+
+    def run(self) -> None:
+        """All stages, most telling first; the table last."""
+        with self._folders:
+            # Compiled kernels and verdicts of this account alone, and none of them below the folder of results.
+            caches = {
+                name: self._folders.enter_context(tempfile.TemporaryDirectory(prefix="diffsparse-"))
+                for name in ("TRITON_CACHE_DIR", "DIFFSPARSE_CACHE")
+            }
+            interpreter = {} if self.options.on_gpu else {"TRITON_INTERPRET": "1"}
+            for stage in STAGES:
+                self._stage(stage, {**caches, **interpreter})
+                if self._missing:
+                    _stop(f"this wants {self._missing}. To try the program itself: --device cpu --shrink 600")
+        text = summary(self.rows, self.facts)
+        (self.out / TABLE).write_text(text)
+        print(text)
+
+    def _stage(self, stage: Stage, environment: dict[str, str]) -> None:
+        seconds = min(stage.seconds * max(1.0, self._seconds / WHOLE), self.left)
+        if stage is STAGES[-1]:
+            seconds = self.left
+        if seconds < _LEAST:
+            return self.add(stage, verdict="no time")
+        jobs = self._jobs(stage)
+        if isinstance(jobs, str):
+            return self.add(stage, verdict="left out", why=jobs)
+        self._say(f"{stage.name}: {len(jobs)} children, {seconds:.0f} s at most")
+        end = time.monotonic() + seconds
+        with ThreadPoolExecutor(min(stage.at_once, os.cpu_count() or 1)) as pool:
+            for done in [pool.submit(self._job, stage, job, environment, end) for job in jobs]:
+                done.result()
+
+    def _jobs(self, stage: Stage) -> list[str] | str:
+        if stage is STAGES[0]:
+            return [stage.name]
+        if stage.name != "sanitizer":
+            return self._plan.get(stage.name, "the first stage did not say what there is to do")
+        wrong = [row for row in self.rows if row.get("case") and row["verdict"] not in ("right", "no time")]
+        return ["|".join([row["kernel"], *row["case"]]) for row in wrong[:1]] or [""]
+
+    def _job(self, stage: Stage, job: str, environment: dict[str, str], end: float) -> None:
+        """One child, and where it fails another that goes on behind the failure."""
+        first = 0
+        for _ in range(_FAILURES):
+            left = end - time.monotonic()
+            if left < _LEAST:
+                return self.add(stage, kernel=job, verdict="no time")
+            listener = _Listener(self, stage)
+            command = ["-m", "diffsparse_eval.gpu", *self.options.arguments(), "--stage", stage.name, "--job", job]
+            command += ["--first", str(first), "--seconds", str(left)]
+            limits = {"start": min(_START, left), "silence": stage.silence, "seconds": left}
+            try:
+                ending = run_child(command, listener.hear, **limits, environment=environment)
+            except OSError as error:
+                return self.add(stage, kernel=job, verdict="crash", why=str(error))
+            if ending.how == "done":
+                return
+            verdict = "no time" if ending.how == "late" else ending.how
+            if listener.open or listener.number < 0:
+                self.add(stage, **(listener.trying or {"kernel": job}), verdict=verdict, why=ending.why)
+            if ending.how == "late":
+                return
+            first = max(listener.number, first) + 1
+
+    def add(self, stage: Stage, **row: Any) -> None:
+        """Write one row."""
+        whole = {**dict.fromkeys(_FIELDS), **row, "stage": stage.name, **self.facts}
+        with self._lock:
+            self.rows.append(whole)
+            self._file.write(json.dumps(whole) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if stage.name == "tune":
+                (self.out / TILES).write_text(json.dumps(_best_tiles(self.rows), indent=1))
+        if row["verdict"] not in ("compiled", "ran"):
+            shown = (row.get("kernel"), row.get("kind"), row.get("shape"), row["verdict"], _ms(row), row.get("why"))
+            self._say(f"  {stage.name}: " + ", ".join(str(x) for x in shown if x)[:160])
+
+    def know(self, facts: Row) -> None:
+        """Facts that hold for all rows from now on."""
+        self.facts.update(facts)
+
+    def plan(self, jobs: dict[str, list[str] | str]) -> None:
+        """The children of all stages, as the first one found them."""
+        self._plan = jobs
+
+    def lack(self, what: str) -> None:
+        """Nothing can be done here."""
+        self._missing = what
+
+    def _say(self, text: str) -> None:
+        print(f"{time.monotonic() - self._begun:5.0f} s  {text}", flush=True)
+
+
+class _Listener:
+    """What one child said last."""
+
+    def __init__(self, account: Account, stage: Stage) -> None:
+        self.account, self.stage = account, stage
+        self.number, self.open = -1, False
+        self.trying: Row = {}
+
+    def hear(self, message: Message) -> None:
+        """Rows are written at once; an attempt is open until its row comes."""
+        if "trying" in message:
+            self.number, self.open, self.trying = message["number"], True, message["trying"]
+        if "row" in message:
+            self.open = self.open and message.get("number") != self.number
+            self.account.add(self.stage, **message["row"])
+        if "facts" in message:
+            self.account.know(message["facts"])
+        if "jobs" in message:
+            self.account.plan(message["jobs"])
+        if "missing" in message:
+            self.account.lack(message["missing"])
+
+
+def _best_tiles(rows: list[Row]) -> list[Row]:
+    """A table as `tiles.json` in the cache folder has it: for each size its three fastest tiles."""
+    places: dict[tuple[int, int, int], list[Row]] = {}
+    for row in rows:
+        if row["stage"] == "tune" and row["ms"] is not None:
+            places.setdefault((row["head_dim"], row["q_block"], row["kv_block"]), []).append(row)
+    return [
+        {
+            "device": found[0]["device"],
+            **dict(zip(("head_dim", "q_block", "kv_block"), place, strict=True)),
+            "tiles": [row["tile"] for row in sorted(found, key=lambda row: row["ms"])[:3]],
+        }
+        for place, found in places.items()
+    ]
+
+
+def _ms(row: Row) -> str:
+    return f"{row['ms']:.3g} ms" if row.get("ms") else ""

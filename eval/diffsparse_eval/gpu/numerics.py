@@ -1,0 +1,177 @@
+"""Each kernel against float64, simplest first: outputs poisoned with NaN, many launches that must agree to a bit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from diffsparse_eval.gpu.stage import Options, Row, Talk
+from diffsparse_kernels import registry, trials
+from diffsparse_kernels.case import Case
+from diffsparse_kernels.proof import KERNELS, compute, examine, kernel_of, poison, samples
+from diffsparse_kernels.tiles import tiles_for
+
+LAUNCHES = 50
+EIGHT_BITS = {"int8": 0.012, "int8-int8": 0.020, "int8-fp8": 0.037, "fp8": 0.052}  # relative errors, as documented
+FIRST_USE = "first use"
+_BF16, _FP16 = torch.bfloat16, torch.float16
+_USUAL = Case("attend", _BF16, 128, 128, 128, 128)
+_ALL = (  # of every kernel that can do them
+    _USUAL,
+    *(_USUAL._replace(**change) for change in (
+        {"head_dim": 64, "value_dim": 64},
+        {"head_dim": 72, "value_dim": 72},
+        {"head_dim": 96, "value_dim": 96, "dtype": _FP16},
+        {"kv_block": 64},
+        {"q_block": 64, "kv_block": 64},
+        {"masked": True},
+        {"masked": True, "kv_block": 64},
+        {"axes": 3},
+        {"axes": 3, "masked": True},
+        {"copyable": False},
+        {"dtype": torch.float32},
+        {"kind": "fused"},
+        {"kind": "fused", "masked": True},
+        {"kind": "mass"},
+        {"kind": "mass", "q_block": 16, "masked": True},
+        {"kind": "means"},
+        {"kind": "means", "masked": True, "head_dim": 72, "value_dim": 72},
+    )),
+)  # fmt: skip
+_GLUON = tuple(
+    Case("attend", dtype, dim, dim, 128, kv_block, masked)
+    for masked, dtype, dim, kv_block in itertools.product((False, True), (_BF16, _FP16), (128, 64, 72, 96), (128, 64))
+)
+
+
+def kernels(options: Options) -> list[str]:
+    """By name, simplest first: what this device can run, and strangers last."""
+    if not options.on_gpu:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return ["reference", "cpu", *(["triton", "triton-tma"] if interpreted else []), *options.strangers]
+    device, found = torch.device(options.device), ["triton"]
+    major, minor = torch.cuda.get_device_capability(device)
+    found += [f"triton-{kind}" for kind in ("tma", "specialised") if kind in _kinds_of_tiles(10 * major + minor)]
+    found += [name for name in ("gluon", "flash-attn-4") if not registry.obstacle(name, device)]
+    return [*found, *options.strangers]
+
+
+def _kinds_of_tiles(chip: int) -> set[str]:
+    return {
+        tile.copy
+        for dim, block in itertools.product((64, 128), (64, 128))
+        for tile in tiles_for(chip, dim, block, block)
+    }
+
+
+def cases(kernel: str, options: Options) -> list[Case]:
+    """What a kernel is tried with: all that it doesn't refuse; on a CPU with small blocks."""
+    if kernel == "gluon":
+        return list(_GLUON)
+    if kernel in options.strangers:
+        listed = [case for case in _ALL if case.kind == "attend"]
+    else:
+        refuses = getattr(import_module(KERNELS[kernel][0]), "refuses", lambda case: "")
+        listed = [case for case in _ALL if not refuses(case)]
+    if kernel in ("triton-tma", "triton-specialised"):
+        listed = [case for case in listed if case.copyable and case.dtype.itemsize == 2 and case.kind != "means"]
+    if kernel == "triton-specialised":
+        listed = [case for case in listed if case.kind == "attend" and case.q_block == 128 and not case.axes]
+    return listed if options.on_gpu else _small(kernel, listed)
+
+
+def _small(kernel: str, listed: list[Case]) -> list[Case]:
+    """The same in blocks of a quarter; few for the interpreter, which is slow."""
+    small = [case._replace(q_block=max(case.q_block // 4, 16), kv_block=max(case.kv_block // 4, 16)) for case in listed]
+    if kernel.startswith("triton"):
+        return small[::4]
+    return [case for case in small if case.kind != "means"]
+
+
+def jobs(options: Options) -> list[str]:
+    """A child for each kernel, for the eight-bit ones together, and for the first use as a user's process has it."""
+    more = ["eight bits", FIRST_USE] if options.on_gpu else []
+    return [*kernels(options), *more]
+
+
+def run(job: str, options: Options, talk: Talk) -> None:
+    """One kernel."""
+    if job == FIRST_USE:
+        return _first_use(options, talk)
+    poison()
+    if job == "eight bits":
+        return _eight_bits(options, talk)
+    for case in cases(job, options):
+        talk.attempt(job, str(case), partial(_examine, job, case, options), case=case.words())
+
+
+def _examine(job: str, case: Case, options: Options) -> Row:
+    kernel, device, worst = kernel_of(job), torch.device(options.device), 0.0
+    repeats = LAUNCHES if options.on_gpu else 3
+    for sample in samples(case, device, long=options.on_gpu):
+        found = examine(case, kernel, sample, repeats)
+        worst = max(worst, found.error)
+        if found.problem:
+            return {"verdict": "wrong", "why": found.problem, "error": found.error, "repeat_equal": found.equal}
+    return {"verdict": "right", "error": worst, "repeat_equal": True}
+
+
+def launches(options: Options) -> Iterator[tuple[str, str, Case]]:
+    """What the stage that compiles has to make: kernel, shape, case."""
+    for kernel in kernels(options):
+        if kernel not in options.strangers:
+            yield from ((kernel, str(case), case) for case in cases(kernel, options))
+
+
+def launch(kernel: str, case: Case, options: Options) -> None:
+    """All launches of a case, for nothing but themselves."""
+    for sample in samples(case, torch.device(options.device)):
+        compute(case, kernel_of(kernel), sample)
+
+
+def _first_use(options: Options, talk: Talk) -> None:
+    """The trials that a user's first run makes, each in a process of its own."""
+    device = torch.device(options.device)
+    wanted = [("triton", _USUAL._replace(kind=kind)) for kind in ("mass", "means")]
+    if "gluon" in kernels(options):
+        wanted = [("gluon", _USUAL), ("gluon", _USUAL._replace(masked=True)), *wanted]
+    wanted += [("triton", case._replace(masked=True)) for kernel, case in wanted if kernel == "triton"]
+    for kernel, case in wanted:
+        talk.attempt(f"{kernel}, {FIRST_USE}", str(case), partial(_try, kernel, case, device))
+
+
+def _try(kernel: str, case: Case, device: torch.device) -> Row:
+    told = trials.verdict(kernel, case, device)
+    return {"verdict": "wrong" if told else "right", "why": told}
+
+
+def _eight_bits(options: Options, talk: Talk) -> None:
+    from diffsparse_kernels import reference
+    from diffsparse_kernels.eight_bits import block_sparse_attention
+
+    def measure(precision: str, case: Case) -> Row:
+        worst, equal = 0.0, True
+        for sample in itertools.islice(samples(case, torch.device(options.device)), 2):
+            q, k, v, lists, key_mask, _, scale = sample[1:]
+            assert lists is not None
+            results = [block_sparse_attention(q, k, v, lists, scale, key_mask, precision) for _ in range(LAUNCHES)]
+            exact, _ = reference.block_sparse_attention(q.double(), k.double(), v.double(), lists, scale, key_mask)
+            worst = max(worst, _relative(results[0][0], exact))
+            equal &= all(torch.equal(x, y) for again in results for x, y in zip(again, results[0], strict=True))
+        right = worst <= 2 * EIGHT_BITS[precision] and equal
+        return {"verdict": "right" if right else "wrong", "error": worst, "repeat_equal": equal}
+
+    for precision, dim, masked in itertools.product(EIGHT_BITS, (64, 128), (False, True)):
+        case = _USUAL._replace(head_dim=dim, value_dim=dim, masked=masked)
+        talk.attempt(precision, str(case), partial(measure, precision, case))
+
+
+def _relative(got: Tensor, exact: Tensor) -> float:
+    """L2 error over the L2 norm."""
+    return float((got.double() - exact).norm() / exact.norm())

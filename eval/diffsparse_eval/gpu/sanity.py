@@ -1,0 +1,63 @@
+"""The embedded model on this device in bfloat16: dense beside sparse, as far apart as on the CPU in float32."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+
+from diffsparse_eval.gpu.stage import Options, Row, Talk
+
+_SPARSITY = 0.8
+
+
+def jobs(options: Options) -> list[str]:
+    """The device first: what the CPU gives is there to compare with."""
+    return ["device", *(["cpu"] if options.on_gpu else [])]
+
+
+def run(job: str, options: Options, talk: Talk) -> None:
+    """PSNR of sparse videos against dense ones of the same seed."""
+    try:
+        measure = _measure(job, options)
+    except ImportError as error:
+        return talk.row(kernel="all", shape="embedded model", verdict="left out", why=str(error))
+    for name in ("digest", "adaspa"):
+        talk.attempt(f"{name}, {job}", "embedded model", partial(measure, name))
+
+
+def _measure(job: str, options: Options) -> Any:
+    from diffsparse import AdaSpa, Digest, Schedule, apply
+    from diffsparse_pipelines import tiny
+
+    real = options.on_gpu
+    variant, steps, block = ("default", 15, 64) if real else ("twin", 2, 32)
+    dtype, device = (torch.bfloat16, options.device) if job == "device" else (torch.float32, "cpu")
+    pipe = tiny.load(variant, dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {**tiny.defaults(variant), "num_inference_steps": steps, "output_type": "pt"}
+    strategies = {"digest": Digest(_SPARSITY, block=block), "adaspa": AdaSpa(_SPARSITY, block=block)}
+
+    def video() -> torch.Tensor:
+        found = pipe(tiny.prompts(1)[0], generator=torch.Generator("cpu").manual_seed(0), **arguments)
+        return torch.as_tensor(found.frames[0]).float().cpu()
+
+    dense = video()
+
+    def measure(name: str) -> Row:
+        with apply(pipe, strategies[name], schedule=Schedule()) as handle:
+            error = (video() - dense).square().mean().item()
+            report = handle.report()
+        finite = bool(dense.isfinite().all()) and math.isfinite(error)
+        return {
+            "verdict": "right" if finite and error < 0.05 else "wrong",
+            "psnr_db": -10 * math.log10(max(error, 1e-12)),
+            "density": report.density,
+            "backends": report.backends,
+            "fallbacks": report.fallbacks,
+            "passed_over": report.passed_over,
+        }
+
+    return measure

@@ -1,0 +1,126 @@
+"""The stages, and how one runs: in a child that says what it tries, and then what came of it.
+
+A stage is a module with `jobs(options)`, names of children, and `run(job, options, talk)`, what such a child does.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+
+from diffsparse_kernels.child import say
+
+Row = dict[str, Any]
+
+
+class Options(NamedTuple):
+    """device: cuda or cpu. shrink: divides tokens. strangers: kernels of one's own to try too, as module:attribute."""
+
+    device: str
+    shrink: int
+    strangers: tuple[str, ...] = ()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this is the real thing."""
+        return self.device.startswith("cuda")
+
+    def arguments(self) -> list[str]:
+        """As the command line has them."""
+        named = ["--kernels", ",".join(self.strangers)] if self.strangers else []
+        return ["--device", self.device, "--shrink", str(self.shrink), *named]
+
+
+class Stage(NamedTuple):
+    """name: of the rows. module: in this package. seconds: its share of `WHOLE`. silence: seconds without a word after
+    which a child is killed. at_once: children side by side.
+    """
+
+    name: str
+    module: str
+    seconds: float
+    silence: float
+    at_once: int = 1
+
+
+STAGES = (  # most telling first
+    Stage("facts", "facts", 10, 30),
+    Stage("compile", "compiling", 40, 60, 16),
+    Stage("numerics", "numerics", 100, 30, 4),
+    Stage("sanitizer", "sanitizer", 30, 30),
+    Stage("speed", "speed", 120, 40),
+    Stage("step", "step", 60, 60),
+    Stage("end to end", "whole", 90, 80),
+    Stage("sanity", "sanity", 20, 60),
+    Stage("tune", "tuning", 10, 20),
+)
+WHOLE = sum(stage.seconds for stage in STAGES)
+
+
+def module_of(stage: Stage) -> Any:
+    """Imported now, for some want packages that others don't."""
+    return import_module(f"diffsparse_eval.gpu.{stage.module}")
+
+
+class Talk:
+    """A child's words to its parent. Attempts are numbered: after one that ended the child, the next goes on behind it.
+
+    end: by `time.monotonic`, when the child should be through.
+    """
+
+    def __init__(self, first: int, seconds: float) -> None:
+        self._next, self._first = 0, first
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.end - time.monotonic()
+
+    def attempt(self, kernel: str, shape: str, measure: Callable[[], Row], **known: Any) -> Row:
+        """Say what is tried, try it, say what came of it -> that, or nothing where an earlier child did it.
+
+        An exception is an outcome, too.
+        """
+        known = {"kernel": kernel, "shape": shape, **known}
+        number, self._next = self._next, self._next + 1
+        if number < self._first:
+            return {}
+        say(number=number, trying=known)
+        try:
+            found = {"verdict": "done", **measure()}
+        except Exception as error:
+            found = {"verdict": "raised", "why": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+        self.row(number, **known, **found)
+        if found["verdict"] == "raised" and torch.cuda.is_available():
+            leave_if_broken()
+        return found
+
+    def row(self, number: int | None = None, **row: Any) -> None:
+        """A row that needs no attempt, or that of one."""
+        say(row=row, **({} if number is None else {"number": number}))
+
+    def plan(self, jobs: dict[str, list[str] | str]) -> None:
+        """The children of each stage, or why it has none."""
+        say(jobs=jobs)
+
+    def facts(self, **facts: Any) -> None:
+        """What holds for all rows."""
+        say(facts=facts)
+
+    def missing(self, what: str) -> None:
+        """Nothing can be done here, and why."""
+        say(missing=what)
+
+
+def leave_if_broken() -> None:
+    """End this process if its context is: after an illegal access all fails, and another process starts anew."""
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        sys.exit(f"the context is broken: {error}")

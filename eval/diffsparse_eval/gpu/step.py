@@ -1,0 +1,136 @@
+"""A layer of a strategy as a model calls it: the step that searches and the sparse step, operation by operation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from diffsparse_eval.gpu.speed import SHAPES, Shape
+from diffsparse_eval.gpu.stage import Options, Row, Talk
+from diffsparse_eval.suites import Case
+from diffsparse_eval.timing import seconds_of
+
+STEPS, FIRST = 50, 9  # of the run, and the last dense one
+_SHOWN = 12  # operations that a row lists
+_ROUNDS = 5
+
+
+def jobs(options: Options) -> list[str]:
+    """A child for each large model and strategy."""
+    return [f"{shape.name}/{name}" for shape in SHAPES[1:3] for name in ("digest", "adaspa")]
+
+
+def run(job: str, options: Options, talk: Talk) -> None:
+    """Search once, then run sparse."""
+    name, strategy_name = job.split("/")
+    shape = next(shape for shape in SHAPES if shape.name == name).shrunk(options.shrink)
+    with torch.inference_mode():
+        layer = _Layer(shape, strategy_name, options)
+        for kind, call in layer.calls():
+            talk.attempt(f"{strategy_name}, {kind}", name, partial(layer.measure, call))
+
+
+class _Layer:
+    """One attention module of a model, with all its heads, at a run's steps."""
+
+    def __init__(self, shape: Shape, name: str, options: Options) -> None:
+        from diffsparse.layout import Layout
+        from diffsparse.strategies import AdaSpa, Digest
+
+        dim, heads = (128, shape.heads) if options.on_gpu else (16, 2)
+        block = 128 if options.on_gpu else 32
+        self.strategy: Any = {"digest": Digest, "adaspa": AdaSpa}[name](sparsity=0.8, block=block)
+        case = Case(shape.tokens, heads, dim, "bfloat16", block, ())
+        self.qkv = [
+            x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.tensors(options.device)
+        ]  # as models do
+        self.layout, self.memory, self.options = Layout(*shape.grid, 0, shape.text), dict[str, Any](), options
+        self.key_mask = None
+        if shape.hidden:
+            places = torch.arange(shape.tokens, device=options.device)
+            self.key_mask = (places < shape.tokens - shape.hidden)[None]
+        self.records: list[Any] = []
+
+    def calls(self) -> list[tuple[str, Callable[[], Any]]]:
+        """Dense, as the user has it; the search; sparse steps."""
+        return [
+            ("dense", partial(self._call, "dense", 0)),
+            ("search", partial(self._call, "observe", FIRST)),
+            ("sparse", partial(self._call, "attend", FIRST + 1)),
+        ]
+
+    def _call(self, method: str, step: int) -> Any:
+        from diffsparse.order import in_order
+
+        site = self._site(step)
+        function = site.dense if method == "dense" else getattr(self.strategy, method)
+        if method == "dense":
+            return function(*self.qkv)
+        return in_order(self.strategy, function, tuple(self.qkv), site)
+
+    def _site(self, step: int) -> Any:
+        from diffsparse.report import CallRecord
+        from diffsparse.site import Site
+
+        self.records.append(CallRecord("blocks.0", step, "cond"))
+        mask = None if self.key_mask is None else self.key_mask[:, None, None]
+        return Site(
+            "transformer", "blocks.0", 0, step, STEPS, "cond", self.layout, self.memory, None, self.key_mask,
+            _dense=lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, mask),
+            _backend="native",
+            _record=self.records[-1],
+        )  # fmt: skip
+
+    def measure(self, call: Callable[[], Any]) -> Row:
+        """Milliseconds of the device and of the host, launches, peak memory, and the operations that take the most."""
+        call()  # compiles, tries kernels
+        self._synchronise()
+        if self.options.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        times, host = [], []
+        for _ in range(_ROUNDS):
+            start = time.perf_counter()
+            times.append(seconds_of(lambda: host.append(_host_ms(call)), self.options.device))
+            if time.perf_counter() - start > 5:
+                break
+        record = self.records[-1]
+        return {
+            "verdict": "timed",
+            "ms": sorted(times)[len(times) // 2] * 1e3,
+            "host_ms": min(host),
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if self.options.on_gpu else None,
+            "density": float(record.density),
+            "backend": record.backend,
+            "why": "; ".join(record.passed_over) or record.reason,
+            **self._profile(call),
+        }
+
+    def _profile(self, call: Callable[[], Any]) -> Row:
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.options.on_gpu else [])]
+        with profile(activities=kinds) as seen:
+            call()
+            self._synchronise()
+        own = "self_device_time_total" if self.options.on_gpu else "self_cpu_time_total"
+        events = [event for event in seen.key_averages() if getattr(event, own, 0) > 0]
+        events.sort(key=lambda event: -getattr(event, own))
+        return {
+            "launches": sum(event.count for event in events),
+            "ops": {event.key[:60]: round(getattr(event, own) / 1e3, 3) for event in events[:_SHOWN]},
+        }
+
+    def _synchronise(self) -> None:
+        if self.options.on_gpu:
+            torch.cuda.synchronize()
+
+
+def _host_ms(call: Callable[[], Any]) -> float:
+    """Until the call returns, which on a GPU is before it is done."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3

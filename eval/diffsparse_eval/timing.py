@@ -1,0 +1,37 @@
+"""Seconds of a call by the device's clock, and medians of calls that take turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+
+def seconds_of(call: Callable[[], Any], device: str = "cuda") -> float:
+    """One call, by the device's clock if it is a GPU and there is one."""
+    if device == "cpu" or not torch.cuda.is_available():
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def in_turns(calls: dict[str, list[Callable[[], Any]]], rounds: int, device: str, end: float) -> dict[str, float]:
+    """Median seconds of each: all take turns, `rounds` times or until `end` by `time.monotonic`, so that a slow moment
+    slows all alike. Each has several calls, on inputs of their own, so that nobody finds its own in the cache.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name, variants in calls.items():
+            times[name].append(seconds_of(variants[turn % len(variants)], device))
+        if time.monotonic() > end:
+            break
+    return {name: median(found) for name, found in times.items() if found}
