@@ -1,7 +1,7 @@
 """Attention on Hopper (sm_90) in Gluon. The kernel is in `gluon_kernels.py`; what it can't do, the triton backend does.
 
 It takes bfloat16 and float16 [B, H, N, D] whose rows are dense and whose addresses and strides are multiples of 16
-bytes, D at most 128, blocks of 128 queries and 64 or 128 keys, no key mask, no boxes, no mass. All else is the triton
+bytes, D at most 128, blocks of 128 queries and 64 or 128 keys, any key mask, no boxes, no mass. All else is the triton
 backend's, and so is everything where the kernel fails its test on the device. Scores, softmax and LSE are float32, and
 the error against float64 stays below twice that of plain attention in the same dtype.
 """
@@ -20,6 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from diffsparse_kernels import gluon_kernels as kernels
 from diffsparse_kernels import triton
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
+from diffsparse_kernels.masks import mask_pointers
 from diffsparse_kernels.proof import proven
 
 VERSIONS = (3, 6), (3, 10)  # of Triton, the last excluded: Gluon is experimental, and renames things
@@ -48,7 +49,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | 
     """Dense attention -> out, lse."""
     if not fits(q, k, v, Q_BLOCK, KV_BLOCKS[-1], key_mask, None):
         return triton.attention(q, k, v, scale, key_mask)
-    return _attend(q, k, v, scale, KV_BLOCKS[-1], None)
+    return _attend(q, k, v, scale, key_mask, KV_BLOCKS[-1], None)
 
 
 def block_sparse_attention(
@@ -63,7 +64,7 @@ def block_sparse_attention(
     """Attention over the listed blocks."""
     if not fits(q, k, v, lists.q_block, lists.kv_block, key_mask, boxes):
         return triton.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
-    return _attend(q, k, v, scale, lists.kv_block, lists)
+    return _attend(q, k, v, scale, key_mask, lists.kv_block, lists)
 
 
 def fits(
@@ -71,8 +72,7 @@ def fits(
 ) -> bool:
     """Whether the kernel can do this."""
     return (
-        key_mask is None
-        and boxes is None
+        boxes is None
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[3] == v.shape[3] <= 128
         and q_block == Q_BLOCK
@@ -81,7 +81,7 @@ def fits(
     )
 
 
-def constants(head_dim: int, kv_block: int, lists: BlockLists | None) -> dict[str, Any]:
+def constants(head_dim: int, kv_block: int, lists: BlockLists | None, masked: bool) -> dict[str, Any]:
     """The constants of `kernels.attend`: as many stages as the shared memory of one block of threads holds."""
     padded = 64 if head_dim <= 64 else 128
     return {
@@ -91,6 +91,7 @@ def constants(head_dim: int, kv_block: int, lists: BlockLists | None) -> dict[st
         "STAGES": 2 if kv_block * padded > 8192 else 4,
         "SPARSE": lists is not None,
         "ORDERED": lists is not None and lists.order is not None,
+        "MASKED": masked,
     }
 
 
@@ -100,13 +101,13 @@ def layout() -> Any:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, kv_block: int, lists: BlockLists | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, kv_block: int, lists: BlockLists | None
 ) -> tuple[Tensor, Tensor]:
     q, scale = triton.positive(q, scale)
     batch, heads, n_q, head_dim = q.shape
     out = q.new_empty(batch, heads, n_q, head_dim)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32)
-    constant = constants(head_dim, kv_block, lists)
+    constant = constants(head_dim, kv_block, lists, key_mask is not None)
     programs = batch * heads * blocks_of(n_q, Q_BLOCK)
     order = None if lists is None else lists.order
 
@@ -123,6 +124,7 @@ def _attend(
             lse if lists is None else lists.idx.contiguous(),
             lse if lists is None else lists.cnt.contiguous(),
             lse if order is None else order,
+            *mask_pointers(key_mask, lse).values(),
             scale * triton.LOG2E,
             n_q,
             k.shape[2],
