@@ -203,8 +203,8 @@ def attend(queries, keys, values, out_ptr, lse_ptr, idx_ptr, cnt_ptr, order_ptr,
 
     queries, keys, values: descriptors of [B, H, N, D] with tiles [1, 1, 128 or KV_BLOCK, D_PAD].
     out_ptr [B, H, N_q, D], lse_ptr float32 [B, H, N_q]; idx_ptr int16 or int32, cnt_ptr and order_ptr int32: of
-    `BlockLists`; key_mask_ptr, clear_ptr: of `mask_pointers`. scale: of the scores, positive, in base 2. listed: number of lists; where it is less than B * H * nQ,
-    all samples share them. width: of a list.
+    `BlockLists`; key_mask_ptr, clear_ptr: of `mask_pointers`, read if MASKED. scale: of the scores, positive, in base
+    2. listed: number of lists; where it is less than B * H * nQ, all samples share them. width: of a list.
     """
     Q_BLOCK: gl.constexpr = 128
     ROWS: gl.constexpr = 64
