@@ -1,7 +1,7 @@
 """Attention on Hopper (sm_90) in Gluon. The kernel is in `gluon_kernels.py`; what it can't do, the triton backend does.
 
 It takes bfloat16 and float16 [B, H, N, D] whose rows are dense and whose addresses and strides are multiples of 16
-bytes, D at most 128, blocks of 128 queries and 64 or 128 keys, no key mask, no boxes, no mass. All else is the triton
+bytes, D at most 128, blocks of 128 queries and 64 or 128 keys, any key mask, no boxes, no mass. All else is the triton
 backend's, and so is everything where the kernel fails its test on the device. Scores, softmax and LSE are float32, and
 the error against float64 stays below twice that of plain attention in the same dtype.
 """
@@ -20,6 +20,7 @@ from diffsparse_kernels import gluon_kernels as kernels
 from diffsparse_kernels import triton
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
+from diffsparse_kernels.masks import mask_pointers
 from diffsparse_kernels.tiles import HEAD_DIMS
 
 VERSIONS = (3, 6), (3, 10)  # of Triton, the last excluded: Gluon is experimental, and renames things
@@ -44,8 +45,8 @@ def refuses(case: Case) -> str:
     """What the kernel can't do of a case, which the triton backend then does; empty if it can do all."""
     if case.kind != "attend":
         return "it computes attention alone"
-    if case.axes or case.masked:
-        return "it takes no boxes and no key mask"
+    if case.axes:
+        return "it takes no boxes"
     if case.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16; got {case.dtype}"
     if case.head_dim != case.value_dim or case.head_dim > HEAD_DIMS[-1]:
@@ -59,7 +60,7 @@ def refuses(case: Case) -> str:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    return _attend(q, k, v, scale, KV_BLOCKS[-1], None)
+    return _attend(q, k, v, scale, key_mask, KV_BLOCKS[-1], None)
 
 
 def block_sparse_attention(
@@ -72,10 +73,10 @@ def block_sparse_attention(
     boxes: Boxes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks."""
-    return _attend(q, k, v, scale, lists.kv_block, lists)
+    return _attend(q, k, v, scale, key_mask, lists.kv_block, lists)
 
 
-def constants(head_dim: int, kv_block: int, lists: BlockLists | None) -> dict[str, Any]:
+def constants(head_dim: int, kv_block: int, lists: BlockLists | None, masked: bool) -> dict[str, Any]:
     """The constants of `kernels.attend`: as many stages as the shared memory of one block of threads holds."""
     padded = 64 if head_dim <= 64 else 128
     return {
@@ -85,6 +86,7 @@ def constants(head_dim: int, kv_block: int, lists: BlockLists | None) -> dict[st
         "STAGES": 2 if kv_block * padded > 8192 else 4,
         "SPARSE": lists is not None,
         "ORDERED": lists is not None and lists.order is not None,
+        "MASKED": masked,
     }
 
 
@@ -94,13 +96,13 @@ def layout() -> Any:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, kv_block: int, lists: BlockLists | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, kv_block: int, lists: BlockLists | None
 ) -> tuple[Tensor, Tensor]:
     q, scale = triton.positive(q, scale)
     batch, heads, n_q, head_dim = q.shape
     out = q.new_empty(batch, heads, n_q, head_dim)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32)
-    constant = constants(head_dim, kv_block, lists)
+    constant = constants(head_dim, kv_block, lists, key_mask is not None)
     programs = batch * heads * blocks_of(n_q, Q_BLOCK)
     order = None if lists is None else lists.order
 
@@ -117,6 +119,7 @@ def _attend(
             lse if lists is None else lists.idx.contiguous(),
             lse if lists is None else lists.cnt.contiguous(),
             lse if order is None else order,
+            *mask_pointers(key_mask, lse).values(),
             scale * triton.LOG2E,
             n_q,
             k.shape[2],

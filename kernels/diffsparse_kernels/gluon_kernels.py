@@ -87,20 +87,47 @@ def hide_tail(scores, left, SCORES: gl.constexpr, KV_BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def softmax_step(scores, scale, highest, total):
+def hide_masked(scores, start, mask_at, n_kv, SCORES: gl.constexpr, KV_BLOCK: gl.constexpr):
+    """-inf for the keys of the tile at `start` that the mask hides, and for those beyond the last."""
+    keys = start + gl.arange(0, KV_BLOCK, layout=gl.SliceLayout(0, SCORES))
+    allowed = gl.load(mask_at + keys, mask=keys < n_kv, other=0)
+    return gl.where((allowed != 0)[None, :], scores, -float("inf"))
+
+
+@gluon.jit
+def hide_keys(scores, last, left, start, mask_at, clear, n_kv,
+    SCORES: gl.constexpr, KV_BLOCK: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """-inf for keys that the mask hides, or that do not exist; most tiles have none of either."""
+    if MASKED:
+        if start + KV_BLOCK > clear:
+            scores = hide_masked(scores, start, mask_at, n_kv, SCORES, KV_BLOCK)
+    else:
+        if last:
+            scores = hide_tail(scores, left, SCORES, KV_BLOCK)
+    return scores
+
+
+@gluon.jit
+def softmax_step(scores, scale, highest, total, MASKED: gl.constexpr):
     """Weights of one tile against the running maximum -> weights, the new maximum and total, shrinkage of the old."""
     now = gl.maximum(highest, gl.max(scores, 1) * scale)
-    weights = gl.exp2(scores * scale - now[:, None])
-    shrink = gl.exp2(highest - now)
+    base = now
+    if MASKED:  # a row may have seen no key yet
+        base = gl.where(now == -float("inf"), 0.0, now)
+    weights = gl.exp2(scores * scale - base[:, None])
+    shrink = gl.exp2(highest - base)
     return weights, now, total * shrink + gl.sum(weights, 1), shrink
 
 
 @gluon.jit
 def consume(q, late, first_row, k_ring, v_ring, k_full, k_empty, v_full, v_empty, mine, other,
-    out_ptr, lse_ptr, scale, turns, left, n_q, row_at,
+    out_ptr, lse_ptr, scale, idx_at, turns, left, mask_at, clear, n_kv, n_q, row_at,
     D: gl.constexpr, D_PAD: gl.constexpr, KV_BLOCK: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
+    SPARSE: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Attention of half of the query rows; `left` keys of the last tile exist; `late` is 1 for who goes second."""
+    LISTED: gl.constexpr = SPARSE and MASKED  # without a mask a consumer need not know its block
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KV_BLOCK, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_PAD, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
@@ -109,17 +136,20 @@ def consume(q, late, first_row, k_ring, v_ring, k_full, k_empty, v_full, v_empty
     acc = gl.zeros([ROWS, D_PAD], gl.float32, OUT)
     highest = gl.full([ROWS], -float("inf"), gl.float32, ROW)
     total = gl.zeros([ROWS], gl.float32, ROW)
+    block = block_at(idx_at, 0, LISTED)
+    ahead = block_at(idx_at, gl.minimum(1, turns - 1), LISTED)
 
     await_tile(k_full, 0, STAGES)
     scores = score(q, matrix(k_ring, 0, STAGES, KV_BLOCK, D_PAD), SCORES, ROWS, KV_BLOCK)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     mbarrier.arrive(k_empty.index(0), count=1)
-    if turns == 1:
-        scores = hide_tail(scores, left, SCORES, KV_BLOCK)
-    weights, highest, total, shrink = softmax_step(scores, scale, highest, total)
+    scores = hide_keys(scores, turns == 1, left, block * KV_BLOCK, mask_at, clear, n_kv, SCORES, KV_BLOCK, MASKED)
+    weights, highest, total, shrink = softmax_step(scores, scale, highest, total, MASKED)
     rounded = gl.convert_layout(weights.to(q.dtype), WEIGHTS)
     for turn in range(1, turns):
         before = turn - 1
+        start = ahead * KV_BLOCK
+        ahead = block_at(idx_at, gl.minimum(turn + 1, turns - 1), LISTED)
         await_tile(k_full, turn, STAGES)
         mbarrier.wait(mine, (before & 1) ^ 1 ^ late)
         next_scores = score(q, matrix(k_ring, turn, STAGES, KV_BLOCK, D_PAD), SCORES, ROWS, KV_BLOCK)
@@ -128,9 +158,8 @@ def consume(q, late, first_row, k_ring, v_ring, k_full, k_empty, v_full, v_empty
         mbarrier.arrive(other, count=1)
         scores = warpgroup_mma_wait(1, deps=(next_scores,))
         mbarrier.arrive(k_empty.index(turn % STAGES), count=1)
-        if turn == turns - 1:
-            scores = hide_tail(scores, left, SCORES, KV_BLOCK)
-        weights, highest, total, shrink = softmax_step(scores, scale, highest, total)
+        scores = hide_keys(scores, turn == turns - 1, left, start, mask_at, clear, n_kv, SCORES, KV_BLOCK, MASKED)
+        weights, highest, total, shrink = softmax_step(scores, scale, highest, total, MASKED)
         acc = warpgroup_mma_wait(0, deps=(weighed,))
         mbarrier.arrive(v_empty.index(before % STAGES), count=1)
         acc = acc * gl.convert_layout(shrink, OUT_ROW)[:, None]
@@ -139,7 +168,10 @@ def consume(q, late, first_row, k_ring, v_ring, k_full, k_empty, v_full, v_empty
     weighed = warpgroup_mma(rounded, matrix(v_ring, turns - 1, STAGES, KV_BLOCK, D_PAD), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(weighed,))
 
-    acc = acc / gl.convert_layout(total, OUT_ROW)[:, None]
+    divisor = total
+    if MASKED:  # a row may have seen no key at all
+        divisor = gl.where(total == 0.0, 1.0, total)
+    acc = acc / gl.convert_layout(divisor, OUT_ROW)[:, None]
     rows = first_row + gl.arange(0, ROWS, layout=OUT_ROW)
     dims = gl.arange(0, D_PAD, layout=gl.SliceLayout(0, OUT))
     inside = (rows < n_q)[:, None] & (dims < D)[None, :]
@@ -162,17 +194,17 @@ def leave_empty(out_ptr, lse_ptr, first_row, n_q, row_at, D: gl.constexpr, D_PAD
 
 
 @gluon.jit
-def attend(queries, keys, values, out_ptr, lse_ptr, idx_ptr, cnt_ptr, order_ptr,
+def attend(queries, keys, values, out_ptr, lse_ptr, idx_ptr, cnt_ptr, order_ptr, key_mask_ptr, clear_ptr,
     scale, n_q, n_kv, heads, listed, width,
     D: gl.constexpr, D_PAD: gl.constexpr, KV_BLOCK: gl.constexpr, STAGES: gl.constexpr,
-    SPARSE: gl.constexpr, ORDERED: gl.constexpr,
+    SPARSE: gl.constexpr, ORDERED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Attention of 128 query rows of one head to its key blocks.
 
     queries, keys, values: descriptors of [B, H, N, D] with tiles [1, 1, 128 or KV_BLOCK, D_PAD].
     out_ptr [B, H, N_q, D], lse_ptr float32 [B, H, N_q]; idx_ptr int16 or int32, cnt_ptr and order_ptr int32: of
-    `BlockLists`. scale: of the scores, positive, in base 2. listed: number of lists; where it is less than B * H * nQ,
-    all samples share them. width: of a list.
+    `BlockLists`; key_mask_ptr, clear_ptr: of `mask_pointers`, read if MASKED. scale: of the scores, positive, in base
+    2. listed: number of lists; where it is less than B * H * nQ, all samples share them. width: of a list.
     """
     Q_BLOCK: gl.constexpr = 128
     ROWS: gl.constexpr = 64
@@ -214,7 +246,14 @@ def attend(queries, keys, values, out_ptr, lse_ptr, idx_ptr, cnt_ptr, order_ptr,
         mbarrier.expect(q_full, queries.block_type.nbytes)
         copy_tile(queries, [b, h, first_row, 0], q_full, q)
         mbarrier.wait(q_full, 0)
-        left = n_kv - block_at(idx_at, turns - 1, SPARSE) * KV_BLOCK
+        left = n_kv
+        clear = n_kv
+        mask_at = key_mask_ptr
+        if MASKED:
+            clear = gl.load(clear_ptr + b)
+            mask_at = key_mask_ptr + b.to(gl.int64) * n_kv
+        else:
+            left -= block_at(idx_at, turns - 1, SPARSE) * KV_BLOCK
         rows = q.reshape([Q_BLOCK, D_PAD])
         gl.warp_specialize(
             [  # spelled out, for a sum of tuples forgets which of its parts are constants
@@ -235,8 +274,12 @@ def attend(queries, keys, values, out_ptr, lse_ptr, idx_ptr, cnt_ptr, order_ptr,
                         out_ptr,
                         lse_ptr,
                         scale,
+                        idx_at,
                         turns,
                         left,
+                        mask_at,
+                        clear,
+                        n_kv,
                         n_q,
                         row_at,
                         D,
@@ -244,6 +287,8 @@ def attend(queries, keys, values, out_ptr, lse_ptr, idx_ptr, cnt_ptr, order_ptr,
                         KV_BLOCK,
                         STAGES,
                         ROWS,
+                        SPARSE,
+                        MASKED,
                     ),
                 ),
                 (
@@ -263,8 +308,12 @@ def attend(queries, keys, values, out_ptr, lse_ptr, idx_ptr, cnt_ptr, order_ptr,
                         out_ptr,
                         lse_ptr,
                         scale,
+                        idx_at,
                         turns,
                         left,
+                        mask_at,
+                        clear,
+                        n_kv,
                         n_q,
                         row_at,
                         D,
@@ -272,6 +321,8 @@ def attend(queries, keys, values, out_ptr, lse_ptr, idx_ptr, cnt_ptr, order_ptr,
                         KV_BLOCK,
                         STAGES,
                         ROWS,
+                        SPARSE,
+                        MASKED,
                     ),
                 ),
                 (

@@ -20,6 +20,7 @@ from diffsparse_kernels import triton_kernels as kernels
 from diffsparse_kernels.case import DENSE_BLOCKS, Case
 from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
+from diffsparse_kernels.masks import mask_pointers
 from diffsparse_kernels.means import Means
 from diffsparse_kernels.tiles import HEAD_DIMS, Copy, Tile, tiles_for
 
@@ -166,7 +167,7 @@ def block_mass(
         k_ptr=k,
         mass_ptr=mass,
         cached_ptr=lse.float().contiguous(),
-        key_mask_ptr=q if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        **mask_pointers(key_mask, q),
         scale_log2=scale * LOG2E,
         n_q=n_q,
         n_kv=n_kv,
@@ -240,7 +241,7 @@ def _attend(
         "idx_ptr": q if lists is None else lists.idx.contiguous(),
         "cnt_ptr": q if lists is None else lists.cnt.contiguous(),
         "order_ptr": q if order is None else order,
-        "key_mask_ptr": q if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        **mask_pointers(key_mask, q),
         **dict(zip(("place_ptr", "low_ptr", "high_ptr"), _pointers(boxes, q), strict=True)),
         **dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), lse),
         "scale_log2": scale * LOG2E,
@@ -289,9 +290,9 @@ def fitting(tiles: list[Tile], itemsize: int, copyable: bool, flags: dict[str, A
     # Sums over the rows of warps that work apart, and boxes, are more than the compiler can specialise.
     together = flags["MASS"] or flags["AXES"] > 0
     fits = {"pointers": True, "tma": copyable, "specialised": copyable and not together}
-    tile = next(tile for tile in tiles if fits[tile.copy])
-    # Nor can it hand a key mask wider than this from warps to warps.
-    return tile._replace(keys=min(tile.keys, 64)) if flags["MASKED"] and tile.copy == "specialised" else tile
+    # Nor is a loop that branches, which key masks want, where four warps stand for a group (sm_90).
+    whole = [tile for tile in tiles if not (flags["MASKED"] and tile.copy == "specialised" and tile.warps == 4)]
+    return next(tile for tile in whole if fits[tile.copy])
 
 
 def attend_constants(head_dim: int, value_dim: int, q_block: int, kv_block: int, tile: Tile) -> dict[str, Any]:

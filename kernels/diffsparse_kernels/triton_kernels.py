@@ -114,16 +114,28 @@ def weigh(weights, v, acc, shrink, VALUES: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def hide_keys(
-    scores, columns, key_mask_ptr, place_ptr, low_ptr, high_ptr, rows, n_q, n_kv,
-    RAGGED: tl.constexpr, MASKED: tl.constexpr, AXES: tl.constexpr,
+    scores, columns, start, key_mask_ptr, clear, place_ptr, low_ptr, high_ptr, rows, n_q, n_kv,
+    BLOCK_N: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, AXES: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """-inf for keys beyond the last, for padded keys, and for those outside the query's box."""
+    """-inf for keys beyond the last, for padded keys, and for those outside the query's box.
+
+    BRANCH: tiles before `clear` are let through. Where a second product by `mma.sync` follows, a branch on the scores
+    would hide it from the compiler, which then sends the weights through shared memory: there only the mask's bytes,
+    not the scores, depend on a branch.
+    """
     there = columns < n_kv  # [BLOCK_N]
-    if RAGGED:
-        scores = tl.where(there[None, :], scores, -float("inf"))
     if MASKED:
-        allowed = tl.load(key_mask_ptr + columns, mask=there, other=0)
-        scores = tl.where((allowed != 0)[None, :], scores, -float("inf"))
+        if BRANCH:
+            if start + BLOCK_N > clear:
+                allowed = tl.load(key_mask_ptr + columns, mask=there, other=0) != 0
+                scores = tl.where(allowed[None, :], scores, -float("inf"))
+        else:
+            allowed = columns < clear
+            if start + BLOCK_N > clear:
+                allowed = tl.load(key_mask_ptr + columns, mask=there, other=0) != 0
+            scores = tl.where(allowed[None, :], scores, -float("inf"))
+    elif RAGGED:
+        scores = tl.where(there[None, :], scores, -float("inf"))
     if AXES > 0:
         first = tl.load(place_ptr + columns, mask=there, other=0)  # a negative first place is inside all boxes
         for axis in tl.static_range(AXES):
@@ -165,7 +177,7 @@ def next_block(idx_ptr, turn, turns, PARTS: tl.constexpr, SPARSE: tl.constexpr):
 @triton.jit
 def attend(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mass_ptr, cached_ptr, idx_ptr, cnt_ptr, order_ptr,
-    key_mask_ptr, place_ptr, low_ptr, high_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
+    key_mask_ptr, clear_ptr, place_ptr, low_ptr, high_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
     scale_log2, n_q, n_kv, heads, listed, width,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
@@ -179,10 +191,10 @@ def attend(
     q_ptr [B, H, N_q, D], k_ptr [B, H, N_kv, D], v_ptr [B, H, N_kv, D_V] with the strides `q_b` to `v_d`; out_ptr
     [B, H, N_q, D_V], lse_ptr, cached_ptr float32 [B, H, N_q], mass_ptr float32 [B, H, nQ, nK], all contiguous.
     idx_ptr int16 or int32 [B|1, H, nQ, width], cnt_ptr [B|1, H, nQ], order_ptr [listed]: of `BlockLists`. key_mask_ptr
-    uint8 [B, N_kv]; place_ptr int32 [AXES, N_kv], low_ptr, high_ptr [AXES, N_q]: of `Boxes`. A pointer that its flag
-    leaves unread may be any. SCALED: q and k are eight bits, to be multiplied by q_scale_ptr float32 [B, H, nQ] and
-    k_scale_ptr [B, H, nK]. VALUES: "plain", or "int8" or "fp8": v_ptr is then [B, H, D_V, N_kv], rows `v_n` apart, to
-    be multiplied by v_scale_ptr float32 [B, H, D_V].
+    uint8 [B, N_kv], clear_ptr int32 [B]: of `mask_pointers`; place_ptr int32 [AXES, N_kv], low_ptr, high_ptr [AXES,
+    N_q]: of `Boxes`. A pointer that its flag leaves unread may be any. SCALED: q and k are eight bits, to be multiplied
+    by q_scale_ptr float32 [B, H, nQ] and k_scale_ptr [B, H, nK]. VALUES: "plain", or "int8" or "fp8": v_ptr is then
+    [B, H, D_V, N_kv], rows `v_n` apart, to be multiplied by v_scale_ptr float32 [B, H, D_V].
     """
     lists_at, row_block, b, h = whose_turn(order_ptr, listed, n_q, heads, Q_BLOCK, ORDERED)
     first_row = row_block * Q_BLOCK
@@ -212,6 +224,9 @@ def attend(
     scale = scale_log2
     if SCALED:
         scale_of_q = scale_log2 * tl.load(q_scale_ptr + (b * heads + h) * tl.cdiv(n_q, Q_BLOCK) + row_block)
+    clear = n_kv
+    if MASKED:
+        clear = tl.load(clear_ptr + b)
     block = next_block(idx_at, 0, turns, PARTS, SPARSE)
     for turn in tl.range(turns, warp_specialize=SPECIALISED):
         part = turn % PARTS
@@ -228,16 +243,20 @@ def attend(
         scores = hide_keys(
             scores,
             columns,
+            start,
             key_mask_ptr + b * n_kv,
+            clear,
             place_ptr,
             low_ptr,
             high_ptr,
             rows,
             n_q,
             n_kv,
+            BLOCK_N,
             RAGGED,
             MASKED,
             AXES,
+            TMA and not SCALED,  # sm_100 has no other instruction for int8, either
         )
         weights, base, highest, shrink = softmax_step(scores, scale, highest)
         part_sum = tl.sum(weights, 1)
@@ -314,7 +333,7 @@ def add_means(
 
 @triton.jit
 def measure(
-    q_ptr, k_ptr, mass_ptr, cached_ptr, key_mask_ptr,
+    q_ptr, k_ptr, mass_ptr, cached_ptr, key_mask_ptr, clear_ptr,
     scale_log2, n_q, n_kv, heads,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d,
     D: tl.constexpr, D_PAD: tl.constexpr,
@@ -324,8 +343,8 @@ def measure(
     """Mass of all key blocks in BLOCK_M query rows: of one query block, or of several small ones.
 
     q [B, H, N_q, D] and k [B, H, N_kv, D] by their strides, cached LSE [B, H, N_q] and mass [B, H, nQ, nK] float32,
-    contiguous; mask of keys [B, N_kv], uint8. Sums of exp(score - LSE), AdaSpa's Eq. 4 (arXiv 2502.21079), all in
-    float32: relative error of 1e-5, as the tests measure it.
+    contiguous; key_mask_ptr, clear_ptr: of `mask_pointers`. Sums of exp(score - LSE), AdaSpa's Eq. 4 (arXiv
+    2502.21079), all in float32: relative error of 1e-5, as the tests measure it.
     """
     strips = tl.cdiv(n_q, BLOCK_M)
     strip = tl.program_id(0) % strips
@@ -345,14 +364,18 @@ def measure(
     row_blocks = strip * BLOCKS + tl.arange(0, BLOCKS)
     mass_at = mass_ptr + ((b * heads + h) * q_blocks + row_blocks) * kv_blocks  # [BLOCKS]
     held = tl.zeros([BLOCK_M], tl.float32)
+    clear = n_kv
+    if MASKED:
+        clear = tl.load(clear_ptr + b)
     for turn in tl.range(kv_blocks * PARTS):
         start = turn * BLOCK_N
         columns = start + tl.arange(0, BLOCK_N)
         k = load_rows(keys, start, n_kv, k_n, k_d, BLOCK_N, D, D_PAD, RAGGED, TMA, UPCAST)  # [N, D]
         scores = tl.dot(q, k.T, input_precision="ieee")  # [M, N]
         scores = hide_keys(
-            scores, columns, key_mask_ptr + b * n_kv, q_ptr, q_ptr, q_ptr, rows, n_q, n_kv, RAGGED, MASKED, 0
-        )
+            scores, columns, start, key_mask_ptr + b * n_kv, clear, q_ptr, q_ptr, q_ptr, rows, n_q, n_kv,
+            BLOCK_N, RAGGED, MASKED, 0, True,
+        )  # fmt: skip
         weights = tl.math.exp2(scores * scale_log2 - cached[:, None])
         held = tl.where(turn % PARTS == 0, 0.0, held) + tl.sum(weights, 1)
         found = tl.sum(tl.reshape(held, [BLOCKS, Q_BLOCK]), 1)  # the last part of a block has it all

@@ -8,7 +8,7 @@ import torch
 import diffsparse_kernels as dk
 from diffsparse_kernels import KernelInputError, means, triton
 from support import exact
-from support.cases import MASKS, Size, assert_attention, random_boxes, random_mask, seen
+from support.cases import KEY_MASKS, MASKS, Size, assert_attention, prefixes, random_boxes, random_mask, seen
 
 DTYPES = (torch.bfloat16, torch.float16)
 SIZES = [
@@ -18,6 +18,10 @@ SIZES = [
     Size(batch=1, heads=1, q_len=33, kv_len=65, dim=96, q_block=16, kv_block=32),
     Size(batch=1, heads=1, q_len=1, kv_len=1, dim=8, q_block=16, kv_block=16),
     Size(batch=1, heads=2, q_len=70, kv_len=90, dim=40, value_dim=24, q_block=32, kv_block=32),
+]
+PADDED = [
+    Size(batch=2, heads=1, q_len=70, kv_len=200, dim=64, q_block=64, kv_block=64),
+    Size(batch=2, heads=1, q_len=64, kv_len=256, dim=24, q_block=64, kv_block=128),  # no end is ragged
 ]
 CASES = list(zip(SIZES, DTYPES * 3, strict=True))
 KINDS = list(zip(["random", "sparse", "full", "empty"], DTYPES * 2, strict=True))
@@ -58,6 +62,42 @@ def test_padded_keys(size: Size, dtype: torch.dtype) -> None:
     keys[0] = size.batch == 1
     got = triton.block_sparse_attention(*qkv, size.lists(mask), size.scale, keys)
     assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
+
+
+@pytest.mark.parametrize("kind", KEY_MASKS)
+@pytest.mark.parametrize("size", PADDED, ids=str)
+def test_keys_padded_at_the_end(size: Size, kind: str) -> None:
+    qkv, mask, keys = size.qkv(torch.float16), random_mask(size, 0.7), KEY_MASKS[kind](size)
+    got = triton.block_sparse_attention(*qkv, size.lists(mask), size.scale, keys)
+    assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
+    boxes = random_boxes(size)
+    got = triton.block_sparse_attention(*qkv, size.lists(mask), size.scale, keys, boxes)
+    assert_attention(got, qkv, size.allowed(mask, keys) & seen(boxes), size.scale)
+
+
+@pytest.mark.parametrize("kind", KEY_MASKS)
+@pytest.mark.parametrize("size", PADDED, ids=str)
+def test_mass_of_padded_keys(size: Size, kind: str) -> None:
+    (q, k, v), keys = size.qkv(torch.float16), KEY_MASKS[kind](size)
+    cached = torch.randn(size.batch, size.heads, size.q_len) + 4
+    sizes = (size.q_block, size.kv_block, size.scale, keys)
+    out, lse, fused = triton.attention_with_mass(q, k, v, cached, *sizes)
+    allowed = keys[:, None, None].expand(-1, size.heads, size.q_len, -1)
+    assert_attention((out, lse), (q, k, v), allowed, size.scale)
+    weights = (q.double() @ k.double().mT * size.scale - cached.double()[..., None]).exp() * allowed
+    want = exact.tile_sums(weights, size.q_block, size.kv_block)
+    for mass in (fused, triton.block_mass(q, k, cached, *sizes)):
+        torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_mask_is_read_where_keys_are_hidden_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = PADDED[0]
+    (q, k, v), mask, keys = size.qkv(torch.float16), MASKS["full"](size), prefixes(size, 140, 64)
+    known = triton.mask_pointers(keys, q)
+    known["key_mask_ptr"] = (keys & ~prefixes(size, 128, 64)).view(torch.uint8)  # wrong before the tile of the end
+    monkeypatch.setattr(triton, "mask_pointers", lambda *_: known)
+    got = triton.block_sparse_attention(q, k, v, size.lists(mask), size.scale, keys)
+    assert_attention(got, (q, k, v), size.allowed(mask, keys), size.scale)
 
 
 @pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)

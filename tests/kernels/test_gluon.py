@@ -14,8 +14,9 @@ import diffsparse_kernels as dk
 from diffsparse_kernels import gluon, gluon_kernels, registry, triton
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.masks import mask_pointers
 from support import aot, hopper
-from support.cases import MASKS, Size, assert_attention, random_mask
+from support.cases import KEY_MASKS, MASKS, Size, assert_attention, prefixes, random_mask
 
 SIZES = [
     Size(batch=1, heads=2, q_len=200, kv_len=700, dim=64, q_block=128, kv_block=64),  # turns outnumber the stages
@@ -23,17 +24,24 @@ SIZES = [
     Size(batch=1, heads=1, q_len=128, kv_len=512, dim=128, q_block=128, kv_block=64),
     Size(batch=1, heads=1, q_len=1, kv_len=1, dim=96, q_block=128, kv_block=128),
 ]
+MASKED_SIZES = [
+    Size(batch=2, heads=1, q_len=130, kv_len=300, dim=64, q_block=128, kv_block=64),
+    Size(batch=2, heads=1, q_len=120, kv_len=333, dim=72, q_block=128, kv_block=128),
+    Size(batch=2, heads=2, q_len=128, kv_len=256, dim=128, q_block=128, kv_block=128),  # no end is ragged
+]
 
 
-def attend(size: Size, qkv: tuple[torch.Tensor, ...], lists: BlockLists | None) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(
+    size: Size, qkv: tuple[torch.Tensor, ...], lists: BlockLists | None, keys: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What `gluon._attend` does, on threads."""
-    constants = gluon.constants(size.dim, size.kv_block, lists)
+    constants = gluon.constants(size.dim, size.kv_block, lists, keys is not None)
     programs = size.batch * size.heads * blocks_of(size.q_len, 128)
     out, lse = torch.full_like(qkv[0], torch.nan), torch.full(qkv[0].shape[:3], torch.nan)
     blocks = zip(qkv, (128, size.kv_block, size.kv_block), strict=True)
     order = None if lists is None else lists.order
     lists_of = (lse, lse) if lists is None else (lists.idx, lists.cnt)
-    pointers = (out, lse, *lists_of, lse if order is None else order)
+    pointers = (out, lse, *lists_of, lse if order is None else order, *mask_pointers(keys, lse).values())
     hopper.Hopper(gluon_kernels).run(
         "attend",
         programs,
@@ -83,12 +91,59 @@ def test_in_order_and_one_mask_for_the_batch(shared: bool) -> None:
     assert_attention(got, qkv, size.allowed(mask).expand(2, -1, -1, -1), size.scale)
 
 
+@pytest.mark.parametrize("kind", KEY_MASKS)
+@pytest.mark.parametrize("size", MASKED_SIZES, ids=str)
+def test_padded_keys(size: Size, kind: str) -> None:
+    qkv, mask, keys = size.qkv(torch.bfloat16), random_mask(size), KEY_MASKS[kind](size)
+    mask[0, 0, 0] = False  # an empty list
+    assert_attention(attend(size, qkv, size.lists(mask), keys), qkv, size.allowed(mask, keys), size.scale)
+
+
+@pytest.mark.parametrize("kind", KEY_MASKS)
+def test_dense_with_padded_keys(kind: str) -> None:
+    size = MASKED_SIZES[1]
+    qkv, keys = size.qkv(torch.float16), KEY_MASKS[kind](size)
+    allowed = keys[:, None, None].expand(-1, size.heads, size.q_len, -1)
+    assert_attention(attend(size, qkv, None, keys), qkv, allowed, size.scale)
+
+
+@pytest.mark.parametrize("kind", ["end", "holes"])
+def test_padded_keys_and_one_mask_for_the_batch(kind: str) -> None:
+    size = MASKED_SIZES[0]
+    qkv, mask, keys = size.qkv(torch.bfloat16), random_mask(size, 0.7)[:1], KEY_MASKS[kind](size)
+    token_major = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv)
+    got = attend(size, (qkv[0], *token_major[1:]), size.lists(mask).ordered(), keys)
+    assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
+
+
+def test_the_mask_is_read_where_keys_are_hidden_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = MASKED_SIZES[0]
+    qkv, mask, keys = size.qkv(torch.bfloat16), MASKS["full"](size), prefixes(size, 200, 64)
+    known = mask_pointers(keys, keys)
+    known["key_mask_ptr"] = (keys & ~prefixes(size, 192, 64)).view(torch.uint8)  # wrong before the tile of the end
+    monkeypatch.setitem(globals(), "mask_pointers", lambda *_: known)
+    assert_attention(attend(size, qkv, size.lists(mask), keys), qkv, size.allowed(mask, keys), size.scale)
+
+
+def test_how_many_leading_keys_are_allowed() -> None:
+    size = Size(batch=5, kv_len=70)
+    keys = prefixes(size, 70, 0, 1, 33, 69)
+    keys[3, 50:] = True
+    wanted = torch.tensor([70, 0, 1, 33, 69], dtype=torch.int32)
+    for view in (keys, keys.t().contiguous().t()):
+        known = mask_pointers(view, keys)
+        torch.testing.assert_close(known["clear_ptr"], wanted, rtol=0, atol=0)
+        assert torch.equal(known["key_mask_ptr"].bool(), keys)
+        assert known["key_mask_ptr"].is_contiguous()
+
+
 @pytest.mark.skipif(not (aot.TOOLS / "cuobjdump").is_file(), reason="this Triton comes without NVIDIA's tools")
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("head_dim", "kv_block"), [(64, 64), (64, 128), (72, 128), (128, 64), (128, 128)])
-def test_ahead_of_time(head_dim: int, kv_block: int) -> None:
+def test_ahead_of_time(head_dim: int, kv_block: int, masked: bool) -> None:
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    constants = {**gluon.constants(head_dim, kv_block, None), "SPARSE": True, "ORDERED": True}
+    constants = {**gluon.constants(head_dim, kv_block, None, masked), "SPARSE": True, "ORDERED": True}
     rows = {"queries": 128, "keys": kv_block, "values": kv_block}
     tile = "tensordesc<bf16[1, 1, {}, {}],{!r}>"
     types = {name: tile.format(n, constants["D_PAD"], gluon.layout()) for name, n in rows.items()}
@@ -106,6 +161,7 @@ CASE = Case("attend", torch.bfloat16, 128, 128, 128, 64)
     [
         ({}, ""),
         ({"dtype": torch.float16, "head_dim": 72, "value_dim": 72, "kv_block": 128}, ""),
+        ({"masked": True}, ""),
         ({"kind": "mass"}, "attention alone"),
         ({"q_block": 64}, "blocks of 128 queries and 64 or 128 keys; got 64 and 64"),
         ({"kv_block": 32}, "got 128 and 32"),
@@ -132,8 +188,10 @@ def test_on_the_device() -> None:
     for size in SIZES:
         qkv, mask = size.qkv(torch.bfloat16), random_mask(size)
         lists = size.lists(mask).to(device).ordered()
-        out, lse = gluon._attend(*(x.to(device) for x in qkv), size.scale, size.kv_block, lists)
-        assert_attention((out.cpu(), lse.cpu()), qkv, size.allowed(mask), size.scale)
+        for keys in (None, *(make(size) for make in KEY_MASKS.values())):
+            moved = None if keys is None else keys.to(device)
+            out, lse = gluon._attend(*(x.to(device) for x in qkv), size.scale, moved, size.kv_block, lists)
+            assert_attention((out.cpu(), lse.cpu()), qkv, size.allowed(mask, keys), size.scale)
 
 
 @pytest.fixture
@@ -156,7 +214,8 @@ def hopper_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (128, torch.bfloat16, False, "gluon"),
         (64, torch.bfloat16, False, "triton"),
         (128, torch.float32, False, "triton"),
-        (128, torch.bfloat16, True, "triton"),
+        (128, torch.bfloat16, True, "gluon"),
+        (64, torch.bfloat16, True, "triton"),
     ],
 )
 @pytest.mark.usefixtures("hopper_here")

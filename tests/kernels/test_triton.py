@@ -25,6 +25,8 @@ VARIANTS = {
     "masked": {**SPARSE, "MASKED": True},
     "boxes": {**SPARSE, "AXES": 3},
     "fused": {**SPARSE, "SPARSE": False, "ORDERED": False, "MASS": True},
+    "fused-masked": {**SPARSE, "SPARSE": False, "ORDERED": False, "MASS": True, "MASKED": True},
+    "boxes-masked": {**SPARSE, "AXES": 3, "MASKED": True},
 }
 needs_tools = pytest.mark.skipif(
     not (aot.TOOLS / "cuobjdump").is_file(), reason="this Triton comes without NVIDIA's tools"
@@ -76,17 +78,27 @@ def test_every_tile_of_the_table(chip: int, head_dim: int, q_block: int, tile: T
 
 @needs_tools
 @pytest.mark.parametrize(
-    ("variant", "head_dim"), [("sparse", 72), ("sparse", 96), ("masked", 128), ("boxes", 128), ("fused", 128)]
+    ("variant", "head_dim"),
+    [("sparse", 72), ("sparse", 96), *((variant, 128) for variant in VARIANTS if variant != "sparse"), ("masked", 64)],
 )
 @pytest.mark.parametrize("chip", aot.CHIPS)
 def test_every_variant(chip: int, variant: str, head_dim: int) -> None:
     """With the tile that it gets."""
-    block = 64 if variant == "boxes" else 128
+    block = 64 if "boxes" in variant else 128
     flags = VARIANTS[variant]
     tile = triton.fitting(tiles.tiles_for(chip, head_dim, block, block), 2, True, flags)
     kernel = attend(chip, head_dim, block, block, tile, flags)
     aot.assert_sound(kernel, chip)
     assert_copies(kernel, tile)
+
+
+@needs_tools
+@pytest.mark.parametrize("chip", [80, 89, 120])
+def test_masked_weights_stay_in_registers(chip: int) -> None:
+    """A branch on the scores would have them go through shared memory, where `mma.sync` is what multiplies."""
+    tile = tiles.tiles_for(chip, 128, 128, 128)[0]
+    plain, masked = (attend(chip, 128, 128, 128, tile, VARIANTS[variant]) for variant in ("sparse", "masked"))
+    assert masked.shared == plain.shared
 
 
 @needs_tools
@@ -125,11 +137,14 @@ def test_a_tile_is_taken_only_where_its_needs_are_met() -> None:
     table = tiles.tiles_for(90, 128, 128, 128)
     assert [tile.copy for tile in table] == ["specialised", "tma", "pointers"]
     assert triton.fitting(table, 2, True, SPARSE) == table[0]
-    assert triton.fitting(table, 2, True, VARIANTS["masked"]) == table[0]._replace(keys=64)
+    assert triton.fitting(table, 2, True, VARIANTS["masked"]) == table[1]
     assert triton.fitting(table, 2, True, VARIANTS["fused"]).copy == "tma"
     assert triton.fitting(table, 2, True, VARIANTS["boxes"]).copy == "tma"
     assert triton.fitting(table, 2, False, SPARSE).copy == "pointers"
     assert triton.fitting(table, 4, True, SPARSE).copy == "pointers"
+    blackwell = tiles.tiles_for(100, 128, 128, 128)
+    assert triton.fitting(blackwell, 2, True, VARIANTS["masked"]) == blackwell[0]
+    assert blackwell[0].copy == "specialised"
 
 
 def test_tiles_that_are_wrong_on_a_device_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ TYPES = {
     "*bf16": ("q_ptr", "k_ptr", "v_ptr", "out_ptr"),
     "*fp32": ("lse_ptr", "mass_ptr", "cached_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr"),
     "*i16": ("idx_ptr",),
-    "*i32": ("cnt_ptr", "order_ptr", "place_ptr", "low_ptr", "high_ptr"),
+    "*i32": ("cnt_ptr", "order_ptr", "clear_ptr", "place_ptr", "low_ptr", "high_ptr"),
     "*u8": ("key_mask_ptr",),
     "fp32": ("scale_log2",),
 }

@@ -83,6 +83,28 @@ MASKS = {
 }
 
 
+def prefixes(size: Size, *lengths: int) -> Tensor:
+    """The first keys of each sample, as many as `lengths` says in turn: bool [B, N_kv]."""
+    first = torch.tensor([lengths[sample % len(lengths)] for sample in range(size.batch)])
+    return torch.arange(size.kv_len) < first[:, None]
+
+
+def holes(size: Size) -> Tensor:
+    """Keys here and there, none in the first block."""
+    return (torch.rand(size.batch, size.kv_len) < 0.6) & (torch.arange(size.kv_len) >= size.kv_block)
+
+
+KEY_MASKS = {
+    "all": lambda size: prefixes(size, size.kv_len),
+    "end": lambda size: prefixes(
+        size, size.kv_len - size.kv_block // 2 - 3, size.kv_block
+    ),  # of keys, in a block, at one
+    "edge": lambda size: prefixes(size, 2 * size.kv_block - 1, size.kv_block + 1),
+    "nothing": lambda size: prefixes(size, 0, size.kv_len - 1),
+    "holes": holes,
+}
+
+
 def assert_attention(got: tuple[Tensor, Tensor], qkv: tuple[Tensor, ...], allowed: Tensor, scale: float) -> None:
     q, k, v = qkv
     out, lse = got

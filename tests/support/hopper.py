@@ -226,7 +226,7 @@ class Hopper:
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
             arange=lambda start, end, layout: torch.arange(start, end),
             allocate_shared_memory=_allocate,
-            load=lambda pointer: pointer.flat[pointer.at],
+            load=_load,
             store=_store,
             warp_specialize=self._partitions,
         )
@@ -241,6 +241,15 @@ def _allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
     if layout == "barriers":
         return Shared([Barrier() for _ in range(shape[0])], dtype)
     return Shared(torch.full(shape, torch.nan, dtype=dtype), dtype)
+
+
+def _load(pointer: Pointer, mask: Tensor | None = None, other: Any = None) -> Tensor:
+    """Nothing is read where the mask is False; what is read lies within the tensor."""
+    at = torch.as_tensor(pointer.at)
+    read = torch.ones_like(at, dtype=torch.bool) if mask is None else mask
+    assert ((at >= 0) & (at < pointer.flat.numel()))[read].all(), "read out of bounds"
+    found = pointer.flat[at.where(read, 0)]
+    return found if mask is None else found.where(read, other)
 
 
 def _store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:

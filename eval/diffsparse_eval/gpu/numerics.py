@@ -7,15 +7,16 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from diffsparse_eval.gpu.stage import Options, Row, Talk
-from diffsparse_kernels import registry, trials
+from diffsparse_kernels import registry, trials, triton
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.proof import KERNELS, compute, examine, kernel_of, poison, samples
-from diffsparse_kernels.tiles import tiles_for
+from diffsparse_kernels.tiles import Copy, tiles_for
 
 LAUNCHES = 50
 EIGHT_BITS = {"int8": 0.012, "int8-int8": 0.020, "int8-fp8": 0.037, "fp8": 0.052}  # relative errors, as documented
@@ -54,7 +55,7 @@ def kernels(options: Options) -> list[str]:
     """By name, simplest first: what this device can run, and strangers last."""
     if not options.on_gpu:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return ["reference", "cpu", *(["triton", "triton-tma"] if interpreted else []), *options.strangers]
+        return ["reference", "cpu", *(["triton"] if interpreted else []), *options.strangers]
     device, found = torch.device(options.device), ["triton"]
     major, minor = torch.cuda.get_device_capability(device)
     found += [f"triton-{kind}" for kind in ("tma", "specialised") if kind in _kinds_of_tiles(10 * major + minor)]
@@ -79,11 +80,19 @@ def cases(kernel: str, options: Options) -> list[Case]:
     else:
         refuses = getattr(import_module(KERNELS[kernel][0]), "refuses", lambda case: "")
         listed = [case for case in _ALL if not refuses(case)]
-    if kernel in ("triton-tma", "triton-specialised"):
-        listed = [case for case in listed if case.copyable and case.dtype.itemsize == 2 and case.kind != "means"]
-    if kernel == "triton-specialised":
-        listed = [case for case in listed if case.kind == "attend" and case.q_block == 128 and not case.axes]
+    listed = [case for case in listed if _has_tiles(kernel, case, torch.device(options.device))]
     return listed if options.on_gpu else _small(kernel, listed)
+
+
+def _has_tiles(kernel: str, case: Case, device: torch.device) -> bool:
+    """Whether a kernel that is one kind of tiles has any for this case; elsewhere another kind would be tried."""
+    kind = KERNELS[kernel][1] if kernel in KERNELS else ""
+    if kind in ("", "pointers"):
+        return True
+    if case.kind in ("mass", "means"):
+        return case.kind == "mass" and triton.measure_tile(triton.chip(device), case.kv_block, 2, True).copy == kind
+    flags = triton.flags_of(True, True, case.masked, None, case.kind == "fused") | {"AXES": case.axes}
+    return triton.attend_tile(case, device, flags, cast(Copy, kind)).copy == kind
 
 
 def _small(kernel: str, listed: list[Case]) -> list[Case]:
