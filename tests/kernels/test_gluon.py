@@ -79,7 +79,7 @@ def test_in_order_and_one_mask_for_the_batch(shared: bool) -> None:
     assert_attention(got, qkv, size.allowed(mask).expand(2, -1, -1, -1), size.scale)
 
 
-@pytest.mark.skipif(not (aot.TOOLS / "cuobjdump").is_file(), reason="this Triton comes without NVIDIA's tools")
+@aot.compiles
 @pytest.mark.parametrize(("head_dim", "kv_block"), [(64, 64), (64, 128), (72, 128), (128, 64), (128, 128)])
 def test_ahead_of_time(head_dim: int, kv_block: int) -> None:
     from triton.experimental.gluon._runtime import GluonASTSource
