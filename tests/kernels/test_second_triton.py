@@ -26,9 +26,10 @@ def test_ahead_of_time() -> None:
     """All but the second choices of the table of tiles: compiling takes a second for each kernel."""
     files = [str(Path(__file__).with_name(name)) for name in FILES]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])}
-    options = ["-p", "no:cacheprovider", "-m", "aot", "-k", "not of_the_table", "-r", "s"]
+    options = ["-p", "no:cacheprovider", "-m", "aot", "-k", "not of_the_table"]
     command = [sys.executable, "-c", CODE, str(FOLDER), *options, *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert len(re.findall(r"^[.]{10,}", done.stdout, re.MULTILINE))
-    assert "SKIPPED" not in done.stdout
+    counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
+    assert counts["passed"] > 60, done.stdout
+    assert "skipped" not in counts, done.stdout
