@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from diffsparse.errors import DiffsparseError
+
+RICH = find_spec("rich") is not None  # typer's newest releases take it for granted
+_MARKUP: Any = "rich" if RICH else None
 
 # name -> (module:function, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -35,13 +39,13 @@ class _LazyGroup(TyperGroup):
 def load(name: str) -> Any:
     """The command behind a row of the table."""
     module, function = COMMANDS[name][0].split(":")
-    single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    single = typer.Typer(add_completion=False, rich_markup_mode=_MARKUP)
     single.command(name)(getattr(import_module(module), function))
     return typer.main.get_command(single)
 
 
 def _group() -> Any:
-    app = typer.Typer(cls=_LazyGroup, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+    app = typer.Typer(cls=_LazyGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=_MARKUP)
 
     @app.callback()
     def diffsparse(

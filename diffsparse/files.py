@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffsparse.errors import OutputFileError
 
@@ -46,3 +48,11 @@ def folder(path: str | Path) -> Path:
             return path
     except OSError as error:
         raise OutputFileError(f"can't write to the folder {path}: {error.strerror or error}; choose another") from error
+
+
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write rows of equal keys, whole or not at all."""
+    with whole(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

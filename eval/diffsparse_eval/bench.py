@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from diffsparse.errors import ConfigError, DiffsparseError
+from diffsparse.errors import BackendError, ConfigError, DiffsparseError
 from diffsparse_eval.suites import SUITES, Case
 
 if TYPE_CHECKING:
@@ -20,9 +21,28 @@ if TYPE_CHECKING:
     from diffsparse_kernels import BlockLists
 
 Row = dict[str, Any]
+Failed = Callable[..., None]  # takes an entry and its error
 _FOREIGN = ("flex", "flash-attn-4")
 _GPU = ("gluon", "triton", *_FOREIGN)  # what is timed by default, where it runs
 _INPUTS = 2
+_HEADINGS = (
+    "dtype",
+    "tokens x heads x D",
+    "block",
+    "backend",
+    "kind",
+    "density",
+    "ms",
+    "tflops",
+    "speed-up",
+    "efficiency",
+)
+_LEGEND = (
+    "speed-up is over the fastest dense kernel of the same case; mass is the search pass without values",
+    "means: dropped blocks stand as their means; raster and ordered: [B, N, H, D] in and out, without and",
+    "with an order of the tokens for each head",
+    "efficiency is TFLOP/s per computed block over that dense kernel's",
+)
 
 
 class WrongResultError(DiffsparseError, ArithmeticError):
@@ -53,30 +73,43 @@ def dense_backends(device: str) -> dict[str, Any]:
     return {f"sdpa-{name}": getattr(SDPBackend, member) for name, member in names.items()}
 
 
-def measure(case: Case, device: str, backends: list[str], rounds: int, left_out: set[str] | None = None) -> list[Row]:
+@dataclass
+class Troubles:
+    """Who was not timed, and why: foreign kernels that don't run here; and kernels that are wrong, or ours and fail."""
+
+    left_out: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)  # backend and case -> reason
+
+    def add(self, entry: Entry, case: Case, error: Exception) -> None:
+        """Note that the entry ended in `error`."""
+        if entry.foreign and not isinstance(error, WrongResultError):
+            self.left_out.add(f"{entry.backend}: {_short(error)}")
+        else:
+            self.failed.setdefault(f"{entry.backend}, {case.label}", _short(error))
+
+
+def measure(case: Case, device: str, backends: list[str], rounds: int, troubles: Troubles) -> list[Row]:
     """Time one case: each dense kernel, then block-sparse attention and the mass pass of each backend.
 
     Contestants take turns, `rounds` times, and the median counts, so that a busy machine slows all of them alike. Two
-    sets of inputs alternate, so that nobody finds its own in the cache. Foreign kernels that don't run here are left
-    out, and their reasons added to `left_out`.
-
-    Raises:
-        WrongResultError: a kernel that is not exact enough is not timed.
+    sets of inputs alternate, so that nobody finds its own in the cache. Kernels that don't run or are not exact enough
+    have no rows, and their reasons are added to `troubles`.
     """
     import torch
 
     inputs = [case.tensors(device, seed) for seed in range(_INPUTS)]
     lists = {sparsity: case.lists(sparsity, device) for sparsity in case.sparsities}
     with torch.inference_mode():
-        checked = _checked(inputs[0], lists, backends, set() if left_out is None else left_out)
-        contestants = _contestants(case, device, inputs, lists, checked, backends)
-        seconds = _take_turns(contestants, rounds, set() if left_out is None else left_out)
-    dense = {entry: value for entry, value in seconds.items() if entry.kind == "dense"}
-    return [_row(case, device, entry, value, min(dense.values())) for entry, value in seconds.items()]
+        failed = partial(troubles.add, case=case)
+        checked = _checked(inputs[0], lists, backends, failed)
+        contestants = _contestants(case, device, inputs, lists, checked, backends, failed)
+        seconds = _take_turns(contestants, rounds, failed)
+    dense = [value for entry, value in seconds.items() if entry.kind == "dense"]
+    return [_row(case, device, entry, value, min(dense)) for entry, value in seconds.items()] if dense else []
 
 
 def _checked(
-    inputs: QKV, lists: dict[float, BlockLists], backends: list[str], left_out: set[str]
+    inputs: QKV, lists: dict[float, BlockLists], backends: list[str], failed: Failed
 ) -> dict[tuple[float, str], float]:
     """The error of each backend at each sparsity, before anything is timed."""
     errors = {}
@@ -84,9 +117,7 @@ def _checked(
         try:
             errors[sparsity, name] = check(*inputs, lists[sparsity], name)
         except Exception as error:
-            if name not in _FOREIGN:
-                raise
-            left_out.add(f"{name}: {_short(error)}")
+            failed(Entry(name, "sparse"), error=error)
     return errors
 
 
@@ -97,6 +128,7 @@ def _contestants(
     lists: dict[float, BlockLists],
     checked: dict[tuple[float, str], float],
     backends: list[str],
+    failed: Failed,
 ) -> dict[Entry, list[Callable[[], Any]]]:
     """Everybody's calls, one for each set of inputs."""
     from diffsparse_kernels import attention, block_mass, block_sparse_attention
@@ -109,10 +141,14 @@ def _contestants(
             found[Entry(name, "dense")] = [partial(attention, *qkv, backend=name) for qkv in inputs]
             continue
         mass = partial(block_mass, q_block=case.block, kv_block=case.block, backend=name)
-        lses = [attention(*qkv, backend=name)[1] for qkv in inputs]
+        try:
+            lses = [attention(*qkv, backend=name)[1] for qkv in inputs]
+        except Exception as error:
+            failed(Entry(name, "mass"), error=error)
+            continue
         found[Entry(name, "mass")] = [partial(mass, q, k, lse) for (q, k, _), lse in zip(inputs, lses, strict=True)]
-    for (sparsity, name), error in checked.items():
-        entry = Entry(name, "sparse", float(lists[sparsity].density()), error)
+    for (sparsity, name), worst in checked.items():
+        entry = Entry(name, "sparse", float(lists[sparsity].density()), worst)
         found[entry] = [partial(block_sparse_attention, *qkv, lists[sparsity], backend=name) for qkv in inputs]
         if name not in _FOREIGN:
             for kind, variant in _variants(case, lists[sparsity], name).items():
@@ -210,10 +246,8 @@ def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists)
     return out
 
 
-def _take_turns(
-    contestants: dict[Entry, list[Callable[[], Any]]], rounds: int, left_out: set[str]
-) -> dict[Entry, float]:
-    """Median seconds of each; a foreign kernel that can't run here is left out."""
+def _take_turns(contestants: dict[Entry, list[Callable[[], Any]]], rounds: int, failed: Failed) -> dict[Entry, float]:
+    """Median seconds of each; one that fails is out."""
     times: dict[Entry, list[float]] = {entry: [] for entry in contestants}
     for turn, (entry, calls) in itertools.product(range(rounds + 1), contestants.items()):
         if entry not in times:
@@ -221,9 +255,7 @@ def _take_turns(
         try:
             elapsed = seconds_of(calls[turn % len(calls)])
         except Exception as error:
-            if not entry.foreign:
-                raise
-            left_out.add(f"{entry.backend}: {_short(error)}")
+            failed(entry, error=error)
             del times[entry]
             continue
         if turn > 0:  # the first warms up
@@ -306,14 +338,13 @@ def bench(
     import torch
 
     from diffsparse.files import folder
-    from diffsparse_pipelines.progress import bar, terminal
+    from diffsparse_pipelines.progress import say, track
 
-    console = terminal()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if tune:
         from diffsparse_eval.tune import tune_tiles
 
-        console.print(f"the best tiles are in {tune_tiles(device, rounds)}", soft_wrap=True)
+        say(f"the best tiles are in {tune_tiles(device, rounds)}")
         return
     cases = _suite(suite, shrink) if suite else _cases(tokens, sparsity, head_dim, dtype, block, heads)
     out = Path(f"bench-{suite}.csv") if suite and out is None else out
@@ -324,23 +355,16 @@ def bench(
         raise ConfigError(f"--rounds wants at least 1; got {rounds}")
     named = _named(backend, device)
     rows: list[Row] = []
-    left_out: set[str] = set()
-    with bar(console) as progress:
-        for case in progress.track(cases, description="cases"):
-            rows += measure(case, device, named, rounds, left_out)
-            if out is not None:
-                _write(rows, out)  # what is measured stays, whatever comes next
-    console.print(_table(rows))
-    console.print("speed-up is over the fastest dense kernel of the same case; mass is the search pass without values")
-    console.print(
-        "means: dropped blocks stand as their means; raster and ordered: [B, N, H, D] in and out, without and"
-    )
-    console.print("with an order of the tokens for each head")
-    console.print("efficiency is TFLOP/s per computed block over that dense kernel's")
-    for reason in sorted(left_out):
-        console.print(f"left out: {reason}", soft_wrap=True)
-    if out is not None:
-        console.print(f"{len(rows)} rows are in {out}", soft_wrap=True)
+    troubles = Troubles()
+    for case in track(cases, "cases"):
+        rows += measure(case, device, named, rounds, troubles)
+        if out is not None and rows:
+            _write(rows, out)  # what is measured stays, whatever comes next
+    _show(rows, troubles)
+    if out is not None and rows:
+        say(f"{len(rows)} rows are in {out}")
+    if troubles.failed:
+        raise BackendError(f"wrong or broken, and not in the rows: {'; '.join(troubles.failed)}")
 
 
 def _suite(name: str, shrink: int) -> list[Case]:
@@ -374,7 +398,7 @@ def _cases(tokens: str, sparsity: str, head_dim: str, dtype: str, block: str, he
 def _named(wanted: str, device: str) -> list[str]:
     import torch
 
-    from diffsparse_kernels import BackendError, backends
+    from diffsparse_kernels import backends
 
     known = backends(torch.device(device))
     if not wanted:
@@ -395,8 +419,7 @@ def _check_out(out: Path) -> None:
 def _write(rows: list[Row], out: Path) -> None:
     import json
 
-    from diffsparse.files import whole
-    from diffsparse_eval.report import write_csv
+    from diffsparse.files import whole, write_csv
 
     if out.suffix == ".csv":
         return write_csv(rows, out)
@@ -404,18 +427,21 @@ def _write(rows: list[Row], out: Path) -> None:
         temporary.write_text(json.dumps({"rows": rows}, indent=1))
 
 
-def _table(rows: list[Row]) -> Any:
-    from rich import box
-    from rich.table import Table
+def _show(rows: list[Row], troubles: Troubles) -> None:
+    from diffsparse_pipelines.progress import say, show_table
 
-    shown = Table(title=rows[0]["device"], title_justify="left", box=box.SIMPLE, padding=(0, 1))
-    for name in ("dtype", "tokens x heads x D", "block", "backend", "kind"):
-        shown.add_column(name, no_wrap=True)
-    for name in ("density", "ms", "tflops", "speed-up", "efficiency"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        size = f"{row['tokens']} x {row['heads']} x {row['head_dim']}"
-        digits = {"density": 2, "ms": 2, "tflops": 3, "speedup": 2, "efficiency": 2}
-        figures = [f"{row[name]:.{n}f}" for name, n in digits.items()]
-        shown.add_row(row["dtype"], size, str(row["block"]), row["backend"], row["kind"], *figures)
-    return shown
+    if rows:
+        show_table([_cells(row) for row in rows], "lllllrrrrr", _HEADINGS, rows[0]["device"])
+        for line in _LEGEND:
+            say(line)
+    for reason in sorted(troubles.left_out):
+        say(f"left out: {reason}")
+    for entry, reason in troubles.failed.items():
+        say(f"wrong or broken: {entry}: {reason}")
+
+
+def _cells(row: Row) -> list[str]:
+    size = f"{row['tokens']} x {row['heads']} x {row['head_dim']}"
+    digits = {"density": 2, "ms": 2, "tflops": 3, "speedup": 2, "efficiency": 2}
+    figures = [f"{row[name]:.{n}f}" for name, n in digits.items()]
+    return [row["dtype"], size, str(row["block"]), row["backend"], row["kind"], *figures]

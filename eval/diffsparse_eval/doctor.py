@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -44,9 +45,13 @@ def _gpus() -> dict[str, str]:
 
 
 def _embedded() -> str:
-    from diffsparse_pipelines import tiny
-    from diffsparse_pipelines.tiny.build import VARIANTS
-
+    if find_spec("diffusers") is None:
+        return "Diffusers is not installed"
+    try:
+        from diffsparse_pipelines import tiny
+        from diffsparse_pipelines.tiny.build import VARIANTS
+    except (ImportError, RuntimeError) as error:  # the latter is Diffusers' own, from what it imports
+        return f"can't be loaded: {error}"
     missing = [name for name in VARIANTS if not (tiny.folder(name) / "model_index.json").is_file()]
     return f"missing: {', '.join(missing)}; install the package anew" if missing else ", ".join(VARIANTS)
 
@@ -73,9 +78,7 @@ def doctor(
     ] = False,
 ) -> None:
     """Show versions, devices, and which backends run here."""
-    from rich.table import Table
-
-    from diffsparse_pipelines.progress import terminal
+    from diffsparse_pipelines.progress import show_table
 
     if measure:
         from diffsparse_eval.tune import measure_break_even
@@ -85,11 +88,9 @@ def doctor(
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for topic, values in found.items():
-        for i, (name, value) in enumerate(values.items()):
-            table.add_row(topic if i == 0 else "", name, str(value))
-    terminal().print(table, highlight=False)
+    rows = [
+        [topic if i == 0 else "", name, str(value)]
+        for topic, values in found.items()
+        for i, (name, value) in enumerate(values.items())
+    ]
+    show_table(rows, "lll")

@@ -188,9 +188,8 @@ def _head_rows(view: LayerView) -> list[Row]:
 
 def write(views: list[LayerView], facts: dict[str, Any], out: Path) -> None:
     """Write pictures, `inspect.json` and `recall.csv` into `out`, each whole or not at all."""
-    from diffsparse.files import whole
+    from diffsparse.files import whole, write_csv
     from diffsparse_eval import charts
-    from diffsparse_eval.report import write_csv
 
     found = rows(views)
     with whole(out / "inspect.json") as temporary:

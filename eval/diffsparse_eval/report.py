@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from diffsparse.files import whole
+from diffsparse.files import whole, write_csv
 from diffsparse_eval.metrics import DEFINITIONS, mean_and_interval
 
 Row = dict[str, Any]
@@ -138,11 +137,3 @@ def _spans(steps: list[int], modes: tuple[str, ...]) -> str:
 def meanings(definitions: dict[str, str]) -> str:
     """What columns mean, as a Markdown list."""
     return "\n".join(f"- `{name}`: {meaning}" for name, meaning in definitions.items())
-
-
-def write_csv(rows: list[Row], path: Path) -> None:
-    """Write rows of equal keys, whole or not at all."""
-    with whole(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

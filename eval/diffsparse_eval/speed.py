@@ -18,11 +18,11 @@ import diffsparse
 from diffsparse import Dense, Report, Schedule
 from diffsparse.cost import KINDS, Estimate, Flops, Kind, flops, kinds
 from diffsparse.errors import ConfigError
-from diffsparse.files import whole
+from diffsparse.files import whole, write_csv
 from diffsparse.report import elapsed, mark
 from diffsparse_eval import environment
 from diffsparse_eval.experiment import Row, dense_backend, label
-from diffsparse_eval.report import as_markdown, flat, meanings, write_csv
+from diffsparse_eval.report import as_markdown, flat, meanings
 from diffsparse_pipelines.architectures import Architecture, Rig, inputs
 from diffsparse_pipelines.preflight import grid_tokens
 

@@ -58,6 +58,12 @@ class Case:
         return replace(self, tokens=max(self.tokens // by, 2 * self.block + 1), heads=2)
 
     @property
+    def label(self) -> str:
+        """Its name, if it has one, and its sizes."""
+        sizes = f"{self.tokens} x {self.heads} x {self.head_dim} in blocks of {self.block}, {self.dtype}"
+        return f"{self.name}, {self.pattern}, {sizes}" if self.name else sizes
+
+    @property
     def _edge(self) -> int:
         from diffsparse_kernels.lists import blocks_of
 

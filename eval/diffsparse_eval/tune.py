@@ -19,7 +19,7 @@ from diffsparse_eval.suites import Case
 from diffsparse_kernels import BlockLists, backends, block_sparse_attention, forget_measurements
 from diffsparse_kernels.cached import BREAK_EVEN, cache_folder, device_name, read_rows
 from diffsparse_kernels.tiles import HEAD_DIMS, TUNED, Tile, tiles_for
-from diffsparse_pipelines.progress import bar, terminal
+from diffsparse_pipelines.progress import track
 
 if TYPE_CHECKING:
     from diffsparse_eval.suites import QKV
@@ -106,11 +106,10 @@ def tune_tiles(device: str, rounds: int = 7, tokens: int = 8192, heads: int = 8)
     if obstacle != "available":
         raise ConfigError(f"--tune wants a device with the triton backend; {device}: {obstacle}")
     sizes = list(itertools.product(HEAD_DIMS, (64, 128)))
-    with bar(terminal()) as progress:
-        rows = [
-            _best_tiles(Case(tokens, heads, head_dim, "bfloat16", block, ()), device, rounds)
-            for head_dim, block in progress.track(sizes, description="sizes")
-        ]
+    rows = [
+        _best_tiles(Case(tokens, heads, head_dim, "bfloat16", block, ()), device, rounds)
+        for head_dim, block in track(sizes, "sizes")
+    ]
     return _keep(TUNED, rows)
 
 

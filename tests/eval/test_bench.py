@@ -17,12 +17,21 @@ import diffsparse_kernels as dk
 import diffsparse_kernels.cpu
 from diffsparse.cli import main
 from diffsparse_eval import bench, doctor, environment, suites, tune
+from diffsparse_kernels import cached
+from diffsparse_pipelines import progress
 
 CASE = suites.Case(tokens=200, heads=2, head_dim=16, dtype="float32", block=32, sparsities=(0.6,))
+RIGHT = diffsparse_kernels.cpu.block_sparse_attention
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
 
 
 def test_rows_compare_with_dense_of_the_same_case() -> None:
-    rows = bench.measure(CASE, "cpu", ["cpu"], rounds=2)
+    rows = bench.measure(CASE, "cpu", ["cpu"], 2, bench.Troubles())
     ours = ["mass", "sparse", "means"]
     assert [(r["backend"], r["kind"]) for r in rows] == [("sdpa", "dense"), *(("cpu", kind) for kind in ours)]
     dense, _, sparse, _ = rows
@@ -34,28 +43,139 @@ def test_rows_compare_with_dense_of_the_same_case() -> None:
     assert sparse["max_error"] is not None
 
 
+def wrong(q: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = RIGHT(q, *rest)  # type: ignore[arg-type]
+    return out * 1.05, lse
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("out of luck")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_wrong_kernel_is_not_timed(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = suites.Case(200, 2, 16, dtype, 32, (0.6,))
-    bench.measure(case, "cpu", ["cpu"], rounds=1)
-    right = diffsparse_kernels.cpu.block_sparse_attention
-
-    def wrong(q: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = right(q, *rest)  # type: ignore[arg-type]
-        return out * 1.05, lse
-
+    troubles = bench.Troubles()
+    bench.measure(case, "cpu", ["cpu"], 1, troubles)
+    assert troubles == bench.Troubles()
     monkeypatch.setattr(diffsparse_kernels.cpu, "block_sparse_attention", wrong)
-    with pytest.raises(bench.WrongResultError, match="is off by"):
-        bench.measure(case, "cpu", ["cpu"], rounds=1)
+    rows = bench.measure(case, "cpu", ["cpu"], 1, troubles)
+    assert [row["kind"] for row in rows] == ["dense", "mass"]
+    ((entry, reason),) = troubles.failed.items()
+    assert entry == f"cpu, 200 x 2 x 16 in blocks of 32, {dtype}"
+    assert "is off by" in reason
+
+
+SMALL = [
+    "--head-dim",
+    "16",
+    "--block",
+    "32",
+    "--sparsity",
+    "0.5",
+    "--dtype",
+    "float32",
+    "--heads",
+    "1",
+    "--rounds",
+    "1",
+]
+
+
+@pytest.mark.parametrize(("kernel", "said"), [(wrong, "is off by"), (broken, "out of luck")])
+def test_a_wrong_or_broken_backend_costs_its_own_rows_only(
+    kernel: object, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first case of two; the other backend and the other case are measured, and the end is an error."""
+    out, calls = tmp_path / "rows.csv", iter([kernel])
+    monkeypatch.setattr(diffsparse_kernels.cpu, "block_sparse_attention", lambda *x: next(calls, RIGHT)(*x))  # type: ignore[operator]
+    chosen = ["--backend", "cpu,reference", "--tokens", "100,130", "--out", str(out)]
+    assert run("bench", *SMALL, *chosen) == 2
+    sparse = [row for row in csv.DictReader(out.read_text().splitlines()) if row["kind"] == "sparse"]
+    assert [(row["backend"], row["tokens"]) for row in sparse] == [
+        ("reference", "100"),
+        ("cpu", "130"),
+        ("reference", "130"),
+    ]
+    printed = capsys.readouterr()
+    assert f"{len(out.read_text().splitlines()) - 1} rows are in" in printed.out
+    assert "wrong or broken: cpu, 100 x 1 x 16 in blocks of 32, float32: " in printed.out
+    assert said in printed.out
+    assert printed.err.startswith("error: wrong or broken, and not in the rows: cpu, 100 x 1 x 16")
+
+
+@pytest.mark.parametrize("name", ["attention", "block_mass"])
+def test_a_backend_without_its_mass_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffsparse_kernels.cpu, name, broken)
+    troubles = bench.Troubles()
+    rows = bench.measure(CASE, "cpu", ["cpu"], 1, troubles)
+    assert [row["kind"] for row in rows] == ["dense", "sparse", "means"]
+    assert list(troubles.failed.values()) == ["out of luck"]
+
+
+# Everything that a machine for kernels alone may lack.
+BARE = """
+import sys
+for name in ("rich", "diffusers", "transformers", "accelerate", "ftfy", "imageio", "imageio_ffmpeg", "matplotlib",
+             "skimage", "scipy", "sentencepiece", "safetensors", "tokenizers", "PIL", "numpy"):
+    sys.modules[name] = None
+import warnings
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+from diffsparse.cli import main
+"""
+
+
+def bare(*arguments: str, first: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"{BARE}{first}\nmain(sys.argv[1:])", *arguments]
+    whole = {**os.environ, **environment}
+    return subprocess.run(command, env=whole, capture_output=True, text=True, check=False)
+
+
+def test_bench_without_rich_and_diffusers(tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    done = bare("bench", *SMALL, "--tokens", "256", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    kinds = [row["kind"] for row in csv.DictReader(out.read_text().splitlines())]
+    assert kinds == ["dense", "mass", "sparse", "means", "raster", "ordered"]
+    device, headings, *lines = done.stdout.splitlines()
+    assert device.startswith(cached.processor())
+    assert headings.split() == " ".join(bench._HEADINGS).split()
+    assert [line.split()[8] for line in lines[:6]] == kinds
+    assert lines[-1] == f"6 rows are in {out}"
+
+
+def test_doctor_without_rich_and_diffusers(tmp_path: Path) -> None:
+    measured = "from diffsparse_eval import tune; tune.measure_break_even('cpu', seconds=0.1)"
+    done = bare("doctor", first=measured, DIFFSPARSE_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["versions", "python", environment.versions()["python"]]
+    assert any(line.split() == ["models", "embedded", "Diffusers", "is", "not", "installed"] for line in lines)
+    assert any("break-even at a density of" in line for line in lines)
+
+
+def test_help_and_usage_errors_without_rich() -> None:
+    assert "--sparsity" in bare("bench", "--help").stdout
+    done = bare("bench", "--nothing")
+    assert done.returncode == 2
+    assert "No such option: --nothing" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = bare("bench", "--tune", "--device", "cpu")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --tune wants a device with the triton backend")
+
+
+def test_plain_tables_line_up() -> None:
+    lines = progress.aligned([["a", "b", "c"], ["long", "1", ""], ["", "1000", "x"]], "lrl")
+    assert lines == ["a        b  c", "long     1", "      1000  x"]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
 def test_the_command_writes_rows(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / f"bench.{suffix}"
-    sizes = ["--tokens", "100", "--head-dim", "16", "--block", "32", "--sparsity", "0.5", "--dtype", "float32"]
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", *sizes, "--heads", "1", "--rounds", "1", "--out", str(out)])
-    assert not ended.value.code
+    assert run("bench", *SMALL, "--tokens", "100", "--out", str(out)) == 0
     text = out.read_text()
     rows = json.loads(text)["rows"] if suffix == "json" else list(csv.DictReader(text.splitlines()))
     wanted = {
@@ -83,12 +203,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     dk.forget_measurements()
     yield tmp_path
     dk.forget_measurements()
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    return int(ended.value.code or 0)
 
 
 def test_the_gpu_suite_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,13 +238,10 @@ def test_ragged_lists_are_ragged_and_of_the_density_asked_for() -> None:
 def test_a_foreign_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from diffsparse_kernels import flex
 
-    def broken(*_: object) -> None:
-        raise RuntimeError("no compiler here")
-
     monkeypatch.setattr(flex, "_flex", broken)
-    left_out: set[str] = set()
-    rows = bench.measure(CASE, "cpu", ["cpu", "flex"], 1, left_out)
-    assert left_out == {"flex: no compiler here"}
+    troubles = bench.Troubles()
+    rows = bench.measure(CASE, "cpu", ["cpu", "flex"], 1, troubles)
+    assert troubles == bench.Troubles({"flex: out of luck"})
     assert {row["backend"] for row in rows} == {"sdpa", "cpu"}
 
 
@@ -211,6 +322,6 @@ def test_the_commit_is_that_of_the_checkout() -> None:
 
 def test_orders_are_timed_where_the_tokens_make_a_grid() -> None:
     case = suites.Case(tokens=512, heads=3, head_dim=16, dtype="float32", block=64, sparsities=(0.5,))
-    rows = bench.measure(case, "cpu", ["cpu"], rounds=1)
+    rows = bench.measure(case, "cpu", ["cpu"], 1, bench.Troubles())
     assert [row["kind"] for row in rows] == ["dense", "mass", "sparse", "means", "raster", "ordered"]
     assert len({row["density"] for row in rows[2:]}) == 1

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 import diffsparse_kernels as dk
 from diffsparse_kernels import eight_bits, triton
-from support import exact, rounded
-from support.cases import Size, random_mask
+from support import exact
+from support.cases import Size
+from support.places import Place
+from support.rounded import SIZES, assert_no_worse_than_rounding
 
-SIZES = [
-    Size(batch=1, heads=2, q_len=200, kv_len=200, dim=64, q_block=64, kv_block=64),
-    Size(batch=2, heads=1, q_len=129, kv_len=257, dim=72, q_block=64, kv_block=128),  # both ends ragged
-]
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-def inputs(size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys that have much in common."""
-    q, k, v = size.qkv(dtype)
-    return q, k + 2 * torch.randn(size.dim).to(dtype), v
 
 
 @pytest.mark.parametrize(("chip", "masked"), [(80, True), (90, False)])
@@ -30,25 +21,8 @@ def inputs(size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def test_no_worse_than_rounding(
     size: Size, dtype: torch.dtype, precision: str, masked: bool, chip: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error against float64 is that of rounded inputs and weights, and of what it is stored in."""
     monkeypatch.setattr(triton, "chip", lambda device: chip)
-    qkv, mask = inputs(size, dtype), random_mask(size)
-    mask[0, 0, 0] = False
-    keys = torch.rand(size.batch, size.kv_len) < 0.7 if masked else None
-    out, lse = dk.block_sparse_attention(*qkv, size.lists(mask), key_mask=keys, precision=precision)
-    allowed = size.allowed(mask, keys)
-    want, want_lse = exact.softmax_attention(*qkv, allowed, size.scale)
-    kinds = eight_bits.PRECISIONS[precision]
-    low, low_lse = rounded.attention(*qkv, allowed, size.scale, (size.q_block, size.kv_block), *kinds)
-    assert out.dtype == dtype
-    # What the integer kernel rounds against the running maximum, and fp8's subnormals, are rounded a little otherwise.
-    error, limit = ((x.double() - want).norm() / want.norm() for x in (out, low))
-    assert error <= 1.3 * limit + torch.finfo(dtype).eps
-    dead = want_lse.isneginf()
-    assert torch.equal(lse.isneginf(), dead)
-    assert (out[dead] == 0).all()
-    error, limit = ((x.double() - want_lse)[~dead].abs().max() for x in (lse, low_lse))
-    assert error <= 1.1 * limit + 1e-5
+    assert_no_worse_than_rounding(Place("triton"), size, dtype, precision, masked)
 
 
 def test_without_the_mean_the_scores_of_common_keys_are_worse(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ import diffsparse_kernels as dk
 from diffsparse_kernels import eight_bits, triton, triton_kernels
 from support import aot
 from support.cases import Size, random_boxes, random_mask
+from support.places import Place, gpu_obstacle, moved, repeated
+from support.rounded import SIZES, assert_no_worse_than_rounding
 
 # (chip, precision) -> instructions of the two products in PTX: IMMA, IGMMA, QMMA, QGMMA, UTCQMMA and those of bfloat16
 SYNC = {"int8": r"mma\.sync\S*\.s8\.s8", "fp8": r"mma\.sync\S*e4m3", "plain": r"mma\.sync\S*bf16"}
@@ -23,9 +27,6 @@ HOPPER = {"int8": r"wgmma\S*\.s8\.s8", "fp8": r"wgmma\S*e4m3", "plain": r"wgmma\
 BLACKWELL = {"int8": SYNC["int8"], "fp8": r"tcgen05\.mma\S*f8f6f4", "plain": r"tcgen05\.mma\S*f16"}
 INSTRUCTIONS = {80: SYNC, 89: SYNC, 90: HOPPER, 100: BLACKWELL, 120: SYNC}
 TYPES = {"int8": "*i8", "fp8": "*fp8e4nv", "plain": "*bf16"}
-needs_tools = pytest.mark.skipif(
-    not (aot.TOOLS / "cuobjdump").is_file(), reason="this Triton comes without NVIDIA's tools"
-)
 
 
 def test_in_the_interpreter() -> None:
@@ -36,15 +37,37 @@ def test_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-@needs_tools
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("precision", eight_bits.PRECISIONS)
-@pytest.mark.parametrize("chip", aot.CHIPS)
+def test_on_the_device(precision: str) -> None:
+    """The same that the interpreter is asked, and that 50 launches give the same bits."""
+    if reason := gpu_obstacle("triton"):
+        pytest.skip(f"triton: {reason}")
+    if "fp8" in precision and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 wants sm_89 or later")
+    for size, dtype, masked in itertools.product(SIZES, (torch.bfloat16, torch.float16), (False, True)):
+        assert_no_worse_than_rounding(Place("triton", "cuda"), size, dtype, precision, masked)
+    size = SIZES[0]
+    qkv, lists = moved(size.qkv(torch.bfloat16), "cuda"), moved(size.lists(random_mask(size)), "cuda")
+    assert repeated(partial(dk.block_sparse_attention, *qkv, lists, precision=precision), 50)
+
+
+@aot.compiles
+@pytest.mark.parametrize(
+    ("chip", "precision"),
+    [
+        (chip, precision)
+        for chip in aot.CHIPS
+        for precision, kinds in eight_bits.PRECISIONS.items()
+        if chip >= 89 or "fp8" not in kinds
+    ],
+)
 def test_ahead_of_time(chip: int, precision: str) -> None:
+    """With a key mask where there is one precision to show it."""
     scores, values = eight_bits.PRECISIONS[precision]
-    if chip == 80 and "fp8" in (scores, values):
-        pytest.skip("sm_80 has no fp8")
     tile = eight_bits.tile_for(chip, 128, 128, 128, precision, copyable=True)
-    flags = triton.flags_of(sparse=True, ordered=True, masked=False, boxes=None, mass=False)
+    flags = triton.flags_of(sparse=True, ordered=True, masked=precision == "int8", boxes=None, mass=False)
     constants = triton.attend_constants(128, 128, 128, 128, tile) | flags
     constants |= {"SCALED": True, "VALUES": values, "RAGGED": True, "UPCAST": False}
     types = {"q_ptr": TYPES[scores], "k_ptr": TYPES[scores], "v_ptr": TYPES[values]}
@@ -53,14 +76,17 @@ def test_ahead_of_time(chip: int, precision: str) -> None:
     aot.assert_sound(kernel, chip, INSTRUCTIONS[chip][values])
 
 
-@needs_tools
-@pytest.mark.parametrize(("chip", "kind"), [(80, "int8"), (90, "fp8")])
+@aot.compiles
+@pytest.mark.parametrize(
+    ("chip", "kind"), [(80, "int8"), (90, "int8"), (90, "fp8"), (100, "fp8"), (120, "int8"), (120, "fp8")]
+)
 def test_rounding_ahead_of_time(chip: int, kind: str) -> None:
+    """Keys in one format, queries in the other: what they do differs by less than a compiler sees."""
     pointers = dict.fromkeys(("mean_ptr", "scale_ptr", "shift_ptr"), "*fp32")
     pointers |= {"x_ptr": "*bf16", "v_ptr": "*bf16", "out_ptr": TYPES[kind]}
     shape = {"D": 128, "D_PAD": 128, "TYPE": kind, "UPCAST": False}
     for kernel, more in (
-        (triton_kernels.round_rows, {"BLOCK": 128, "LIMIT": 127.0, "KEYS": True}),
+        (triton_kernels.round_rows, {"BLOCK": 128, "LIMIT": 127.0, "KEYS": kind == "int8"}),
         (triton_kernels.round_values, {"BLOCK": 64}),
     ):
         aot.assert_sound(aot.compiled(kernel, chip, shape | more, eight_bits._WARPS, 1, **pointers), chip, "st.global")

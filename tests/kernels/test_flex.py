@@ -1,4 +1,4 @@
-"""FlexAttention behind our door: eager on the CPU, where it is slow and exact."""
+"""FlexAttention behind our door: eager on the CPU, where it is slow and exact; compiled on the GPU, for each size."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 import diffsparse_kernels as dk
 from support.cases import MASKS, Size, assert_attention, random_boxes, random_mask
+from support.places import Place, gpu_obstacle
 
 SIZES = [Size(q_len=97, kv_len=97), Size(batch=1, q_len=64, kv_len=200, dim=72, q_block=16, kv_block=64)]
 
@@ -28,6 +29,22 @@ def test_padded_keys_and_dense() -> None:
     assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
     whole = torch.ones_like(mask)
     assert_attention(dk.attention(*qkv, backend="flex"), qkv, size.allowed(whole), size.scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+def test_on_the_device() -> None:
+    if reason := gpu_obstacle("flex"):
+        pytest.skip(f"flex: {reason}")
+    place = Place("flex", "cuda")
+    size = Size(q_len=257, kv_len=300, dim=64, q_block=128, kv_block=128)
+    qkv, mask = size.qkv(torch.bfloat16), random_mask(size)
+    for keys in (None, torch.rand(size.batch, size.kv_len) < 0.7):
+        got = place(dk.block_sparse_attention, *qkv, size.lists(mask), key_mask=keys)
+        assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
+    boxes = random_boxes(size)
+    with pytest.raises(dk.KernelInputError, match="flex backend takes no boxes"):
+        place(dk.block_sparse_attention, *qkv, size.lists(mask), boxes=boxes)
 
 
 def test_the_mass_is_that_of_the_own_kernel() -> None:

@@ -137,7 +137,7 @@ def test_how_many_leading_keys_are_allowed() -> None:
         assert known["key_mask_ptr"].is_contiguous()
 
 
-@pytest.mark.skipif(not (aot.TOOLS / "cuobjdump").is_file(), reason="this Triton comes without NVIDIA's tools")
+@aot.compiles
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("head_dim", "kv_block"), [(64, 64), (64, 128), (72, 128), (128, 64), (128, 128)])
 def test_ahead_of_time(head_dim: int, kv_block: int, masked: bool) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 import diffsparse_kernels as dk
 from support import exact
 from support.cases import MASKS, Size, random_boxes, seen
+from support.places import Place, places
 
-BACKENDS = ("cpu", "reference")
+PLACES = places("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = [
     Size(),
@@ -42,19 +43,17 @@ def written_out(
     return whole.softmax(-1).nan_to_num(0.0) @ torch.cat(values, 2), whole.logsumexp(-1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_means(size: Size, kind: str, dtype: torch.dtype, masked: bool, backend: str) -> None:
+def test_means(size: Size, kind: str, dtype: torch.dtype, masked: bool, place: Place) -> None:
     qkv, mask = size.qkv(dtype), MASKS[kind](size)
     keys = torch.rand(size.batch, size.kv_len) < (0.7 if masked else 1.1)
     if masked:
         keys[0] = False  # a sample without any key gets 0 and -inf
-    out, lse = dk.block_sparse_attention(
-        *qkv, size.lists(mask), means=True, key_mask=keys if masked else None, backend=backend
-    )
+    out, lse = place(dk.block_sparse_attention, *qkv, size.lists(mask), means=True, key_mask=keys if masked else None)
     want, want_lse = written_out(*(x.double() for x in qkv), size, mask, keys)
     low, low_lse = written_out(*qkv, size, mask, keys)
     assert (out.double() - want).abs().max().item() <= exact.tolerance(want, low)
@@ -65,27 +64,27 @@ def test_means(size: Size, kind: str, dtype: torch.dtype, masked: bool, backend:
         assert (lse.double() - want_lse)[alive].abs().max().item() <= limit
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_dropped_is_dense_and_equal_keys_lose_nothing(backend: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_dropped_is_dense_and_equal_keys_lose_nothing(place: Place) -> None:
     size = Size(q_len=95, kv_len=95)
     q, k, v = size.qkv(torch.float64)
     full, none = (MASKS[kind](size) for kind in ("full", "empty"))
     dense, dense_lse = dk.attention(q, k, v, backend="reference")
-    out, lse = dk.block_sparse_attention(q, k, v, size.lists(full), means=True, backend=backend)
+    out, lse = place(dk.block_sparse_attention, q, k, v, size.lists(full), means=True)
     torch.testing.assert_close(out, dense)
     torch.testing.assert_close(lse, dense_lse)
     blocks = torch.arange(95) // size.kv_block
     k = k[:, :, blocks * size.kv_block]  # keys alike within a block: their mean says all, even with every block dropped
     dense, dense_lse = dk.attention(q, k, v, backend="reference")
-    out, lse = dk.block_sparse_attention(q, k, v, size.lists(none), means=True, backend=backend)
+    out, lse = place(dk.block_sparse_attention, q, k, v, size.lists(none), means=True)
     torch.testing.assert_close(out, dense)
     torch.testing.assert_close(lse, dense_lse)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_boxes_hide_keys_in_kept_blocks_only(backend: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_boxes_hide_keys_in_kept_blocks_only(place: Place) -> None:
     size = Size(q_len=95, kv_len=95)
     qkv, mask, boxes = size.qkv(torch.float64), MASKS["random"](size), random_boxes(size)
-    got = dk.block_sparse_attention(*qkv, size.lists(mask), means=True, boxes=boxes, backend=backend)
+    got = place(dk.block_sparse_attention, *qkv, size.lists(mask), means=True, boxes=boxes)
     want = written_out(*qkv, size, mask, torch.ones(size.batch, size.kv_len, dtype=torch.bool), seen(boxes))
     torch.testing.assert_close(got, want)

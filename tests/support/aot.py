@@ -7,8 +7,9 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -33,6 +34,17 @@ TYPES = {
     "fp32": ("scale_log2",),
 }
 ALIGNED = re.compile(r".*_ptr|[qkvx]_[bhn]")  # addresses and strides that are multiples of 16
+
+
+T = TypeVar("T")
+
+
+def compiles(test: T) -> T:
+    """Marks a test that compiles: test_second_triton.py runs it again, with the other Triton."""
+    needs_tools = pytest.mark.skipif(
+        not (TOOLS / "cuobjdump").is_file(), reason="this Triton comes without NVIDIA's tools"
+    )
+    return pytest.mark.aot(needs_tools(test))
 
 
 @dataclass(frozen=True)
