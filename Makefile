@@ -2,16 +2,23 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-OUT ?= out/demo
+GPU_SECONDS ?= 480
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # The kernels must compile with what torch 2.11 comes with, too: a Triton aside, for the tests alone.
 SECOND_TRITON := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton-3.6
 
-.PHONY: help demo test lint format wheel clean
+# A machine with a GPU may have no network and no environment of ours: its own Python, our folders, wheels if carried.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+FOLDERS := .whl/site:.:kernels:pipelines:eval
+
+.PHONY: help demo test gpu gpu-wheels gpu-tables lint format wheel clean
 
 help:
 	@echo "make demo    generate and compare videos of the embedded model: dense, AdaSpa, Digest, random"
 	@echo "make test    format, lint, types and all tests"
+	@echo "make gpu     in some minutes, all that a CUDA device makes of the kernels; GPU_SECONDS=480, OUT=out/gpu"
+	@echo "make gpu-wheels  download what runs whole models on a GPU machine that has no network"
+	@echo "make gpu-tables  write the tables of eval/results/gpu into README.md and docs/gpu.md"
 	@echo "make wheel   build the wheel and try it in an environment of its own"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove environments and outputs"
@@ -27,13 +34,25 @@ $(VENV)/.dev: $(VENV)/.user
 	@touch $@
 
 demo: $(VENV)/.user
-	$(BIN)/diffsparse evaluate --model tiny --strategy adaspa,digest,random --sparsity 0.8 --prompts 2 --out $(OUT)
+	$(BIN)/diffsparse evaluate --model tiny --strategy adaspa,digest,random --sparsity 0.8 --prompts 2 --out $(or $(OUT),out/demo)
 
 test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
+
+gpu:
+	@if ls .whl/*.whl >/dev/null 2>&1; then \
+		$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .whl/site .whl/*.whl; fi
+	@PYTHONPATH=$(FOLDERS) $(GPU_PYTHON) -m diffsparse_eval.gpu --out $(or $(OUT),out/gpu) --seconds $(GPU_SECONDS)
+
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest .whl \
+		--constraint constraints.txt diffusers rich ftfy wcwidth
+
+gpu-tables: $(VENV)/.user
+	$(BIN)/python -m diffsparse_eval.gpu.table
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy

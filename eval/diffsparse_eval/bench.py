@@ -103,7 +103,7 @@ def measure(case: Case, device: str, backends: list[str], rounds: int, troubles:
         failed = partial(troubles.add, case=case)
         checked = _checked(inputs[0], lists, backends, failed)
         contestants = _contestants(case, device, inputs, lists, checked, backends, failed)
-        seconds = _take_turns(contestants, rounds, failed)
+        seconds = _take_turns(contestants, rounds, device, failed)
     dense = [value for entry, value in seconds.items() if entry.kind == "dense"]
     return [_row(case, device, entry, value, min(dense)) for entry, value in seconds.items()] if dense else []
 
@@ -204,56 +204,28 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists, 
     Raises:
         WrongResultError: it is over twice the error of a plain eager computation in the same number format.
     """
-    import torch
-
     from diffsparse_kernels import block_sparse_attention
+    from diffsparse_kernels.proof import Sample, spot_check
 
-    whole, _ = block_sparse_attention(q, k, v, lists, backend=backend)
-    worst = 0.0
-    for head in {0, q.shape[1] - 1}:
-        rows, some = _sample(lists, head)
-        one = slice(head, head + 1)
-        queries, keys, values = q[:, one, rows], k[:, one], v[:, one]
-        exact, _ = block_sparse_attention(queries.double(), keys.double(), values.double(), some, backend="reference")
-        results = whole[:, one, rows], _eager(queries, keys, values, some)
-        error, limit = ((x.double() - exact).abs().max().item() for x in results)
-        limit = 2 * limit + torch.finfo(q.dtype).eps * exact.abs().max().item()
-        if not error <= limit:
-            raise WrongResultError(f"backend {backend!r} is off by {error:.2e}; at most {limit:.2e} is explained")
-        worst = max(worst, error)
-    return worst
+    out, _ = block_sparse_attention(q, k, v, lists, backend=backend)
+    error, limit = spot_check(out, Sample("", q, k, v, lists, scale=q.shape[-1] ** -0.5))
+    if not error <= limit:
+        raise WrongResultError(f"backend {backend!r} is off by {error:.2e}; at most {limit:.2e} is explained")
+    return error
 
 
-def _sample(lists: BlockLists, head: int) -> tuple[torch.Tensor, BlockLists]:
-    """Rows of a few query blocks, the last among them, and the lists of these blocks alone."""
-    import torch
-
-    from diffsparse_kernels import BlockLists
-
-    blocks = torch.linspace(0, lists.q_blocks - 1, min(6, lists.q_blocks)).round().long()
-    rows = (blocks[:, None] * lists.q_block + torch.arange(lists.q_block)).flatten()
-    rows = rows[rows < lists.q_len].to(lists.idx.device)
-    idx, cnt = (x[:1, head : head + 1, blocks.to(x.device)] for x in (lists.idx, lists.cnt))
-    return rows, BlockLists(idx, cnt, lists.q_block, lists.kv_block, len(rows), lists.kv_len)
-
-
-def _eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists) -> torch.Tensor:
-    """Masked softmax attention, every step rounded to the inputs' dtype."""
-    mask = lists.to_mask().repeat_interleave(lists.q_block, 2).repeat_interleave(lists.kv_block, 3)
-    mask = mask[..., : lists.q_len, : lists.kv_len]
-    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
-    out: torch.Tensor = scores.softmax(-1) @ v
-    return out
-
-
-def _take_turns(contestants: dict[Entry, list[Callable[[], Any]]], rounds: int, failed: Failed) -> dict[Entry, float]:
+def _take_turns(
+    contestants: dict[Entry, list[Callable[[], Any]]], rounds: int, device: str, failed: Failed
+) -> dict[Entry, float]:
     """Median seconds of each; one that fails is out."""
+    from diffsparse_eval.timing import seconds_of
+
     times: dict[Entry, list[float]] = {entry: [] for entry in contestants}
     for turn, (entry, calls) in itertools.product(range(rounds + 1), contestants.items()):
         if entry not in times:
             continue
         try:
-            elapsed = seconds_of(calls[turn % len(calls)])
+            elapsed = seconds_of(calls[turn % len(calls)], device)
         except Exception as error:
             failed(entry, error=error)
             del times[entry]
@@ -261,24 +233,6 @@ def _take_turns(contestants: dict[Entry, list[Callable[[], Any]]], rounds: int, 
         if turn > 0:  # the first warms up
             times[entry].append(elapsed)
     return {entry: sorted(found)[len(found) // 2] for entry, found in times.items()}
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    """One call, by the device's clock if there is one."""
-    import time
-
-    import torch
-
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3
 
 
 def _short(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ def examine() -> dict[str, Any]:
         "system": environment.system(),
         "devices": {"cpu": diffsparse_kernels.backend_for(torch.device("cpu")), **_gpus()},
         "backends": diffsparse_kernels.backends(_main_device()),
+        "trials": _trials(),
         "measured": _measured(),
         "models": {"embedded": _embedded(), "known layouts": f"{len(SPECS)} classes; all others by default"},
     }
@@ -42,6 +44,21 @@ def _gpus() -> dict[str, str]:
         return {"cuda": "no CUDA device" if torch.version.cuda else "torch was built without CUDA"}
     chosen = diffsparse_kernels.backend_for(torch.device("cuda"))
     return {f"cuda:{i}": f"{torch.cuda.get_device_name(i)}, {chosen}" for i in range(torch.cuda.device_count())}
+
+
+def _trials() -> dict[str, str]:
+    """What the trials of young kernels on this machine's GPU came to; those that most models need are made now."""
+    import torch
+
+    from diffsparse_kernels import NoKernelError, registry, trials
+
+    device = _main_device()
+    if device.type != "cuda":
+        return {"on a GPU": "kernels are tried at first use, in a process of their own"}
+    for case in registry.USUAL:
+        with suppress(NoKernelError):  # its reason is among the backends'
+            registry.choose(case, torch.device(device))
+    return {f"{row['kernel']}: {row['case']}": row["verdict"] for row in trials.found(device)}
 
 
 def _embedded() -> str:

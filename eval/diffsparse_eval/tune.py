@@ -14,8 +14,8 @@ import torch
 
 from diffsparse.errors import ConfigError
 from diffsparse.files import whole
-from diffsparse_eval.bench import seconds_of
 from diffsparse_eval.suites import Case
+from diffsparse_eval.timing import seconds_of
 from diffsparse_kernels import BlockLists, backends, block_sparse_attention, forget_measurements
 from diffsparse_kernels.cached import BREAK_EVEN, cache_folder, device_name, read_rows
 from diffsparse_kernels.tiles import HEAD_DIMS, TUNED, Tile, tiles_for

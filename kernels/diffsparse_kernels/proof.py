@@ -22,6 +22,7 @@ from diffsparse_kernels.child import say
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
 
 _MANY = 40_000  # keys: more than 16 bits count
+_FAST = 2.0**-20  # relative error of a GPU's fast exponent and logarithm
 REPEATS = 3  # there are no atomics, so a difference between two runs is a race
 KERNELS = {  # name -> module, and the kind of tiles, where there are several
     "cpu": ("diffsparse_kernels.cpu", ""),
@@ -149,7 +150,8 @@ def exact(case: Case, sample: Sample) -> tuple[Tensor, ...]:
 def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
     """The same in plain torch, every step rounded to the inputs' dtype."""
     if case.kind == "means":
-        return compute(case, means, sample)
+        out, lse = compute(case, means, sample)
+        return out, lse.to(out.dtype)
     scores, *attended = rounded_attention(sample)
 
     def block_mass(q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, *_: Any) -> Tensor:
@@ -191,7 +193,7 @@ def difference(got: Tensor, want: Tensor, low: Tensor) -> tuple[float, float]:
         return 0.0, 0.0
     largest = max(1.0, want[alive].abs().max().item())
     error, explained = ((x - want)[alive].abs().max().item() for x in (got, low))
-    return error, 2 * explained + torch.finfo(low.dtype).eps * largest
+    return error, 2 * explained + max(torch.finfo(low.dtype).eps, _FAST) * largest
 
 
 class Finding(NamedTuple):
@@ -215,6 +217,19 @@ def examine(case: Case, kernel: Any, sample: Sample, repeats: int = REPEATS) -> 
             wrong = f"wrong: the {name} is off by {error:.2e}, {limit:.2e} is explained ({sample.name})"
             break
     return Finding(wrong, errors[0], equal)
+
+
+def spot_check(out: Tensor, sample: Sample) -> tuple[float, float]:
+    """Error of an output and what of it is explained, where it is worst, in a part of a call that is large.
+
+    That is a few query blocks of the first and of the last head.
+    """
+    found = []
+    for head in {0, sample.q.shape[1] - 1}:
+        part, rows = some_rows(sample, head)
+        attend = Case.of("attend", *sample[1:4], (part.lists.q_block, part.lists.kv_block))  # type: ignore[union-attr]
+        found.append(difference(out[:, head : head + 1, rows], exact(attend, part)[0], rounded_attention(part)[1]))
+    return max(found, key=lambda pair: pair[0] - pair[1])
 
 
 # --- the child ----------------------------------------------------------------------------------------------------

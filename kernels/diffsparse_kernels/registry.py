@@ -36,6 +36,9 @@ BACKENDS = {
 _YOUNG = ("gluon", "triton", "flash-attn-4")  # tried in a process of their own before they are trusted
 _BESIDE = {"gluon": "triton", "flash-attn-4": "triton"}  # who does what these can't
 _USUAL = Case("attend", torch.bfloat16, 128, 128, 128, 128)  # what most models ask for
+USUAL = tuple(
+    _USUAL._replace(kind=kind, masked=masked) for masked in (False, True) for kind in ("attend", "mass", "means")
+)
 
 
 class Choice(NamedTuple):

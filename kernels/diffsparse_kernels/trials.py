@@ -52,13 +52,13 @@ def verdict(kernel: str, case: Case, device: torch.device) -> str:
         return _verdicts[key]
 
 
-def found() -> list[dict[str, Any]]:
-    """The verdicts that the cache folder holds, of this machine's and other versions."""
-    rows = []
+def found(device: torch.device) -> list[dict[str, Any]]:
+    """The verdicts that the cache folder holds for `device`, its driver, and what is installed."""
+    rows, world = [], _world(device)
     for path in sorted(_folder().glob("*.json")):
         with suppress(OSError, ValueError):
             rows.append(json.loads(path.read_text()))
-    return [row for row in rows if isinstance(row, dict) and {"kernel", "case", "device", "verdict"} <= row.keys()]
+    return [row for row in rows if isinstance(row, dict) and row.items() >= world.items() and "verdict" in row]
 
 
 def forget() -> None:

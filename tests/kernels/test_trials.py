@@ -65,7 +65,7 @@ def test_whatever_a_kernel_does_the_caller_goes_on(mode: str, a_machine: Path, m
     trials.forget()  # as another process would begin
     assert trials.verdict("gluon", CASE, CPU) == told
     assert tried == ["gluon"]
-    (row,) = trials.found()
+    (row,) = trials.found(CPU)
     assert row["verdict"] == told
     assert row["torch"] == torch.__version__
     assert len(list(a_machine.iterdir())) == 1
@@ -133,7 +133,7 @@ def test_a_cache_that_cannot_be_read_or_written_stops_nobody(a_machine: Path, mo
     trials.forget()
     assert trials.verdict("gluon", CASE, CPU) == ""
     assert len(ran) == 2
-    assert trials.found() == []
+    assert trials.found(CPU) == []
 
 
 @pytest.mark.parametrize("kind", ["attend", "mass", "fused", "means"])

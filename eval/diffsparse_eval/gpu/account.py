@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from diffsparse_eval.gpu.stage import STAGES, WHOLE, Options, Row, Stage, Talk, module_of
+from diffsparse_eval.gpu.stage import STAGES, WHOLE, Options, Row, Stage, Talk, label, module_of, usual
 from diffsparse_eval.gpu.table import summary
 from diffsparse_kernels.child import Message, run_child
 
@@ -29,7 +29,7 @@ _FIELDS = ("stage", "shape", "kernel", "verdict", "ms", "tflops", "share", "erro
 def main(arguments: list[str] | None = None) -> None:
     """The command line of the parent, and of its children."""
     told = _parser().parse_args(arguments)
-    options = Options(told.device, told.shrink, tuple(name for name in told.kernels.split(",") if name))
+    options = Options(told.device, told.shrink, _names(told.kernels), _names(told.without))
     if told.stage:
         stage = next(stage for stage in STAGES if stage.name == told.stage)
         return module_of(stage).run(told.job, options, Talk(told.first, told.seconds))  # type: ignore[no-any-return]
@@ -54,10 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cuda", help="cuda, or cpu to try the program itself")
     add("--shrink", type=int, default=1, help="divide tokens by this, on a machine without a GPU")
     add("--kernels", default="", help="kernels of one's own to try beside ours: module:attribute, separated by commas")
-    for name in ("--stage", "--job"):
+    for name in ("--stage", "--job", "--without"):
         add(name, default="", help=argparse.SUPPRESS)
     add("--first", type=int, default=0, help=argparse.SUPPRESS)
     return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def _stop(reason: str) -> None:
@@ -94,9 +98,10 @@ class Account:
                 name: self._folders.enter_context(tempfile.TemporaryDirectory(prefix="diffsparse-"))
                 for name in ("TRITON_CACHE_DIR", "DIFFSPARSE_CACHE")
             }
-            interpreter = {} if self.options.on_gpu else {"TRITON_INTERPRET": "1"}
+            # On a CPU, Triton's interpreter; and children side by side would only wait for each other's threads.
+            rehearsal = {} if self.options.on_gpu else {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
             for stage in STAGES:
-                self._stage(stage, {**caches, **interpreter})
+                self._stage(stage, {**caches, **rehearsal})
                 if self._missing:
                     _stop(f"this wants {self._missing}. To try the program itself: --device cpu --shrink 600")
         text = summary(self.rows, self.facts)
@@ -135,6 +140,7 @@ class Account:
                 return self.add(stage, kernel=job, verdict="no time")
             listener = _Listener(self, stage)
             command = ["-m", "diffsparse_eval.gpu", *self.options.arguments(), "--stage", stage.name, "--job", job]
+            command += ["--without", ",".join(self._dangerous())]
             command += ["--first", str(first), "--seconds", str(left)]
             limits = {"start": min(_START, left), "silence": stage.silence, "seconds": left}
             try:
@@ -149,6 +155,11 @@ class Account:
             if ending.how == "late":
                 return
             first = max(listener.number, first) + 1
+
+    def _dangerous(self) -> list[str]:
+        """Kernels that hung or crashed with what models ask for most: whoever only times them leaves them out."""
+        bad = [row for row in self.rows if row.get("case") and row["verdict"] in ("hang", "crash")]
+        return [label(row["kernel"], masked) for row in bad for masked in (False, True) if usual(row["case"], masked)]
 
     def add(self, stage: Stage, **row: Any) -> None:
         """Write one row."""

@@ -28,14 +28,10 @@ def run(job: str, options: Options, talk: Talk) -> None:
     obstacle = _obstacle(options)
     if obstacle:
         return talk.missing(obstacle)
-    versions = environment.versions()
     talk.facts(
         device=device_name(options.device),
         driver=trials.driver() if options.on_gpu else "",
-        torch=torch.__version__,
-        triton=versions.get("triton", ""),
-        python=versions["python"],
-        diffusers=versions.get("diffusers", ""),
+        versions={**environment.versions(), "torch": torch.__version__},
         commit=environment.commit(),
     )
     talk.plan({stage.name: _jobs(stage, options) for stage in STAGES[1:]})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffsparse_eval.gpu.stage import Options, Row, Talk
-from diffsparse_kernels import registry, trials, triton
+from diffsparse_kernels import registry, triton
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.proof import KERNELS, compute, examine, kernel_of, poison, samples
 from diffsparse_kernels.tiles import Copy, tiles_for
@@ -146,18 +146,14 @@ def launch(kernel: str, case: Case, options: Options) -> None:
 
 def _first_use(options: Options, talk: Talk) -> None:
     """The trials that a user's first run makes, each in a process of its own."""
-    device = torch.device(options.device)
-    wanted = [("triton", _USUAL._replace(kind=kind)) for kind in ("mass", "means")]
-    if "gluon" in kernels(options):
-        wanted = [("gluon", _USUAL), ("gluon", _USUAL._replace(masked=True)), *wanted]
-    wanted += [("triton", case._replace(masked=True)) for kernel, case in wanted if kernel == "triton"]
-    for kernel, case in wanted:
-        talk.attempt(f"{kernel}, {FIRST_USE}", str(case), partial(_try, kernel, case, device))
+    for case in registry.USUAL:
+        talk.attempt(FIRST_USE, str(case), partial(_choose, case, torch.device(options.device)))
 
 
-def _try(kernel: str, case: Case, device: torch.device) -> Row:
-    told = trials.verdict(kernel, case, device)
-    return {"verdict": "wrong" if told else "right", "why": told}
+def _choose(case: Case, device: torch.device) -> Row:
+    choice = registry.choose(case, device)
+    refused = [told for told in choice.passed_over if case.kind == "attend"]  # nothing but attention is gluon's
+    return {"verdict": "wrong" if refused else "right", "why": "; ".join(refused), "backend": choice.name}
 
 
 def _eight_bits(options: Options, talk: Talk) -> None:

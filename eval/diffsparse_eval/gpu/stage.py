@@ -13,17 +13,22 @@ from typing import Any, NamedTuple
 
 import torch
 
+from diffsparse_kernels.case import Case
 from diffsparse_kernels.child import say
 
 Row = dict[str, Any]
 
 
 class Options(NamedTuple):
-    """device: cuda or cpu. shrink: divides tokens. strangers: kernels of one's own to try too, as module:attribute."""
+    """device: cuda or cpu. shrink: divides tokens. strangers: kernels of one's own to try too, as module:attribute.
+
+    without: labels of kernels that hung or crashed; stages that only time them leave them out.
+    """
 
     device: str
     shrink: int
     strangers: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
     @property
     def on_gpu(self) -> bool:
@@ -34,6 +39,18 @@ class Options(NamedTuple):
         """As the command line has them."""
         named = ["--kernels", ",".join(self.strangers)] if self.strangers else []
         return ["--device", self.device, "--shrink", str(self.shrink), *named]
+
+
+def label(kernel: str, masked: bool) -> str:
+    """A kernel, with a key mask or without."""
+    return f"{kernel}+mask" if masked else kernel
+
+
+def usual(words: list[str], masked: bool) -> bool:
+    """Whether a case, by its words, is what most models ask for: attention of bfloat16 in blocks of one size."""
+    case = Case.read(words)
+    square = case.q_block == case.kv_block and case.head_dim == 128 and not case.axes
+    return case.kind == "attend" and case.dtype == torch.bfloat16 and square and case.masked == masked
 
 
 class Stage(NamedTuple):

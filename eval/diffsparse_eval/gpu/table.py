@@ -10,7 +10,8 @@ _LONGEST = 95
 
 def summary(rows: list[Row], facts: Row) -> str:
     """One verdict a kernel, then times."""
-    lines = [", ".join(f"{name} {value}" for name, value in facts.items() if value), ""]
+    known = {**{name: value for name, value in facts.items() if name != "versions"}, **facts.get("versions", {})}
+    lines = [", ".join(f"{name} {value}" for name, value in known.items() if value), ""]
     parts = (_ceilings, _verdicts, _speed, _steps, _whole, _left_out)
     for part in parts:
         found = part(rows)
