@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+K = TypeVar("K")
 
 
 def seconds_of(call: Callable[[], Any], device: str = "cuda") -> float:
@@ -24,11 +26,11 @@ def seconds_of(call: Callable[[], Any], device: str = "cuda") -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def in_turns(calls: dict[str, list[Callable[[], Any]]], rounds: int, device: str, end: float) -> dict[str, float]:
+def in_turns(calls: dict[K, list[Callable[[], Any]]], rounds: int, device: str, end: float) -> dict[K, float]:
     """Median seconds of each: all take turns, `rounds` times or until `end` by `time.monotonic`, so that a slow moment
     slows all alike. Each has several calls, on inputs of their own, so that nobody finds its own in the cache.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[K, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name, variants in calls.items():
             times[name].append(seconds_of(variants[turn % len(variants)], device))

@@ -66,7 +66,8 @@ class Case(NamedTuple):
             f"D={self.head_dim}" if self.head_dim == self.value_dim else f"D={self.head_dim}/{self.value_dim}",
             f"blocks of {self.q_block}x{self.kv_block}",
         ]
-        return ", ".join([*parts, *(["key mask"] if self.masked else []), *(["boxes"] if self.axes else [])])
+        told = {"key mask": self.masked, "boxes": self.axes, "odd strides": not self.copyable}
+        return ", ".join([*parts, *(name for name, there in told.items() if there)])
 
 
 def copyable(*tensors: Tensor) -> bool:

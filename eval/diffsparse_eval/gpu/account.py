@@ -109,8 +109,10 @@ class Account:
         print(text)
 
     def _stage(self, stage: Stage, environment: dict[str, str]) -> None:
-        seconds = min(stage.seconds * max(1.0, self._seconds / WHOLE), self.left)
-        if stage is STAGES[-1]:
+        # Shares add up: what one stage leaves, the next may use.
+        shares = sum(before.seconds for before in STAGES[: STAGES.index(stage) + 1])
+        seconds = min(shares * max(1.0, self._seconds / WHOLE) - (self._seconds - self.left), self.left)
+        if stage is STAGES[0]:  # without it nothing is known, and a cold machine takes long to import torch
             seconds = self.left
         if seconds < _LEAST:
             return self.add(stage, verdict="no time")
@@ -157,9 +159,16 @@ class Account:
             first = max(listener.number, first) + 1
 
     def _dangerous(self) -> list[str]:
-        """Kernels that hung or crashed with what models ask for most: whoever only times them leaves them out."""
-        bad = [row for row in self.rows if row.get("case") and row["verdict"] in ("hang", "crash")]
-        return [label(row["kernel"], masked) for row in bad for masked in (False, True) if usual(row["case"], masked)]
+        """Kernels that hung or crashed, unless they came through what models ask for most: they are not timed."""
+        tried = [row for row in self.rows if row.get("case")]
+        bad = {row["kernel"] for row in tried if row["verdict"] in ("hang", "crash")}
+        ended = {
+            label(row["kernel"], masked)
+            for row in tried
+            for masked in (False, True)
+            if row["verdict"] in ("right", "wrong", "raised") and usual(row["case"], masked)
+        }
+        return sorted({label(kernel, masked) for kernel in bad for masked in (False, True)} - ended)
 
     def add(self, stage: Stage, **row: Any) -> None:
         """Write one row."""

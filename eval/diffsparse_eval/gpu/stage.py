@@ -68,9 +68,9 @@ class Stage(NamedTuple):
 STAGES = (  # most telling first
     Stage("facts", "facts", 10, 30),
     Stage("compile", "compiling", 40, 60, 16),
-    Stage("numerics", "numerics", 100, 30, 4),
+    Stage("numerics", "numerics", 100, 20, 4),
     Stage("sanitizer", "sanitizer", 30, 30),
-    Stage("speed", "speed", 120, 40),
+    Stage("speed", "speed", 120, 30),
     Stage("step", "step", 60, 60),
     Stage("end to end", "whole", 90, 80),
     Stage("sanity", "sanity", 20, 60),
@@ -112,7 +112,7 @@ class Talk:
         try:
             found = {"verdict": "done", **measure()}
         except Exception as error:
-            found = {"verdict": "raised", "why": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+            found = {"verdict": "raised", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         self.row(number, **known, **found)
         if found["verdict"] == "raised" and torch.cuda.is_available():
             leave_if_broken()

@@ -118,6 +118,8 @@ class _Layer:
             self._synchronise()
         own = "self_device_time_total" if self.options.on_gpu else "self_cpu_time_total"
         events = [event for event in seen.key_averages() if getattr(event, own, 0) > 0]
+        if self.options.on_gpu:  # what the device ran, not the operations that asked for it
+            events = [event for event in events if str(event.device_type).endswith("CUDA")]
         events.sort(key=lambda event: -getattr(event, own))
         return {
             "launches": sum(event.count for event in events),

@@ -1,11 +1,23 @@
-"""What the rows say, in less than a hundred lines; and the tables of committed rows in README and docs."""
+"""What the rows say, in less than a hundred lines; `python -m diffsparse_eval.gpu.table` makes the tables of the docs.
+
+Rows of a device are committed as `eval/results/gpu/<device>-<date>.jsonl`. README.md has one line for each such file,
+`docs/gpu.md` all that it says.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 _LONGEST = 95
+_ROOT = Path(__file__).parents[3]
+RESULTS = _ROOT / "eval/results/gpu"
+_BEGIN, _END = "<!-- gpu: made by make gpu-tables -->", "<!-- /gpu -->"
+_SHAPES = ("wan 1.3b 480p", "wan 14b 720p", "hunyuan-video 720p", "flux 1024 px")
+_COLUMNS = ("card", "cases right", *_SHAPES)
 
 
 def summary(rows: list[Row], facts: Row) -> str:
@@ -102,12 +114,85 @@ def _whole(rows: list[Row]) -> list[str]:
 
 
 def _left_out(rows: list[Row]) -> list[str]:
+    """What failed outside of the numerics, the first of each kernel and stage, and how many more."""
     bad = ("left out", "no time", "raised", "hang", "crash", "wrong")
-    found = [row for row in rows if row["verdict"] in bad and row["stage"] != "numerics"]
-    lines = [
-        f"  {row['stage']}: {row['kernel'] or 'all'}, {row['shape'] or ''}: {row['verdict']} {row.get('why') or ''}"[
-            :150
-        ]
-        for row in found
-    ]
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row["verdict"] in bad and row["stage"] != "numerics":
+            kernel = str(row["kernel"] or "all").split(",")[0]
+            found.setdefault((row["stage"], kernel, row["verdict"]), []).append(row)
+    lines = []
+    for (stage, kernel, verdict), alike in found.items():
+        more = f", and {len(alike) - 1} more" if len(alike) > 1 else ""
+        lines.append(
+            f"  {stage}: {kernel} {verdict}: {alike[0]['shape'] or ''} {alike[0].get('why') or ''}"[:130] + more
+        )
     return ["failed or left out", *lines[:20]] if lines else []
+
+
+# --- committed rows -----------------------------------------------------------------------------------------------
+
+
+def read(folder: Path = RESULTS) -> dict[str, list[Row]]:
+    """The rows of each committed file, by its name."""
+    files = sorted(folder.glob("*.jsonl"))
+    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
+
+
+def overview(results: dict[str, list[Row]]) -> str:
+    """The table of README.md: of each card the speed-up at 80 % sparsity, and the share of the dense kernel's speed."""
+    lines = [_markdown(_COLUMNS), _markdown(["---", *["---:"] * (len(_COLUMNS) - 1)])]
+    for name, rows in results.items():
+        found = verdicts(rows).values()
+        cases = f"{sum(right for right, _, _ in found)} of {sum(all_ for _, all_, _ in found)}"
+        lines.append(_markdown([name, cases, *(_cell(rows, shape) for shape in _SHAPES)]))
+    if not results:
+        lines.append(_markdown(["any", *["not measured"] * (len(_COLUMNS) - 1)]))
+    return "\n".join(lines)
+
+
+def _cell(rows: list[Row], shape: str) -> str:
+    """The fastest of our kernels over lists like a video's, a fifth of the blocks."""
+    timed = [
+        row
+        for row in rows
+        if (row["stage"], row["shape"], row["verdict"]) == ("speed", shape, "timed")
+        and row["kind"].startswith("ragged lists")
+        and "means" not in row["kind"]
+        and 0.19 < row["density"] < 0.25
+    ]
+    best = min(timed, key=lambda row: row["ms"], default=None)
+    return "not measured" if best is None else f"{best['speedup']:.2f}x ({best['share']:.2f}, {best['kernel']})"
+
+
+def pages(results: dict[str, list[Row]]) -> dict[Path, str]:
+    """What README.md and docs/gpu.md should be."""
+    readme = _ROOT / "README.md"
+    before, rest = readme.read_text().split(_BEGIN)
+    after = rest.split(_END)[1]
+    text = "# What GPUs make of the kernels\n\nWritten by `make gpu-tables` from `eval/results/gpu`.\n"
+    for name, rows in results.items():
+        facts = {field: rows[-1].get(field) for field in ("device", "driver", "date", "commit", "versions")}
+        text += f"\n## {name}\n```\n{summary(rows, facts)}```\n"
+    if not results:
+        text += "\nNot measured yet: no account of a GPU is committed. `make gpu` makes one.\n"
+    return {readme: f"{before}{_BEGIN}\n{overview(results)}\n{_END}{after}", _ROOT / "docs/gpu.md": text}
+
+
+def _markdown(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Write the tables."""
+    if not (_ROOT / "README.md").is_file():
+        print("error: the tables are made in a checkout of the project; this is an installed package", file=sys.stderr)
+        sys.exit(2)
+    for path, text in pages(read()).items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        print(path.relative_to(_ROOT))
+
+
+if __name__ == "__main__":
+    main()

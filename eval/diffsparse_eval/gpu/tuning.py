@@ -10,6 +10,7 @@ from diffsparse_eval.gpu.stage import Options, Row, Talk
 from diffsparse_eval.suites import Case
 from diffsparse_eval.timing import in_turns
 from diffsparse_kernels import triton
+from diffsparse_kernels.proof import Sample, spot_check
 from diffsparse_kernels.tiles import HEAD_DIMS, Tile, tiles_for
 
 _SHAPE = (8192, 8)  # tokens, heads
@@ -40,9 +41,13 @@ def run(job: str, options: Options, talk: Talk) -> None:
     listed = tiles_for(triton.chip(qkv[0].device), head_dim, block, block)
     tiles = dict.fromkeys([*listed, *(tile for tile in _HAND_PICKED if tile.keys <= block)])
 
+    sample = Sample("", *qkv, lists, scale=head_dim**-0.5)
+
     def measure(tile: Tile) -> Row:
-        call = partial(triton.block_sparse_attention, *qkv, lists, head_dim**-0.5, None, tile=tile)
-        call()
+        call = partial(triton.block_sparse_attention, *qkv, lists, sample.scale, None, tile=tile)
+        error, limit = spot_check(call()[0], sample)
+        if not error <= limit:
+            return {"verdict": "wrong", "why": f"off by {error:.2e}, {limit:.2e} is explained", "error": error}
         seconds = in_turns({"": [call]}, 7, options.device, time.monotonic() + 3)[""]
         place = {"head_dim": head_dim, "q_block": block, "kv_block": block, "tile": tile._asdict()}
         return {"verdict": "timed", "ms": seconds * 1e3, "tflops": _DENSITY * case.flops / seconds / 1e12, **place}
