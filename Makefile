@@ -48,7 +48,8 @@ gpu:
 	@PYTHONPATH=$(FOLDERS) $(GPU_PYTHON) -m diffsparse_eval.gpu --out $(or $(OUT),out/gpu) --seconds $(GPU_SECONDS)
 
 gpu-wheels:
-	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest .whl \
+	rm -rf .whl
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --platform any --python-version 3.12 --dest .whl \
 		--constraint constraints.txt diffusers rich ftfy wcwidth
 
 gpu-tables: $(VENV)/.user

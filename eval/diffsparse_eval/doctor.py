@@ -48,7 +48,6 @@ def _gpus() -> dict[str, str]:
 
 def _trials() -> dict[str, str]:
     """What the trials of young kernels on this machine's GPU came to; those that most models need are made now."""
-    import torch
 
     from diffsparse_kernels import NoKernelError, registry, trials
 
@@ -57,7 +56,7 @@ def _trials() -> dict[str, str]:
         return {"on a GPU": "kernels are tried at first use, in a process of their own"}
     for case in registry.USUAL:
         with suppress(NoKernelError):  # its reason is among the backends'
-            registry.choose(case, torch.device(device))
+            registry.choose(case, device)
     return {f"{row['kernel']}: {row['case']}": row["verdict"] for row in trials.found(device)}
 
 

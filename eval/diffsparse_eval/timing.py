@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 K = TypeVar("K")
+Tick = Callable[[], None]
 
 
 def seconds_of(call: Callable[[], Any], device: str = "cuda") -> float:
@@ -26,14 +27,23 @@ def seconds_of(call: Callable[[], Any], device: str = "cuda") -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def in_turns(calls: dict[K, list[Callable[[], Any]]], rounds: int, device: str, end: float) -> dict[K, float]:
-    """Median seconds of each: all take turns, `rounds` times or until `end` by `time.monotonic`, so that a slow moment
-    slows all alike. Each has several calls, on inputs of their own, so that nobody finds its own in the cache.
+def _silent() -> None:
+    """Nobody is told."""
+
+
+def in_turns(
+    calls: dict[K, list[Callable[[], Any]]], rounds: int, device: str, end: float, tick: Tick = _silent
+) -> dict[K, float]:
+    """Median seconds of each: all take turns, so that a slow moment slows all alike.
+
+    calls: of each several, on inputs of their own, so that nobody finds its own in the cache. rounds: at most, for at
+    `end`, by `time.monotonic`, there is an end. tick: called after each call.
     """
     times: dict[K, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name, variants in calls.items():
             times[name].append(seconds_of(variants[turn % len(variants)], device))
+            tick()
         if time.monotonic() > end:
             break
     return {name: median(found) for name, found in times.items() if found}

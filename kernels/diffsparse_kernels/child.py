@@ -68,7 +68,8 @@ def run_child(
 
 def say(**message: Any) -> None:
     """Called in a child: one message to the process that runs it."""
-    print(json.dumps(message), flush=True)
+    sys.stdout.write(json.dumps(message) + "\n")  # one write, for threads may talk, too
+    sys.stdout.flush()
 
 
 def _listen(

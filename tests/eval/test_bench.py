@@ -325,3 +325,14 @@ def test_orders_are_timed_where_the_tokens_make_a_grid() -> None:
     rows = bench.measure(case, "cpu", ["cpu"], 1, bench.Troubles())
     assert [row["kind"] for row in rows] == ["dense", "mass", "sparse", "means", "raster", "ordered"]
     assert len({row["density"] for row in rows[2:]}) == 1
+
+
+def test_the_doctor_tells_how_trials_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a faked GPU: those that most models need are made, and all are listed."""
+    asked: list[str] = []
+    monkeypatch.setattr(doctor, "_main_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("diffsparse_kernels.registry.choose", lambda case, device: asked.append(case.kind))
+    row = {"kernel": "gluon", "case": "attend, bfloat16", "verdict": "hang in its trial"}
+    monkeypatch.setattr("diffsparse_kernels.trials.found", lambda device: [row])
+    assert doctor._trials() == {"gluon: attend, bfloat16": "hang in its trial"}
+    assert set(asked) == {"attend", "mass", "means"}

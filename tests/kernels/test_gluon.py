@@ -11,12 +11,13 @@ import torch
 pytest.importorskip("triton")
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import gluon, gluon_kernels, registry, triton
+from diffsparse_kernels import gluon, gluon_kernels, triton
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import mask_pointers
 from support import aot, hopper
 from support.cases import KEY_MASKS, MASKS, Size, assert_attention, prefixes, random_mask
+from support.devices import pretended
 
 SIZES = [
     Size(batch=1, heads=2, q_len=200, kv_len=700, dim=64, q_block=128, kv_block=64),  # turns outnumber the stages
@@ -196,16 +197,9 @@ def test_on_the_device() -> None:
 
 @pytest.fixture
 def hopper_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CPU as if it were a Hopper GPU on which all kernels were tried."""
-    for name in ("gluon", "triton"):
-        here = registry.BACKENDS[name]._replace(devices=("cpu",), unasked=("cpu",))
-        monkeypatch.setitem(registry.BACKENDS, name, here)
-        monkeypatch.setattr(registry.load(name), "unfit", lambda device: "")
-    monkeypatch.delitem(registry.BACKENDS, "cpu")
-    dk.forget_measurements()
-    yield
-    monkeypatch.undo()
-    dk.forget_measurements()
+    """The CPU as if it were a Hopper GPU."""
+    with pretended(monkeypatch, "gluon", "triton"):
+        yield
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ import diffsparse
 import diffsparse_kernels as dk
 from diffsparse import AdaSpa, Digest, Random, Schedule
 from diffsparse.errors import DenseFallbackError
-from diffsparse_kernels import registry
 from support import first_use, tiny_transformers
+from support.devices import pretended
 
 ALWAYS = Schedule(dense_first=0)
 
@@ -57,14 +57,9 @@ def test_a_kernel_that_fails_leaves_the_run_to_the_next(mode: str, reason: str, 
 @pytest.fixture
 def only_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU as if it were a GPU."""
-    for name in [name for name in registry.BACKENDS if name != "triton"]:
-        monkeypatch.delitem(registry.BACKENDS, name)
-    monkeypatch.setattr(registry.load("triton"), "unfit", lambda device: "")
     monkeypatch.setattr("diffsparse_kernels.break_even", registered_break_even)
-    dk.forget_measurements()
-    yield
-    monkeypatch.undo()
-    dk.forget_measurements()
+    with pretended(monkeypatch, "triton"):
+        yield
 
 
 registered_break_even = dk.break_even
@@ -102,3 +97,33 @@ def test_heads_that_no_kernel_takes_run_dense(monkeypatch: pytest.MonkeyPatch) -
         assert all(map(torch.equal, tiny_transformers.tensors(model, inputs), dense))
         (reason,) = handle.report().fallbacks
     assert "heads of at most 128 channels; got 256" in reason
+
+
+class _WhichKernel:
+    """Runs dense, and remembers which kernel would have run: sparse, and dense with its LSE."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, str, bool]] = []
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any) -> torch.Tensor:
+        n = q.shape[2]
+        mask = torch.ones(1, q.shape[1], -(-n // 128), -(-n // 128), dtype=torch.bool)
+        lists = dk.BlockLists.from_mask(mask, q_block=128, kv_block=128, q_len=n, kv_len=n)
+        kernels = [dk.kernel_for(q, k, v, x, key_mask=site.key_mask).name for x in (lists, None)]
+        self.found.append((kernels[0], kernels[1], site.key_mask is not None))
+        return site.dense(q, k, v)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("hidden", [0, 2])
+@pytest.mark.parametrize("name", ["HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel"])
+def test_hunyuan_videos_calls_are_for_the_hopper_kernel(
+    name: str, hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They pass a key mask in every call, of all keys or of a prefix."""
+    model, inputs = tiny_transformers.build(name).bfloat16(), tiny_transformers.inputs(name)
+    inputs["encoder_attention_mask"][:, inputs["encoder_attention_mask"].shape[1] - hidden :] = 0
+    inputs = first_use.sixteen_bits(inputs)
+    which = _WhichKernel()
+    with pretended(monkeypatch, "gluon", "triton"), diffsparse.apply(model, which, schedule=ALWAYS):
+        tiny_transformers.tensors(model, inputs)
+    assert set(which.found) == {("gluon", "gluon", True)}

@@ -117,13 +117,14 @@ def run(job: str, options: Options, talk: Talk) -> None:
     if job == "eight bits":
         return _eight_bits(options, talk)
     for case in cases(job, options):
-        talk.attempt(job, str(case), partial(_examine, job, case, options), case=case.words())
+        talk.attempt(job, str(case), partial(_examine, job, case, options, talk), case=case.words())
 
 
-def _examine(job: str, case: Case, options: Options) -> Row:
+def _examine(job: str, case: Case, options: Options, talk: Talk) -> Row:
     kernel, device, worst = kernel_of(job), torch.device(options.device), 0.0
     repeats = LAUNCHES if options.on_gpu else 3
     for sample in samples(case, device, long=options.on_gpu):
+        talk.alive()
         found = examine(case, kernel, sample, repeats)
         worst = max(worst, found.error)
         if found.problem:
@@ -149,7 +150,8 @@ def _first_use(options: Options, talk: Talk) -> None:
     plain = [case for case in registry.USUAL if not case.masked]
     embedded = [case._replace(head_dim=64, value_dim=64, q_block=64, kv_block=64) for case in plain]
     for case in (*registry.USUAL, *embedded):
-        talk.attempt(FIRST_USE, str(case), partial(_choose, case, torch.device(options.device)))
+        with talk.patience():
+            talk.attempt(FIRST_USE, str(case), partial(_choose, case, torch.device(options.device)))
 
 
 def _choose(case: Case, device: torch.device) -> Row:

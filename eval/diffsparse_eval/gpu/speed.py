@@ -86,12 +86,16 @@ def run(job: str, options: Options, talk: Talk) -> None:
             told = talk.attempt(contestant["kernel"], shape.name, partial(_once, contestant), **known)
             if told.get("verdict") in ("right", "ran"):
                 ran[contestant["kernel"], contestant["kind"], contestant["density"]] = contestant
-        seconds = in_turns({key: c["calls"] for key, c in ran.items()}, ROUNDS, options.device, talk.end - 5)
-    dense = min(
-        (seconds[label] for label, c in ran.items() if c["kind"].startswith("dense") and label in seconds), default=None
-    )
-    for label, taken in seconds.items():
-        talk.row(**_row(shape, ran[label], taken, dense))
+        seconds = in_turns(
+            {key: c["calls"] for key, c in ran.items()},
+            ROUNDS if options.on_gpu else 3,
+            options.device,
+            talk.end - 5,
+            talk.alive,
+        )
+    dense = [taken for (_, kind, _), taken in seconds.items() if kind.startswith("dense") and "mass" not in kind]
+    for key, taken in seconds.items():
+        talk.row(**_row(shape, ran[key], taken, min(dense, default=None)))
 
 
 def launches(options: Options) -> Iterator[tuple[str, str, Call]]:
@@ -198,6 +202,8 @@ class _Field:
             lse = torch.full(self.inputs[0][0].shape[:3], 12.0, device=self.options.device)
             calls = [partial(kernel.block_mass, q, k, lse, block, block, *rest) for q, k, _ in self.inputs]
             yield self._contestant(name, f"block mass{masked}", 0.5, calls)  # one product of two
+            calls = [partial(kernel.attention_with_mass, *qkv, lse, block, block, *rest) for qkv in self.inputs]
+            yield self._contestant(name, f"dense with LSE and mass{masked}", 1.0, calls)
 
     def around(self) -> Iterator[Contestant]:
         """What is done around the kernels: blocks chosen, lists made, tokens put in order and back."""

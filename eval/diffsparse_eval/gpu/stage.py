@@ -6,8 +6,10 @@ A stage is a module with `jobs(options)`, names of children, and `run(job, optio
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -125,6 +127,27 @@ class Talk:
     def plan(self, jobs: dict[str, list[str] | str]) -> None:
         """The children of each stage, or why it has none."""
         say(jobs=jobs)
+
+    def alive(self) -> None:
+        """A sign that this child does not hang."""
+        say(alive=True)
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Signs of life every few seconds, around what has a watchdog of its own."""
+        over = threading.Event()
+
+        def tick() -> None:
+            while not over.wait(5):
+                self.alive()
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def facts(self, **facts: Any) -> None:
         """What holds for all rows."""

@@ -31,7 +31,7 @@ def run(job: str, options: Options, talk: Talk) -> None:
     with torch.inference_mode():
         layer = _Layer(shape, strategy_name, options)
         for kind, call in layer.calls():
-            talk.attempt(f"{strategy_name}, {kind}", name, partial(layer.measure, call))
+            talk.attempt(f"{strategy_name}, {kind}", name, partial(layer.measure, call, talk))
 
 
 class _Layer:
@@ -85,9 +85,10 @@ class _Layer:
             _record=self.records[-1],
         )  # fmt: skip
 
-    def measure(self, call: Callable[[], Any]) -> Row:
+    def measure(self, call: Callable[[], Any], talk: Talk) -> Row:
         """Milliseconds of the device and of the host, launches, peak memory, and the operations that take the most."""
-        call()  # compiles, tries kernels
+        with talk.patience():
+            call()  # compiles, tries kernels
         self._synchronise()
         if self.options.on_gpu:
             torch.cuda.reset_peak_memory_stats()
