@@ -122,7 +122,8 @@ def _folder() -> Path:
 
 def _world(device: torch.device) -> dict[str, str]:
     """All that a verdict depends on besides the case."""
-    return {"device": device_name(device), "driver": driver(), "torch": torch.__version__, **_sources()}
+    known = {"device": device_name(device), "driver": driver(), "torch": torch.__version__}
+    return known | {"triton": _triton(), "source": source()}
 
 
 @cache
@@ -140,14 +141,17 @@ def driver() -> str:
 
 
 @cache
-def _sources() -> dict[str, str]:
-    """Triton's version, and a hash of this package."""
+def source() -> str:
+    """A hash of this package: what a verdict, or a measurement, was made of."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.*")):
         if path.suffix in (".py", ".json"):
             digest.update(path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _triton() -> str:
     try:
-        triton = version("triton")
+        return version("triton")
     except PackageNotFoundError:
-        triton = ""
-    return {"triton": triton, "source": digest.hexdigest()[:24]}
+        return ""

@@ -33,6 +33,7 @@ def run(job: str, options: Options, talk: Talk) -> None:
         driver=trials.driver() if options.on_gpu else "",
         versions={**environment.versions(), "torch": torch.__version__},
         commit=environment.commit(),
+        source=trials.source(),  # says which kernels these were where there is no checkout to ask
     )
     talk.plan({stage.name: _jobs(stage, options) for stage in STAGES[1:]})
     talk.row(kernel="clocks", shape="as they are", verdict="done", **_clocks(options))
