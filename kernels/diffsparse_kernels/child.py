@@ -52,7 +52,7 @@ def run_child(
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(
             [sys.executable, "-P", *arguments],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # closed when this process is gone, which `follow_parent` notices
             stdout=subprocess.PIPE,
             stderr=complaints,
             text=True,
@@ -70,6 +70,16 @@ def say(**message: Any) -> None:
     """Called in a child: one message to the process that runs it."""
     sys.stdout.write(json.dumps(message) + "\n")  # one write, for threads may talk, too
     sys.stdout.flush()
+
+
+def follow_parent() -> None:
+    """Called in a child: it ends when the process that runs it does, however that ended."""
+
+    def wait() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _listen(
@@ -113,6 +123,8 @@ def _forward(output: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
 
 def _kill(process: subprocess.Popen[str]) -> None:
     """The child and whatever it started."""
+    if process.stdin is not None:
+        process.stdin.close()
     with contextlib.suppress(OSError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)

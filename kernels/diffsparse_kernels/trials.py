@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import threading
 import warnings
@@ -31,6 +32,7 @@ RIGHT = "right"
 SECONDS = 30.0  # that a trial may be silent: compiling, copying, computing
 _START = 90.0  # to import torch and to open the device
 _LONGEST = 300.0
+_MARK = "DIFFSPARSE_TRIAL"  # set in a trial's own process
 _TRIED_ON = ("cuda",)  # kinds of device; elsewhere tests have shown all there is to see
 _LOG = logging.getLogger(__name__)
 _lock = threading.RLock()
@@ -78,21 +80,24 @@ def _tried(kernel: str, case: Case, device: torch.device) -> str:
     """Run the child -> "right", or what is wrong."""
     _LOG.warning("trying the kernel %s (%s) on %s, once, in a process of its own", kernel, case, device_name(device))
     messages: list[Message] = []
-    command = _command(kernel, case, device)
+    if os.environ.get(_MARK) or getattr(sys, "frozen", False):  # an application's executable would start it once more
+        return "it could not be tried: this process has no Python of its own to try it in"
+    command, limits = _command(kernel, case, device), {"start": _START, "silence": SECONDS, "seconds": _LONGEST}
     try:
-        ending = run_child(command, messages.append, start=_START, silence=SECONDS, seconds=_LONGEST)
-    except OSError as error:
+        ending = run_child(command, messages.append, environment={_MARK: "1"}, **limits)
+    except (OSError, TypeError, ValueError) as error:
         return f"it could not be tried: {error}"
     last = messages[-1] if messages else {}
-    if "untried" in last or not messages or ending.how == "late":  # says nothing of the kernel: the next may try again
+    killed = ending.why.endswith("SIGKILL")  # by whoever had too little memory
+    if "untried" in last or not messages or ending.how == "late" or killed:  # nothing is known: the next may try again
         return f"it could not be tried: {last.get('untried') or ending.why or ending.how}"
     if ending.how == "done":
         found = str(last.get("verdict", "its trial ended early"))
     else:
         found = f"{ending.how} in its trial ({last.get('trying', 'start')}): {ending.why}"
+    _keep(kernel, case, device, found)
     if found != RIGHT:
         warnings.warn(f"the kernel {kernel} is not used on {device_name(device)}: {found} ({case})", stacklevel=2)
-    _keep(kernel, case, device, found)
     return found
 
 

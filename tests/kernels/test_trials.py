@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +77,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *messages: child.Message) -> list[l
     """Children say this, and end well -> their arguments."""
     ran: list[list[str]] = []
 
-    def run(arguments: list[str], hear: Callable[[child.Message], None], **_: float) -> child.Ending:
+    def run(arguments: list[str], hear: Callable[[child.Message], None], **_: Any) -> child.Ending:
         ran.append(arguments)
         for message in messages:
             hear(message)
@@ -112,8 +114,66 @@ def test_a_full_device_says_nothing_of_the_kernel(a_machine: Path, monkeypatch: 
         assert trials.verdict("gluon", CASE, CPU).startswith("it could not be tried: OutOfMemoryError")
     assert tried == ["gluon"]
     assert not a_machine.exists()
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    assert trials.verdict("triton", CASE, CPU).startswith("it could not be tried: ")
+    for number, executable in enumerate(("/nowhere/python", None)):
+        monkeypatch.setattr(sys, "executable", executable)
+        assert trials.verdict(f"triton{number}", CASE, CPU).startswith("it could not be tried: ")
+
+
+@pytest.mark.parametrize(
+    "told", ["Triton Error [CUDA]: out of memory", "Failed to find C compiler.", "[Errno 28] No space left on device"]
+)
+def test_what_passes_is_no_verdict(
+    told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> str:
+        raise RuntimeError(told)
+
+    monkeypatch.setattr(proof, "_verdict", fails)
+    proof.main(["cpu", "gluon", *CASE.words()])
+    assert told in json.loads(capsys.readouterr().out.splitlines()[-1])["untried"]
+
+
+def test_a_trial_killed_from_outside_is_no_verdict(a_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: list[str], hear: Callable[[child.Message], None], **_: Any) -> child.Ending:
+        hear({"trying": "lists"})
+        return child.Ending("crash", "ended by SIGKILL")
+
+    monkeypatch.setattr(trials, "run_child", run)
+    assert trials.verdict("gluon", CASE, CPU) == "it could not be tried: ended by SIGKILL"
+    assert not a_machine.exists()
+
+
+def test_no_trial_within_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "run_child", lambda *_, **__: pytest.fail("no child of a child"))
+    monkeypatch.setenv("DIFFSPARSE_TRIAL", "1")
+    assert "no Python of its own" in trials.verdict("gluon", CASE, CPU)
+    monkeypatch.delenv("DIFFSPARSE_TRIAL")
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert "no Python of its own" in trials.verdict("gluon", CASE._replace(masked=True), CPU)
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    """However that ended."""
+    alive = tmp_path / "alive"
+    inner = "\n".join(
+        [
+            "import time",
+            "from diffsparse_kernels.child import follow_parent, say",
+            "follow_parent(); say(here=1); time.sleep(6)",
+            f"open({str(alive)!r}, 'w')",
+        ]
+    )
+    outer = "\n".join(
+        [
+            "import os, signal",
+            "from diffsparse_kernels.child import run_child",
+            "end = lambda message: os.kill(os.getpid(), signal.SIGKILL)",
+            f"run_child(['-c', {inner!r}], end, start=60, silence=60, seconds=60)",
+        ]
+    )
+    assert child.run_child(["-c", outer], print, **LIMITS).why == "ended by SIGKILL"
+    time.sleep(8)
+    assert not alive.exists()
 
 
 def test_a_child_that_never_spoke_says_nothing_either(a_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +214,23 @@ def test_the_proof_covers_boxes() -> None:
         assert proof.examine(case, cpu, sample).problem == ""
         blind = SimpleNamespace(**{**vars(reference), "block_sparse_attention": lambda *x: trial.right(*x[:-1])})
         assert proof.examine(case, blind, sample).problem.startswith("wrong: the output is off")
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.97, 0.0), (1.0, 0.02)])
+def test_the_proof_sees_small_faults(scale: float, shift: float) -> None:
+    """An output that is three percent short, a log-sum-exp that is off by little."""
+
+    def off(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = trial.right(*arguments)
+        return out * scale, lse + shift
+
+    case = CASE._replace(head_dim=64, value_dim=64, q_block=64, kv_block=64)
+    for sample in itertools.islice(proof.samples(case, CPU, long=False), 2):
+        kernel = SimpleNamespace(block_sparse_attention=off)
+        assert proof.examine(case, kernel, sample, 1).problem.startswith("wrong: the ")
+        out, _ = off(*sample[1:5], sample.scale, None)
+        error, limit = proof.spot_check(out, sample)
+        assert (error > limit) == (scale != 1)
 
 
 @pytest.mark.parametrize("kind", ["mass", "fused", "means"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -17,10 +18,11 @@ from typing import IO, Any
 
 from diffsparse_eval.gpu.stage import STAGES, WHOLE, Options, Row, Stage, Talk, label, module_of, usual
 from diffsparse_eval.gpu.table import summary
-from diffsparse_kernels.child import Message, run_child
+from diffsparse_kernels.child import Message, follow_parent, run_child
 
 ROWS, TABLE, TILES = "rows.jsonl", "table.txt", "tiles.json"
 _START = 90.0  # seconds to import torch and open a device
+_MARGIN = 3.0  # seconds between the end that a child is told and its end
 _LEAST = 4.0  # seconds under which nothing is begun
 _FAILURES = 4  # of one child, after which its stage goes on without it
 _FIELDS = ("stage", "shape", "kernel", "verdict", "ms", "tflops", "share", "error", "repeat_equal")
@@ -32,7 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = Options(told.device, told.shrink, _names(told.kernels), _names(told.without))
     if told.stage:
         stage = next(stage for stage in STAGES if stage.name == told.stage)
-        return module_of(stage).run(told.job, options, Talk(told.first, told.seconds))  # type: ignore[no-any-return]
+        follow_parent()
+        talk = Talk(tuple(map(int, _names(told.failed))), told.first, told.end)
+        return module_of(stage).run(told.job, options, talk)  # type: ignore[no-any-return]
     if told.shrink < 1 or told.seconds <= 0:
         _stop("--shrink and --seconds want numbers of at least 1")
     try:
@@ -54,9 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cuda", help="cuda, or cpu to try the program itself")
     add("--shrink", type=int, default=1, help="divide tokens by this, on a machine without a GPU")
     add("--kernels", default="", help="kernels of one's own to try beside ours: module:attribute, separated by commas")
-    for name in ("--stage", "--job", "--without"):
+    for name in ("--stage", "--job", "--without", "--failed"):
         add(name, default="", help=argparse.SUPPRESS)
     add("--first", type=int, default=0, help=argparse.SUPPRESS)
+    add("--end", type=float, default=math.inf, help=argparse.SUPPRESS)
     return parser
 
 
@@ -135,15 +140,15 @@ class Account:
 
     def _job(self, stage: Stage, job: str, environment: dict[str, str], end: float) -> None:
         """One child, and where it fails another that goes on behind the failure."""
-        first = 0
+        first, failed = 0, list[int]()
         for _ in range(_FAILURES):
             left = end - time.monotonic()
             if left < _LEAST:
                 return self.add(stage, kernel=job, verdict="no time")
             listener = _Listener(self, stage)
             command = ["-m", "diffsparse_eval.gpu", *self.options.arguments(), "--stage", stage.name, "--job", job]
-            command += ["--without", ",".join(self._dangerous())]
-            command += ["--first", str(first), "--seconds", str(left)]
+            command += ["--without", ",".join(self._dangerous()), "--failed", ",".join(map(str, failed))]
+            command += ["--first", str(first), "--end", str(end - _MARGIN)]
             limits = {"start": min(_START, left), "silence": stage.silence, "seconds": left}
             try:
                 ending = run_child(command, listener.hear, **limits, environment=environment)
@@ -154,9 +159,10 @@ class Account:
             verdict = "no time" if ending.how == "late" else ending.how
             if listener.open or listener.number < 0:
                 self.add(stage, **(listener.trying or {"kernel": job}), verdict=verdict, why=ending.why)
-            if ending.how == "late":
+            if ending.how == "late" or listener.number < 0:  # another would not come further
                 return
-            first = max(listener.number, first) + 1
+            failed.append(listener.number)
+            first = max(listener.number + 1, first)
 
     def _dangerous(self) -> list[str]:
         """Kernels that hung or crashed, unless they came through what models ask for most: they are not timed."""

@@ -80,11 +80,11 @@ def cases(kernel: str, options: Options) -> list[Case]:
     else:
         refuses = getattr(import_module(KERNELS[kernel][0]), "refuses", lambda case: "")
         listed = [case for case in _ALL if not refuses(case)]
-    listed = [case for case in listed if _has_tiles(kernel, case, torch.device(options.device))]
+    listed = [case for case in listed if has_tiles(kernel, case, torch.device(options.device))]
     return listed if options.on_gpu else _small(kernel, listed)
 
 
-def _has_tiles(kernel: str, case: Case, device: torch.device) -> bool:
+def has_tiles(kernel: str, case: Case, device: torch.device) -> bool:
     """Whether a kernel that is one kind of tiles has any for this case; elsewhere another kind would be tried."""
     kind = KERNELS[kernel][1] if kernel in KERNELS else ""
     if kind in ("", "pointers"):
@@ -105,8 +105,9 @@ def _small(kernel: str, listed: list[Case]) -> list[Case]:
 
 def jobs(options: Options) -> list[str]:
     """A child for each kernel, for the eight-bit ones together, and for the first use as a user's process has it."""
-    more = ["eight bits", FIRST_USE] if options.on_gpu else []
-    return [*kernels(options), *more]
+    if not options.on_gpu:
+        return kernels(options)
+    return [FIRST_USE, *kernels(options), "eight bits"]  # the first takes the longest
 
 
 def run(job: str, options: Options, talk: Talk) -> None:
@@ -150,12 +151,14 @@ def _first_use(options: Options, talk: Talk) -> None:
     plain = [case for case in registry.USUAL if not case.masked]
     embedded = [case._replace(head_dim=64, value_dim=64, q_block=64, kv_block=64) for case in plain]
     for case in (*registry.USUAL, *embedded):
-        with talk.patience():
+        with talk.patience(60):
             talk.attempt(FIRST_USE, str(case), partial(_choose, case, torch.device(options.device)))
 
 
 def _choose(case: Case, device: torch.device) -> Row:
+    """The trials are made when a backend is chosen, and those of its tiles when it is first called."""
     choice = registry.choose(case, device)
+    compute(case, choice.module, next(iter(samples(case, device, long=False))))
     refused = [told for told in choice.passed_over if case.kind == "attend"]  # nothing but attention is gluon's
     return {"verdict": "wrong" if refused else "right", "why": "; ".join(refused), "backend": choice.name}
 

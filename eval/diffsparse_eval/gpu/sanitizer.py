@@ -27,7 +27,8 @@ def run(job: str, options: Options, talk: Talk) -> None:
     for tool in _TOOLS:
         command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m", "diffsparse_kernels.proof"]
         command += [options.device, kernel, *words]
-        talk.attempt(f"{kernel}, {tool}", " ".join(words), partial(_run, command, talk))
+        with talk.patience(talk.left):
+            talk.attempt(f"{kernel}, {tool}", " ".join(words), partial(_run, command, talk))
 
 
 def _run(command: list[str], talk: Talk) -> Row:

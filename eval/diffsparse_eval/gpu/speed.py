@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffsparse_eval.gpu.numerics import kernels
+from diffsparse_eval.gpu.numerics import has_tiles, kernels
 from diffsparse_eval.gpu.stage import Options, Row, Talk, label
 from diffsparse_eval.suites import Case
 from diffsparse_eval.timing import in_turns
 from diffsparse_kernels import BlockLists, select_heads, select_rows
+from diffsparse_kernels.case import Case as KernelCase
+from diffsparse_kernels.case import Kind
 from diffsparse_kernels.proof import Sample, kernel_of, spot_check
 from diffsparse_kernels.triton import merge_means
 
@@ -83,14 +85,14 @@ def run(job: str, options: Options, talk: Talk) -> None:
         ran: dict[tuple[str, str, float], Contestant] = {}
         for contestant in field.contestants():
             known = {"kind": contestant["kind"], "density": contestant["density"]}
-            told = talk.attempt(contestant["kernel"], shape.name, partial(_once, contestant), **known)
+            told = talk.attempt(contestant["kernel"], shape.name, partial(_once, contestant), again=True, **known)
             if told.get("verdict") in ("right", "ran"):
                 ran[contestant["kernel"], contestant["kind"], contestant["density"]] = contestant
         seconds = in_turns(
             {key: c["calls"] for key, c in ran.items()},
             ROUNDS if options.on_gpu else 3,
             options.device,
-            talk.end - 5,
+            talk.end,
             talk.alive,
         )
     dense = [taken for (_, kind, _), taken in seconds.items() if kind.startswith("dense") and "mass" not in kind]
@@ -101,12 +103,12 @@ def run(job: str, options: Options, talk: Talk) -> None:
 def launches(options: Options) -> Iterator[tuple[str, str, Call]]:
     """Our kernels' calls at each shape, for the stage that compiles."""
     for shape in shapes(options):
-        for name in kernels(options):
+        for name in _Field(shape, options, inputs=0).timed():
             yield name, shape.name, partial(_launch_all, shape, options, name)
 
 
 def _launch_all(shape: Shape, options: Options, name: str) -> None:
-    for contestant in _Field(shape, options).ours(name):
+    for contestant in _Field(shape, options, inputs=1).ours(name):
         contestant["calls"][0]()
 
 
@@ -146,12 +148,12 @@ def _row(shape: Shape, contestant: Contestant, seconds: float, dense: float | No
 class _Field:
     """The tensors of one shape, and who computes with them."""
 
-    def __init__(self, shape: Shape, options: Options) -> None:
+    def __init__(self, shape: Shape, options: Options, inputs: int = INPUTS) -> None:
         self.shape, self.options = shape, options
         self.case = Case(
             shape.tokens, shape.timed, 128 if options.on_gpu else 16, "bfloat16", 128 if options.on_gpu else 32, ()
         )
-        self.inputs: list[QKV] = [self.case.tensors(options.device, seed) for seed in range(INPUTS)]
+        self.inputs: list[QKV] = [self.case.tensors(options.device, seed) for seed in range(inputs)]
         self.scale = self.case.head_dim**-0.5
         self.key_mask: Tensor | None = None
         if shape.hidden:
@@ -161,12 +163,26 @@ class _Field:
     def contestants(self) -> Iterator[Contestant]:
         """Dense ones first."""
         yield from self.dense()
-        for name in kernels(self.options):
-            if label(name, self.key_mask is not None) in self.options.without:
-                continue
-            if name not in ("reference", "triton", "triton-tma") or self.shape.name == SHAPES[0].name:
-                yield from self.ours(name)
+        for name in self.timed():
+            yield from self.ours(name)
         yield from self.around()
+
+    def timed(self) -> list[str]:
+        """At the first shape all kernels, at the others the fastest kind of Triton's tiles that this device has."""
+        masked = self.key_mask is not None
+        listed = [name for name in kernels(self.options) if label(name, masked) not in self.options.without]
+        listed = [name for name in listed if self._does(name, "attend")]
+        if self.shape.name == SHAPES[0].name:
+            return listed
+        slower = [name for name in listed if name.startswith("triton")][:-1]
+        if not self.options.on_gpu:
+            slower.append("triton")  # the interpreter
+        return [name for name in listed if name not in ("reference", *slower)]
+
+    def _does(self, name: str, kind: Kind) -> bool:
+        case, masked = self.case, self.key_mask is not None
+        sizes = case.head_dim, case.head_dim, case.block, case.block
+        return has_tiles(name, KernelCase(kind, torch.bfloat16, *sizes, masked), torch.device(self.options.device))
 
     def dense(self) -> Iterator[Contestant]:
         """torch's kernels; with a mask the one that it chooses itself, for flash takes none."""
@@ -197,11 +213,12 @@ class _Field:
             if pattern == "ragged" and self.options.on_gpu:
                 calls = [partial(_with_means, kernel, *qkv, lists, *rest) for qkv in self.inputs]
                 yield self._contestant(name, f"{pattern} lists with means{masked}", share, calls)
-        if hasattr(kernel, "block_mass"):
-            block = self.case.block
-            lse = torch.full(self.inputs[0][0].shape[:3], 12.0, device=self.options.device)
+        block = self.case.block
+        lse = torch.full(self.inputs[0][0].shape[:3], 12.0, device=self.options.device)
+        if hasattr(kernel, "block_mass") and self._does(name, "mass"):
             calls = [partial(kernel.block_mass, q, k, lse, block, block, *rest) for q, k, _ in self.inputs]
             yield self._contestant(name, f"block mass{masked}", 0.5, calls)  # one product of two
+        if hasattr(kernel, "attention_with_mass") and self._does(name, "fused"):
             calls = [partial(kernel.attention_with_mass, *qkv, lse, block, block, *rest) for qkv in self.inputs]
             yield self._contestant(name, f"dense with LSE and mass{masked}", 1.0, calls)
 

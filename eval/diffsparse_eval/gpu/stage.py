@@ -5,6 +5,7 @@ A stage is a module with `jobs(options)`, names of children, and `run(job, optio
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -68,14 +69,14 @@ class Stage(NamedTuple):
 
 
 STAGES = (  # most telling first
-    Stage("facts", "facts", 10, 30),
-    Stage("compile", "compiling", 40, 60, 16),
-    Stage("numerics", "numerics", 100, 20, 4),
-    Stage("sanitizer", "sanitizer", 30, 30),
-    Stage("speed", "speed", 120, 30),
-    Stage("step", "step", 60, 60),
-    Stage("end to end", "whole", 90, 80),
-    Stage("sanity", "sanity", 20, 60),
+    Stage("facts", "facts", 15, 30),
+    Stage("compile", "compiling", 55, 60, 16),
+    Stage("numerics", "numerics", 90, 20, 4),
+    Stage("sanitizer", "sanitizer", 25, 30),
+    Stage("speed", "speed", 110, 30),
+    Stage("step", "step", 60, 30),
+    Stage("end to end", "whole", 85, 30),
+    Stage("sanity", "sanity", 30, 30),
     Stage("tune", "tuning", 10, 20),
 )
 WHOLE = sum(stage.seconds for stage in STAGES)
@@ -89,33 +90,38 @@ def module_of(stage: Stage) -> Any:
 class Talk:
     """A child's words to its parent. Attempts are numbered: after one that ended the child, the next goes on behind it.
 
+    failed: the numbers of those that ended a child. first: of the attempts that are new, earlier ones have rows.
     end: by `time.monotonic`, when the child should be through.
     """
 
-    def __init__(self, first: int, seconds: float) -> None:
-        self._next, self._first = 0, first
-        self.end = time.monotonic() + seconds
+    def __init__(self, failed: tuple[int, ...] = (), first: int = 0, end: float = math.inf) -> None:
+        self._next, self._failed, self._first, self.end = 0, failed, first, end
 
     @property
     def left(self) -> float:
         """Seconds that are left."""
         return self.end - time.monotonic()
 
-    def attempt(self, kernel: str, shape: str, measure: Callable[[], Row], **known: Any) -> Row:
+    def attempt(self, kernel: str, shape: str, measure: Callable[[], Row], again: bool = False, **known: Any) -> Row:
         """Say what is tried, try it, say what came of it -> that, or nothing where an earlier child did it.
 
         An exception is an outcome, too.
+
+        again: try it in this child too, if it did not end the earlier one, for the sake of what comes after.
         """
         known = {"kernel": kernel, "shape": shape, **known}
         number, self._next = self._next, self._next + 1
-        if number < self._first:
+        if number in self._failed or (number < self._first and not again):
             return {}
         say(number=number, trying=known)
         try:
             found = {"verdict": "done", **measure()}
+        except ImportError as error:
+            found = {"verdict": "left out", "why": str(error)}
         except Exception as error:
             found = {"verdict": "raised", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        self.row(number, **known, **found)
+        if number >= self._first:
+            self.row(number, **known, **found)
         if found["verdict"] == "raised" and torch.cuda.is_available():
             leave_if_broken()
         return found
@@ -133,12 +139,12 @@ class Talk:
         say(alive=True)
 
     @contextmanager
-    def patience(self) -> Iterator[None]:
-        """Signs of life every few seconds, around what has a watchdog of its own."""
-        over = threading.Event()
+    def patience(self, seconds: float) -> Iterator[None]:
+        """Signs of life for so long, around what compiles or tries kernels, and so is silent for long."""
+        over, end = threading.Event(), time.monotonic() + seconds
 
         def tick() -> None:
-            while not over.wait(5):
+            while time.monotonic() < end and not over.wait(5):
                 self.alive()
 
         thread = threading.Thread(target=tick, daemon=True)

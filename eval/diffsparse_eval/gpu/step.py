@@ -31,7 +31,9 @@ def run(job: str, options: Options, talk: Talk) -> None:
     with torch.inference_mode():
         layer = _Layer(shape, strategy_name, options)
         for kind, call in layer.calls():
-            talk.attempt(f"{strategy_name}, {kind}", name, partial(layer.measure, call, talk))
+            talk.attempt(f"{strategy_name}, {kind}", name, partial(layer.measure, call, talk), again=True)
+        for kind, call in layer.calls():  # after all times, for a profiler stays in the way
+            talk.attempt(f"{strategy_name}, {kind}, profile", name, partial(layer.profile, call))
 
 
 class _Layer:
@@ -86,8 +88,8 @@ class _Layer:
         )  # fmt: skip
 
     def measure(self, call: Callable[[], Any], talk: Talk) -> Row:
-        """Milliseconds of the device and of the host, launches, peak memory, and the operations that take the most."""
-        with talk.patience():
+        """Milliseconds of the device and of the host, peak memory."""
+        with talk.patience(60):
             call()  # compiles, tries kernels
         self._synchronise()
         if self.options.on_gpu:
@@ -107,10 +109,10 @@ class _Layer:
             "density": float(record.density),
             "backend": record.backend,
             "why": "; ".join(record.passed_over) or record.reason,
-            **self._profile(call),
         }
 
-    def _profile(self, call: Callable[[], Any]) -> Row:
+    def profile(self, call: Callable[[], Any]) -> Row:
+        """Launches, and the operations that take the most."""
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.options.on_gpu else [])]
@@ -123,6 +125,7 @@ class _Layer:
             events = [event for event in events if str(event.device_type).endswith("CUDA")]
         events.sort(key=lambda event: -getattr(event, own))
         return {
+            "verdict": "profiled",
             "launches": sum(event.count for event in events),
             "ops": {event.key[:60]: round(getattr(event, own) / 1e3, 3) for event in events[:_SHOWN]},
         }

@@ -96,9 +96,16 @@ def _steps(rows: list[Row]) -> list[str]:
     for row in rows:
         if row["stage"] == "step" and row["ms"]:
             peak = f", {row['peak_gib']:.1f} GiB" if row.get("peak_gib") else ""
-            counts = f"host {row['host_ms']:.2f} ms, {row['launches']} launches{peak}"
+            counts = f"host {row['host_ms']:.2f} ms, {_launches(rows, row)} launches{peak}"
             lines.append(f"  {row['shape']:<20}{row['kernel']:<18}{row['ms']:10.2f} ms, {counts}, {row['backend']}")
     return ["a layer of a strategy, all heads", *lines] if lines else []
+
+
+def _launches(rows: list[Row], timed: Row) -> int | str:
+    """As the profile of the same call counted them."""
+    wanted = timed["shape"], f"{timed['kernel']}, profile"
+    found = (row.get("launches") for row in rows if (row["shape"], row["kernel"]) == wanted)
+    return next((count for count in found if count is not None), "?")
 
 
 def _whole(rows: list[Row]) -> list[str]:

@@ -26,16 +26,19 @@ _HAND_PICKED = (
 
 
 def jobs(options: Options) -> list[str]:
-    """The sizes; a CPU has no tiles to tune."""
-    sizes = itertools.product(reversed(HEAD_DIMS), (128, 64)) if options.on_gpu else []
-    return [f"{head_dim}/{block}" for head_dim, block in sizes] or ["none"]
+    """One child."""
+    return ["tiles"]
 
 
 def run(job: str, options: Options, talk: Talk) -> None:
-    """One size: the table's tiles, then others."""
-    if job == "none":
+    """Each size: the table's tiles, then others; a CPU has none to tune."""
+    if not options.on_gpu:
         return talk.row(kernel="all", shape="", verdict="nothing to tune")
-    head_dim, block = map(int, job.split("/"))
+    for head_dim, block in itertools.product(reversed(HEAD_DIMS), (128, 64)):
+        _tune(head_dim, block, options, talk)
+
+
+def _tune(head_dim: int, block: int, options: Options, talk: Talk) -> None:
     case = Case(*_SHAPE, head_dim, "bfloat16", block, ())
     qkv, lists = case.tensors(options.device), case.lists(1 - _DENSITY, options.device)
     listed = tiles_for(triton.chip(qkv[0].device), head_dim, block, block)
@@ -55,6 +58,6 @@ def run(job: str, options: Options, talk: Talk) -> None:
     for tile in tiles:
         talk.attempt(
             f"triton {tile.keys} keys, {tile.warps} warps, {tile.stages} stages, {tile.copy}",
-            job,
+            f"{head_dim}/{block}",
             partial(measure, tile),
         )
