@@ -44,7 +44,8 @@ test: $(VENV)/.dev
 
 gpu:
 	@if ls .whl/*.whl >/dev/null 2>&1; then \
-		$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .whl/site .whl/*.whl; fi
+		$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --root-user-action ignore \
+			--target .whl/site .whl/*.whl; fi
 	@PYTHONPATH=$(FOLDERS) $(GPU_PYTHON) -m diffsparse_eval.gpu --out $(or $(OUT),out/gpu) --seconds $(GPU_SECONDS)
 
 gpu-wheels:

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +108,15 @@ def test_without_a_gpu_one_line_says_what_is_missing(tmp_path: Path) -> None:
     assert "--device cpu --shrink 600" in done.stderr
 
 
+def test_without_torch_it_says_so() -> None:
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('diffsparse_eval.gpu', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=WORLD, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: this wants torch, built for CUDA, in ")
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 def test_make_says_so_too(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
@@ -133,10 +141,8 @@ def test_bad_options(arguments: list[str], message: str, tmp_path: Path) -> None
 
 
 def test_a_short_budget_drops_the_last_stages(tmp_path: Path) -> None:
-    start = time.monotonic()
     done = run(*REHEARSED, "--seconds", "20", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 60
     rows = rows_of(tmp_path)
     assert rows[0]["stage"] == "facts"
     assert [row["verdict"] for row in rows if row["stage"] in ("end to end", "sanity", "tune")] == ["no time"] * 3

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         _stop("--shrink and --seconds want numbers of at least 1")
     try:
         told.out.mkdir(parents=True, exist_ok=True)
-        rows = (told.out / ROWS).open("w")
+        rows = (told.out / ROWS).open("a")  # rows of an earlier account stay
     except OSError as error:
         _stop(f"can't write into {told.out}: {error.strerror or error}; choose another folder with --out")
     with rows:
