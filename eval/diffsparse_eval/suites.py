@@ -45,13 +45,13 @@ class Case:
         """The blocks that are kept: (1 - sparsity) of all, about, and at least one in each row."""
         from diffsparse_kernels import BlockLists, select_heads, select_rows
 
-        mass = (_video_mass if self.pattern == "ragged" else _noise)(self.heads, self._edge)
+        mass = (_video_mass if self.pattern == "ragged" else _noise)(self.heads, self._edge).to(device)
         if self.pattern == "ragged":
             mask = select_heads(mass, 1 - sparsity) | (mass == mass.amax(-1, keepdim=True))
         else:
             mask = select_rows(mass, max(1, round((1 - sparsity) * self._edge)))
         sizes = {"q_block": self.block, "kv_block": self.block, "q_len": self.tokens, "kv_len": self.tokens}
-        return BlockLists.from_mask(mask.to(device), **sizes)
+        return BlockLists.from_mask(mask, **sizes)
 
     def shrunk(self, by: int) -> Case:
         """The same case in small, for a machine without a GPU."""

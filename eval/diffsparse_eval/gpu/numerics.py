@@ -75,18 +75,17 @@ def cases(kernel: str, options: Options) -> list[Case]:
     """What a kernel is tried with: all that it doesn't refuse; on a CPU with small blocks."""
     if kernel == "gluon":
         return list(_GLUON)
-    if kernel in options.strangers:
-        listed = [case for case in _ALL if case.kind == "attend"]
-    else:
-        refuses = getattr(import_module(KERNELS[kernel][0]), "refuses", lambda case: "")
-        listed = [case for case in _ALL if not refuses(case)]
-    listed = [case for case in listed if has_tiles(kernel, case, torch.device(options.device))]
+    listed = [case for case in _ALL if does(kernel, case, torch.device(options.device))]
     return listed if options.on_gpu else _small(kernel, listed)
 
 
-def has_tiles(kernel: str, case: Case, device: torch.device) -> bool:
-    """Whether a kernel that is one kind of tiles has any for this case; elsewhere another kind would be tried."""
-    kind = KERNELS[kernel][1] if kernel in KERNELS else ""
+def does(kernel: str, case: Case, device: torch.device) -> bool:
+    """Whether a kernel can do this; one that is a kind of tiles, by such tiles. A stranger's is for attention."""
+    if kernel not in KERNELS:
+        return case.kind == "attend"
+    place, kind = KERNELS[kernel]
+    if getattr(import_module(place), "refuses", lambda case: "")(case):
+        return False
     if kind in ("", "pointers"):
         return True
     if case.kind in ("mass", "means"):

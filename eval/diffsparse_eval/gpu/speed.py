@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from diffsparse_eval.gpu.numerics import has_tiles, kernels
+from diffsparse_eval.gpu.numerics import does, kernels
 from diffsparse_eval.gpu.stage import Options, Row, Talk, label
 from diffsparse_eval.suites import Case
 from diffsparse_eval.timing import in_turns
@@ -182,7 +182,7 @@ class _Field:
     def _does(self, name: str, kind: Kind) -> bool:
         case, masked = self.case, self.key_mask is not None
         sizes = case.head_dim, case.head_dim, case.block, case.block
-        return has_tiles(name, KernelCase(kind, torch.bfloat16, *sizes, masked), torch.device(self.options.device))
+        return does(name, KernelCase(kind, torch.bfloat16, *sizes, masked), torch.device(self.options.device))
 
     def dense(self) -> Iterator[Contestant]:
         """torch's kernels; with a mask the one that it chooses itself, for flash takes none."""
@@ -247,6 +247,7 @@ class _Field:
         for name, calls in around.items():
             yield self._contestant("torch", name, 0.0, calls, flops=0.0)
 
+    @lru_cache  # noqa: B019  # it lives as long as its process
     def lists(self, density: float, pattern: Any) -> BlockLists:
         """Of about this share of the blocks."""
         case = Case(self.case.tokens, self.case.heads, self.case.head_dim, "bfloat16", self.case.block, (), pattern)
