@@ -48,7 +48,6 @@ def _gpus() -> dict[str, str]:
 
 def _trials() -> dict[str, str]:
     """What the trials of young kernels on this machine's GPU came to; those that most models need are made now."""
-
     from diffsparse_kernels import NoKernelError, registry, trials
 
     device = _main_device()

@@ -10,7 +10,7 @@ from diffsparse_kernels.cached import density_limit, device_name
 from diffsparse_kernels.case import DENSE_BLOCKS, Case
 from diffsparse_kernels.errors import BackendError, KernelInputError
 from diffsparse_kernels.lists import BlockLists, Boxes
-from diffsparse_kernels.registry import BACKENDS, Choice, choose
+from diffsparse_kernels.registry import BACKENDS, Choice, check_known, choose
 
 _PRECISIONS = ("int8", "int8-int8", "int8-fp8", "fp8")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -192,8 +192,7 @@ def _choose(q: Tensor, name: str | None) -> str:
     """A name that is known, or an empty one; whether it can do this is asked inside the op, where no compiler looks."""
     if name is None:
         return ""
-    if name not in BACKENDS:
-        raise BackendError(f"no backend is called {name!r}; known are {', '.join(BACKENDS)}")
+    check_known(name)
     if q.device.type not in BACKENDS[name].devices:
         kinds = ", ".join(BACKENDS[name].devices)
         raise BackendError(f"backend {name!r} runs on {kinds}; got tensors on {q.device}")

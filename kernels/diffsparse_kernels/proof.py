@@ -20,6 +20,7 @@ from diffsparse_kernels import means, reference
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.child import follow_parent, say
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
+from diffsparse_kernels.registry import load
 
 _MANY = 40_000  # keys: more than 16 bits count
 # Of the machine as it is, and no fault of a kernel.
@@ -27,14 +28,14 @@ _PASSING = ("out of memory", "ALLOC_FAILED", "No space left", "C compiler", "bus
 _SUMS = 1e-3  # relative: sums of products in float32, in whatever order, are better than that
 _FAST = 2.0**-18  # what a GPU's fast exponent and logarithm may be off by, relatively
 REPEATS = 3  # there are no atomics, so a difference between two runs is a race
-KERNELS = {  # name -> module, and the kind of tiles, where there are several
-    "cpu": ("diffsparse_kernels.cpu", ""),
-    "reference": ("diffsparse_kernels.reference", ""),
-    "gluon": ("diffsparse_kernels.gluon", ""),
-    "triton": ("diffsparse_kernels.triton", "pointers"),
-    "triton-tma": ("diffsparse_kernels.triton", "tma"),
-    "triton-specialised": ("diffsparse_kernels.triton", "specialised"),
-    "flash-attn-4": ("diffsparse_kernels.flash4", ""),
+KERNELS = {  # name -> backend, and the kind of tiles, where there are several
+    "cpu": ("cpu", ""),
+    "reference": ("reference", ""),
+    "gluon": ("gluon", ""),
+    "triton": ("triton", "pointers"),
+    "triton-tma": ("triton", "tma"),
+    "triton-specialised": ("triton", "specialised"),
+    "flash-attn-4": ("flash-attn-4", ""),
 }
 _WITH_TILES = ("attention", "attention_with_mass", "block_sparse_attention", "block_mass")
 _RESULTS = {"attend": ("output", "LSE"), "means": ("output", "LSE"), "mass": ("mass",)}
@@ -126,11 +127,8 @@ def _boxes(axes: int, n_q: int, n_kv: int, generator: torch.Generator, device: t
 def compute(case: Case, kernel: Any, sample: Sample) -> tuple[Tensor, ...]:
     """What a kernel gives for one call of a case. kernel: a backend's module, or whatever has its functions."""
     q, k, v, lists, key_mask, boxes, scale = sample[1:]
-    lse = (
-        torch.linspace(3, 6, q.shape[2], device=q.device)
-        .expand(q.shape[:3])
-        .to(torch.promote_types(q.dtype, torch.float32))
-    )
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.linspace(3, 6, q.shape[2], device=q.device).to(wide).expand(q.shape[:3])
     tiles = lse, case.q_block, case.kv_block, scale, key_mask
     if case.kind == "mass":
         return (kernel.block_mass(q, k, *tiles),)
@@ -167,11 +165,9 @@ def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
 
 def rounded_attention(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
     """Scores and output in plain torch, every step rounded to the inputs' dtype; the LSE in float32, as kernels do."""
-    exact_dtype = torch.promote_types(sample.q.dtype, torch.float32)
-    scores = (sample.q @ sample.k.mT * sample.scale).masked_fill(~sample.seen(), -torch.inf)
-    whole = (sample.q.to(exact_dtype) @ sample.k.to(exact_dtype).mT * sample.scale).masked_fill(
-        ~sample.seen(), -torch.inf
-    )
+    wide, hidden = torch.promote_types(sample.q.dtype, torch.float32), ~sample.seen()
+    scores = (sample.q @ sample.k.mT * sample.scale).masked_fill(hidden, -torch.inf)
+    whole = (sample.q.to(wide) @ sample.k.to(wide).mT * sample.scale).masked_fill(hidden, -torch.inf)
     return scores, scores.softmax(-1).nan_to_num(0.0) @ sample.v, whole.logsumexp(-1)
 
 
@@ -290,8 +286,8 @@ def kernel_of(name: str) -> Any:
     if ":" in name:
         place, attribute = name.split(":")
         return getattr(import_module(place), attribute)
-    place, kind = KERNELS[name]
-    module = import_module(place)
+    backend, kind = KERNELS[name]
+    module = load(backend)
     if not kind:
         return module
     only = {function: partial(getattr(module, function), copy=kind) for function in _WITH_TILES}

@@ -93,10 +93,15 @@ def _asked(device: torch.device, named: str) -> list[str]:
     return list(dict.fromkeys([fastest, *listed])) if fastest and known else listed
 
 
-def check_named(name: str, device: torch.device) -> None:
-    """Raise BackendError unless `name` is a backend that runs on `device`."""
+def check_known(name: str) -> None:
+    """Raise BackendError unless `name` is a backend."""
     if name not in BACKENDS:
         raise BackendError(f"no backend is called {name!r}; known are {', '.join(BACKENDS)}")
+
+
+def check_named(name: str, device: torch.device) -> None:
+    """Raise BackendError unless `name` is a backend that runs on `device`."""
+    check_known(name)
     reason = obstacle(name, device)
     if reason:
         raise BackendError(f"backend {name!r} can't run on {device}: {reason}")

@@ -40,9 +40,8 @@ def unfit(device: torch.device) -> str:
 
 def refuses(case: Case) -> str:
     """What the kernels can't do of a case; empty if they can do all."""
-    q_block = (
-        max(case.q_block, BLOCKS[0]) if case.kind == "mass" else case.q_block
-    )  # of sampled rows there may be fewer
+    # Of rows that are sampled from a block there may be fewer.
+    q_block = max(case.q_block, BLOCKS[0]) if case.kind == "mass" else case.q_block
     if q_block not in BLOCKS or case.kv_block not in BLOCKS:
         wanted = ", ".join(map(str, BLOCKS))
         return f"it wants blocks of {wanted} tokens; got {case.q_block} and {case.kv_block}"

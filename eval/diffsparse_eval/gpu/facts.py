@@ -67,12 +67,12 @@ def _obstacle(options: Options) -> str:
 
 def _clocks(options: Options) -> Row:
     """Read, never set."""
+    if not options.on_gpu:
+        return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader,nounits"]
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return (
-            dict(zip(_CLOCKS, done.stdout.strip().splitlines()[0].split(", "), strict=False)) if options.on_gpu else {}
-        )
+        return dict(zip(_CLOCKS, done.stdout.strip().splitlines()[0].split(", "), strict=False))
     return {}
 
 

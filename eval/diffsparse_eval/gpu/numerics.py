@@ -6,7 +6,6 @@ import itertools
 import os
 from collections.abc import Iterator
 from functools import partial
-from importlib import import_module
 from typing import cast
 
 import torch
@@ -22,7 +21,7 @@ LAUNCHES = 50
 EIGHT_BITS = {"int8": 0.012, "int8-int8": 0.020, "int8-fp8": 0.037, "fp8": 0.052}  # relative errors, as documented
 FIRST_USE = "first use"
 _BF16, _FP16 = torch.bfloat16, torch.float16
-_USUAL = Case("attend", _BF16, 128, 128, 128, 128)
+_USUAL = registry.USUAL[0]
 _ALL = (  # of every kernel that can do them
     _USUAL,
     *(_USUAL._replace(**change) for change in (
@@ -83,8 +82,8 @@ def does(kernel: str, case: Case, device: torch.device) -> bool:
     """Whether a kernel can do this; one that is a kind of tiles, by such tiles. A stranger's is for attention."""
     if kernel not in KERNELS:
         return case.kind == "attend"
-    place, kind = KERNELS[kernel]
-    if getattr(import_module(place), "refuses", lambda case: "")(case):
+    backend, kind = KERNELS[kernel]
+    if registry.refusal(backend, case):
         return False
     if kind in ("", "pointers"):
         return True

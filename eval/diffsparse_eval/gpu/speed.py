@@ -48,6 +48,11 @@ class Shape:
         frames, height, width = self.grid
         return frames * height * width + self.text
 
+    def key_mask(self, device: str) -> Tensor | None:
+        """bool [1, N], if the prompt is padded."""
+        places = torch.arange(self.tokens, device=device)
+        return (places < self.tokens - self.hidden)[None] if self.hidden else None
+
     def shrunk(self, by: int) -> Shape:
         """In small, for a machine without a GPU."""
         if by == 1:
@@ -155,10 +160,7 @@ class _Field:
         )
         self.inputs: list[QKV] = [self.case.tensors(options.device, seed) for seed in range(inputs)]
         self.scale = self.case.head_dim**-0.5
-        self.key_mask: Tensor | None = None
-        if shape.hidden:
-            places = torch.arange(shape.tokens, device=options.device)
-            self.key_mask = (places < shape.tokens - shape.hidden)[None]
+        self.key_mask = shape.key_mask(options.device)
 
     def contestants(self) -> Iterator[Contestant]:
         """Dense ones first."""

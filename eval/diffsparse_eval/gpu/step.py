@@ -47,14 +47,10 @@ class _Layer:
         block = 128 if options.on_gpu else 32
         self.strategy: Any = {"digest": Digest, "adaspa": AdaSpa}[name](sparsity=0.8, block=block)
         case = Case(shape.tokens, heads, dim, "bfloat16", block, ())
-        self.qkv = [
-            x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.tensors(options.device)
-        ]  # as models do
+        tensors = case.tensors(options.device)
+        self.qkv = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors)  # as models have them
         self.layout, self.memory, self.options = Layout(*shape.grid, 0, shape.text), dict[str, Any](), options
-        self.key_mask = None
-        if shape.hidden:
-            places = torch.arange(shape.tokens, device=options.device)
-            self.key_mask = (places < shape.tokens - shape.hidden)[None]
+        self.key_mask = shape.key_mask(options.device)
         self.records: list[Any] = []
 
     def calls(self) -> list[tuple[str, Callable[[], Any]]]:
@@ -69,10 +65,9 @@ class _Layer:
         from diffsparse.order import in_order
 
         site = self._site(step)
-        function = site.dense if method == "dense" else getattr(self.strategy, method)
         if method == "dense":
-            return function(*self.qkv)
-        return in_order(self.strategy, function, tuple(self.qkv), site)
+            return site.dense(*self.qkv)
+        return in_order(self.strategy, getattr(self.strategy, method), self.qkv, site)
 
     def _site(self, step: int) -> Any:
         from diffsparse.report import CallRecord
