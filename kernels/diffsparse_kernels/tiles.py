@@ -23,7 +23,8 @@ class Tile(NamedTuple):
     """How a kernel walks over the keys.
 
     keys: of one step. warps, stages: of the compiler. copy: "pointers" runs everywhere; "tma" has the copy engine of
-    sm_90 and later bring the tiles; "specialised" has warps of their own drive it, beside those that compute.
+    sm_90 and later bring the tiles; "specialised" has warps of their own drive it, beside those that compute. On
+    sm_90 Triton 3.6 compiles that wrong where lists are walked (seen on an H100), and Gluon is faster there.
     """
 
     keys: int

@@ -289,9 +289,7 @@ def fitting(tiles: list[Tile], itemsize: int, copyable: bool, flags: dict[str, A
     # Sums over the rows of warps that work apart, and boxes, are more than the compiler can specialise.
     together = flags["MASS"] or flags["AXES"] > 0
     fits = {"pointers": True, "tma": copyable, "specialised": copyable and not together}
-    # Nor is a loop that branches, which key masks want, where four warps stand for a group (sm_90).
-    whole = [tile for tile in tiles if not (flags["MASKED"] and tile.copy == "specialised" and tile.warps == 4)]
-    return next(tile for tile in whole if fits[tile.copy])
+    return next(tile for tile in tiles if fits[tile.copy])
 
 
 def attend_constants(head_dim: int, value_dim: int, q_block: int, kv_block: int, tile: Tile) -> dict[str, Any]:

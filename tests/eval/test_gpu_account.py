@@ -162,14 +162,13 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_what_is_tried_on_hopper() -> None:
-    assert numerics.jobs(GPU) == ["first use", "triton", "triton-tma", "triton-specialised", "gluon", "eight bits"]
+    assert numerics.jobs(GPU) == ["first use", "triton", "triton-tma", "gluon", "eight bits"]
     tried = numerics.cases("gluon", GPU)
     wanted = {(b, d, t, m) for b in (64, 128) for d in (64, 72, 96, 128) for t in ("bf", "f") for m in (False, True)}
     assert {(c.kv_block, c.head_dim, "bf" if c.dtype == torch.bfloat16 else "f", c.masked) for c in tried} == wanted
     kinds = {case.kind for case in numerics.cases("triton", GPU)}
     assert kinds == {"attend", "fused", "mass", "means"}
     assert {case.kind for case in numerics.cases("triton-tma", GPU)} == {"attend", "fused", "mass"}
-    assert not any(case.masked or case.axes for case in numerics.cases("triton-specialised", GPU))
     assert len(list(numerics.launches(GPU))) == sum(len(numerics.cases(name, GPU)) for name in numerics.kernels(GPU))
 
 

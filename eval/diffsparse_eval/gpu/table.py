@@ -17,19 +17,20 @@ _ROOT = Path(__file__).parents[3]
 RESULTS = _ROOT / "eval/results/gpu"
 _BEGIN, _END = "<!-- gpu: made by make gpu-tables -->", "<!-- /gpu -->"
 _SHAPES = ("wan 1.3b 480p", "wan 14b 720p", "hunyuan-video 720p", "flux 1024 px")
-_COLUMNS = ("card", "cases right", *_SHAPES)
+_WHOLE = "hunyuan-video"  # the model whose whole run README.md names
+_COLUMNS = ("card", "cases right", *_SHAPES, f"whole run of {_WHOLE}")
 
 
-def summary(rows: list[Row], facts: Row) -> str:
-    """One verdict a kernel, then times."""
+def summary(rows: list[Row], facts: Row, longest: int | None = _LONGEST) -> str:
+    """One verdict a kernel, then times; at most `longest` lines."""
     known = {**{name: value for name, value in facts.items() if name != "versions"}, **facts.get("versions", {})}
     lines = [", ".join(f"{name} {value}" for name, value in known.items() if value), ""]
     parts = (_ceilings, _verdicts, _speed, _steps, _whole, _left_out)
     for part in parts:
         found = part(rows)
         lines += [*found, ""] if found else []
-    if len(lines) > _LONGEST:
-        lines = [*lines[:_LONGEST], "... the rest is in the rows"]
+    if longest is not None and len(lines) > longest:
+        lines = [*lines[:longest], "... the rest is in the rows"]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -68,7 +69,8 @@ def _ceilings(rows: list[Row]) -> list[str]:
 
 def _speed(rows: list[Row]) -> list[str]:
     """The fastest dense kernels of each shape, and ours beside them."""
-    timed = [row for row in rows if row["stage"] == "speed" and row["verdict"] == "timed" and _shown(row["kernel"])]
+    shown = _shown(rows)
+    timed = [row for row in _timed(rows) if row["kernel"].startswith("sdpa") or row["kernel"] in shown]
     lines = []
     for shape in dict.fromkeys(row["shape"] for row in timed):
         mine = [row for row in timed if row["shape"] == shape]
@@ -78,8 +80,18 @@ def _speed(rows: list[Row]) -> list[str]:
     return [title, *lines] if lines else []
 
 
-def _shown(kernel: str) -> bool:
-    return kernel.startswith("sdpa") or kernel in ("gluon", "triton-specialised", "cpu", "torch")
+def _timed(rows: list[Row]) -> list[Row]:
+    """Times at full size, without those of kernels that are wrong there."""
+    speed = [row for row in rows if row["stage"] == "speed"]
+    wrong = {(row["kernel"], row["shape"]) for row in speed if row["verdict"] == "wrong"}
+    return [row for row in speed if row["verdict"] == "timed" and (row["kernel"], row["shape"]) not in wrong]
+
+
+def _shown(rows: list[Row]) -> set[str]:
+    """Of the kinds of the Triton kernel only the one that goes before the others."""
+    here = {row["kernel"] for row in _timed(rows)}
+    kinds = [name for name in ("triton-specialised", "triton-tma", "triton") if name in here]
+    return {"gluon", "cpu", "torch", *kinds[:1]}
 
 
 def _speed_line(row: Row) -> str:
@@ -152,7 +164,7 @@ def overview(results: dict[str, list[Row]]) -> str:
     for name, rows in results.items():
         found = verdicts(rows).values()
         cases = f"{sum(right for right, _, _ in found)} of {sum(all_ for _, all_, _ in found)}"
-        lines.append(_markdown([name, cases, *(_cell(rows, shape) for shape in _SHAPES)]))
+        lines.append(_markdown([name, cases, *(_cell(rows, shape) for shape in _SHAPES), _whole_cell(rows)]))
     if not results:
         lines.append(_markdown(["any", *["not measured"] * (len(_COLUMNS) - 1)]))
     return "\n".join(lines)
@@ -162,14 +174,23 @@ def _cell(rows: list[Row], shape: str) -> str:
     """The fastest of our kernels over lists like a video's, a fifth of the blocks."""
     timed = [
         row
-        for row in rows
-        if (row["stage"], row["shape"], row["verdict"]) == ("speed", shape, "timed")
+        for row in _timed(rows)
+        if row["shape"] == shape
         and row["kind"].startswith("ragged lists")
         and "means" not in row["kind"]
         and 0.19 < row["density"] < 0.25
     ]
     best = min(timed, key=lambda row: row["ms"], default=None)
     return "not measured" if best is None else f"{best['speedup']:.2f}x ({best['share']:.2f}, {best['kernel']})"
+
+
+def _whole_cell(rows: list[Row]) -> str:
+    """The fastest run of all steps, dense ones and searches with it."""
+    ours = [
+        row for row in rows if row["stage"] == "end to end" and row["verdict"] == "timed" and row["kernel"] != "dense"
+    ]
+    best = max((row for row in ours if row["shape"] == _WHOLE), key=lambda row: row["speedup"], default=None)
+    return "not measured" if best is None else f"{best['speedup']:.2f}x ({best['kind']})"
 
 
 def pages(results: dict[str, list[Row]]) -> dict[Path, str]:
@@ -180,7 +201,7 @@ def pages(results: dict[str, list[Row]]) -> dict[Path, str]:
     text = "# What GPUs make of the kernels\n\nWritten by `make gpu-tables` from `eval/results/gpu`.\n"
     for name, rows in results.items():
         facts = {field: rows[-1].get(field) for field in ("device", "driver", "date", "commit", "versions")}
-        text += f"\n## {name}\n```\n{summary(rows, facts)}```\n"
+        text += f"\n## {name}\n```\n{summary(rows, facts, longest=None)}```\n"
     if not results:
         text += "\nNot measured yet: no account of a GPU is committed. `make gpu` makes one.\n"
     return {readme: f"{before}{_BEGIN}\n{overview(results)}\n{_END}{after}", _ROOT / "docs/gpu.md": text}

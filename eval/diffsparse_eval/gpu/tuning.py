@@ -18,8 +18,6 @@ _DENSITY = 0.3
 _HAND_PICKED = (
     Tile(128, 8, 2, "tma"),
     Tile(64, 8, 3, "tma"),
-    Tile(64, 4, 4, "specialised"),
-    Tile(128, 4, 2, "specialised"),
     Tile(64, 8, 3),
     Tile(64, 4, 3),
 )
