@@ -246,7 +246,7 @@ class Run(ModelHook):  # type: ignore[misc]
 
     def attend(self, layer: Layer, call: Call, layout: Layout, number: int = 0) -> Tensor:
         """One self-attention call: dense where the schedule or the call itself demands it, else the strategy's."""
-        moment = self.aside or self.clock.read(layer, number)
+        moment = self.aside or self.clock.read(layer, number, (call.query.shape, layout))
         out = self._attend(layer, call, layout, moment, number)
         if self.guidance is None:
             return out
