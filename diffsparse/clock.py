@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 MOST_SHAPES = 8  # of passes that nobody numbers: how many are counted, and remembered, at a time
-_MOST_AT_ONCE = 4  # passes without a name that a scheduler may serve ahead of its first step
+_MOST_AT_ONCE = 4  # passes of one branch that a step may have
 _INNER = ("diffsparse.", "torch.", "diffusers.models.", "diffusers.hooks.", "accelerate.", "peft.")
 
 
@@ -83,7 +83,7 @@ class Clock:
         """Forget the current run: the next reading begins a new one."""
         self._run += 1
         self._counts: OrderedDict[tuple[str, Any], int] = OrderedDict()
-        self._ordinal, self._ordinal_step = -1, -1
+        self._at_step: Counter[str | None] = Counter()  # passes of the present step, by name
         self._begin: int | None = None
         self._told = False  # whether the step of the latest pass was read, not counted
         self._seen: set[object] = set()
@@ -122,7 +122,7 @@ class Clock:
     def _next_pass(self, shape: Any) -> Moment:
         self._notice_new_call()
         step, steps = self._reading(shape)
-        if step is not None and self._told and self._moment is not None and step < self._moment.step:
+        if self._is_new_run(step):
             self.reset()
             step, steps = self._reading(shape)
         self._seen.clear()
@@ -130,8 +130,21 @@ class Clock:
         self.passes += 1
         count, name = self._count(shape), self._context_name()
         step = count if step is None else step
-        branch = self._numbered(step) if name is None else name
+        if self._moment is None or step != self._moment.step:
+            self._at_step.clear()
+        branch = name if name is not None else f"#{self._at_step[None] if self._told else 0}"
+        self._at_step[name] += 1
         return Moment(self._run, step, steps if steps is None or step < steps else None, branch)
+
+    def _is_new_run(self, step: int | None) -> bool:
+        """Whether the step went back, or a loop has left the scheduler, which stands still."""
+        if step is None or self._moment is None or not self._told:
+            return False
+        still = step == self._moment.step and self._at_step[self._context_name()] >= _MOST_AT_ONCE
+        if still and self._caller() is None and getattr(self._context(), "step_index", None) is None:
+            self._left, self._timesteps = self._timesteps, None
+            return True
+        return step < self._moment.step
 
     def _notice_new_call(self) -> None:
         caller, before = calling_pipeline(), self._caller()
@@ -163,14 +176,6 @@ class Clock:
         if len(self._counts) > MOST_SHAPES:
             self._counts.popitem(last=False)
         return count
-
-    def _numbered(self, step: int) -> str:
-        """The branch of a pass without a name, by its order among those of its step."""
-        if not self._told:
-            return "#0"
-        self._ordinal = self._ordinal + 1 if step == self._ordinal_step else 0
-        self._ordinal_step = step
-        return f"#{self._ordinal}"
 
     def _reading(self, shape: Any) -> tuple[int | None, int | None]:
         """Step and number of steps, as far as anybody tells them."""
@@ -214,7 +219,9 @@ class Clock:
     def _may_be_first(self, shape: Any) -> bool:
         """Whether a scheduler that has not stepped yet is at its first step, or only copies of it are stepped."""
         name = self._context_name()
-        return self._counts.get((name or "", shape), 0) < (_MOST_AT_ONCE if name is None else 1)
+        most = _MOST_AT_ONCE if name is None else 1
+        counts_steps = hasattr(getattr(self._pipe(), "scheduler", None), "step_index")
+        return counts_steps and self._counts.get((name or "", shape), 0) < most
 
     def _pipe(self) -> Any:
         return self._caller() or self._given()

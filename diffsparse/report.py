@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass
+from types import FunctionType, ModuleType
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ import torch
 Kind = Literal["dense", "search", "sparse"]
 
 PLANNED = "schedule"
+_NO_HOLDERS = (type, ModuleType, FunctionType, torch.nn.Module)  # their tensors are no strategy's memory
 _NONE_YET = "no self-attention call yet"
 
 
@@ -155,7 +157,7 @@ class Ledger:
     """The calls of one run of one transformer, and what its strategy keeps between steps.
 
     calls: all of them, or the last ones where `bound` moved earlier ones into `sums`. notes: about the whole run.
-    memories: any nesting of containers and dataclasses with tensors, as it stands; its size is kept when it is `close`d.
+    memories: any nesting of containers and objects with tensors, as it stands; its size is kept when it is `close`d.
     """
 
     calls: list[CallRecord] = field(default_factory=list)
@@ -313,7 +315,7 @@ class Report:
 
 
 def nbytes(kept: Any) -> int:
-    """Bytes of all tensors in a nesting of containers and dataclasses, each storage once."""
+    """Bytes of all tensors in a nesting of containers and objects, each storage once."""
     storages = (x.untyped_storage() for x in _tensors(kept, set()))
     return sum({(str(s.device), s.data_ptr()): s.nbytes() for s in storages}.values())
 
@@ -330,8 +332,10 @@ def _tensors(kept: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         parts = kept.values()
     elif isinstance(kept, list | tuple | set | frozenset):
         parts = kept
-    elif is_dataclass(kept) and not isinstance(kept, type):
-        parts = vars(kept).values() if hasattr(kept, "__dict__") else [getattr(kept, f.name) for f in fields(kept)]
+    elif hasattr(kept, "__dict__") and not isinstance(kept, _NO_HOLDERS):
+        parts = vars(kept).values()
+    elif is_dataclass(kept) and not isinstance(kept, type):  # with slots
+        parts = [getattr(kept, f.name) for f in fields(kept)]
     for part in parts:
         yield from _tensors(part, seen)
 
