@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+MOST_SHAPES = 8  # of passes that nobody numbers: how many are counted, and remembered, at a time
+_MOST_AT_ONCE = 4  # passes of one branch that a step may have
+_INNER = ("diffsparse.", "torch.", "diffusers.models.", "diffusers.hooks.", "accelerate.", "peft.")
+
 
 class Moment(NamedTuple):
-    """One instant of a pipeline call: `run` counts pipeline calls, `steps` is None where nobody knows it."""
+    """One instant of a run: `run` counts runs, `step` from where this one begins; `steps` is None if unknown."""
 
     run: int
     step: int
@@ -20,34 +24,57 @@ class Moment(NamedTuple):
     branch: str
 
 
-@dataclass(frozen=True)
-class _Reading:
-    step: int | None
-    steps: int | None
+def calling_pipeline() -> Any:
+    """The pipeline whose call is under way on this thread, told from the stack; None in a hand-written loop.
+
+    Pipelines may share a transformer, and nothing else knows which of them calls it: a transformer has no way back to
+    its pipelines, and a registry of them would have to patch Diffusers. A pipeline is whatever has a noise scheduler
+    and a method that is running; frames of models and hooks are passed by unseen, for looking at the variables of a
+    frame keeps them alive until it ends (before Python 3.13).
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        inner = str(frame.f_globals.get("__name__")).startswith(_INNER)
+        if not inner and code.co_argcount and code.co_varnames[0] == "self":
+            owner = frame.f_locals.get("self")
+            if hasattr(getattr(owner, "__dict__", {}).get("scheduler"), "timesteps"):
+                return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 class Clock:
     """Reads step, run and guidance branch for one transformer.
 
+    Whose scheduler is read: that of the pipeline that calls (see `calling_pipeline`), or else of the one that was given
+    to `apply`, if its scheduler has been set, has not run out, and was not left behind by a call of the pipeline.
+
     The step comes from the first source that answers:
     1. `cache_context(name, step_index=...)`, which some pipelines and any hand-written loop may fill;
-    2. `scheduler.step_index` (or `begin_index` ahead of the first step);
-    3. the storage offset of `pipe._current_timestep`, a view of `scheduler.timesteps`, for schedulers without
-       `step_index`: right even where a step cache skipped whole steps;
-    4. the number of earlier forward passes in the same branch (bare transformers, pipelines that step copies
-       of their scheduler).
+    2. `scheduler.step_index`;
+    3. the storage offset of the calling pipeline's `_current_timestep`, a view of `scheduler.timesteps` or a row of a
+       matrix (diffusion forcing): right even where a step cache skipped whole steps;
+    4. step 0, ahead of the scheduler's first step;
+    5. the number of earlier forward passes in the same branch with a sequence of the same shape (bare transformers,
+       pipelines that step copies of their scheduler).
     Values of timesteps are never compared: some schedulers repeat them, and reading them waits for the device.
 
-    A new pipeline call is noticed by `scheduler.timesteps`, a fresh tensor for each `set_timesteps`. The branch is
-    the name of the `cache_context`, or else `#0`, `#1`, ... by the order of forward passes within a step.
+    Steps count from where the run begins: `scheduler.begin_index`, or else what the pipeline's `_num_timesteps` leaves
+    of the schedule, or the first position that was read.
+
+    A new run is noticed by another pipeline, by `scheduler.timesteps`, a fresh tensor for each `set_timesteps`, and by
+    a step that goes back. The branch is the name of the `cache_context`, or else `#0`, `#1`, ... by the order of forward
+    passes within a step.
     """
 
     def __init__(self, pipe: Any, context: Callable[[], Any]) -> None:
         # Weak, so that a copied or forgotten pipeline is not kept alive by its transformer.
-        self._pipe = weakref.ref(pipe) if pipe is not None else lambda: None
+        self._given = _weak(pipe)
+        self._caller = _weak(None)
         self._context = context
         self._timesteps: Any = None
-        self._timestep: Any = None
+        self._left: Any = None  # timesteps of a pipeline call that is over: of no use to a loop that follows
         self._run = 0
         self.passes = 0  # forward passes that attended, over all runs
         self.reset()
@@ -55,10 +82,12 @@ class Clock:
     def reset(self) -> None:
         """Forget the current run: the next reading begins a new one."""
         self._run += 1
-        self._forwards: Counter[str] = Counter()
-        self._ordinal, self._ordinal_step = -1, -1
-        self._counted_step = -1
+        self._counts: OrderedDict[tuple[str, Any], int] = OrderedDict()
+        self._at_step: Counter[str | None] = Counter()  # passes of the present step, by name
+        self._begin: int | None = None
+        self._told = False  # whether the step of the latest pass was read, not counted
         self._seen: set[object] = set()
+        self._signs: tuple[Any, ...] = ()
         self._moment: Moment | None = None
 
     @property
@@ -66,81 +95,160 @@ class Clock:
         """The moment of the latest pass that attended; None ahead of the first of a run."""
         return self._moment
 
-    def read(self, layer: object, number: int = 0) -> Moment:
+    @property
+    def pipe(self) -> Any:
+        """The pipeline that calls, or else the one that was given, if it is still alive."""
+        return calling_pipeline() or self._given()
+
+    def read(self, layer: object, number: int = 0, shape: Any = None) -> Moment:
         """The moment at which `layer` runs; a layer that comes round again means a new forward pass.
 
-        `number` counts the attention products within one processor call: only the first can begin a pass.
+        `number` counts the attention products within one processor call: only the first can begin a pass. `shape`
+        is anything hashable that tells sequences of one size from others.
         """
-        self._notice_new_call()
-        if self._moment is None or (number == 0 and layer in self._seen):
-            self._seen.clear()
-            self._moment = self._next_forward()
+        again = number == 0 and layer in self._seen
+        if self._moment is None or again or _differ(self._signs, self._look()):
+            self._moment = self._next_pass(shape)
         self._seen.add(layer)
         return self._moment
 
+    def _look(self) -> tuple[Any, ...]:
+        """What can't change within a pass."""
+        pipe, context = self._pipe(), self._context()
+        scheduler = getattr(pipe, "scheduler", None)
+        stamps = (getattr(scheduler, name, None) for name in ("timesteps", "step_index"))
+        return (scheduler, *stamps, getattr(pipe, "_current_timestep", None), context)
+
+    def _next_pass(self, shape: Any) -> Moment:
+        self._notice_new_call()
+        step, steps = self._reading(shape)
+        if self._is_new_run(step):
+            self.reset()
+            step, steps = self._reading(shape)
+        self._seen.clear()
+        self._signs, self._told = self._look(), step is not None
+        self.passes += 1
+        count, name = self._count(shape), self._context_name()
+        step = count if step is None else step
+        if self._moment is None or step != self._moment.step:
+            self._at_step.clear()
+        branch = name if name is not None else f"#{self._at_step[None] if self._told else 0}"
+        self._at_step[name] += 1
+        return Moment(self._run, step, steps if steps is None or step < steps else None, branch)
+
+    def _is_new_run(self, step: int | None) -> bool:
+        """Whether the step went back, or a loop has left the scheduler, which stands still."""
+        if step is None or self._moment is None or not self._told:
+            return False
+        still = step == self._moment.step and self._at_step[self._context_name()] >= _MOST_AT_ONCE
+        if still and self._caller() is None and getattr(self._context(), "step_index", None) is None:
+            self._left, self._timesteps = self._timesteps, None
+            return True
+        return step < self._moment.step
+
     def _notice_new_call(self) -> None:
-        timesteps = getattr(self._scheduler(), "timesteps", None)
-        if timesteps is not self._timesteps:
+        caller, before = calling_pipeline(), self._caller()
+        if caller is not before:
+            self._caller = _weak(caller)
+            self._left = self._timesteps if caller is None else None
+        timesteps = self._live_timesteps()
+        if caller is not before or timesteps is not self._timesteps:
             self._timesteps = timesteps
             self.reset()
 
-    def _next_forward(self) -> Moment:
-        name = self._context_name()
-        reading = self._reading()
-        step = self._forwards[name or ""] if reading.step is None else reading.step
-        if name is None and reading.step is not None:
-            self._ordinal = self._ordinal + 1 if step == self._ordinal_step else 0
-            self._ordinal_step = step
-        branch = name if name is not None else f"#{max(self._ordinal, 0)}"
-        self._forwards[name or ""] += 1
-        self.passes += 1
-        return Moment(self._run, step, reading.steps, branch)
+    def _live_timesteps(self) -> Any:
+        """The schedule that is being run, None if there is none."""
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None or timesteps is self._left:
+            return None
+        stepped, custom = getattr(scheduler, "step_index", None), getattr(scheduler, "custom_timesteps", False)
+        if stepped is None:
+            was_set = custom or getattr(scheduler, "num_inference_steps", None) is not None
+            return timesteps if was_set else None
+        return timesteps if stepped < len(timesteps) else None
 
-    def _reading(self) -> _Reading:
-        scheduler, context = self._scheduler(), self._context()
-        steps = None if self._timesteps is None else len(self._timesteps)
+    def _count(self, shape: Any) -> int:
+        """Number of earlier passes of this branch and shape; bounded, for a server's loop has no end."""
+        key = self._context_name() or "", shape
+        count = self._counts.pop(key, 0)
+        self._counts[key] = count + 1
+        if len(self._counts) > MOST_SHAPES:
+            self._counts.popitem(last=False)
+        return count
+
+    def _reading(self, shape: Any) -> tuple[int | None, int | None]:
+        """Step and number of steps, as far as anybody tells them."""
+        context, (index, length) = self._context(), self._position()
+        steps = None if length is None else length - self._begin_of(index, length)
         if getattr(context, "step_index", None) is not None:
-            return _Reading(context.step_index, context.num_inference_steps or steps)
-        if scheduler is None:
-            return _Reading(None, None)
-        if not hasattr(scheduler, "step_index"):
-            return _Reading(self._step_of_timestep(), steps)
-        if scheduler.step_index is not None:
-            return _Reading(scheduler.step_index, steps)
-        return _Reading(self._step_before_first(scheduler), steps)
+            return context.step_index, context.num_inference_steps or steps
+        if length is None:
+            return None, None
+        if index is None:
+            return (0 if self._may_be_first(shape) else None), steps
+        return index - self._begin_of(index, length), steps
 
-    def _step_before_first(self, scheduler: Any) -> int | None:
-        """Step 0 (or `begin_index`) until `step` was called; None once passes show that it never will be."""
-        passes = self._forwards[self._context_name() or ""]
-        named_again = self._context_name() is not None and passes > 0
-        return None if named_again else (getattr(scheduler, "begin_index", None) or 0)
+    def _position(self) -> tuple[int | None, int | None]:
+        """Index of the step in its schedule, from whose start a run may skip some, and the schedule's length."""
+        if self._timesteps is None:
+            return None, None
+        index = getattr(getattr(self._pipe(), "scheduler", None), "step_index", None)
+        if index is not None:
+            return index, len(self._timesteps)
+        place = _place(getattr(self._caller(), "_current_timestep", None), self._timesteps)
+        return place or (None, len(self._timesteps))
 
-    def _step_of_timestep(self) -> int:
-        timesteps, timestep = self._timesteps, getattr(self._pipe(), "_current_timestep", None)
-        if timestep is self._timestep and self._counted_step >= 0:
-            return self._counted_step
-        self._timestep = timestep
-        position = _position(timestep, timesteps)
-        self._counted_step = self._counted_step + 1 if position is None else position
-        return self._counted_step
+    def _begin_of(self, index: int | None, length: int) -> int:
+        """Index at which this run begins."""
+        if self._begin is not None:
+            return self._begin
+        scheduler, left = getattr(self._pipe(), "scheduler", None), getattr(self._caller(), "_num_timesteps", None)
+        begin = getattr(scheduler, "begin_index", None)
+        if begin is None and isinstance(left, int) and 0 < left <= length:
+            begin = length - left
+        if index is None:
+            return begin or 0
+        if begin is None and getattr(scheduler, "step_index", None) is None:
+            begin = index
+        elif begin is None:  # told only after the first step of a run, or of one that we did not see begin
+            begin = index - 1 if self._counts else 0
+        self._begin = max(min(begin, index), 0)
+        return self._begin
 
-    @property
-    def pipe(self) -> Any:
-        """The pipeline that is read, if there is one and it is still alive."""
-        return self._pipe()
+    def _may_be_first(self, shape: Any) -> bool:
+        """Whether a scheduler that has not stepped yet is at its first step, or only copies of it are stepped."""
+        name = self._context_name()
+        most = _MOST_AT_ONCE if name is None else 1
+        counts_steps = hasattr(getattr(self._pipe(), "scheduler", None), "step_index")
+        return counts_steps and self._counts.get((name or "", shape), 0) < most
 
-    def _scheduler(self) -> Any:
-        return getattr(self._pipe(), "scheduler", None)
+    def _pipe(self) -> Any:
+        return self._caller() or self._given()
 
     def _context_name(self) -> str | None:
         context = self._context()
         return None if context is None else str(getattr(context, "name", context))
 
 
-def _position(timestep: Any, timesteps: Any) -> int | None:
-    """Index of `timestep` in `timesteps`, told by where it is stored; None if it is no view of it."""
+def _weak(x: Any) -> Callable[[], Any]:
+    """A weak reference, of None too."""
+    return (lambda: None) if x is None else weakref.ref(x)
+
+
+def _differ(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    return any(a is not b for a, b in zip(before, after, strict=True))
+
+
+def _place(timestep: Any, timesteps: Any) -> tuple[int, int] | None:
+    """Index of `timestep` among its like and their number, told by where it is stored; None if it stands alone."""
     if not (torch.is_tensor(timestep) and torch.is_tensor(timesteps)):
         return None
-    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+    storage = timestep.untyped_storage()
+    if storage.data_ptr() == timesteps.untyped_storage().data_ptr():
+        offset = timestep.storage_offset() - timesteps.storage_offset()
+        return offset // max(timesteps.stride(0), 1), len(timesteps)
+    rows = storage.nbytes() // max(timestep.numel() * timestep.itemsize, 1)
+    if rows < 2 or not timestep.is_contiguous():
         return None
-    return (timestep.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+    return timestep.storage_offset() // timestep.numel(), rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -65,11 +66,12 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         """Called ahead of each pass: perturbs the last of a step."""
+        self.cleanup_models(denoiser)  # of a pass that was cut off
         self._count_prepared += 1
         if not self._is_slg_enabled() or self._count_prepared != self.num_conditions:
             return
         before = getattr(run_of(denoiser), "guidance", None)
-        perturbing = _Pass(self.preset, resolve(self.preset.heads, denoiser))
+        perturbing = _Pass(self.preset, resolve(self.preset.heads, denoiser), lambda: self.cleanup_models(denoiser))
         attach(BARE, denoiser, perturbing, None)
         run = perturbing.run
         now = run.clock.now or Moment(0, 0, None, "#0")
@@ -82,8 +84,9 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
             return
         (perturbing, before), self._pass = self._pass, None
         perturbing.run.aside = None
-        detach(denoiser, perturbing)
-        if before is not None:
+        if before is None:
+            detach(denoiser, perturbing)
+        elif perturbing.run.guidance is perturbing:  # back on the same run, whose clock goes on
             attach(BARE, denoiser, before, None)
 
     @property
@@ -105,16 +108,21 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
 
 
 class _Pass:
-    """Perturbs every chosen layer as long as it is attached."""
+    """Perturbs every chosen layer for one pass: a layer that comes round again tells that this one was cut off."""
 
     run: Run
 
-    def __init__(self, preset: Preset, heads: Heads) -> None:
-        self.preset, self.heads = preset, heads
+    def __init__(self, preset: Preset, heads: Heads, end: Callable[[], None]) -> None:
+        self.preset, self.heads, self._end = preset, heads, end
+        self._seen: set[tuple[int, int]] = set()
 
     def perturb(self, out: Tensor, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int) -> Tensor:
         """The output [B, H, N, D] of a self-attention call, perturbed if its layer is named."""
-        heads, how = self.heads.get(layer.name), self.preset
+        heads, how, place = self.heads.get(layer.name), self.preset, (layer.index, number)
+        if place in self._seen:
+            self._end()
+            return out
+        self._seen.add(place)
         if heads is None:
             return out
         return perturbed(out, call.ungrouped(), heads, layout, kind=how.kind, strength=how.strength, text=how.text)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import FunctionType, ModuleType
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ import torch
 Kind = Literal["dense", "search", "sparse"]
 
 PLANNED = "schedule"
+_NO_HOLDERS = (type, ModuleType, FunctionType, torch.nn.Module)  # their tensors are no strategy's memory
 _NONE_YET = "no self-attention call yet"
 
 
@@ -39,6 +41,7 @@ class CallRecord:
     note: str = ""
     passed_over: tuple[str, ...] = ()
     _marks: list[Any] = field(default_factory=list, repr=False)
+    _seconds: float = field(default=0.0, repr=False)
 
     def ran_dense(
         self,
@@ -66,13 +69,25 @@ class CallRecord:
     def timed(self, device: torch.device) -> Iterator[None]:
         """Time the call: with events on a CUDA device (no sync), else with the wall clock."""
         self._marks = [mark(device)]
-        yield
+        try:
+            yield
+        except BaseException:
+            self.reason, self.planned = "cut off", False
+            raise
         self._marks.append(mark(device))
 
     @property
     def seconds(self) -> float:
         """Seconds of the call; waits for the device where it must."""
-        return elapsed(*self._marks) if len(self._marks) == 2 else 0.0
+        return elapsed(*self._marks) if len(self._marks) == 2 else self._seconds
+
+    def settle(self) -> bool:
+        """Keep the seconds in place of the events that tell them; False if the device has not come so far."""
+        if len(self._marks) == 2:
+            if not isinstance(self._marks[1], float) and not self._marks[1].query():
+                return False
+            self._seconds, self._marks = elapsed(*self._marks), []
+        return True
 
 
 def mark(device: torch.device) -> Any:
@@ -93,29 +108,120 @@ def elapsed(start: Any, stop: Any) -> float:
 
 
 @dataclass
+class _Sums:
+    """What a report adds up over calls. Some sums stay on the device, where the numbers are: nobody waits for them."""
+
+    calls: int = 0
+    density: Any = 0.0
+    sparse: int = 0
+    sparse_density: Any = 0.0
+    recalls: int = 0
+    recall: Any = 0.0
+    seconds: float = 0.0
+    backends: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, calls: list[CallRecord]) -> _Sums:
+        sparse = [call.density for call in calls if call.kind == "sparse"]
+        recalls = [call.recall for call in calls if call.recall is not None]
+        return cls(
+            calls=len(calls),
+            density=_sum(call.density for call in calls),
+            sparse=len(sparse),
+            sparse_density=_sum(sparse),
+            recalls=len(recalls),
+            recall=_sum(recalls),
+            seconds=sum(call.seconds for call in calls),
+            backends=Counter(call.backend for call in calls),
+            fallbacks=Counter(c.reason for c in calls if c.kind == "dense" and not c.planned),
+            modes=Counter(mode for call in calls for mode in call.heads),
+            passed_over=Counter(reason for call in calls for reason in call.passed_over),
+            notes={call.note: None for call in calls if call.note},
+        )
+
+    def add(self, other: _Sums) -> None:
+        for name, theirs in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(mine, dict):
+                mine.update(theirs)  # a Counter adds
+            else:
+                setattr(self, name, _plus(mine, theirs))
+
+
+@dataclass
 class Ledger:
-    """The calls of one run of one transformer, and the bytes that its strategy kept between steps."""
+    """The calls of one run of one transformer, and what its strategy keeps between steps.
+
+    calls: all of them, or the last ones where `bound` moved earlier ones into `sums`. notes: about the whole run.
+    memories: any nesting of containers and objects with tensors, as it stands; its size is kept when it is `close`d.
+    """
 
     calls: list[CallRecord] = field(default_factory=list)
-    memory: dict[tuple[str, str], int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    memories: Any = field(default_factory=dict, repr=False)
+    sums: _Sums = field(default_factory=_Sums, repr=False)
+    steps: int = 0  # in the sums, and how many of them had a sparse call
+    sparse_steps: int = 0
+    _last_step: int = -1  # of those in the sums
+    _settled: int = 0  # calls whose events are gone
+    _held: int | None = None
 
     def open(self, layer: str, step: int, branch: str) -> CallRecord:
         """Begin the record of one call."""
+        while self._settled < len(self.calls) and self.calls[self._settled].settle():
+            self._settled += 1
         self.calls.append(CallRecord(layer, step, branch))
         return self.calls[-1]
+
+    def bound(self, most: int) -> None:
+        """Move the oldest step's calls into the sums if there are more than `most`."""
+        if len(self.calls) <= most:
+            return
+        first = self.calls[0].step
+        cut = next((i for i, call in enumerate(self.calls) if call.step != first), len(self.calls) - most)
+        folded = self.calls[:cut]
+        self.sums.add(_Sums.of(folded))
+        if first > self._last_step:
+            self._last_step, self.steps = first, self.steps + 1
+            self.sparse_steps += any(call.kind == "sparse" for call in folded)
+        self._settled = max(self._settled - cut, 0)
+        del self.calls[:cut]
+
+    def listed_steps(self, kind: Kind | None = None) -> set[int]:
+        """Steps of the listed calls (of one kind) that are not in the sums."""
+        return {c.step for c in self.calls if c.step > self._last_step and kind in (None, c.kind)}
+
+    def note(self, text: str) -> None:
+        """Note what the user should know about the run; equal notes are shown once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def close(self) -> None:
+        """The run is over, and its memories are about to go."""
+        self._held, self.memories = self.memory_bytes, {}
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the tensors in the memories, each storage once; of a run that is over, at its end."""
+        return nbytes(self.memories) if self._held is None else self._held
 
 
 @dataclass(frozen=True)
 class Report:
-    """Summary of the last pipeline call.
+    """Summary of the last pipeline call; of its last window, if the pipeline makes a long video in windows.
 
     density counts every self-attention call (dense = 1), sparse_density the sparse ones alone; recall is the mean
     softmax mass that the chosen blocks held when they were chosen; attention_seconds is the time inside
-    self-attention; memory_bytes is what the strategy kept between steps (masks, LSE); fallbacks are the dense calls
+    self-attention; memory_bytes is what the strategy keeps between steps (masks, LSE), or kept at the end; fallbacks are the dense calls
     that nobody planned, by reason, and passed_over the calls that a faster backend of this device did not take, by the
     reason. Where a strategy chooses by head, modes is the share of heads in each mode, over
     all calls in which it chose, and heads the modes of a layer's heads, by layer and step. notes is what
-    else the strategy has to say.
+    else the strategy has to say. calls lists single calls: of a loop whose length is unknown the last ones alone, as do
+    heads and `table`, and all other numbers count the whole run.
     """
 
     strategy: str
@@ -141,27 +247,29 @@ class Report:
     def of(cls, strategy: object, modules: int, ledgers: list[Ledger]) -> Report:
         """Summarise the ledgers of all transformers of one pipeline call."""
         calls = [call for ledger in ledgers for call in ledger.calls]
-        densities = [float(call.density) for call in calls]
-        sparse = [d for d, call in zip(densities, calls, strict=True) if call.kind == "sparse"]
-        steps = {call.step for call in calls}
+        sums = _Sums.of(calls)
+        for ledger in ledgers:
+            sums.add(ledger.sums)
+        steps = _count_steps(ledgers)
+        own = [note for ledger in ledgers for note in ledger.notes]
         return cls(
             strategy=repr(strategy),
             modules=modules,
-            steps=len(steps),
-            density=sum(densities) / len(densities) if densities else 1.0,
-            sparse_density=_mean(sparse),
-            dense_steps=len(steps - {call.step for call in calls if call.kind == "sparse"}),
-            dense_calls=len(calls) - len(sparse),
-            sparse_calls=len(sparse),
-            recall=_mean([float(call.recall) for call in calls if call.recall is not None]),
-            backends=dict(Counter(call.backend for call in calls)),
-            fallbacks=dict(Counter(c.reason for c in calls if c.kind == "dense" and not c.planned)),
-            attention_seconds=sum(call.seconds for call in calls),
-            memory_bytes=sum(sum(ledger.memory.values()) for ledger in ledgers),
-            modes=_shares(mode for call in calls for mode in call.heads),
+            steps=steps,
+            density=float(sums.density) / sums.calls if sums.calls else 1.0,
+            sparse_density=_mean(sums.sparse_density, sums.sparse),
+            dense_steps=steps - _count_steps(ledgers, "sparse"),
+            dense_calls=sums.calls - sums.sparse,
+            sparse_calls=sums.sparse,
+            recall=_mean(sums.recall, sums.recalls),
+            backends=dict(sums.backends),
+            fallbacks=dict(sums.fallbacks),
+            attention_seconds=sums.seconds,
+            memory_bytes=sum(ledger.memory_bytes for ledger in ledgers),
+            modes={name: count / sums.modes.total() for name, count in sums.modes.most_common()},
             heads=_heads(calls),
-            notes=list(dict.fromkeys(call.note for call in calls if call.note)),
-            passed_over=dict(Counter(reason for call in calls for reason in call.passed_over)),
+            notes=list(dict.fromkeys([*own, *sums.notes])),
+            passed_over=dict(sums.passed_over),
             calls=tuple(calls),
         )
 
@@ -206,9 +314,56 @@ class Report:
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
 
 
-def _shares(names: Iterable[str]) -> dict[str, float]:
-    counts = Counter(names)
-    return {name: count / counts.total() for name, count in counts.most_common()}
+def nbytes(kept: Any) -> int:
+    """Bytes of all tensors in a nesting of containers and objects, each storage once."""
+    storages = (x.untyped_storage() for x in _tensors(kept, set()))
+    return sum({(str(s.device), s.data_ptr()): s.nbytes() for s in storages}.values())
+
+
+def _tensors(kept: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    if id(kept) in seen:
+        return
+    seen.add(id(kept))
+    if torch.is_tensor(kept):
+        yield kept
+        return
+    parts: Iterable[Any] = ()
+    if isinstance(kept, Mapping):
+        parts = kept.values()
+    elif isinstance(kept, list | tuple | set | frozenset):
+        parts = kept
+    elif hasattr(kept, "__dict__") and not isinstance(kept, _NO_HOLDERS):
+        parts = vars(kept).values()
+    elif is_dataclass(kept) and not isinstance(kept, type):  # with slots
+        parts = [getattr(kept, f.name) for f in fields(kept)]
+    for part in parts:
+        yield from _tensors(part, seen)
+
+
+def _count_steps(ledgers: list[Ledger], kind: Kind | None = None) -> int:
+    """Number of steps (with a call of that kind), over all ledgers."""
+    listed = {step for ledger in ledgers for step in ledger.listed_steps(kind)}
+    summed = (ledger.sparse_steps if kind else ledger.steps for ledger in ledgers)
+    return len(listed) + max(summed, default=0)
+
+
+def _sum(numbers: Iterable[Any]) -> Any:
+    """Sum of numbers and tensors of one element, in double precision; on the device if any of them is there."""
+    whole: Any = 0.0
+    tensors: dict[torch.device, list[torch.Tensor]] = {}
+    for x in numbers:
+        if torch.is_tensor(x):
+            tensors.setdefault(x.device, []).append(x.detach())
+        else:
+            whole += x
+    for device, several in tensors.items():
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        whole = _plus(whole, torch.stack(several).sum(dtype=wide))
+    return whole
+
+
+def _plus(a: Any, b: Any) -> Any:
+    return a + b.to(a.device, non_blocking=True) if torch.is_tensor(a) and torch.is_tensor(b) else a + b
 
 
 def _heads(calls: list[CallRecord]) -> dict[str, dict[str, str]]:
@@ -219,8 +374,8 @@ def _heads(calls: list[CallRecord]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(total: Any, count: int) -> float | None:
+    return float(total) / count if count else None
 
 
 def _number(value: float | None) -> str:

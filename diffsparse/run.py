@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import Tensor
 
-from diffsparse.clock import Clock, Moment
+from diffsparse.clock import MOST_SHAPES, Clock, Moment
 from diffsparse.errors import DenseFallbackError, NoKernelError
 from diffsparse.layout import Layout
 from diffsparse.masks import KeyMask, read_mask
@@ -29,6 +30,8 @@ from diffsparse.report import CallRecord, Ledger
 from diffsparse.schedule import Schedule
 from diffsparse.site import Site
 
+_KEPT_PASSES = 16  # of a loop whose length is unknown: how many passes keep the record of each call
+_MOST_BRANCHES = 8  # guidance branches of a run, at most, for the number of its calls
 _OBSTACLE = "no kernel"  # in a layer's memory: why none of this device can do its calls
 SDPA = F.scaled_dot_product_attention
 
@@ -203,8 +206,9 @@ class Run(ModelHook):  # type: ignore[misc]
         self.clock = Clock(pipe, lambda: self.context.current)
         self.grid: Grid | None = None
         self.layers: list[Layer] = []
-        self.ledger = Ledger()
         self._memories: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._shapes: OrderedDict[tuple[Any, ...], None] = OrderedDict()  # of the memories, the latest used last
+        self.ledger = Ledger(memories=self._memories)
         self._masks: dict[tuple[Any, ...], str | None] = {}
         self._run, self._forwards = -1, 0
         self.pre_hook: Any = None
@@ -228,7 +232,9 @@ class Run(ModelHook):  # type: ignore[misc]
         return module
 
     def _forget(self) -> None:
-        self._memories.clear()
+        self.ledger.close()
+        self._memories = {}
+        self._shapes.clear()
         self._masks.clear()
 
     def notice_idleness(self, model: str) -> None:
@@ -246,7 +252,7 @@ class Run(ModelHook):  # type: ignore[misc]
 
     def attend(self, layer: Layer, call: Call, layout: Layout, number: int = 0) -> Tensor:
         """One self-attention call: dense where the schedule or the call itself demands it, else the strategy's."""
-        moment = self.aside or self.clock.read(layer, number)
+        moment = self.aside or self.clock.read(layer, number, (call.query.shape, layout))
         out = self._attend(layer, call, layout, moment, number)
         if self.guidance is None:
             return out
@@ -254,8 +260,8 @@ class Run(ModelHook):  # type: ignore[misc]
 
     def _attend(self, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int) -> Tensor:
         if moment.run != self._run:
-            self._run, self.ledger = moment.run, Ledger()
-            self._forget()
+            self._begin(moment)
+        self._bound(moment)
         record = self.ledger.open(layer.name, moment.step, moment.branch)
         with record.timed(call.query.device):
             mask, obstacle = self._examine(call, layout, moment)
@@ -267,6 +273,29 @@ class Run(ModelHook):  # type: ignore[misc]
             if mask is None or record.kind == "dense":
                 return out
             return mask.repair(out, call, layout, layer.user_backend())
+
+    def _begin(self, moment: Moment) -> None:
+        """A new run: nothing of the last one is left."""
+        self._forget()
+        self._run, self.ledger = moment.run, Ledger(memories=self._memories)
+        if moment.steps is None and (unknown := self.schedule.of_unknown_length()):
+            self.ledger.note(unknown)
+
+    def _bound(self, moment: Moment) -> None:
+        """A loop may have no end: keep the records of a few passes, or of all if there are so many to come."""
+        passes = _KEPT_PASSES if moment.steps is None else moment.steps * _MOST_BRANCHES
+        self.ledger.bound(max(passes * len(self.layers), 1))
+
+    def _memory(self, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int) -> dict[str, Any]:
+        """What this layer remembers in this branch, for sequences of this shape; few shapes are remembered at once."""
+        shape = (moment.branch, moment.steps, call.query.shape, layout)
+        self._shapes[shape] = None
+        self._shapes.move_to_end(shape)
+        if len(self._shapes) > MOST_SHAPES:
+            old, _ = self._shapes.popitem(last=False)
+            for key in [key for key in self._memories if key[0] == old]:
+                del self._memories[key]
+        return self._memories.setdefault((shape, layer.index, number), {})
 
     def _choose(self, layer: Layer, call: Call, site: Site) -> Tensor:
         qkv = call.query, call.key, call.value
@@ -285,7 +314,6 @@ class Run(ModelHook):  # type: ignore[misc]
         except NoKernelError as error:  # the same in all steps, so nothing is moved for it again
             site.memory[_OBSTACLE] = error.reason
             return site.fall_back(*qkv, error.reason)
-        self.ledger.memory[layer.name, site.branch] = _nbytes(site.memory)
         return out
 
     def _site(
@@ -298,7 +326,6 @@ class Run(ModelHook):  # type: ignore[misc]
         record: CallRecord,
         mask: KeyMask | None,
     ) -> Site:
-        key = (layer.index, number, moment.branch, moment.steps, call.query.shape, layout)
         backend = layer.user_backend()
         return Site(
             self.name,
@@ -308,7 +335,7 @@ class Run(ModelHook):  # type: ignore[misc]
             moment.steps,
             moment.branch,
             layout,
-            self._memories.setdefault(key, {}),
+            self._memory(layer, call, layout, moment, number),
             call.scale,
             None if mask is None else mask.keys,
             self.strict,
@@ -331,6 +358,3 @@ class Run(ModelHook):  # type: ignore[misc]
         key = (moment.branch, call.attn_mask.shape, call.attn_mask.dtype)
         return read_mask(call.attn_mask, layout, self._masks, key)
 
-
-def _nbytes(memory: dict[str, Any]) -> int:
-    return sum(int(getattr(value, "nbytes", 0)) for value in memory.values())

@@ -54,6 +54,14 @@ class Schedule:
         named = [f"{a}-{b}" if a < b else f"{a}" for a, b in spans if a <= b]
         return f"dense steps {', '.join(named) or 'none'} of {steps}"
 
+    def of_unknown_length(self) -> str:
+        """What becomes of the shares, and of the end, in a run whose length nobody knows; empty if nothing does."""
+        changed = [f"dense_first={self.dense_first} is 1 step"] if isinstance(self.dense_first, float) else []
+        changed = changed if self.dense_first else []
+        changed += [f"dense_last={self.dense_last} is not kept"] if self.dense_last else []
+        told = "cache_context(name, step_index=..., num_inference_steps=...) tells it"
+        return f"the length of this run is unknown, so {' and '.join(changed)}: {told}" if changed else ""
+
 
 def resolve(amount: int | float, steps: int | None) -> int:
     """Number of steps that `amount` stands for: itself if an int, else that share of `steps`, at least 1."""

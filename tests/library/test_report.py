@@ -22,7 +22,7 @@ def ledger() -> Ledger:
                 call.ran_sparse(torch.tensor(0.25), "cpu")
             else:
                 call.ran_dense("gradients are wanted", planned=False, backend="native")
-    book.memory["a", "cond"] = 100
+    book.memories = {"a": {"masks": torch.zeros(100, dtype=torch.uint8)}}
     return book
 
 
