@@ -19,7 +19,7 @@ from diffsparse.errors import ConfigError
 from diffsparse.heads import Heads
 from diffsparse.layout import Layout
 from diffsparse.models import argument_names, spec_of
-from diffsparse.patch import attach, detach, models_of, run_of
+from diffsparse.patch import attach, detach, entrances_of, models_of, run_of
 from diffsparse.perturb import perturbed
 from diffsparse.prefix import Prefix
 from diffsparse.preset import Preset
@@ -63,13 +63,13 @@ def guide(
     preset = Preset.read(heads, **knobs, kind=kind, branch=branch, text=text)
     pipe = None if isinstance(target, torch.nn.Module) else target
     models = models_of(target)
-    chosen = preset.of(models)
+    chosen, entrances = preset.of(models), entrances_of(target)
     guides = []
     for name, model in models.items():
         earlier = getattr(run_of(model), "guidance", None)
         if earlier is not None:
             earlier.unhook()
-        guides.append(Guide(preset, model, chosen[name], reuse))
+        guides.append(Guide(preset, model, chosen[name], reuse, entrances[name]))
         attach(name, model, guides[-1], pipe)
     return GuideHandle(preset, models, guides)
 
@@ -163,7 +163,9 @@ class Guide:
 
     run: Run
 
-    def __init__(self, preset: Preset, model: torch.nn.Module, heads: Heads, reuse: bool = True) -> None:
+    def __init__(
+        self, preset: Preset, model: torch.nn.Module, heads: Heads, reuse: bool, entrance: torch.nn.Module
+    ) -> None:
         self.preset, self.heads = preset, heads
         self.busy = False  # in the extra pass
         self.tally = _Tally()
@@ -176,8 +178,8 @@ class Guide:
         self.prefix: Prefix | None = None
         if preset.idle:
             return
-        self._hooks.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
-        self._hooks.append(model.register_forward_hook(self._after, with_kwargs=True))
+        self._hooks.append(entrance.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._hooks.append(entrance.register_forward_hook(self._after, with_kwargs=True))
         if reuse and preset.branch == "extra":
             self.prefix = Prefix(model, heads)
 
@@ -187,10 +189,6 @@ class Guide:
             hook.remove()
         if self.prefix is not None:
             self.prefix.unhook()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Nobody:
-        """A copied model is not guided."""
-        return _Nobody()
 
     # --- attention --------------------------------------------------------------------------------------------------
 
@@ -352,12 +350,6 @@ class Guide:
             self.busy, self.run.aside = False, None
             if context is not None:
                 _set_context(model, context)
-
-
-class _Nobody:
-    """The guidance of a copied model."""
-
-    busy = True
 
 
 def _is_uncond(branch: str) -> bool:

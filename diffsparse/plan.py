@@ -18,6 +18,7 @@ from torch import Tensor
 from diffsparse.errors import InputFileError, PlanError
 from diffsparse.files import whole
 from diffsparse.layout import Layout
+from diffsparse.wrappers import class_of
 
 FILE = "plan.safetensors"
 _KEY = "diffsparse"
@@ -132,7 +133,7 @@ def fingerprints(models: dict[str, torch.nn.Module]) -> dict[str, str]:
 def _fingerprint(model: torch.nn.Module) -> str:
     config = {key: value for key, value in dict(getattr(model, "config", {})).items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    return f"{type(model).__name__}:{digest}"
+    return f"{class_of(model).__name__}:{digest}"
 
 
 def _names(models: dict[str, str]) -> str:

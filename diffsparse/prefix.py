@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsparse.copies import hide_traces, show_traces
+
 
 class Prefix:
     """Watches the blocks of one transformer in a normal pass, and lets them pass through in the extra pass.
@@ -30,6 +32,8 @@ class Prefix:
         self._model = weakref.ref(model)
         self.recording = False
         self._hooks = [hook for name, block in self.blocks.items() for hook in self._watch(name, block)]
+        for block in self.blocks.values():
+            hide_traces(block)
         self._forget()
 
     def _watch(self, name: str, block: torch.nn.Module) -> list[Any]:
@@ -39,6 +43,8 @@ class Prefix:
     def unhook(self) -> None:
         """Watch no more."""
         self._take_hooks()
+        for block in self.blocks.values():
+            show_traces(block)
         self._forget()
 
     def _take_hooks(self) -> None:
@@ -115,23 +121,16 @@ class Prefix:
                 stack.enter_context(_answering(self.blocks[name], self._outputs[name.rpartition(".")[0]]))
             yield len(skipped)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied model is not guided."""
-        return None
-
 
 class _Hook:
     """A forward hook of one block, without a frame of its own that would keep outputs alive."""
 
-    def __init__(self, prefix: Prefix | None, method: str, name: str) -> None:
+    def __init__(self, prefix: Prefix, method: str, name: str) -> None:
         self.prefix, self.method, self.name = prefix, method, name
 
     def __call__(self, block: torch.nn.Module, args: Any, *out: Any) -> None:
-        if self.prefix is not None and self.prefix.recording and not torch.compiler.is_compiling():
+        if self.prefix.recording and not torch.compiler.is_compiling():
             getattr(self.prefix, self.method)(self.name, *out)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(None, self.method, self.name)
 
 
 def _offloads_by_group(model: torch.nn.Module) -> bool:

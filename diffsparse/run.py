@@ -6,6 +6,7 @@ import itertools
 import warnings
 import weakref
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -33,7 +34,6 @@ from diffsparse.site import Site
 _KEPT_PASSES = 16  # of a loop whose length is unknown: how many passes keep the record of each call
 _MOST_BRANCHES = 8  # guidance branches of a run, at most, for the number of its calls
 _OBSTACLE = "no kernel"  # in a layer's memory: why none of this device can do its calls
-SDPA = F.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,16 @@ class Call:
         watched = self.query.requires_grad or self.key.requires_grad or self.value.requires_grad
         return watched and torch.is_grad_enabled()
 
+    def cast(self) -> Call:
+        """The same product in the dtype of a surrounding `torch.autocast`, as SDPA itself would take it."""
+        device = self.query.device.type
+        if not _autocasts(device):
+            return self
+        dtype = torch.get_autocast_dtype(device)
+        tensors = (self.query, self.key, self.value, self.attn_mask)
+        query, key, value, mask = (x.to(dtype) if _is_cast(x) else x for x in tensors)  # type: ignore[union-attr]
+        return replace(self, query=query, key=key, value=value, attn_mask=mask)
+
     def ungrouped(self) -> Call:
         """The same product with as many key and value heads as query heads."""
         groups = self.query.shape[1] // self.key.shape[1]
@@ -64,10 +74,16 @@ class Call:
         return replace(self, key=key, value=value, enable_gqa=False)
 
     def dense(self, backend: AttentionBackendName) -> Tensor:
-        """The product on one of Diffusers' backends; NATIVE is torch's SDPA, called just as it was asked for."""
+        """The product on one of Diffusers' backends; NATIVE is torch's SDPA, or what the user put in its place.
+
+        That may be a function with fewer arguments: it is given those that say something.
+        """
         rest = (self.attn_mask, self.dropout_p, self.is_causal)
         if backend is AttentionBackendName.NATIVE:
-            return SDPA(self.query, self.key, self.value, *rest, scale=self.scale, enable_gqa=self.enable_gqa)
+            known = {"attn_mask": self.attn_mask, "dropout_p": self.dropout_p or None, "scale": self.scale}
+            known |= {"is_causal": self.is_causal or None, "enable_gqa": self.enable_gqa or None}
+            given: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
+            return F.scaled_dot_product_attention(self.query, self.key, self.value, **given)
         q, k, v = (x.transpose(1, 2) for x in (self.query, self.key, self.value))  # [B, N, H, D]
         out: Tensor = dispatch_attention_fn(q, k, v, *rest, self.scale, self.enable_gqa, backend=backend)
         return out.transpose(1, 2)
@@ -91,18 +107,18 @@ class Layer:
         self.handle = torch.tensor(number)
         _LAYERS[number] = self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied model is not applied: its processors find no layer and run as they always did."""
-        return
+    def intercept(self, call: Call, number: int, others: int | None) -> Tensor:
+        """Answer the `number`-th attention product of one processor call; traced when the model is compiled.
 
-    def intercept(self, call: Call, number: int, cross: bool) -> Tensor:
-        """Answer the `number`-th attention product of one processor call; traced when the model is compiled."""
-        layout = self._layout(call, cross)
-        if layout is None:
+        others: tokens that the processor was given beside those of its queries, if any.
+        """
+        call = call.cast()
+        if self.ignored or self._is_cross(call, others):
             return call.dense(self.user_backend())
+        layout, obstacle = self._layout(call)
         if not torch.compiler.is_compiling():
-            return self.run.attend(self, call, layout, number)
-        if call.needs_grad or call.is_causal or call.dropout_p:
+            return self.run.attend(self, call, layout, number, obstacle)
+        if obstacle or call.needs_grad or call.is_causal or call.dropout_p:
             return call.dense(self.user_backend())
         return torch.ops.diffsparse.attend(  # type: ignore[no-any-return]
             call.query,
@@ -115,12 +131,26 @@ class Layer:
             [layout.frames, layout.height, layout.width, layout.text_before, layout.text_after],
         )
 
-    def _layout(self, call: Call, cross: bool) -> Layout | None:
-        """Where the tokens are, if this is self-attention over the grid: everything else is left alone."""
+    def missed(self, others: int | None) -> None:
+        """A processor call is over, and none of its attention was seen."""
+        if not self.ignored and (others is None or self.run.spec.text != "none"):
+            self.run.note_unseen(self, "the processor computes attention without scaled_dot_product_attention")
+
+    def _is_cross(self, call: Call, others: int | None) -> bool:
+        """Whether the keys are those of the other tokens alone: then it is no self-attention."""
+        if others is None:
+            return False
+        keys = call.key.shape[2]
+        return self.run.spec.text == "none" or keys == others or keys < call.query.shape[2]
+
+    def _layout(self, call: Call) -> tuple[Layout, str | None]:
+        """Where the tokens are, or why that isn't known: then they are a plain run of tokens."""
         spec, tokens = self.run.spec, call.query.shape[2]
-        if self.ignored or tokens != call.key.shape[2] or (cross and spec.text == "none"):
-            return None
-        return spec.layout(self.run.grid, tokens)
+        plain = Layout(1, 1, tokens)
+        if tokens != call.key.shape[2]:
+            return plain, "queries are not of the same tokens as the keys"
+        layout = spec.layout(self.run.grid, tokens)
+        return (plain, "the order of the tokens is not known") if layout is None else (layout, None)
 
     def user_backend(self) -> AttentionBackendName:
         """The backend that would run this layer if it were untouched."""
@@ -210,15 +240,12 @@ class Run(ModelHook):  # type: ignore[misc]
         self._shapes: OrderedDict[tuple[Any, ...], None] = OrderedDict()  # of the memories, the latest used last
         self.ledger = Ledger(memories=self._memories)
         self._masks: dict[tuple[Any, ...], str | None] = {}
-        self._run, self._forwards = -1, 0
+        self._run, self._idle, self._recognised = -1, False, False
         self.pre_hook: Any = None
+        self.post_hook: Any = None
         self.bare = False  # made for guidance alone, and gone with it
         self.guidance: Perturber | None = None
         self.aside: Moment | None = None  # the moment of an extra pass, which the clock doesn't count
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
-        """A copied model is not applied: its hook has no layers."""
-        return Run(self.name, self.spec, self.strategy, self.schedule, self.strict, None)
 
     def add_layer(self, name: str) -> Layer:
         """The layer for the attention module `name`."""
@@ -239,9 +266,9 @@ class Run(ModelHook):  # type: ignore[misc]
 
     def notice_idleness(self, model: str) -> None:
         """Say, once, that a whole forward pass went by without any attention that could be made sparse."""
-        self._forwards += 1
-        if self._forwards != 2 or self.ledger.calls:
+        if self._idle or self._recognised:
             return
+        self._idle = True
         reason = (
             f"{model} ran, but none of its attention was recognised as self-attention over its latents, so nothing is "
             "sparse: the order of its tokens is not known (see diffsparse.models.SPECS)"
@@ -250,21 +277,47 @@ class Run(ModelHook):  # type: ignore[misc]
             raise DenseFallbackError(f"{reason}; apply with strict=False to allow it")
         warnings.warn(reason, UserWarning, stacklevel=2)
 
-    def attend(self, layer: Layer, call: Call, layout: Layout, number: int = 0) -> Tensor:
-        """One self-attention call: dense where the schedule or the call itself demands it, else the strategy's."""
-        moment = self.aside or self.clock.read(layer, number, (call.query.shape, layout))
-        out = self._attend(layer, call, layout, moment, number)
-        if self.guidance is None:
-            return out
-        return self.guidance.perturb(out, layer, call, layout, moment, number)
+    def note_unseen(self, layer: Layer, reason: str) -> None:
+        """Report a self-attention call that went another way than ours."""
+        moment = self.aside or self.clock.read(layer)
+        self._begin(moment)
+        if self.strict:
+            raise DenseFallbackError(
+                f"layer {layer.name!r} at step {moment.step} ran dense ({reason}); apply with strict=False to allow it"
+            )
+        self.ledger.open(layer.name, moment.step, moment.branch).ran_dense(reason, planned=False, backend="unknown")
 
-    def _attend(self, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int) -> Tensor:
+    def attend(
+        self, layer: Layer, call: Call, layout: Layout, number: int = 0, obstacle: str | None = None
+    ) -> Tensor:
+        """One self-attention call: dense where the schedule or the call itself demands it, else the strategy's.
+
+        obstacle: why no strategy can be asked, if the call's place says so.
+        """
+        self._recognised = self._recognised or obstacle is None
+        moment = self.aside or self.clock.read(layer, number, (call.query.shape, layout))
+        with _own_dtypes(call.query.device.type):
+            out = self._attend(layer, call, layout, moment, number, obstacle)
+            if self.guidance is None or obstacle:
+                return out
+            return self.guidance.perturb(out, layer, call, layout, moment, number)
+
+    def _begin(self, moment: Moment) -> None:
+        """In a new run nothing of the last one is left."""
         if moment.run != self._run:
-            self._begin(moment)
+            self._forget()
+            self._run, self.ledger = moment.run, Ledger(memories=self._memories)
+            if moment.steps is None and (unknown := self.schedule.of_unknown_length()):
+                self.ledger.note(unknown)
         self._bound(moment)
+
+    def _attend(
+        self, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int, obstacle: str | None
+    ) -> Tensor:
+        self._begin(moment)
         record = self.ledger.open(layer.name, moment.step, moment.branch)
         with record.timed(call.query.device):
-            mask, obstacle = self._examine(call, layout, moment)
+            mask, obstacle = (None, obstacle) if obstacle else self._examine(call, layout, moment)
             call = call if obstacle else call.ungrouped()
             site = self._site(layer, call, layout, moment, number, record, mask)
             if obstacle:
@@ -273,13 +326,6 @@ class Run(ModelHook):  # type: ignore[misc]
             if mask is None or record.kind == "dense":
                 return out
             return mask.repair(out, call, layout, layer.user_backend())
-
-    def _begin(self, moment: Moment) -> None:
-        """A new run: nothing of the last one is left."""
-        self._forget()
-        self._run, self.ledger = moment.run, Ledger(memories=self._memories)
-        if moment.steps is None and (unknown := self.schedule.of_unknown_length()):
-            self.ledger.note(unknown)
 
     def _bound(self, moment: Moment) -> None:
         """A loop may have no end: keep the records of a few passes, or of all if there are so many to come."""
@@ -347,6 +393,8 @@ class Run(ModelHook):  # type: ignore[misc]
 
     def _examine(self, call: Call, layout: Layout, moment: Moment) -> tuple[KeyMask | None, str | None]:
         """The call's mask as one over keys, and what (if anything) forbids a sparse kernel."""
+        if not call.query.dtype == call.key.dtype == call.value.dtype:
+            return None, "queries, keys and values of different dtypes"
         if call.needs_grad:
             return None, "gradients are wanted"
         if call.is_causal:
@@ -358,3 +406,16 @@ class Run(ModelHook):  # type: ignore[misc]
         key = (moment.branch, call.attn_mask.shape, call.attn_mask.dtype)
         return read_mask(call.attn_mask, layout, self._masks, key)
 
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _is_cast(x: Tensor | None) -> bool:
+    """Whether autocast changes `x`: numbers of any precision but double."""
+    return x is not None and x.is_floating_point() and x.dtype != torch.float64
+
+
+def _own_dtypes(device: str) -> AbstractContextManager[None]:
+    """Within: arithmetic keeps the dtypes that it chose, whatever `torch.autocast` is around the model."""
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()

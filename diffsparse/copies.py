@@ -1,0 +1,64 @@
+"""Deep copies, pickles and `torch.save` of a touched module hold what they would hold if nobody had touched it."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+from torch.nn import Module
+
+LAYER = "_diffsparse"  # under which an attention module holds its layer
+_REDUCE = "__reduce_ex__"  # looked up on the object, by `pickle` and by `copy.deepcopy`
+_REGISTRY = "_diffusers_hook"
+_HOOKS = {"_forward_pre_hooks": ("_with_kwargs",), "_forward_hooks": ("_with_kwargs", "_always_called")}
+
+
+def hide_traces(module: Module) -> None:
+    """Let copies of `module` be as if it were untouched."""
+    module.__dict__[_REDUCE] = _Reduce(module)
+
+
+def show_traces(module: Module) -> None:
+    """Undo `hide_traces`."""
+    module.__dict__.pop(_REDUCE, None)
+
+
+class _Reduce:
+    def __init__(self, module: Module) -> None:
+        self._module = weakref.ref(module)  # a cycle would keep weights until the collector runs
+
+    def __call__(self, protocol: Any) -> Any:
+        module: Any = self._module()
+        reduced = type(module).__reduce_ex__(module, protocol)
+        if isinstance(reduced, str) or len(reduced) < 3 or not isinstance(reduced[2], dict):
+            return reduced
+        return (*reduced[:2], _untouched(reduced[2]), *reduced[3:])
+
+
+def _untouched(state: dict[str, Any]) -> dict[str, Any]:
+    state = {name: value for name, value in state.items() if name not in (_REDUCE, LAYER)}
+    for name, flags in _HOOKS.items():
+        ours = [number for number, hook in state.get(name, {}).items() if _is_ours(getattr(hook, "__self__", hook))]
+        for table in (name, *(name + flag for flag in flags)) if ours else ():
+            state[table] = type(state[table])((n, x) for n, x in state[table].items() if n not in ours)
+    registry = state.get(_REGISTRY)
+    if registry is not None and any(map(_is_ours, registry.hooks.values())):
+        state[_REGISTRY] = _theirs(registry)
+        if not state[_REGISTRY].hooks:
+            del state[_REGISTRY]
+    return state
+
+
+def _theirs(registry: Any) -> Any:
+    """A registry with the hooks of others alone."""
+    theirs = copy.copy(registry)
+    kept = [i for i, name in enumerate(registry._hook_order) if not _is_ours(registry.hooks[name])]
+    theirs._hook_order = [registry._hook_order[i] for i in kept]
+    theirs._fn_refs = [registry._fn_refs[i] for i in kept]
+    theirs.hooks = {name: registry.hooks[name] for name in theirs._hook_order}
+    return theirs
+
+
+def _is_ours(hook: object) -> bool:
+    return type(hook).__module__.startswith("diffsparse")
