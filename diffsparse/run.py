@@ -22,7 +22,7 @@ from torch import Tensor
 from diffsparse.clock import Clock, Moment
 from diffsparse.errors import DenseFallbackError, NoKernelError
 from diffsparse.layout import Layout
-from diffsparse.masks import KeyMask, read_mask
+from diffsparse.masks import KeyMask, Masks
 from diffsparse.models import Grid, ModelSpec
 from diffsparse.order import in_order
 from diffsparse.report import CallRecord, Ledger
@@ -205,7 +205,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self.layers: list[Layer] = []
         self.ledger = Ledger()
         self._memories: dict[tuple[Any, ...], dict[str, Any]] = {}
-        self._masks: dict[tuple[Any, ...], str | None] = {}
+        self._masks = Masks()
         self._run, self._forwards = -1, 0
         self.pre_hook: Any = None
         self.bare = False  # made for guidance alone, and gone with it
@@ -258,7 +258,7 @@ class Run(ModelHook):  # type: ignore[misc]
             self._forget()
         record = self.ledger.open(layer.name, moment.step, moment.branch)
         with record.timed(call.query.device):
-            mask, obstacle = self._examine(call, layout, moment)
+            mask, obstacle = self._examine(layer, call, layout, moment, number)
             call = call if obstacle else call.ungrouped()
             site = self._site(layer, call, layout, moment, number, record, mask)
             if obstacle:
@@ -318,7 +318,9 @@ class Run(ModelHook):  # type: ignore[misc]
             _record=record,
         )
 
-    def _examine(self, call: Call, layout: Layout, moment: Moment) -> tuple[KeyMask | None, str | None]:
+    def _examine(
+        self, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int
+    ) -> tuple[KeyMask | None, str | None]:
         """The call's mask as one over keys, and what (if anything) forbids a sparse kernel."""
         if call.needs_grad:
             return None, "gradients are wanted"
@@ -328,8 +330,8 @@ class Run(ModelHook):  # type: ignore[misc]
             return None, "dropout"
         if call.attn_mask is None:
             return None, None
-        key = (moment.branch, call.attn_mask.shape, call.attn_mask.dtype)
-        return read_mask(call.attn_mask, layout, self._masks, key)
+        place, now = (layer.index, number, moment.branch), (moment.run, moment.step, moment.branch)
+        return self._masks.read(call.attn_mask, len(call.query), layout, place, now)
 
 
 def _nbytes(memory: dict[str, Any]) -> int:
