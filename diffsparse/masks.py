@@ -106,9 +106,10 @@ class Masks:
             if kind is None:
                 return
             self._open.pop(0)
-            if self._known[place] != _OBSTACLES[int(kind)]:
-                warnings.warn(_CHANGED.format(self._known[place], _OBSTACLES[int(kind)]), UserWarning, stacklevel=2)
-                self._known[place] = _OBSTACLES[int(kind)]
+            before, now = self._known[place], _OBSTACLES[int(kind)]
+            self._known[place] = now
+            if before != now:
+                warnings.warn(_CHANGED.format(before or "padding", now or "padding"), UserWarning, stacklevel=2)
 
 
 def _kind(mask: Tensor, layout: Layout) -> Tensor:

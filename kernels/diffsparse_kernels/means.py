@@ -123,7 +123,7 @@ def block_means(x: Tensor, block: int, key_mask: Tensor | None = None) -> Tensor
     """Mean of the rows of each block.
 
     Args:
-        x: [B, H, N, D]. block: in tokens; the last may be ragged. key_mask: bool [B, N] or [B, H, N], the rows that count.
+        x: [B, H, N, D]. block: in tokens; the last may be ragged. key_mask: bool [B, N] or [B, H, N], rows that count.
 
     Returns:
         [B, H, nK, D] of x's dtype; 0 where no row counts.
