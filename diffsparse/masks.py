@@ -53,9 +53,9 @@ class Masks:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], str | None] = {}  # by place, what forbids to read the last mask
+        self._known: dict[tuple[Any, ...], tuple[Any, str | None]] = {}  # by place: the last mask's form and obstacle
         self._looks: dict[tuple[Any, ...], tuple[StorageWeakRef, Reading]] = {}  # by tensor, in this step
-        self._open: list[tuple[tuple[Any, ...], Reading]] = []
+        self._open: list[tuple[tuple[Any, ...], Any, Reading]] = []
         self._moment: tuple[Any, ...] = ()
 
     def clear(self) -> None:
@@ -72,7 +72,7 @@ class Masks:
         mask = mask[(None,) * (4 - mask.ndim)]  # [B|1, H|1, N|1, N]
         if mask.shape[1] != 1:
             return None, "a mask that differs by head"
-        obstacle = self._obstacle(mask, layout, (*place, layout, mask.shape, mask.dtype), moment)
+        obstacle = self._obstacle(mask, layout, place, moment)
         if obstacle:
             return None, obstacle
         by_row = mask.shape[2] != 1
@@ -81,13 +81,15 @@ class Masks:
 
     def _obstacle(self, mask: Tensor, layout: Layout, place: tuple[Any, ...], moment: tuple[Any, ...]) -> str | None:
         self._settle()
-        reading = self._look(mask, layout, moment)
-        kind = reading.value() if place in self._known else reading.wait()
+        reading, form = self._look(mask, layout, moment), (layout, mask.shape, mask.dtype)
+        kind = reading.value()
+        if kind is None and self._known.get(place, (None,))[0] != form:
+            kind = reading.wait()
         if kind is None:
-            self._open.append((place, reading))
+            self._open.append((place, form, reading))
         else:
-            self._known[place] = _OBSTACLES[int(kind)]
-        return self._known[place]
+            self._known[place] = form, _OBSTACLES[int(kind)]
+        return self._known[place][1]
 
     def _look(self, mask: Tensor, layout: Layout, moment: tuple[Any, ...]) -> Reading:
         if moment != self._moment:
@@ -101,14 +103,11 @@ class Masks:
 
     def _settle(self) -> None:
         """Take note of what has arrived."""
-        for place, reading in self._open[:]:
-            kind = reading.value()
-            if kind is None:
-                return
-            self._open.pop(0)
-            before, now = self._known[place], _OBSTACLES[int(kind)]
-            self._known[place] = now
-            if before != now:
+        while self._open and (kind := self._open[0][2].value()) is not None:
+            place, form, _ = self._open.pop(0)
+            (known, before), now = self._known[place], _OBSTACLES[int(kind)]
+            if known == form and before != now:
+                self._known[place] = form, now
                 warnings.warn(_CHANGED.format(before or "padding", now or "padding"), UserWarning, stacklevel=2)
 
 

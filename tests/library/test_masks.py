@@ -149,8 +149,7 @@ class Hidden:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prompts_of_unlike_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)
+def test_prompts_of_unlike_length(name: str) -> None:
     model, kwargs = omnigen_model() if "OmniGen" in name else build(name), FAMILIES[name]()
     want, hidden = tensors(model, kwargs), Hidden()
     with diffsparse.apply(model, hidden, schedule=Schedule(dense_first=0)):
@@ -191,7 +190,6 @@ def late(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Reading], list[Reading]]
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_layer_with_a_mask_of_its_own_falls_back_alone(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The masks of two layers are alike in shape and dtype, and not in what they mean."""
-    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)
     if slow:
         late(monkeypatch)
     name = "HunyuanVideoTransformer3DModel"
@@ -253,7 +251,7 @@ def test_no_step_but_the_first_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(waits) == 3
     assert step(1, PADDING) == [None] * 3
     assert step(2, CAUSAL) == [None] * 3, "not known yet"
-    here += [reading for _, reading in masks._open]
+    here += [reading for *_, reading in masks._open]
     with pytest.warns(UserWarning, match=f"changed its kind .* from padding to {DIFFERS}"):
         assert step(3, CAUSAL) == [DIFFERS] * 3
     assert len(waits) == 3
