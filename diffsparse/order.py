@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -75,23 +76,31 @@ def in_order(strategy: Any, method: Callable[..., Tensor], qkv: tuple[Tensor, ..
         return method(*qkv, site)
     if order == AUTO:
         orders = _own_orders(qkv, site, strategy.block)
-        return orders.undo(method(*(orders.apply(x) for x in qkv), site))
-    forward, back = permutation_on(order, site.layout, qkv[0].device)
-    return method(*(x.index_select(2, forward) for x in qkv), site).index_select(2, back)
+    else:
+        orders = HeadOrders(*(x[None] for x in permutation_on(order, site.layout, qkv[0].device)))
+    return orders.undo(method(*(orders.apply(x) for x in qkv), _moved(site, orders)))
+
+
+def _moved(site: Any, orders: HeadOrders) -> Any:
+    """The same place with its key mask over moved tokens. Its dense attention, which has masks of its own, is not."""
+    if site.key_mask is None:
+        return site
+    keys = orders.keys(site.key_mask)
+    return replace(site, key_mask=keys, _dense=lambda *qkv: orders.apply(site._dense(*map(orders.undo, qkv))))
 
 
 def _own_orders(qkv: tuple[Tensor, ...], site: Any, block: int) -> HeadOrders:
-    """The order of each head that was found when the run first asked."""
+    """The order of each head of each sample that was found when the run first asked."""
     names = candidates(site.layout, block)
     if "orders" not in site.memory:
-        site.memory["orders"] = most_alike(qkv, names, site.layout, block)
+        site.memory["orders"] = most_alike(qkv, names, site.layout, block, site.key_mask)
     return HeadOrders.of(names, site.memory["orders"], site.layout, qkv[0].device, move_text=False)
 
 
 def found_orders(site: Any, block: int) -> tuple[str, ...]:
-    """By name, what "auto" found for each head of a site that was called."""
+    """By name, what "auto" found for each head of a site that was called; of its first sample where samples differ."""
     names = candidates(site.layout, block)
-    return tuple(names[int(i)] for i in site.memory["orders"])
+    return tuple(names[int(i)] for i in site.memory["orders"][0])
 
 
 def candidates(layout: Layout, block: int) -> tuple[str, ...]:
@@ -105,17 +114,20 @@ def candidates(layout: Layout, block: int) -> tuple[str, ...]:
     return ("tile{}x{}x{}".format(*edges), *AXES)
 
 
-def most_alike(qkv: tuple[Tensor, ...], names: tuple[str, ...], layout: Layout, block: int) -> Tensor:
-    """For each head the order that puts the most similar tokens into a block.
+def most_alike(
+    qkv: tuple[Tensor, ...], names: tuple[str, ...], layout: Layout, block: int, key_mask: Tensor | None = None
+) -> Tensor:
+    """For each head of each sample the order that puts the most similar tokens into a block.
 
     That is where the product of three mean square distances is least: of the queries, the keys and the values of a
     block to their mean. Looks at a few blocks of the video, evenly spread.
 
     Args:
         qkv: three of [B, H, N, D] in raster order.
+        key_mask: bool [B, N], the tokens that count.
 
     Returns:
-        int64 [H], places in `names`.
+        int64 [B, H], places in `names`.
     """
     block, device = min(block, layout.video), qkv[0].device
     whole = layout.video // block
@@ -124,14 +136,17 @@ def most_alike(qkv: tuple[Tensor, ...], names: tuple[str, ...], layout: Layout, 
     products = []
     for name in names:
         tokens = permutation(name, layout)[0][places].to(device, non_blocking=True)
-        distances = [spread(x.index_select(2, tokens), block).square().mean((0, 2)) for x in qkv]  # [H] each
+        seen = None if key_mask is None else key_mask.index_select(1, tokens)
+        distances = [spread(x.index_select(2, tokens), block, seen).square().mean(2) for x in qkv]  # [B, H] each
         products.append(torch.stack(distances).prod(0))
     return torch.stack(products).argmin(0)
 
 
 class HeadOrders(NamedTuple):
-    """An order for each head: `forward`, int64 [H, M], and its inverse `back`, int64 [H, N].
+    """An order for each head, or for each head of each sample, and its inverse.
 
+    forward: int64 [H, M] or [B, H, M], which token stands at each place; back: [H, N] or [B, H, N], where each token
+    stands. H is 1 where all heads have the same.
     All text comes last, whatever its place, unless told otherwise: the blocks of the video are then the same for
     prompts of any length.
     M is N, or more where tiles are not full: `filled`, bool [M], then tells tokens from the copies that fill the gaps.
@@ -145,7 +160,7 @@ class HeadOrders(NamedTuple):
     def of(
         cls, names: tuple[str, ...], picked: Tensor, layout: Layout, device: torch.device, *, move_text: bool = True
     ) -> HeadOrders:
-        """Head h gets the order `names[picked[h]]`."""
+        """Head h gets the order `names[picked[h]]`; picked is int [H] or [B, H]."""
         forward, back = _tables(names, layout, device, move_text)
         picked = picked.to(device, torch.int64, non_blocking=True)
         return cls(forward[picked], back[picked])
@@ -153,32 +168,35 @@ class HeadOrders(NamedTuple):
     def apply(self, x: Tensor) -> Tensor:
         """x [B, H, N, D] -> [B, H, M, D], each head's tokens in its order; contiguous. One copy."""
         batch, heads, tokens, dim = x.shape
-        head = torch.arange(heads, device=x.device)[:, None]  # [H, 1]
+        sample, head = _numbers(batch, heads, x.device)
         if x.transpose(1, 2).is_contiguous():
-            flat, rows = x.transpose(1, 2).reshape(-1, dim), self.forward * heads + head  # of [N, H]
+            flat, rows = x.transpose(1, 2).reshape(-1, dim), (sample * tokens + self.forward) * heads + head
         else:
-            flat, rows = x.reshape(-1, dim), self.forward + head * tokens  # of [H, N]
-        return flat.index_select(0, _batched(rows, batch, heads * tokens)).view(batch, heads, -1, dim)
+            flat, rows = x.reshape(-1, dim), (sample * heads + head) * tokens + self.forward
+        return flat.index_select(0, rows.flatten()).view(batch, heads, -1, dim)
 
     def undo(self, x: Tensor) -> Tensor:
         """[B, H, M, D] in raster order again: [B, H, N, D], stored as [B, N, H, D], as processors want it next."""
         batch, heads, tokens, dim = x.shape
-        rows = self.back.T + torch.arange(heads, device=x.device) * tokens  # [N, H]
-        raster = x.reshape(-1, dim).index_select(0, _batched(rows, batch, heads * tokens))
-        return raster.view(batch, -1, heads, dim).transpose(1, 2)
+        sample, head = _numbers(batch, heads, x.device)
+        rows = ((sample * heads + head) * tokens + self.back).transpose(1, 2)  # [B, N, H]
+        return x.reshape(-1, dim).index_select(0, rows.flatten()).view(batch, -1, heads, dim).transpose(1, 2)
 
     def keys(self, mask: Tensor | None) -> Tensor | None:
-        """A key mask, bool [B, N], as one over the moved tokens, [B, M]. Text stands alike in all heads."""
-        moved = None if mask is None else mask.index_select(1, self.forward[0])
-        if self.filled is None:
-            return moved
-        return self.filled[None] if moved is None else moved & self.filled
+        """A key mask, bool [B|1, N], as one over the moved tokens: [B|1, M], or [B, H, M] where heads differ."""
+        if mask is None:
+            return None if self.filled is None else self.filled[None]
+        if len(self.forward) == 1 and self.forward.ndim == 2:
+            moved = mask.index_select(1, self.forward[0])
+        else:
+            forward = self.forward.expand(len(mask), *self.forward.shape[-2:])
+            moved = mask[:, None].expand(-1, forward.shape[1], -1).gather(2, forward)
+        return moved if self.filled is None else moved & self.filled
 
 
-def _batched(rows: Tensor, batch: int, stride: int) -> Tensor:
-    """Row numbers within a sample to those within a batch whose samples are `stride` rows apart, flat."""
-    first = torch.arange(batch, device=rows.device) * stride
-    return (first[:, None, None] + rows).flatten()
+def _numbers(batch: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Numbers of the samples, [B, 1, 1], and of the heads, [H, 1]."""
+    return torch.arange(batch, device=device)[:, None, None], torch.arange(heads, device=device)[:, None]
 
 
 @lru_cache(maxsize=16)

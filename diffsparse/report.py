@@ -107,6 +107,31 @@ def elapsed(start: Any, stop: Any) -> float:
     return float(start.elapsed_time(stop)) / 1e3
 
 
+class Reading:
+    """A number on its way from the device."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._number = number.to("cpu", non_blocking=True)
+        self._here = torch.cuda.Event() if number.is_cuda else None
+        if self._here is not None:
+            self._here.record()
+
+    def value(self) -> float | None:
+        """None if it isn't here yet."""
+        if self._here is not None:
+            if torch.cuda.is_current_stream_capturing() or not self._here.query():
+                return None
+            self._here = None
+        return float(self._number)
+
+    def wait(self) -> float:
+        """Waits for the device where it must."""
+        if self._here is not None:
+            self._here.synchronize()
+            self._here = None
+        return float(self._number)
+
+
 @dataclass
 class _Sums:
     """What a report adds up over calls. Some sums stay on the device, where the numbers are: nobody waits for them."""

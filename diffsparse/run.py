@@ -24,7 +24,7 @@ from torch import Tensor
 from diffsparse.clock import MOST_SHAPES, Clock, Moment
 from diffsparse.errors import DenseFallbackError, NoKernelError
 from diffsparse.layout import Layout
-from diffsparse.masks import KeyMask, read_mask
+from diffsparse.masks import KeyMask, Masks
 from diffsparse.models import Grid, ModelSpec
 from diffsparse.order import in_order
 from diffsparse.report import CallRecord, Ledger
@@ -239,7 +239,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self._memories: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._shapes: OrderedDict[tuple[Any, ...], None] = OrderedDict()  # of the memories, the latest used last
         self.ledger = Ledger(memories=self._memories)
-        self._masks: dict[tuple[Any, ...], str | None] = {}
+        self._masks = Masks()
         self._run, self._idle, self._recognised = -1, False, False
         self.pre_hook: Any = None
         self.post_hook: Any = None
@@ -317,7 +317,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self._begin(moment)
         record = self.ledger.open(layer.name, moment.step, moment.branch)
         with record.timed(call.query.device):
-            mask, obstacle = (None, obstacle) if obstacle else self._examine(call, layout, moment)
+            mask, obstacle = (None, obstacle) if obstacle else self._examine(layer, call, layout, moment, number)
             call = call if obstacle else call.ungrouped()
             site = self._site(layer, call, layout, moment, number, record, mask)
             if obstacle:
@@ -391,7 +391,9 @@ class Run(ModelHook):  # type: ignore[misc]
             _record=record,
         )
 
-    def _examine(self, call: Call, layout: Layout, moment: Moment) -> tuple[KeyMask | None, str | None]:
+    def _examine(
+        self, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int
+    ) -> tuple[KeyMask | None, str | None]:
         """The call's mask as one over keys, and what (if anything) forbids a sparse kernel."""
         if not call.query.dtype == call.key.dtype == call.value.dtype:
             return None, "queries, keys and values of different dtypes"
@@ -403,8 +405,8 @@ class Run(ModelHook):  # type: ignore[misc]
             return None, "dropout"
         if call.attn_mask is None:
             return None, None
-        key = (moment.branch, call.attn_mask.shape, call.attn_mask.dtype)
-        return read_mask(call.attn_mask, layout, self._masks, key)
+        place, now = (layer.index, number, moment.branch), (moment.run, moment.step, moment.branch)
+        return self._masks.read(call.attn_mask, len(call.query), layout, place, now)
 
 
 def _autocasts(device: str) -> bool:

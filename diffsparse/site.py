@@ -13,7 +13,7 @@ import diffsparse_kernels as kernels
 from diffsparse.errors import DenseFallbackError
 from diffsparse.layout import Layout
 from diffsparse.order import HeadOrders, text_last
-from diffsparse.report import CallRecord
+from diffsparse.report import CallRecord, Reading
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Look = Callable[[torch.Tensor, torch.Tensor, kernels.BlockLists, torch.Tensor | None], None]
@@ -23,7 +23,8 @@ Look = Callable[[torch.Tensor, torch.Tensor, kernels.BlockLists, torch.Tensor | 
 class Site:
     """The place of one self-attention call, given to `Strategy.attend(q, k, v, site)`.
 
-    q, k, v are [B, H, N, D] after rotary embedding; `layout` tells which of the N tokens lie on the grid.
+    q, k, v are [B, H, N, D] after rotary embedding; `layout` tells which of the N tokens lie on the grid, `key_mask`
+    which may be attended to: bool [B, N], or [B, H, N] where the tokens stand in an order that differs by head.
     `model` is the transformer's name in the pipeline, `layer` the attention module's in the transformer.
     The model has `layers` such modules. `step` counts denoising steps from 0; `steps` is None if nobody knows the
     length of the run. `branch` names the guidance branch. `memory` is a dict that starts empty for each run x layer x
@@ -131,10 +132,10 @@ class Site:
         else:
             kernel = kernels.kernel_for(q, k, v, lists, key_mask=keys, boxes=boxes)
         self._record.ran_sparse(overall, kernel.name, kernel.passed_over)
+        if keys is not None:
+            keys = keys.expand(len(q), *keys.shape[1:])
         if self._look is not None:
             self._look(q, k, lists, keys)
-        if keys is not None:
-            keys = keys.expand(q.shape[0], -1)
         out, _ = self._product(q, k, v, lists, bits=bits, boxes=boxes, key_mask=keys, means=means)
         if plus is not None:
             out.add_(plus)
@@ -144,8 +145,7 @@ class Site:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists, *, means: bool = False
     ) -> torch.Tensor:
         """What `sparse` would give, where that is not the call's output: never dense, and not in the report."""
-        keys = None if self.key_mask is None else self.key_mask.expand(q.shape[0], -1)
-        return self._product(q, k, v, lists, bits=16, boxes=None, key_mask=keys, means=means)[0]
+        return self._product(q, k, v, lists, bits=16, boxes=None, key_mask=self.key_mask, means=means)[0]
 
     def _product(
         self,
@@ -172,10 +172,11 @@ class Site:
 
     def _known_density(self, lists: kernels.BlockLists, density: torch.Tensor) -> float | None:
         """The density as a number; on a device only from the next call with these lists on, for nobody waits for it."""
-        reading = self.memory.get("density")
-        if reading is None or reading.lists() is not lists:
-            reading = self.memory["density"] = _Reading(lists, density)
-        return reading.value()
+        of, reading = self.memory.get("density", (lambda: None, None))
+        if of() is not lists:
+            reading = Reading(density)
+            self.memory["density"] = weakref.ref(lists), reading  # strategies may make new lists at each call
+        return reading.value()  # type: ignore[no-any-return]
 
     def fall_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reason: str) -> torch.Tensor:
         """Dense attention that nobody planned: counted by reason, an error under `strict=True`."""
@@ -186,22 +187,3 @@ class Site:
             )
         self._record.ran_dense(reason, planned=False, backend=self._backend)
         return self._dense(q, k, v)
-
-
-class _Reading:
-    """A number on its way from the device."""
-
-    def __init__(self, lists: kernels.BlockLists, number: torch.Tensor) -> None:
-        self.lists = weakref.ref(lists)  # some strategies make new ones for each call, and these are large
-        self._number = number.to("cpu", non_blocking=True)
-        self._here = torch.cuda.Event() if number.is_cuda else None
-        if self._here is not None:
-            self._here.record()
-
-    def value(self) -> float | None:
-        """None if it isn't here yet."""
-        if self._here is not None:
-            if torch.cuda.is_current_stream_capturing() or not self._here.query():
-                return None
-            self._here = None
-        return float(self._number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from diffsparse.strategies.blocks import check_block, check_share
 from diffsparse.strategies.paro import group_of, pack
 from diffsparse_kernels import block_mass, default_block, incoherence, select_heads
 from diffsparse_kernels.lists import blocks_of
+from diffsparse_kernels.masks import each_head
 
 _SMALL, _SPARSE = 1e-3, 0.9  # epsilon and sigma of section 4.1
 _STRIP = 512  # query rows of the attention map that exist at a time
@@ -98,29 +99,32 @@ class PAROSearch:
         scores = self._recall if self.metric == "recall" else self._paper
         for i in range(len(self.orders)):
             video = self._ordered(torch.full((heads,), i), q, k, lse, site)
-            sums.add(site, "scores", scores(*video, site.scale), shape, (slice(None), i))
+            sums.add(site, "scores", scores(video, site.scale), shape, (slice(None), i))
 
-    def _ordered(self, picked: Tensor, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    def _ordered(self, picked: Tensor, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> _Video:
         """The video rows of q, k and lse, head h in the order `picked[h]`."""
         orders, video = HeadOrders.of(self.orders, picked, site.layout, q.device), site.layout.video
-        lse = lse.gather(-1, orders.forward.expand(lse.shape))
-        return orders.apply(q)[:, :, :video], orders.apply(k)[:, :, :video], lse[..., :video]
+        lse, keys = lse.gather(-1, orders.forward.expand(lse.shape)), orders.keys(site.key_mask)
+        keys = None if keys is None else keys[..., :video]
+        return _Video(orders.apply(q)[:, :, :video], orders.apply(k)[:, :, :video], lse[..., :video], keys)
 
-    def _recall(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> Tensor:
+    def _recall(self, video: _Video, scale: float | None) -> Tensor:
         """Mass in the best blocks, and all mass: [2, H]."""
-        mass = self._mass(q, k, lse, scale).flatten(2)  # [B, H, n * n]
+        mass = self._mass(video, scale).flatten(2)  # [B, H, n * n]
         kept = max(1, round((1 - self.sparsity) * mass.shape[-1]))
         return torch.stack((mass.topk(kept).values.sum(-1).sum(0), mass.sum(-1).sum(0)))
 
-    def _mass(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> Tensor:
+    def _mass(self, video: _Video, scale: float | None) -> Tensor:
         """Softmax mass of the video's blocks, [B, H, n, n]."""
-        return block_mass(q, k, lse, q_block=self.block, kv_block=self.block, scale=scale)
+        q, k, lse, keys = video
+        return block_mass(q, k, lse, q_block=self.block, kv_block=self.block, scale=scale, key_mask=keys)
 
-    def _paper(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> Tensor:
+    def _paper(self, video: _Video, scale: float | None) -> Tensor:
         """Sums of 1 - M_sparse and of M_quant over the batch: [2, H]."""
-        busy, incoherent = torch.zeros(2, q.shape[1], device=q.device)
-        blocks = blocks_of(q.shape[2], self.block) ** 2
-        for tiles, real in _tiles(q, k, lse, self.block, scale):
+        heads, tokens = video.q.shape[1:3]
+        busy, incoherent = torch.zeros(2, heads, device=video.q.device)
+        blocks = blocks_of(tokens, self.block) ** 2
+        for tiles, real in _tiles(video, self.block, scale):
             small = ((tiles < _SMALL) & real).sum((-3, -1)) / real.sum((-3, -1))  # [B, H, rows, nK]
             mean = tiles.sum((-3, -1)) / real.sum((-3, -1))
             busy += (small < _SPARSE).float().sum((0, 2, 3)) / blocks
@@ -144,20 +148,30 @@ class PAROSearch:
     def _sum(self, sums: Sums, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
         picked = self._picked(sums, f"{site.model}.{site.layer}", q.shape[1])
         video = self._ordered(picked, q, k, lse, site)
-        mass = self._mass(*video, site.scale).sum(0)  # [H, n, n]
+        mass = self._mass(video, site.scale).sum(0)  # [H, n, n]
         group = group_of(site.step, site.steps, self.groups)
         sums.add(site, "mass", mass, (self.groups, *mass.shape), group)
         if self.bits < 16 and is_look(site, self.looks):
-            inside = site.layout.span
-            raster = q[:, :, inside], k[:, :, inside], lse[:, :, inside]
-            figures = torch.stack([self._incoherence(*x, site.scale) for x in (raster, video)])
+            inside, keys = site.layout.span, site.key_mask
+            keys = None if keys is None else keys[:, inside]
+            raster = _Video(q[:, :, inside], k[:, :, inside], lse[:, :, inside], keys)
+            figures = torch.stack([self._incoherence(x, site.scale) for x in (raster, video)])
             sums.add(site, "incoherence", figures, tuple(figures.shape))
             sums.add(site, "looked", torch.ones(()), ())
 
-    def _incoherence(self, q: Tensor, k: Tensor, lse: Tensor, scale: float | None) -> Tensor:
+    def _incoherence(self, video: _Video, scale: float | None) -> Tensor:
         """Mean over blocks of max|x| / mean|x| of queries, keys and the map: [3, H]."""
-        flat = [incoherence(x, self.block).mean((0, 2)) for x in (q, k)]
-        return torch.stack([*flat, self._paper(q, k, lse, scale)[1] / len(q)])
+        flat = [incoherence(x, self.block).mean((0, 2)) for x in video[:2]]
+        return torch.stack([*flat, self._paper(video, scale)[1] / len(video.q)])
+
+
+class _Video(NamedTuple):
+    """The video rows of a call: q, k [B, H, N, D], LSE [B, H, N], and a key mask [B, N] or [B, H, N], or None."""
+
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    keys: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -173,12 +187,15 @@ class Watcher:
         return out
 
 
-def _tiles(q: Tensor, k: Tensor, lse: Tensor, block: int, scale: float | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _tiles(video: _Video, block: int, scale: float | None) -> Iterator[tuple[Tensor, Tensor]]:
     """The softmax map in strips of whole block rows: [B, H, rows, block, n, block], and which entries are real."""
+    q, k, lse, keys = video
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     for part in torch.arange(q.shape[2]).split(max(_STRIP // block, 1) * block):
         rows = slice(int(part[0]), int(part[-1]) + 1)
         weights = ((q[:, :, rows].float() * scale) @ k.float().mT - lse[:, :, rows, None]).exp()
+        if keys is not None:
+            weights *= each_head(keys)[:, :, None]
         yield _cut(weights, block), _cut(torch.ones_like(weights[0, 0], dtype=torch.bool), block)
 
 

@@ -111,8 +111,11 @@ class SparseVDiTSearch:
     def _look(self, sums: Sums, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
         if not is_look(site, self.looks) and sums.has(site, "columns"):
             return
-        q, k, lse = (x[:, :, site.layout.span] for x in (q, k, lse))
-        columns = block_mass(q, k, lse, q_block=self.block, kv_block=self.block, scale=site.scale).sum((0, 2))
+        video = site.layout.span
+        q, k, lse, keys = *(x[:, :, video] for x in (q, k, lse)), site.key_mask
+        keys = None if keys is None else keys[:, video]
+        blocks: dict[str, Any] = {"q_block": self.block, "kv_block": self.block, "scale": site.scale, "key_mask": keys}
+        columns = block_mass(q, k, lse, **blocks).sum((0, 2))
         sums.add(site, "columns", columns, tuple(columns.shape))
         if self.cost == "time" and not sums.has(site, "costs"):
             sums.add(site, "costs", self._timed(q, k, columns, site), (len(self.modes),))
@@ -157,10 +160,10 @@ class _Follower:
         """All heads in one mode."""
         modes = torch.full((q.shape[1],), mode)
         columns = self.sums.of("columns")[f"{site.model}.{site.layer}"]
-        orders, site = head_orders(modes, site.layout, q.device), site.text_last()
-        lists = head_lists(modes, columns, site.layout, self.search.sparsity, self.search.block, q.device)
-        q, k, v = (orders.apply(x) for x in (q, k, v))
-        return orders.undo(block_sparse_attention(q, k, v, lists, scale=site.scale, key_mask=site.key_mask)[0])
+        orders, layout = head_orders(modes, site.layout, q.device), site.text_last().layout
+        lists = head_lists(modes, columns, layout, self.search.sparsity, self.search.block, q.device)
+        q, k, v, keys = *(orders.apply(x) for x in (q, k, v)), orders.keys(site.key_mask)
+        return orders.undo(block_sparse_attention(q, k, v, lists, scale=site.scale, key_mask=keys)[0])
 
     def _choose(self, errors: Tensor, site: Site) -> Tensor:
         groups = self.search.groups or site.steps or 1

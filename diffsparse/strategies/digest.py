@@ -35,8 +35,8 @@ class Digest(OnlineSearch):
         as the one key that it is) and the outputs computed to know what is missing all count.
     searches: where the work does not suffice for a dense step, these search on the cached log-sum-exp, as AdaSpa's do.
     order: of the tokens (`diffsparse.order`); "auto" finds each head's own in the first search.
-    memory: GiB that what is missing may take, for each guidance branch: 2HND bytes a layer. Where that is too little,
-        means over as few neighbouring tokens as fit are kept, over a block at most, which helps less.
+    memory: GiB that what is missing may take, for each sample of each guidance branch: 2HND bytes a layer. Where that
+        is too little, means over as few neighbouring tokens as fit are kept, over a block at most, which helps less.
 
     Blocks that hold text are always computed. Where nobody knows the length of the run, nothing missing is added and no
     step is dense again. The rest of the memory between steps is AdaSpa's.
@@ -99,12 +99,12 @@ class Digest(OnlineSearch):
 
     def _affordable(self, missing: Tensor, site: Site) -> tuple[Tensor, int]:
         """Means over groups of as few tokens as the memory allows, and how many those are."""
-        wanted = site.layers * missing.nbytes / 2**30
+        wanted = site.layers * missing[0].nbytes / 2**30
         group = math.ceil(min(wanted / self.memory, self.block)) if self.memory else self.block
         if group <= 1:
             return missing, 1
         site.note(
-            f"Digest keeps what is missing as means over {group} tokens: all of it wants {wanted:.1f} GiB a branch"
+            f"Digest keeps what is missing as means over {group} tokens: all of it wants {wanted:.1f} GiB a sample"
         )
         return block_means(missing, group), group
 

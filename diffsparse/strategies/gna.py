@@ -126,8 +126,8 @@ def _arrange(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tile
     return Tiled(
         replace(one, idx=idx, cnt=cnt),
         HeadOrders(
-            orders.forward.to(device).expand(heads, -1),
-            orders.back.to(device).expand(heads, -1),
+            orders.forward.to(device)[None],  # of all heads
+            orders.back.to(device)[None],
             None if orders.filled is None else orders.filled.to(device),
         ),
         Boxes(*(x.to(device) for x in _boxes(tiling, tokens))) if tiling.cuts else None,

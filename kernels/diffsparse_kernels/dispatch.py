@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from diffsparse_kernels.cached import density_limit, device_name
 from diffsparse_kernels.case import DENSE_BLOCKS, Case
 from diffsparse_kernels.errors import BackendError, KernelInputError
 from diffsparse_kernels.lists import BlockLists, Boxes
+from diffsparse_kernels.masks import by_head
 from diffsparse_kernels.registry import BACKENDS, Choice, check_known, choose
 
 _PRECISIONS = ("int8", "int8-int8", "int8-fp8", "fp8")
@@ -30,7 +33,7 @@ def attention(
     Args:
         q: [B, H, N_q, D]; k: [B, H, N_kv, D]; v: [B, H, N_kv, D_v]. float32, bfloat16, float16 or float64; any strides.
         scale: of the scores, 1/sqrt(D) by default.
-        key_mask: bool [B, N_kv], True where a key may be attended to.
+        key_mask: bool [B, N_kv] or [B, H, N_kv], True where a key may be attended to.
         backend: by name; chosen by the device if None.
 
     Returns:
@@ -41,6 +44,8 @@ def attention(
         KernelInputError: shapes, dtypes or devices that don't fit. BackendError: a backend that can't run here.
     """
     _check(q, k, v, key_mask)
+    if key_mask is not None and key_mask.ndim == 3:
+        return by_head(attention, (q, k, v), key_mask, scale=scale, backend=backend)  # type: ignore[no-any-return]
     out, lse = ops.attention(q, k, v, _scale(q, scale), key_mask, _choose(q, backend))
     return out, lse
 
@@ -65,6 +70,10 @@ def attention_with_mass(
     if lse_cached is not None:
         _check_lse(q, lse_cached)
     _check_blocks(q_block, kv_block)
+    if key_mask is not None and key_mask.ndim == 3:
+        tensors = (q, k, v) if lse_cached is None else (q, k, v, lse_cached)
+        blocks: dict[str, Any] = {"q_block": q_block, "kv_block": kv_block, "scale": scale, "backend": backend}
+        return by_head(attention_with_mass, tensors, key_mask, **blocks)  # type: ignore[no-any-return]
     out, lse, mass = ops.attention_with_mass(
         q, k, v, lse_cached, q_block, kv_block, _scale(q, scale), key_mask, _choose(q, backend)
     )
@@ -105,6 +114,9 @@ def block_mass(
     _check_blocks(q_block, kv_block)
     if every < 1 or q_block % every:
         raise KernelInputError(f"wanted every as a divisor of q_block {q_block}; got {every}")
+    if key_mask is not None and key_mask.ndim == 3:
+        blocks: dict[str, Any] = {"q_block": q_block, "kv_block": kv_block, "every": every, "backend": backend}
+        return by_head(block_mass, (q, k, lse), key_mask, scale=scale, **blocks)  # type: ignore[no-any-return]
     # Blocks begin at multiples of `every`, so a strided view holds the same rows of each.
     rows, arguments = slice(None, None, every), (kv_block, _scale(q, scale), key_mask, _choose(q, backend))
     mass: Tensor = ops.block_mass(q[:, :, rows], k, lse[:, :, rows], q_block // every, *arguments)
@@ -139,6 +151,12 @@ def block_sparse_attention(
     """
     _check(q, k, v, key_mask)
     _check_lists(q, k, lists)
+    if key_mask is not None and key_mask.ndim == 3:
+        knobs: dict[str, Any] = {"boxes": boxes, "means": means, "precision": precision, "backend": backend}
+        apart = lists.by_head(q.shape[0])
+        return by_head(  # type: ignore[no-any-return]
+            block_sparse_attention, (q, k, v), key_mask, lists=apart, scale=scale, **knobs
+        )
     parts = lists.idx, lists.cnt, lists.order, lists.q_block, lists.kv_block
     if precision is not None:
         _check_precision(q, precision, boxes, means, backend)
@@ -226,9 +244,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
         raise KernelInputError(f"wanted q, k, v on one device; got {q.device}, {k.device}, {v.device}")
     if 0 in q.shape or 0 in v.shape:
         raise KernelInputError(f"wanted at least one sample, head, token and channel; got {shapes}")
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], k.shape[2])):
+    batch, heads, keys = k.shape[:3]
+    if key_mask is not None and (
+        key_mask.dtype != torch.bool or key_mask.shape not in ((batch, keys), (batch, heads, keys))
+    ):
         raise KernelInputError(
-            f"wanted key_mask bool [{k.shape[0]}, {k.shape[2]}]; got {key_mask.dtype} {tuple(key_mask.shape)}"
+            f"wanted key_mask bool [{batch}, {keys}] or [{batch}, {heads}, {keys}]; "
+            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
         )
 
 

@@ -139,6 +139,15 @@ class BlockLists:
         order = (heads[:, None] * self.q_blocks + rows[heads]).flatten()
         return replace(self, order=order.int())
 
+    def by_head(self, batch: int) -> BlockLists:
+        """The same lists for `batch` samples whose heads stand as samples of one head: idx [B * H, 1, nQ, W]."""
+        idx, cnt = (x.expand(batch, *x.shape[1:]).flatten(0, 1)[:, None] for x in (self.idx, self.cnt))
+        order = self.order
+        if order is not None and len(self.cnt) < batch:
+            first = torch.arange(batch, dtype=torch.int32, device=order.device) * self.cnt.numel()
+            order = (first[:, None] + order).flatten()
+        return replace(self, idx=idx, cnt=cnt, order=order)
+
     def to(self, device: torch.device | str) -> BlockLists:
         """The same lists on another device."""
         idx, cnt = (x.to(device, non_blocking=True) for x in (self.idx, self.cnt))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels.masks import each_head
 
 _LOG2_E = math.log2(math.e)
 _STRIP_BYTES = 64 * 2**20  # scores that exist at a time
@@ -19,7 +20,7 @@ _CACHE_BYTES = 4 * 2**20
 class Means(NamedTuple):
     """A block of n keys counts as n keys at its mean: n * exp(q . mean key * scale), times its mean value.
 
-    key: [B, H, nK, D]. value: [B, H, nK, D_v]. log_count: log n, [B|1, nK], -inf where all keys are masked.
+    key: [B, H, nK, D]. value: [B, H, nK, D_v]. log_count: log n, [B|1, H|1, nK], -inf where all keys are masked.
     """
 
     key: Tensor
@@ -33,14 +34,15 @@ class Means(NamedTuple):
         if key_mask is None:
             count = _sums(torch.ones(1, 1, k.shape[2], 1, dtype=exact, device=k.device), block)
         else:
-            k, v = (x.masked_fill(~key_mask[:, None, :, None], 0) for x in (k, v))
-            count = _sums(key_mask[:, None, :, None].to(exact), block)  # [B, 1, nK, 1]
+            seen = each_head(key_mask)[..., None]  # [B, H|1, N, 1]
+            k, v = (x.masked_fill(~seen, 0) for x in (k, v))
+            count = _sums(seen.to(exact), block)
         key, value = (_sums(x, block) / count.clamp(min=1) for x in (k, v))
-        return cls(key, value, count[:, 0, :, 0].log())
+        return cls(key, value, count[..., 0].log())
 
     def bias(self, lists: BlockLists) -> Tensor:
         """What to add to the scores of the mean keys: log n, and -inf where a block is listed; [B, H, nQ, nK]."""
-        return self.log_count[:, None, None].masked_fill(lists.to_mask(), -torch.inf)
+        return self.log_count[:, :, None].masked_fill(lists.to_mask(), -torch.inf)
 
 
 def merge_means(
@@ -105,7 +107,7 @@ def means_mass(
     """
     means = Means.of(k, k, kv_block, key_mask)
     keys = (means.key * ((q.shape[-1] ** -0.5 if scale is None else scale) * _LOG2_E)).mT  # [B, H, D, nK]
-    bias, masses = means.log_count[:, None, None] * _LOG2_E, []
+    bias, masses = means.log_count[:, :, None] * _LOG2_E, []
     row_bytes = q.shape[0] * q.shape[1] * keys.shape[-1] * keys.element_size()
     step = max(_STRIP_BYTES // (row_bytes * q_block), 1) * q_block
     for start in range(0, q.shape[2], step):
@@ -121,7 +123,7 @@ def block_means(x: Tensor, block: int, key_mask: Tensor | None = None) -> Tensor
     """Mean of the rows of each block.
 
     Args:
-        x: [B, H, N, D]. block: in tokens; the last may be ragged. key_mask: bool [B, N], the rows that count.
+        x: [B, H, N, D]. block: in tokens; the last may be ragged. key_mask: bool [B, N] or [B, H, N], rows that count.
 
     Returns:
         [B, H, nK, D] of x's dtype; 0 where no row counts.

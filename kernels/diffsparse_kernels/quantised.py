@@ -9,6 +9,7 @@ from torch import Tensor
 from diffsparse_kernels.dispatch import _check, _check_lists, _scale
 from diffsparse_kernels.errors import KernelInputError
 from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.masks import each_head
 from diffsparse_kernels.ops import merge_means
 from diffsparse_kernels.reference import _join, _strips
 
@@ -73,7 +74,7 @@ def quantised_attention(
         blocks = mask[:, :, rows.start // lists.q_block : blocks_of(rows.stop, lists.q_block)]
         seen = blocks.repeat_interleave(lists.q_block, 2)[:, :, : scores.shape[2]]
         seen = seen.repeat_interleave(lists.kv_block, 3)[..., : scores.shape[3]]
-        seen = seen if key_mask is None else seen & key_mask[:, None, None]
+        seen = seen if key_mask is None else seen & each_head(key_mask)[:, :, None]
         scores = scores.masked_fill(~seen, -torch.inf)
         top = scores.amax(-1, keepdim=True)
         weights = (scores - top.masked_fill(top.isneginf(), 0)).exp()

@@ -82,6 +82,30 @@ def test_padded_keys(size: Size, dtype: torch.dtype, place: Place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("shared", [False, True], ids=["own lists", "shared lists"])
+def test_keys_that_each_head_has_of_its_own(shared: bool, place: Place) -> None:
+    """Tokens in another order for each head carry the mask of a sample to other places."""
+    size, dtype = Size(q_len=97, kv_len=97), torch.float32
+    qkv, keys, boxes = size.qkv(dtype), torch.rand(size.batch, size.heads, size.kv_len) < 0.7, random_boxes(size)
+    keys[0, 1] = False
+    mask = random_mask(size, 0.6)
+    mask = mask[:1] if shared else mask
+    wide = mask.expand(size.batch, -1, -1, -1)
+    got = place(dk.block_sparse_attention, *qkv, size.lists(mask).ordered(), key_mask=keys, boxes=boxes)
+    assert_attention(got, qkv, size.allowed(wide, keys) & seen(boxes), size.scale)
+    whole = size.allowed(torch.ones_like(wide), keys)
+    dense = place(dk.attention, *qkv, key_mask=keys)
+    assert_attention(dense, qkv, whole, size.scale)
+    blocks = {"q_block": size.q_block, "kv_block": size.kv_block, "key_mask": keys}
+    weights = (qkv[0] @ qkv[1].mT * size.scale - dense[1][..., None]).exp().masked_fill(~whole, 0).nan_to_num(0.0)
+    want = exact.tile_sums(weights, size.q_block, size.kv_block)
+    out, lse, mass = place(dk.attention_with_mass, *qkv, **blocks)
+    assert_attention((out, lse), qkv, whole, size.scale)
+    for found in (mass, place(dk.block_mass, *qkv[:2], dense[1], **blocks)):
+        torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["random", "full"])
 @pytest.mark.parametrize("size", [*SIZES, LARGE], ids=str)

@@ -202,3 +202,15 @@ def test_a_search_compiles_into_one_graph() -> None:
     compiled = torch.compile(search, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(mass, keep), search(mass, keep), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_heads_as_samples(samples: int) -> None:
+    mask = torch.rand(samples, 3, 5, 7) < 0.5
+    lists = BlockLists.from_mask(mask, q_block=16, kv_block=16, q_len=80, kv_len=112).ordered()
+    apart = lists.by_head(2)
+    assert torch.equal(apart.to_mask(), mask.expand(2, -1, -1, -1).flatten(0, 1)[:, None])
+    assert apart.order is not None
+    assert lists.order is not None
+    assert torch.equal(apart.order.sort().values, torch.arange(2 * 3 * 5, dtype=torch.int32))
+    assert torch.equal(apart.order[: lists.order.numel()], lists.order)

@@ -65,6 +65,24 @@ def test_means(size: Size, kind: str, dtype: torch.dtype, masked: bool, place: P
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_keys_that_each_head_has_of_its_own(place: Place) -> None:
+    size = Size(q_len=95, kv_len=95)
+    qkv, mask, keys = size.qkv(torch.float64), MASKS["random"](size), torch.rand(2, 3, 95) < 0.6
+    keys[0, 1, :40] = False  # a whole block
+    out, lse = place(dk.block_sparse_attention, *qkv, size.lists(mask), means=True, key_mask=keys)
+    mass = dk.means_mass(*qkv[:2], lse, q_block=32, kv_block=32, key_mask=keys)
+    spread = dk.spread(qkv[2], 32, keys)
+    for head in range(size.heads):
+        part, seen = slice(head, head + 1), keys[:, head]
+        want, want_lse = written_out(*(x[:, part] for x in qkv), size, mask[:, part], seen)
+        torch.testing.assert_close((out[:, part], lse[:, part]), (want, want_lse))
+        q, k, v = (x[:, part] for x in qkv)
+        alone = dk.means_mass(q, k, lse[:, part], q_block=32, kv_block=32, key_mask=seen)
+        torch.testing.assert_close(mass[:, part], alone)
+        torch.testing.assert_close(spread[:, part], dk.spread(v, 32, seen))
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_nothing_dropped_is_dense_and_equal_keys_lose_nothing(place: Place) -> None:
     size = Size(q_len=95, kv_len=95)
     q, k, v = size.qkv(torch.float64)

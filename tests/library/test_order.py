@@ -129,7 +129,7 @@ def test_each_head_gets_the_order_in_which_its_tokens_are_most_alike() -> None:
     video = table[facts.long()] + 0.1 * torch.randn(3, 512, 16)
     x = torch.cat([100 * torch.randn(3, 5, 16), video], 1)[None]
     names = candidates(layout, 8)
-    found = [names[i] for i in most_alike((x, x, x), names, layout, 8)]
+    found = [names[i] for i in most_alike((x, x, x), names, layout, 8)[0]]
     assert found[0][-1] in "FH", "a block never spans columns"
     assert found[1][-1] == "F"
     assert found[2] == "tile2x2x2"
@@ -139,15 +139,25 @@ def test_each_head_gets_the_order_in_which_its_tokens_are_most_alike() -> None:
 def test_alike_by_a_loop(layout: Layout) -> None:
     names, block = candidates(layout, 8), min(8, layout.video)
     qkv = tuple(size * torch.randn(2, 4, layout.tokens, 6) for size in (100, 1, 0.01))
-    want = torch.ones(len(names), 4, dtype=torch.float64)
+    want = torch.ones(len(names), 2, 4, dtype=torch.float64)  # [orders, B, H]
     for i, name in enumerate(names):
         tokens = permutation(name, layout)[0][layout.span]
         for x in qkv:
             parts = [x.double()[:, :, part] for part in tokens.split(block) if len(part) == block]
-            away = [(part - part.mean(2, keepdim=True)).square().sum(-1).mean((0, 2)) for part in parts]
+            away = [(part - part.mean(2, keepdim=True)).square().sum(-1).mean(2) for part in parts]
             want[i] *= torch.stack(away).mean(0)
     found = most_alike(qkv, names, layout, 8)
     torch.testing.assert_close(want.gather(0, found[None])[0], want.amin(0), rtol=1e-6, atol=0)
+
+
+def test_hidden_tokens_have_no_say_in_the_order() -> None:
+    layout = Layout(4, 4, 4, text_before=3)
+    qkv, keys = torch.randn(3, 2, 3, layout.tokens, 8), torch.rand(2, layout.tokens) < 0.6
+    names = candidates(layout, 8)
+    found = most_alike(tuple(qkv), names, layout, 8, keys)
+    other = torch.where(keys[:, None, :, None], qkv, 100 * torch.randn_like(qkv))
+    assert torch.equal(most_alike(tuple(other), names, layout, 8, keys), found)
+    assert not torch.equal(most_alike(tuple(other), names, layout, 8), found)
 
 
 def test_orders_are_found_once_in_a_run() -> None:
@@ -158,10 +168,12 @@ def test_orders_are_found_once_in_a_run() -> None:
         seen.append(q)
         return v
 
-    first, second = (torch.randn(1, 3, layout.tokens, 4) for _ in range(2))
+    first, second = (torch.randn(2, 3, layout.tokens, 4) for _ in range(2))
     for x in (first, second):
         assert torch.equal(in_order(strategy, method, (x, x, x), site(layout, memory=memory)), x)
     names = candidates(layout, 8)
+    picked = most_alike((first,) * 3, names, layout, 8)
+    assert not torch.equal(picked[0], picked[1]), "each sample has its own"
     for x, moved in zip((first, second), seen, strict=True):
-        for head, i in enumerate(most_alike((first,) * 3, names, layout, 8)):
-            assert torch.equal(moved[:, head], x[:, head, permutation(names[i], layout)[0]])
+        for (sample, head), i in zip(itertools.product(range(2), range(3)), picked.flatten(), strict=True):
+            assert torch.equal(moved[sample, head], x[sample, head, permutation(names[i], layout)[0]])

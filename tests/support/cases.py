@@ -46,7 +46,7 @@ class Size:
 
     def allowed(self, mask: Tensor, keys: Tensor | None = None) -> Tensor:
         tokens = exact.element_mask(mask, self.q_block, self.kv_block, self.q_len, self.kv_len)
-        return tokens if keys is None else tokens & keys[:, None, None]
+        return tokens if keys is None else tokens & (keys[:, None, None] if keys.ndim == 2 else keys[:, :, None])
 
 
 def random_boxes(size: Size, axes: int = 2) -> dk.Boxes:
