@@ -6,8 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import diffsparse
+from diffsparse import Dense
 from diffsparse.errors import ConfigError
+from diffsparse.patch import run_of
 from diffsparse.schedule import Schedule, resolve
+from support.tiny_transformers import build
 
 
 @pytest.mark.parametrize(("steps", "dense"), [(50, 10), (30, 6), (15, 3), (8, 2), (4, 1), (1, 1), (None, 1)])
@@ -47,6 +51,14 @@ def test_describe():
 def test_bad_amounts_are_refused(amount):
     with pytest.raises(ConfigError, match="dense_first wants"):
         Schedule(dense_first=amount)
+
+
+@pytest.mark.parametrize("schedule", [0.2, 3, "0.2", Schedule, (1, 2)])
+def test_what_is_no_schedule_is_refused_at_the_door(schedule):
+    model = build("WanTransformer3DModel")
+    with pytest.raises(ConfigError, match=r"schedule wants a Schedule, such as .*; got "):
+        diffsparse.apply(model, Dense(), schedule=schedule)
+    assert run_of(model) is None
 
 
 @pytest.mark.parametrize("layers", [3, ("a",), [0]])
