@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from diffsparse.errors import ConfigError
+from diffsparse.shares import exact, nearest
 
 
 def check_share(name: str, value: float) -> None:
@@ -17,6 +20,6 @@ def check_block(block: int) -> None:
         raise ConfigError(f"block wants a positive number of tokens, such as 64 or 128; got {block!r}")
 
 
-def keep_count(sparsity: float, blocks: int) -> int:
+def keep_count(sparsity: float | Fraction, blocks: int) -> int:
     """Key blocks that a query row keeps at `sparsity`: rounded to the nearest, at least one."""
-    return max(1, round((1 - sparsity) * blocks))
+    return max(1, nearest((1 - exact(sparsity)) * blocks))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.order import check_order
+from diffsparse.shares import exact
 from diffsparse.site import Site
 from diffsparse.strategies.online import OnlineSearch
 from diffsparse_kernels import block_means, select_heads, spread
@@ -87,7 +89,8 @@ class Digest(OnlineSearch):
         again = self._dense_steps(steps, first)
         if not again:
             return super().search_steps(steps, first)
-        return {first + round(i * (_left(steps, first) + 1) / (again + 1)): True for i in range(1, again + 1)}
+        leg = Fraction(_left(steps, first) + 1, again + 1)
+        return {first + math.ceil(i * leg - Fraction(1, 2)): True for i in range(1, again + 1)}  # of halves the earlier
 
     def density(self, steps: int | None, first: int = 0) -> float:
         """Of blocks and means in sparse steps, so that together with the dense ones 1 - sparsity is computed."""
@@ -110,11 +113,11 @@ class Digest(OnlineSearch):
 
     def _dense_steps(self, steps: int | None, first: int) -> int:
         """How many, after the first search."""
-        return int((1 - self.sparsity) * _left(steps, first) / 2) if self.sparsity else 0
+        return int((1 - exact(self.sparsity)) * _left(steps, first) / 2) if self.sparsity else 0
 
     def _lasts(self, steps: int | None, first: int) -> int:
         """How many steps later what is missing is still added: until the next dense one, or for half of the run."""
-        return math.ceil(_left(steps, first) / max(2, self._dense_steps(steps, first) + 1))
+        return -(-_left(steps, first) // max(2, self._dense_steps(steps, first) + 1))
 
     def _share(self, density: float) -> float:
         """Of the blocks, so that with one key for each of the others `density` is computed."""

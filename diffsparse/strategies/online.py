@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.schedule import check_amount
+from diffsparse.shares import exact, nearest
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share
 from diffsparse_kernels import BlockLists, default_block
@@ -77,7 +78,7 @@ class OnlineSearch(ABC):
         """
         fractions = steps is not None and steps > _FEW_STEPS
         return {
-            search if isinstance(search, int) else max(round(search * (steps or 0)) - 1, 0): False
+            search if isinstance(search, int) else max(nearest(exact(search) * (steps or 0)) - 1, 0): False
             for search in self.searches
             if isinstance(search, int) or fractions
         }

@@ -22,7 +22,9 @@ def test_default_is_a_fifth_of_the_steps(steps, dense):
 def test_ints_are_steps_and_floats_are_shares():
     assert resolve(3, 50) == 3
     assert resolve(3, None) == 3
-    assert resolve(0.5, 9) == 4
+    assert resolve(0.5, 9) == 5
+    assert resolve(0.1, 25) == 3
+    assert resolve(0.1, 15) == 2
     assert resolve(1.0, 9) == 9
     assert resolve(0.0, 9) == resolve(0, 9) == 0
 
