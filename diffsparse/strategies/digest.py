@@ -13,7 +13,9 @@ from diffsparse.errors import ConfigError
 from diffsparse.order import check_order
 from diffsparse.shares import exact
 from diffsparse.site import Site
+from diffsparse.strategies.blocks import with_text
 from diffsparse.strategies.online import OnlineSearch
+from diffsparse.work import MASS_PASS, Outline
 from diffsparse_kernels import block_means, select_heads, spread
 
 _LEAST = 1e-3  # of the blocks, beside the best of each row
@@ -99,6 +101,18 @@ class Digest(OnlineSearch):
             return 1 - self.sparsity
         dense = self._dense_steps(steps, first)
         return ((1 - self.sparsity) * left - dense) / (left + 1)  # each search computes it once more
+
+    def _sparse_density(self, run: Outline) -> float:
+        share = self._share(self.density(run.steps, run.search or 0))
+        if run.layout is not None:
+            share = with_text(max(share, 1 / run.layout.blocks(self.block)), self.block, run.layout)  # a row its best
+        return share + (1 - share) / self.block
+
+    def _beside(self, run: Outline) -> tuple[float, float]:
+        """Masses of blocks and of means; and in dense searches the product that tells what is missing."""
+        masses = MASS_PASS * (1 + 1 / self.block)
+        compared = self._sparse_density(run) if self._lasts(run.steps, run.search or 0) else 0.0
+        return masses + compared, masses
 
     def _affordable(self, missing: Tensor, site: Site) -> tuple[Tensor, int]:
         """Means over groups of as few tokens as the memory allows, and how many those are."""

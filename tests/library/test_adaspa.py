@@ -279,7 +279,9 @@ def test_head_adaptive_keeps_the_mean_density(s, heads, n, seed):
     assert keep.max() <= n
 
 
-@pytest.mark.parametrize(("s", "keeps"), [(0.0, {10}), (0.2, {6, 8, 10}), (0.4, {3, 6, 9}), (0.8, {1, 2, 3}), (0.95, {1})])
+@pytest.mark.parametrize(
+    ("s", "keeps"), [(0.0, {10}), (0.2, {6, 8, 10}), (0.4, {3, 6, 9}), (0.8, {1, 2, 3}), (0.95, {1})]
+)
 def test_heads_are_raised_as_far_as_others_can_be_lowered(s, keeps):
     recall = torch.tensor([[0.95, 0.9, 0.5, 0.4, 0.3]])
     assert set(AdaSpa(s)._keep_by_head(recall, 10).flatten().tolist()) == keeps
