@@ -1,62 +1,28 @@
-"""What a run costs: the kinds of its steps, the FLOPs of one forward pass, and what sparse attention can save of them.
-
-The unit of attention is one dense pass. AdaSpa's run (arXiv 2502.21079) of T steps, of which w are dense, costs
-w + 1/2 + (T - w) d + r/2: the pass that sums masses has one product of two, and each of r later searches needs one.
-"""
+"""What a run costs: kinds of steps, FLOPs of one forward pass, and what sparse attention can save of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
+from diffsparse.layout import Layout
 from diffsparse.models import spec_of
 from diffsparse.patch import attentions
 from diffsparse.report import Report
 from diffsparse.schedule import Schedule
+from diffsparse.work import Kind, Outline, expected
 
-# search: dense, with the mass pass; refresh: sparse, with the mass pass on a cached log-sum-exp
-Kind = Literal["dense", "search", "refresh", "sparse"]
-KINDS: tuple[Kind, ...] = ("dense", "search", "refresh", "sparse")
-
-_MASS_PASS = 0.5
 _ONCE = ("norm", "time", "guidance", "modulation", "_mod.", "adaln", "pooled")  # fed with one vector for each sample
 _TEXT = ("add_", "text", "txt", "caption", "image_emb")  # fed with the prompt (or an input image) alone
 _PRODUCTS = nn.Linear | nn.Conv2d | nn.Conv3d
 
 
 def kinds(strategy: Any, schedule: Schedule, steps: int) -> list[Kind]:
-    """What each of the `steps` steps does in the layers that may be sparse.
-
-    A strategy with `observe` searches in its last dense step, or in its first step if none is dense; one with
-    `search_steps(steps, first)` searches again in those, densely where it says so. One without a sparsity, or of
-    sparsity 0, is dense throughout.
-    """
-    first, end = schedule.bounds(steps)
-    end = steps if end is None else end
-    if getattr(strategy, "sparsity", 0) == 0 or first >= end:
-        return ["dense"] * steps
-    found: list[Kind] = ["dense" if step < first or step >= end else "sparse" for step in range(steps)]
-    searched = _first_search(schedule, steps)
-    if hasattr(strategy, "search_steps"):
-        for step, dense in strategy.search_steps(steps, searched).items():
-            if first <= step < end:
-                found[step] = "search" if dense else "refresh"
-    if getattr(strategy, "observe", None) is not None:
-        found[searched] = "search"
-    return found
-
-
-def _first_search(schedule: Schedule, steps: int) -> int:
-    """The last dense step at the start, or the first step if none is dense."""
-    return max(schedule.bounds(steps)[0] - 1, 0)
-
-
-def passes(kind: Kind, density: float) -> float:
-    """Attention of one step of that kind, in dense passes."""
-    return {"dense": 1.0, "search": 1 + _MASS_PASS, "refresh": density + _MASS_PASS, "sparse": density}[kind]
+    """What each of the `steps` steps does in the layers that may be sparse."""
+    return [step.kind for step in expected(strategy, Outline.of(schedule, steps))]
 
 
 def end_to_end(share: float, attention_speedup: float) -> float:
@@ -153,17 +119,19 @@ class Estimate:
     speedup: float
 
     @classmethod
-    def before(cls, count: Flops, strategy: Any, schedule: Schedule, steps: int) -> Estimate | None:
+    def before(
+        cls, count: Flops, strategy: Any, schedule: Schedule, steps: int, layout: Layout | None = None
+    ) -> Estimate | None:
         """From operations alone: as if the machine did all of them equally fast, and nothing else took time.
 
-        None if the strategy's sparsity is None: it depends on what it will see.
+        None if what the strategy computes is not known before it runs: a stranger's that doesn't tell, and windows
+        without the `layout` of the tokens.
         """
-        sparsity = getattr(strategy, "sparsity", 0)
-        if sparsity is None:
+        told = [step.work for step in expected(strategy, Outline.of(schedule, steps, layout))]
+        works = [work for work in told if work is not None]
+        if len(works) < len(told):
             return None
-        first = _first_search(schedule, steps)
-        density = strategy.density(steps, first) if hasattr(strategy, "density") else 1.0 - float(sparsity)
-        mean = sum(passes(kind, density) for kind in kinds(strategy, schedule, steps)) / steps
+        mean = sum(works) / steps
         layers = len(count.attention)
         fixed = sum(x for i, x in enumerate(count.attention) if schedule.excludes(i, layers)) / sum(count.attention)
         faster = 1 / (fixed + (1 - fixed) * mean)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -102,7 +103,8 @@ class Inspector:
         if site.step not in self.steps or (self.layers is not None and number not in self.layers):
             return call(site)
         _, lse = kernels.attention(q, k, v, scale=site.scale, key_mask=site.key_mask)
-        masses = order_masses(q, k, lse, site, self.orders, self.block)
+        aside = replace(site, _record=copy(site._record))  # what is computed to look is no work of the strategy's
+        masses = order_masses(q, k, lse, aside, self.orders, self.block)
         for i, mass in enumerate(masses):
             self._add(site, "recall", best_recall(mass, self.sparsity), (len(self.orders), 2, q.shape[1]), i)
             self._add(site, "mass", _pooled(mass), (len(self.orders), *_pooled(mass).shape), i)

@@ -170,12 +170,14 @@ def apply(target: Any, strategy: Any, *, schedule: Schedule | None = None, stric
 
     Raises:
         UnsupportedModelError: `target` holds no attention that can be redirected.
-        ConfigError: `strategy` is no strategy.
+        ConfigError: `strategy` is no strategy, or `schedule` no `Schedule`.
     """
     if not callable(getattr(strategy, "attend", None)) or isinstance(strategy, type):
         raise ConfigError(
             f"a strategy is an object with a method attend(q, k, v, site), such as AdaSpa(); got {strategy!r}"
         )
+    if not isinstance(schedule, Schedule | None):
+        raise ConfigError(f"schedule wants a Schedule, such as Schedule(dense_first=0.2); got {schedule!r}")
     pipe = None if isinstance(target, torch.nn.Module) else target
     models = models_of(target)
     check = getattr(strategy, "check", None)

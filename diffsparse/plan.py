@@ -173,6 +173,11 @@ class Planned(ABC):
         """Share of blocks that the search was asked to drop."""
         return float(self.plan.settings["sparsity"])
 
+    @property
+    def block(self) -> int:
+        """Edge of a block in tokens."""
+        return int(self.plan.settings["block"])
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.plan.settings}, plan {self.plan.digest})"
 

@@ -25,7 +25,8 @@ class CallRecord:
     """One self-attention call. `reason` says why a dense call was dense; `planned` ones are no fall-backs.
 
     heads: what each head did, by name, where a strategy chooses by head. note: what else the user should know.
-    passed_over: backends of this device that come before the one that ran, and why they didn't run.
+    passed_over: backends of this device that come before the one that ran, and why they didn't run. beside: what was
+    computed beside the share `density` of attention, in dense calls: mass passes, and products that were only compared.
     """
 
     layer: str
@@ -40,6 +41,7 @@ class CallRecord:
     heads: tuple[str, ...] = ()
     note: str = ""
     passed_over: tuple[str, ...] = ()
+    beside: float | torch.Tensor = 0.0
     _marks: list[Any] = field(default_factory=list, repr=False)
     _seconds: float = field(default=0.0, repr=False)
 
@@ -75,6 +77,11 @@ class CallRecord:
             self.reason, self.planned = "cut off", False
             raise
         self._marks.append(mark(device))
+
+    @property
+    def work(self) -> float:
+        """All that was computed, in dense calls; waits for the device where it must."""
+        return float(self.density) + float(self.beside)
 
     @property
     def seconds(self) -> float:
@@ -138,6 +145,7 @@ class _Sums:
 
     calls: int = 0
     density: Any = 0.0
+    work: Any = 0.0
     sparse: int = 0
     sparse_density: Any = 0.0
     recalls: int = 0
@@ -156,6 +164,7 @@ class _Sums:
         return cls(
             calls=len(calls),
             density=_sum(call.density for call in calls),
+            work=_plus(_sum(call.density for call in calls), _sum(call.beside for call in calls)),
             sparse=len(sparse),
             sparse_density=_sum(sparse),
             recalls=len(recalls),
@@ -239,7 +248,8 @@ class Ledger:
 class Report:
     """Summary of the last pipeline call; of its last window, if the pipeline makes a long video in windows.
 
-    density counts every self-attention call (dense = 1), sparse_density the sparse ones alone; recall is the mean
+    density counts every self-attention call (dense = 1), sparse_density the sparse ones alone; work counts every pass
+    over the keys: density, and what searches compute beside it, a mass pass as half a dense one. recall is the mean
     softmax mass that the chosen blocks held when they were chosen; attention_seconds is the time inside
     self-attention; memory_bytes is what the strategy keeps between steps (masks, LSE), or kept at the end; fallbacks are the dense calls
     that nobody planned, by reason, and passed_over the calls that a faster backend of this device did not take, by the
@@ -266,6 +276,7 @@ class Report:
     heads: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     passed_over: dict[str, int] = field(default_factory=dict)
+    work: float = 1.0
     calls: tuple[CallRecord, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -295,6 +306,7 @@ class Report:
             heads=_heads(calls),
             notes=list(dict.fromkeys([*own, *sums.notes])),
             passed_over=dict(sums.passed_over),
+            work=float(sums.work) / sums.calls if sums.calls else 1.0,
             calls=tuple(calls),
         )
 
@@ -302,11 +314,13 @@ class Report:
         """The summary as plain values, ready for JSON."""
         return {f.name: copy(getattr(self, f.name)) for f in fields(self) if f.name != "calls"}
 
-    def table(self, by: Literal["step", "layer"] = "step") -> dict[str, float]:
-        """Mean density for each step, or for each layer."""
+    def table(
+        self, by: Literal["step", "layer"] = "step", of: Literal["density", "work"] = "density"
+    ) -> dict[str, float]:
+        """Mean density (or work) for each step, or for each layer."""
         groups: dict[str, list[float]] = {}
         for call in self.calls:
-            groups.setdefault(str(getattr(call, by)), []).append(float(call.density))
+            groups.setdefault(str(getattr(call, by)), []).append(float(getattr(call, of)))
         return {key: sum(values) / len(values) for key, values in groups.items()}
 
     def _head_rows(self) -> Iterator[tuple[str, str]]:
@@ -326,6 +340,7 @@ class Report:
                 "density",
                 f"{self.density:.3f} over all calls, {_number(self.sparse_density)} over sparse ones",
             ),
+            ("work", f"{self.work:.3f} of dense attention, searches included"),
             ("retained mass", _number(self.recall)),
             ("calls", f"{self.sparse_calls} sparse, {self.dense_calls} dense" if self.steps else _NONE_YET),
             ("backends", _counts(self.backends)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffsparse.errors import ConfigError
+from diffsparse.shares import exact, nearest
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def resolve(amount: int | float, steps: int | None) -> int:
     """Number of steps that `amount` stands for: itself if an int, else that share of `steps`, at least 1."""
     if isinstance(amount, int) or amount == 0:
         return int(amount)
-    return max(1, round(amount * steps)) if steps else 1
+    return max(1, nearest(exact(amount) * steps)) if steps else 1
 
 
 def check_amount(name: str, amount: int | float) -> None:

@@ -14,6 +14,7 @@ from diffsparse.errors import DenseFallbackError
 from diffsparse.layout import Layout
 from diffsparse.order import HeadOrders, text_last
 from diffsparse.report import CallRecord, Reading
+from diffsparse.work import MASS_PASS
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Look = Callable[[torch.Tensor, torch.Tensor, kernels.BlockLists, torch.Tensor | None], None]
@@ -63,16 +64,19 @@ class Site:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Dense attention, its log-sum-exp and the `block_mass` that goes with it: a fused search."""
         self._ran_search(q, k, v, self.key_mask)
+        self._record.beside += MASS_PASS
         return kernels.attention_with_mass(
             q, k, v, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask
         )
 
     def block_mass(self, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, block: int) -> torch.Tensor:
         """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK]; `lse` may be of an earlier step."""
+        self._record.beside += MASS_PASS
         return kernels.block_mass(q, k, lse, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask)
 
     def means_mass(self, q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, block: int) -> torch.Tensor:
         """`block_mass` as the mean keys of the blocks would have it: never more, but for rounding."""
+        self._record.beside += MASS_PASS / block
         return kernels.means_mass(q, k, lse, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask)
 
     def text_last(self) -> Site:
@@ -116,13 +120,13 @@ class Site:
         means: let dropped blocks stand as their mean keys and values.
         plus: [B, H, N, D], added to the output of the tokens as the lists count them, unless the call runs dense.
         """
-        density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
+        density = self._computed(lists)
         masked = self.key_mask is not None
         limit = kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block, q.shape[2], masked)
         known = self._known_density(lists, density)
         if bits == 16 and known is not None and known > limit:
             return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
-        computed = density + (1 - density) / lists.kv_block if means else density  # a mean counts as one key
+        computed = self._computed(lists, means)
         overall = computed if heads is None else 1 - (1 - computed) * q.shape[1] / heads
         keys = self.key_mask
         if orders is not None:
@@ -144,8 +148,14 @@ class Site:
     def product(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: kernels.BlockLists, *, means: bool = False
     ) -> torch.Tensor:
-        """What `sparse` would give, where that is not the call's output: never dense, and not in the report."""
+        """What `sparse` would give, where that is not the call's output: never dense, and work beside the call's."""
+        self._record.beside += self._computed(lists, means)
         return self._product(q, k, v, lists, bits=16, boxes=None, key_mask=self.key_mask, means=means)[0]
+
+    def _computed(self, lists: kernels.BlockLists, means: bool = False) -> torch.Tensor:
+        """Share of dense attention that a product over `lists` computes: 0-dim, on their device."""
+        density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
+        return density + (1 - density) / lists.kv_block if means else density  # a mean counts as one key
 
     def _product(
         self,

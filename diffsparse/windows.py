@@ -6,7 +6,10 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
+
+from diffsparse.shares import exact
 
 Cells = tuple[int, int, int]  # along frames, rows and columns
 Flags = tuple[bool, bool, bool]
@@ -153,7 +156,7 @@ def fit_sparsity(
     Of those within the budget (and a twentieth) the ones win whose smallest share of an axis is largest, then those
     that see most, then those that compute least. If none is, the cheapest.
     """
-    budget = 1.05 * (1 - sparsity) * math.prod(grid) ** 2
+    budget = Fraction(21, 20) * (1 - exact(sparsity)) * math.prod(grid) ** 2
     best, rank = None, (-math.inf, 0.0, 0, 0)
     for tile in tiles:
         for window in _whole_tiles(grid, dilation, tile):

@@ -15,7 +15,7 @@ from diffsparse.errors import ConfigError
 from diffsparse.order import AXES, HeadOrders, check_order
 from diffsparse.search.calibrate import Sums, is_look
 from diffsparse.site import Site
-from diffsparse.strategies.blocks import check_block, check_share
+from diffsparse.strategies.blocks import check_block, check_share, keep_count
 from diffsparse.strategies.paro import group_of, pack
 from diffsparse_kernels import block_mass, default_block, incoherence, select_heads
 from diffsparse_kernels.lists import blocks_of
@@ -111,7 +111,7 @@ class PAROSearch:
     def _recall(self, video: _Video, scale: float | None) -> Tensor:
         """Mass in the best blocks, and all mass: [2, H]."""
         mass = self._mass(video, scale).flatten(2)  # [B, H, n * n]
-        kept = max(1, round((1 - self.sparsity) * mass.shape[-1]))
+        kept = keep_count(self.sparsity, mass.shape[-1])
         return torch.stack((mass.topk(kept).values.sum(-1).sum(0), mass.sum(-1).sum(0)))
 
     def _mass(self, video: _Video, scale: float | None) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.order import RASTER, check_order
+from diffsparse.shares import exact
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import keep_count
 from diffsparse.strategies.online import OnlineSearch, recall_of
@@ -29,13 +31,14 @@ class AdaSpa(OnlineSearch):
         paper's step 30 of 50. Runs of ten steps or fewer skip fractions: their few sparse steps don't repay one.
     block: edge of a block in tokens, the paper's 64.
     head_adaptive: give heads that hold their mass in few blocks a sparsity of (1+s)/2, as many of the others
-        (3s-1)/2, and leave the rest at s (section 4.3).
+        (3s-1)/2, and leave the rest at s (section 4.3). The mean is s: where others can't be lowered as far (s below
+        1/3), or those would keep less than a block, both move by less.
     recall_threshold: retained mass above which a head counts as one that can drop more.
     order: of the tokens (`diffsparse.order`); raster order is the paper's, "auto" finds each head's own.
 
     The paper leaves open, and here it is decided:
     - Heads are ranked within one layer, sample and search. At most half of them are raised, so that the raised and
-      the lowered never overlap; (3s-1)/2 is no less than 0.
+      the lowered never overlap.
     - Recall is the share of all mass found, not of L: with a cached LSE rows no longer sum to one. A drift of the LSE
       scales whole rows of weights, so a choice within rows, as here, hardly feels it.
     - Blocks that hold text are always kept and count towards a row's blocks. A ragged last block is an ordinary one.
@@ -66,9 +69,10 @@ class AdaSpa(OnlineSearch):
 
     def _keep_by_head(self, recall: Tensor, blocks: int) -> Tensor:
         """Blocks a row for each head, int64 [B, H], from the recall [B, H] at uniform sparsity (section 4.3)."""
-        s, heads = self.sparsity, recall.shape[-1]
+        s, heads = exact(self.sparsity), recall.shape[-1]
+        by = max(min((1 - s) / 2, s, 1 - s - Fraction(1, blocks)), Fraction(0))  # up as far as down
         rank = recall.argsort(stable=True, dim=-1, descending=True).argsort(-1)  # 0 = highest recall
         raised = (recall > self.recall_threshold).sum(-1, keepdim=True).clamp(max=heads // 2)  # n, [B, 1]
         keep = torch.full_like(rank, keep_count(s, blocks))
-        keep = keep.masked_fill(rank < raised, keep_count((1 + s) / 2, blocks))
-        return keep.masked_fill(rank >= heads - raised, keep_count(max(0.0, (3 * s - 1) / 2), blocks))
+        keep = keep.masked_fill(rank < raised, keep_count(s + by, blocks))
+        return keep.masked_fill(rank >= heads - raised, keep_count(s - by, blocks))

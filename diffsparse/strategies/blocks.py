@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from diffsparse.errors import ConfigError
+from diffsparse.layout import Layout
+from diffsparse.shares import exact, nearest
 
 
 def check_share(name: str, value: float) -> None:
@@ -17,6 +21,25 @@ def check_block(block: int) -> None:
         raise ConfigError(f"block wants a positive number of tokens, such as 64 or 128; got {block!r}")
 
 
-def keep_count(sparsity: float, blocks: int) -> int:
+def keep_count(sparsity: float | Fraction, blocks: int) -> int:
     """Key blocks that a query row keeps at `sparsity`: rounded to the nearest, at least one."""
-    return max(1, round((1 - sparsity) * blocks))
+    return max(1, nearest((1 - exact(sparsity)) * blocks))
+
+
+def row_density(sparsity: float, block: int, layout: Layout | None) -> float:
+    """Share of blocks computed if each row keeps `keep_count` of them, those with text first, and rows of text all."""
+    if layout is None:
+        return 1 - sparsity
+    blocks, text = layout.blocks(block), _text(layout, block)
+    return (text * blocks + (blocks - text) * max(keep_count(sparsity, blocks), text)) / blocks**2
+
+
+def with_text(density: float, block: int, layout: Layout | None) -> float:
+    """Share of blocks computed where a share `density` is chosen without regard to text, whose blocks are kept too."""
+    if layout is None:
+        return density
+    return 1 - (1 - density) * (1 - _text(layout, block) / layout.blocks(block)) ** 2
+
+
+def _text(layout: Layout, block: int) -> int:
+    return int(layout.text_blocks(block).sum())

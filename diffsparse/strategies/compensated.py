@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,10 @@ from diffsparse.errors import ConfigError
 from diffsparse.order import RASTER
 from diffsparse.site import Site
 from diffsparse.strategies.digest import Digest
+from diffsparse.work import Kind, Outline, Step, expected
 from diffsparse_kernels import BlockLists
+
+_SPARSE = ("sparse", "refresh")  # kinds of steps that drop blocks
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,10 @@ class Compensated:
         return int(self.strategy.block)
 
     @property
-    def sparsity(self) -> float:
-        """The strategy's own sparsity; 0 if it has none."""
-        return float(getattr(self.strategy, "sparsity", 0.0))
+    def sparsity(self) -> float | None:
+        """The strategy's own sparsity; None if it has none."""
+        sparsity: float | None = getattr(self.strategy, "sparsity", None)
+        return sparsity
 
     def check(self, models: dict[str, torch.nn.Module]) -> None:
         """Called by `diffsparse.apply`: whatever the strategy checks."""
@@ -67,9 +71,15 @@ class Compensated:
         method: Callable[..., Tensor] | None = getattr(self.strategy, "observe", None)
         return method
 
-    def search_steps(self, steps: int | None, first: int = 0) -> dict[int, bool]:
-        """The strategy's own later searches."""
-        return self.strategy.search_steps(steps, first) if hasattr(self.strategy, "search_steps") else {}
+    def expected(self, run: Outline) -> list[Step]:
+        """What each step computes (`diffsparse.work`): the strategy's own, and what makes up for the rest."""
+        steps = expected(self.strategy, run)
+        return [self._with_means(step) for step in steps] if self.by == "means" else _with_tails(steps)
+
+    def _with_means(self, step: Step) -> Step:
+        if step.kind not in _SPARSE or step.density is None:
+            return step
+        return replace(step, density=step.density + (1 - step.density) / self.block)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The strategy's attention over q, k, v [B, H, N, D], each sparse product compensated."""
@@ -77,6 +87,28 @@ class Compensated:
         if isinstance(ours, _TailSite):
             ours.budget = self.budget
         return self.strategy.attend(q, k, v, ours)  # type: ignore[no-any-return]
+
+
+def _with_tails(steps: list[Step]) -> list[Step]:
+    """The first sparse product with each choice of blocks runs dense too."""
+    found, new = [], 0.0
+    for step in steps:
+        new = max(new, step.new)
+        if step.kind in _SPARSE and new:
+            found.append(_with_tail(step, new))
+            new = 0.0
+        else:
+            found.append(step)
+    return found
+
+
+def _with_tail(step: Step, new: float) -> Step:
+    kind: Kind = "tail" if step.kind == "sparse" else step.kind
+    if step.density is None:
+        return replace(step, kind=kind)
+    return replace(
+        step, kind=kind, density=step.density + new * (1 - step.density), beside=step.beside + new * step.density
+    )
 
 
 class _MeansSite(Site):
@@ -128,6 +160,7 @@ class _TailSite(Site):
         if tail is not None and tail.lists is lists:
             return tail.merged(*sparse)  # type: ignore[no-any-return]
         self._afford(q, v)
+        self._record.beside += self._record.density
         self._ran_search(q, k, v, rest["key_mask"], "tail")
         dense = kernels.attention(q, k, v, scale=self.scale, key_mask=rest["key_mask"])
         self.memory["tail"] = _Tail.of(lists, dense, sparse)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.order import check_order
+from diffsparse.shares import exact
 from diffsparse.site import Site
+from diffsparse.strategies.blocks import with_text
 from diffsparse.strategies.online import OnlineSearch
+from diffsparse.work import MASS_PASS, Outline
 from diffsparse_kernels import block_means, select_heads, spread
 
 _LEAST = 1e-3  # of the blocks, beside the best of each row
@@ -87,7 +91,8 @@ class Digest(OnlineSearch):
         again = self._dense_steps(steps, first)
         if not again:
             return super().search_steps(steps, first)
-        return {first + round(i * (_left(steps, first) + 1) / (again + 1)): True for i in range(1, again + 1)}
+        leg = Fraction(_left(steps, first) + 1, again + 1)
+        return {first + math.ceil(i * leg - Fraction(1, 2)): True for i in range(1, again + 1)}  # of halves the earlier
 
     def density(self, steps: int | None, first: int = 0) -> float:
         """Of blocks and means in sparse steps, so that together with the dense ones 1 - sparsity is computed."""
@@ -96,6 +101,18 @@ class Digest(OnlineSearch):
             return 1 - self.sparsity
         dense = self._dense_steps(steps, first)
         return ((1 - self.sparsity) * left - dense) / (left + 1)  # each search computes it once more
+
+    def _sparse_density(self, run: Outline) -> float:
+        share = self._share(self.density(run.steps, run.search or 0))
+        if run.layout is not None:
+            share = with_text(max(share, 1 / run.layout.blocks(self.block)), self.block, run.layout)  # a row its best
+        return share + (1 - share) / self.block
+
+    def _beside(self, run: Outline) -> tuple[float, float]:
+        """Masses of blocks and of means; and in dense searches the product that tells what is missing."""
+        masses = MASS_PASS * (1 + 1 / self.block)
+        compared = self._sparse_density(run) if self._lasts(run.steps, run.search or 0) else 0.0
+        return masses + compared, masses
 
     def _affordable(self, missing: Tensor, site: Site) -> tuple[Tensor, int]:
         """Means over groups of as few tokens as the memory allows, and how many those are."""
@@ -110,11 +127,11 @@ class Digest(OnlineSearch):
 
     def _dense_steps(self, steps: int | None, first: int) -> int:
         """How many, after the first search."""
-        return int((1 - self.sparsity) * _left(steps, first) / 2) if self.sparsity else 0
+        return int((1 - exact(self.sparsity)) * _left(steps, first) / 2) if self.sparsity else 0
 
     def _lasts(self, steps: int | None, first: int) -> int:
         """How many steps later what is missing is still added: until the next dense one, or for half of the run."""
-        return math.ceil(_left(steps, first) / max(2, self._dense_steps(steps, first) + 1))
+        return -(-_left(steps, first) // max(2, self._dense_steps(steps, first) + 1))
 
     def _share(self, density: float) -> float:
         """Of the blocks, so that with one key for each of the others `density` is computed."""

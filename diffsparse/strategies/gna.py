@@ -17,6 +17,7 @@ from diffsparse.order import HeadOrders
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share
 from diffsparse.windows import Cells, Flags, Tiling, fit, fit_sparsity, tiles_of
+from diffsparse.work import Outline, Step
 from diffsparse_kernels import BlockLists, Boxes, default_block
 
 _EVERYWHERE = 2**31 - 1  # up to here, for who sees all
@@ -75,6 +76,12 @@ class GNA:
         if tiled.share >= 1:
             return site.dense(q, k, v, reason="windows that touch every block")
         return site.sparse(q, k, v, tiled.lists, orders=tiled.orders, boxes=tiled.boxes)
+
+    def expected(self, run: Outline) -> list[Step]:
+        """What each step computes (`diffsparse.work`): by the tiles that the windows touch, so it wants the layout."""
+        if run.layout is None:
+            return run.constant(None)
+        return run.constant(_tiled(self, run.layout, 1, torch.device("cpu")).share)
 
     def tiling(self, grid: Cells, tile: Cells | None = None) -> Tiling:
         """Windows and tiles on a grid of frames x rows x columns of tokens; `tile` instead of the best fit."""

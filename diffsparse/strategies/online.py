@@ -9,8 +9,10 @@ from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.schedule import check_amount
+from diffsparse.shares import exact, nearest
 from diffsparse.site import Site
-from diffsparse.strategies.blocks import check_block, check_share
+from diffsparse.strategies.blocks import check_block, check_share, row_density
+from diffsparse.work import MASS_PASS, Outline, Step
 from diffsparse_kernels import BlockLists, default_block
 
 _FEW_STEPS = 10
@@ -77,14 +79,34 @@ class OnlineSearch(ABC):
         """
         fractions = steps is not None and steps > _FEW_STEPS
         return {
-            search if isinstance(search, int) else max(round(search * (steps or 0)) - 1, 0): False
+            search if isinstance(search, int) else max(nearest(exact(search) * (steps or 0)) - 1, 0): False
             for search in self.searches
             if isinstance(search, int) or fractions
         }
 
-    def density(self, steps: int | None, first: int = 0) -> float:
-        """Share of blocks that sparse steps compute; arguments as for `search_steps`."""
-        return 1 - self.sparsity
+    def expected(self, run: Outline) -> list[Step]:
+        """What each step computes (`diffsparse.work`)."""
+        if run.search is None:
+            return run.constant(1.0)
+        first, density = run.search, self._sparse_density(run)
+        later, (dense, cached) = self.search_steps(run.steps, first), self._beside(run)
+
+        def sparse(step: int) -> Step:
+            if step not in later or step <= first:
+                return Step("sparse", density)
+            return Step("search", 1.0, dense, 1.0) if later[step] else Step("refresh", density, cached, 1.0)
+
+        steps = run.each(sparse)
+        steps[first] = Step("search", 1.0, dense, 1.0)
+        return steps
+
+    def _sparse_density(self, run: Outline) -> float:
+        """What sparse steps compute."""
+        return row_density(self.sparsity, self.block, run.layout)
+
+    def _beside(self, run: Outline) -> tuple[float, float]:
+        """What dense searches, and those on a cached log-sum-exp, compute beside that, in dense passes."""
+        return MASS_PASS, MASS_PASS
 
     def _search(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> None:
         mask = self.choose(mass, q, k, v, site)

@@ -13,6 +13,8 @@ from torch import Tensor
 from diffsparse.order import HeadOrders
 from diffsparse.plan import Planned
 from diffsparse.site import Site
+from diffsparse.strategies.blocks import with_text
+from diffsparse.work import Outline, Step
 from diffsparse_kernels import BlockLists
 
 MEASURED = ("queries", "keys", "map")  # whose incoherence is in the plan
@@ -46,6 +48,25 @@ class PARO(Planned):
         if site.memory.get("group") != group:
             site.memory.update(group=group, lists=self._lists(site.text_last(), group, q.device))
         return site.sparse(q, k, v, site.memory["lists"], orders=orders, bits=settings.get("bits", 16))
+
+    def expected(self, run: Outline) -> list[Step]:
+        """What each step computes (`diffsparse.work`): by the plan's masks, over all layers."""
+        groups, layout = self.plan.settings["groups"], run.layout or self.plan.layout
+        shares = [with_text(self._kept(group), self.plan.settings["block"], layout) for group in range(groups)]
+        numbers = [group_of(step, run.steps, groups) for step in range(run.steps)]
+
+        def sparse(step: int) -> Step:
+            new = step == run.first or numbers[step] != numbers[step - 1]
+            return Step("sparse", shares[numbers[step]], new=float(new))
+
+        return run.each(sparse)
+
+    def _kept(self, group: int) -> float:
+        """Share of the video's blocks that the masks of a group keep, over layers and heads."""
+        blocks = self.plan.layout.blocks(self.plan.settings["block"])
+        masks = [x[group] for name, x in self.plan.tensors.items() if name.endswith(".masks")]  # [H, bytes] each
+        kept = sum(int.from_bytes(bits.numpy().tobytes()).bit_count() for bits in masks)
+        return kept / (blocks**2 * sum(map(len, masks)))
 
     def _kinds(self) -> dict[str, int]:
         return {"orders": len(self.plan.settings["orders"])}

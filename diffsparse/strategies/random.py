@@ -10,7 +10,8 @@ from torch import Tensor
 from diffsparse.errors import ConfigError
 from diffsparse.order import RASTER, check_order
 from diffsparse.site import Site
-from diffsparse.strategies.blocks import check_block, check_share, keep_count
+from diffsparse.strategies.blocks import check_block, check_share, keep_count, row_density
+from diffsparse.work import Outline, Step
 from diffsparse_kernels import BlockLists, default_block, select_rows
 
 
@@ -41,6 +42,10 @@ class Random:
         if "lists" not in site.memory:
             site.memory["lists"] = self._draw(q, site)
         return site.sparse(q, k, v, site.memory["lists"])
+
+    def expected(self, run: Outline) -> list[Step]:
+        """What each step computes (`diffsparse.work`)."""
+        return run.constant(row_density(self.sparsity, self.block, run.layout))
 
     def _draw(self, q: Tensor, site: Site) -> BlockLists:
         n = site.layout.blocks(self.block)

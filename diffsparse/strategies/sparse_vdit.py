@@ -13,8 +13,9 @@ from diffsparse.layout import Layout
 from diffsparse.order import RASTER, HeadOrders
 from diffsparse.plan import Planned
 from diffsparse.site import Site
-from diffsparse.strategies.blocks import keep_count
+from diffsparse.strategies.blocks import keep_count, with_text
 from diffsparse.strategies.paro import group_of
+from diffsparse.work import Outline, Step
 from diffsparse_kernels import BlockLists, select_rows
 
 MODES = ("full", "skip", "diagonal", "multi-diagonal", "stripe")
@@ -77,6 +78,33 @@ class SparseVDiT(Planned):
             lists = head_lists(modes[sparse], columns, layout, settings["sparsity"], settings["block"], q.device)
             site.memory.update(modes=chosen, lists=lists)
         return site.sparse(q, k, v, site.memory["lists"], orders=orders, heads=len(modes))
+
+    def expected(self, run: Outline) -> list[Step]:
+        """What each step computes (`diffsparse.work`): by the modes of the plan's layers."""
+        tables = [x for name, x in self.plan.tensors.items() if name.endswith(".modes")]
+        held: list[tuple[int, ...]] = [()] * len(tables)
+
+        def sparse(step: int) -> Step:
+            densities, new = [], 0
+            for layer, table in enumerate(tables):
+                modes = tuple(table[group_of(step, run.steps, len(table))].tolist())
+                densities.append(self._density(modes, run.layout or self.plan.layout))
+                if modes != held[layer] and set(modes) != {FULL}:
+                    held[layer], new = modes, new + 1
+            return Step("sparse", sum(densities) / len(tables), new=new / len(tables))
+
+        return run.each(sparse)
+
+    def _density(self, modes: tuple[int, ...], layout: Layout) -> float:
+        """Share of attention that heads in `modes` compute."""
+        sparsity, block = self.plan.settings["sparsity"], self.plan.settings["block"]
+        blocks = layout.grid.blocks(block)
+        kept = with_text(keep_count(sparsity, blocks) / blocks, block, layout)
+        text = int(layout.text_blocks(block).sum()) / layout.blocks(
+            block
+        )  # rows of text are dense in skipped heads too
+        shares = {FULL: 1.0, SKIP: text}
+        return sum(shares.get(mode, kept) for mode in modes) / len(modes)
 
     def _kinds(self) -> dict[str, int]:
         return {"modes": len(MODES)}

@@ -38,9 +38,10 @@ class Guided:
     preset: Preset
 
     @property
-    def sparsity(self) -> float:
+    def sparsity(self) -> float | None:
         """That of the strategy."""
-        return float(getattr(self.strategy, "sparsity", 0.0))
+        sparsity: float | None = getattr(self.strategy, "sparsity", 0.0)
+        return sparsity
 
 
 @contextmanager
@@ -193,6 +194,7 @@ def _row(
         "arguments": repr(strategy),
         "sparsity": getattr(strategy, "sparsity", 0.0),
         "density": report.density,
+        "work": report.work,
         "sparse_density": report.sparse_density,
         "steps": report.steps,
         "dense_steps": report.dense_steps,

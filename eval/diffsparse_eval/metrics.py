@@ -17,6 +17,7 @@ DEFINITIONS = {
     "ssim": "structural similarity to the dense video (7x7 window), mean over frames; null: frames under 7 pixels",
     "latent_cosine": "cosine similarity of the last step's latents",
     "density": "share of attention blocks computed, over all self-attention calls (dense steps count as 1)",
+    "work": "attention computed, in dense passes: density, and what searches compute beside it (a mass pass is a half)",
     "sparse_density": "share of attention blocks computed, over the calls that ran sparse",
     "dense_seconds": "wall time of the untouched pipeline call, same prompt and seed, same process",
     "seconds": "wall time of the call with the strategy on, its dense steps and searches included",

@@ -80,8 +80,10 @@ def as_markdown(heads: list[str], lines: list[list[str]]) -> str:
 
 
 def flat(rows: list[Row]) -> list[Row]:
-    """Rows without what doesn't fit into a cell."""
-    return [{k: v for k, v in row.items() if not isinstance(v, dict)} for row in rows]
+    """Rows of equal keys, without what doesn't fit into a cell; rows of an earlier version lack some."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    plain = [key for key in keys if not any(isinstance(row.get(key), dict) for row in rows)]
+    return [{key: row.get(key) for key in plain} for row in rows]
 
 
 def facts(rows: list[Row]) -> str:

@@ -16,15 +16,17 @@ from torch import nn
 
 import diffsparse
 from diffsparse import Dense, Report, Schedule
-from diffsparse.cost import KINDS, Estimate, Flops, Kind, flops, kinds
+from diffsparse.cost import Estimate, Flops, flops, kinds
 from diffsparse.errors import ConfigError
 from diffsparse.files import whole, write_csv
+from diffsparse.layout import Layout
 from diffsparse.report import elapsed, mark
+from diffsparse.work import KINDS, Kind
 from diffsparse_eval import environment
 from diffsparse_eval.experiment import Row, dense_backend, label
 from diffsparse_eval.report import as_markdown, flat, meanings
 from diffsparse_pipelines.architectures import Architecture, Rig, inputs
-from diffsparse_pipelines.preflight import grid_tokens
+from diffsparse_pipelines.preflight import grid_tokens, layout
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of the whole model: seconds within self-attention and outside, mean density of its calls."""
+    """One forward pass of the whole model: seconds in self-attention and outside, mean density and work of its calls."""
 
     attention: float
     rest: float
     density: float
+    work: float = 1.0
 
     @property
     def seconds(self) -> float:
@@ -128,6 +131,7 @@ def run(trial: Trial, missing: list[Any], advance: Callable[[], None]) -> Iterat
         ConfigError: the device can't hold the model.
     """
     whole = trial.architecture.build(device="meta")
+    seen = layout(whole, trial.latent, trial.architecture.text)
     count = flops(whole, grid_tokens(whole, trial.latent), trial.architecture.text)
     _check_memory(trial)
     model = trial.architecture.build(trial.layers, dtype=trial.dtype, device=trial.device)
@@ -148,7 +152,7 @@ def run(trial: Trial, missing: list[Any], advance: Callable[[], None]) -> Iterat
     for strategy, timed, report in zip(contestants, found, reports, strict=True):
         if strategy in missing:
             typical: dict[Kind, Pass] = dense | {kind: _middle(passes, rest) for kind, passes in timed.items()}
-            yield _row(trial, strategy, typical, report, count)
+            yield _row(trial, strategy, typical, report, count, seen)
 
 
 def looks(trial: Trial, strategy: Any) -> dict[Kind, int]:
@@ -174,25 +178,28 @@ def _passes(
             seconds[kind] = watch.time(lambda step=step: rig.step(step, arguments))  # type: ignore[misc]
             advance()
         report = handle.report()
-    density, passes = report.table("step"), {}
+    density, work, passes = report.table("step"), report.table("step", "work"), {}
     for kind, step in steps.items():
         attention = watch.attention(report, step)
-        passes[kind] = Pass(attention, seconds[kind] - attention, density[str(step)])
+        passes[kind] = Pass(attention, seconds[kind] - attention, density[str(step)], work[str(step)])
     return passes, report
 
 
 def _middle(passes: list[Pass], rest: float) -> Pass:
     """Medians; outside of attention all passes do the same, and have one time."""
-    return Pass(median(p.attention for p in passes), rest, median(p.density for p in passes))
+    attention, density, work = (median(getattr(p, name) for p in passes) for name in ("attention", "density", "work"))
+    return Pass(attention, rest, density, work)
 
 
-def _row(trial: Trial, strategy: Any, typical: dict[Kind, Pass], report: Report, count: Flops) -> Row:
+def _row(
+    trial: Trial, strategy: Any, typical: dict[Kind, Pass], report: Report, count: Flops, seen: Layout | None = None
+) -> Row:
     many = Counter(kinds(strategy, trial.schedule, trial.steps))
     dense = typical["dense"]
     seconds = trial.passes * sum(n * typical[kind].seconds for kind, n in many.items())
     attention = trial.passes * sum(n * typical[kind].attention for kind, n in many.items())
     whole = trial.passes * trial.steps
-    expected = Estimate.before(count, strategy, trial.schedule, trial.steps)
+    expected = Estimate.before(count, strategy, trial.schedule, trial.steps, seen)
     frames, height, width = trial.size
     return {
         "model": trial.name,
@@ -202,9 +209,10 @@ def _row(trial: Trial, strategy: Any, typical: dict[Kind, Pass], report: Report,
         "arguments": repr(strategy),
         "sparsity": getattr(strategy, "sparsity", 0.0),
         "density": sum(n * typical[kind].density for kind, n in many.items()) / trial.steps,
+        "work": sum(n * typical[kind].work for kind, n in many.items()) / trial.steps,
         "sparse_density": report.sparse_density,
         "steps": trial.steps,
-        "dense_steps": many["dense"] + many["search"],
+        "dense_steps": many["dense"] + many["search"] + many["tail"],
         **dict.fromkeys(("psnr_db", "psnr_db_min", "ssim", "latent_cosine")),
         "dense_seconds": whole * dense.seconds,
         "seconds": seconds,
@@ -252,6 +260,7 @@ COLUMNS = {
     "dense_step_seconds": ("dense", 2),
     "search_step_seconds": ("search", 2),
     "refresh_step_seconds": ("refresh", 2),
+    "tail_step_seconds": ("tail", 2),
     "sparse_step_seconds": ("sparse", 2),
     "attention_share": ("attention share", 2),
     "attention_speedup": ("attention", 2),
@@ -266,13 +275,16 @@ DEFINITIONS = {
     "dense_step_seconds": "seconds of a step that is dense in all layers, on the user's own backend",
     "search_step_seconds": "of a dense step that also sums block masses and chooses blocks",
     "refresh_step_seconds": "of a sparse step that chooses its blocks anew on the cached log-sum-exp",
+    "tail_step_seconds": "of a step that runs dense beside sparse, to keep what the dropped blocks gave (+tail)",
     "sparse_step_seconds": "of a sparse step",
     "dense_seconds": "seconds of a run of dense steps: transformer only, extrapolated",
     "seconds": "the same with the strategy on, by its schedule: dense steps and searches included",
     "speedup": "dense_seconds / seconds",
     "attention_share": "share of a dense step that is spent in self-attention",
     "attention_speedup": "time inside self-attention, dense over sparse, dense steps and searches included",
-    "expected_speedup": "from the count of operations alone, as if the machine did all of them equally fast",
+    "work": "attention computed, in dense passes a step: density, and what searches compute beside it",
+    "expected_speedup": "from the count of operations alone, as if the machine did all of them equally fast; "
+    "null: what the strategy computes is not known before it runs",
     "dense_pass_tflop": "operations of one dense forward pass, in units of 10^12",
     "layers": "blocks of each kind that were built and timed, their times scaled to all; null: all were timed",
 }
@@ -291,6 +303,8 @@ def table(rows: list[Row]) -> Table:
 
 def _cell(row: Row, column: str) -> str:
     value = row[column]
+    if value is None and column == "expected_speedup":
+        return "unknown"
     return "-" if value is None else f"{value:.{COLUMNS[column][1]}f}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,10 +60,10 @@ def select_heads(mass: Tensor, density: float) -> Tensor:
     top = mass.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     level = ((mass / top).log2() / _OCTAVES + 1).clamp(min=0) * (_BINS - 1)
     bins = level.long().flatten(-2)  # [..., nQ * nK]
-    counts = torch.zeros(*bins.shape[:-1], _BINS, device=mass.device)
-    counts.scatter_add_(-1, bins, torch.ones((), device=mass.device).expand(bins.shape))
+    counts = torch.zeros(*bins.shape[:-1], _BINS, dtype=torch.int64, device=mass.device)  # float32 stops at 2^24
+    counts.scatter_add_(-1, bins, counts.new_ones(()).expand(bins.shape))
     from_top = counts.flip(-1).cumsum(-1).flip(-1)  # blocks in this bin or above
-    wanted = density * bins.shape[-1]
+    wanted = math.ceil(round(density * bins.shape[-1], 6))  # 0.7 of 10 is 7, though 0.7 * 10 is a little more
     threshold = (from_top >= wanted).sum(-1, keepdim=True) - 1  # the highest bin that leaves enough
     mask = (bins >= threshold).view(mass.shape)
     return mask.scatter(-1, mass.argmax(-1, keepdim=True), True)

@@ -222,8 +222,7 @@ def _generate(
     count = argument(pipe, arguments, "num_inference_steps")
     console.print(f"{strategies[0]}, {plan.describe(count)}" if count else f"{strategies[0]}", soft_wrap=True)
     estimate = preflight(pipe, arguments, strategies[0], plan)
-    if estimate is not None:
-        console.print(announce(estimate), highlight=False, soft_wrap=True)
+    console.print(announce(estimate), highlight=False, soft_wrap=True)
     with diffsparse.apply(pipe, strategies[0], schedule=plan, strict=strict) as handle, bar(console) as progress:
         plain = generation(pipe, arguments, seed, progress) if sheet is not None else None
         with ExitStack() as stack:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, NamedTuple
 
 from diffsparse.cost import Estimate, flops
-from diffsparse.models import packed_grid, patch_of, spec_of
+from diffsparse.layout import Layout
+from diffsparse.models import Grid, packed_grid, patch_of, spec_of
 from diffsparse.patch import models_of
 from diffsparse.report import Report
 from diffsparse.schedule import Schedule
@@ -40,23 +42,41 @@ class Compression(NamedTuple):
         return (frames - 1) // self.time + 1, height // self.space, width // self.space
 
 
-def grid_tokens(model: Any, latent: tuple[int, int, int]) -> int:
-    """Tokens that `model` makes of a latent of frames x height x width cells."""
+def grid(model: Any, latent: tuple[int, int, int]) -> Grid:
+    """The token grid that `model` makes of a latent of frames x height x width cells."""
     patch = patch_of(model)
     space = 2 if spec_of(model).grid is packed_grid else patch.space  # pipelines of packed images pack 2 x 2 cells
     frames, height, width = latent
-    return -(-frames // patch.time) * (height // space) * (width // space)
+    return Grid(-(-frames // patch.time), height // space, width // space)
+
+
+def grid_tokens(model: Any, latent: tuple[int, int, int]) -> int:
+    """Tokens of that grid."""
+    return math.prod(grid(model, latent)[:3])
+
+
+def layout(model: Any, latent: tuple[int, int, int], text: int) -> Layout | None:
+    """What self-attention of `model` sees of a latent and `text` tokens of the prompt."""
+    spec = spec_of(model)
+    return spec.layout(grid(model, latent), grid_tokens(model, latent) + (0 if spec.text == "none" else text))
 
 
 def tokens(pipe: Any, arguments: dict[str, Any]) -> Tokens | None:
     """Tokens of a call of `pipe`; None where sizes are left to the pipeline."""
-    names = ("num_frames", "height", "width", "max_sequence_length")
-    frames, height, width, text = (argument(pipe, arguments, name) for name in names)
+    latent = _latent(pipe, arguments)
+    if latent is None:
+        return None
+    model = next(iter(models_of(pipe).values()))
+    return Tokens(grid_tokens(model, latent), argument(pipe, arguments, "max_sequence_length") or 0)
+
+
+def _latent(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Latent cells of a call of `pipe` along frames, height and width; None where sizes are left to the pipeline."""
+    frames, height, width = (argument(pipe, arguments, name) for name in ("num_frames", "height", "width"))
     compression = Compression.of(pipe)
     if compression is None or not height or not width:
         return None
-    model = next(iter(models_of(pipe).values()))
-    return Tokens(grid_tokens(model, compression.latent(frames or 1, height, width)), text or 0)
+    return compression.latent(frames or 1, height, width)
 
 
 def argument(pipe: Any, arguments: dict[str, Any], name: str) -> int | None:
@@ -67,15 +87,23 @@ def argument(pipe: Any, arguments: dict[str, Any], name: str) -> int | None:
 
 
 def preflight(pipe: Any, arguments: dict[str, Any], strategy: Any, schedule: Schedule) -> Estimate | None:
-    """What sparse attention can be expected to save of a call; None where its size or its steps are not known."""
-    counted, steps = tokens(pipe, arguments), argument(pipe, arguments, "num_inference_steps")
-    if counted is None or not steps:
+    """What sparse attention can be expected to save of a call.
+
+    None where the call's size or its steps are not known, or what the strategy will compute.
+    """
+    latent, steps = _latent(pipe, arguments), argument(pipe, arguments, "num_inference_steps")
+    counted = tokens(pipe, arguments)
+    if latent is None or counted is None or not steps:
         return None
-    return Estimate.before(flops(next(iter(models_of(pipe).values())), *counted), strategy, schedule, steps)
+    model = next(iter(models_of(pipe).values()))
+    seen = layout(model, latent, counted.text)
+    return Estimate.before(flops(model, *counted), strategy, schedule, steps, seen)
 
 
-def announce(expected: Estimate) -> str:
+def announce(expected: Estimate | None) -> str:
     """The line before a run."""
+    if expected is None:
+        return "expected speed-up: unknown (of this call's size and steps and the strategy's density, one is not known)"
     return (
         f"attention is {expected.attention_share:.0%} of your step; expected {expected.speedup:.1f}x "
         "(an estimate from the count of operations)"

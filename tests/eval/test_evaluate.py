@@ -23,7 +23,18 @@ from diffsparse_pipelines.prompts import read_prompts, read_seeds
 COMMAND = ["evaluate", "--model", "tiny-twin", "--steps", "4", "--block", "16", "--prompts", "2"]
 COMMAND += ["--strategy", "adaspa,random", "--sparsity", "0.5,0.8", "--searches", "2"]
 KEYS = {
-    *("model", "strategy", "arguments", "sparsity", "density", "sparse_density", "dense_steps", "psnr_db", "ssim"),
+    *(
+        "model",
+        "strategy",
+        "arguments",
+        "sparsity",
+        "density",
+        "work",
+        "sparse_density",
+        "dense_steps",
+        "psnr_db",
+        "ssim",
+    ),
     *("latent_cosine", "psnr_db_min", "dense_seconds", "seconds", "speedup", "attention_speedup", "dense_backend"),
     *("device", "dtype", "versions", "commit", "seed", "size", "prompt", "attention_share"),
 }
@@ -45,6 +56,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_of(out: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((out / "results.json").read_text())["rows"]
     return rows
+
+
+def test_rows_of_an_earlier_version_stand_beside_new_ones() -> None:
+    old, new = (
+        {"label": "a", "density": 0.5, "modes": {}},
+        {"label": "b", "density": 0.5, "work": 0.6, "modes": {"full": 1}},
+    )
+    assert report.flat([old, new]) == [
+        {"label": "a", "density": 0.5, "work": None},
+        {"label": "b", "density": 0.5, "work": 0.6},
+    ]
 
 
 def test_a_line_of_the_plot_goes_through_the_sparsities_of_a_strategy(results: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffsparse import AdaSpa, Dense, Random, Report, Schedule
+from diffsparse import GNA, AdaSpa, Compensated, Dense, Random, Report, Schedule
 from diffsparse.cli import main
 from diffsparse.cost import Flops
 from diffsparse.errors import ConfigError
@@ -28,6 +28,8 @@ def test_one_step_of_each_kind_is_looked_at() -> None:
     assert speed.looks(TWIN, AdaSpa()) == {"search": 9, "sparse": 10, "refresh": 29}
     assert speed.looks(TWIN, Dense()) == {"dense": 0}
     assert speed.looks(replace(TWIN, schedule=Schedule(0)), Random()) == {"sparse": 0}
+    tailed = speed.looks(TWIN, Compensated(AdaSpa(), "tail"))
+    assert tailed == {"search": 9, "tail": 10, "sparse": 11, "refresh": 29}
     assert speed.count_passes(TWIN, [AdaSpa(), Random()]) == 4 * (1 + 3 + 1)
 
 
@@ -47,6 +49,9 @@ def test_a_run_is_extrapolated_by_its_schedule() -> None:
     assert row["density"] == pytest.approx((10 + 40 * 0.2) / 50)
     assert row["sparse_step_seconds"] == 2 * 5
     assert row["expected_speedup"] == pytest.approx(1 / (0.4 + 0.6 * 19 / 50))
+    unknown = speed._row(TWIN, GNA((2, 2, 2)), typical, empty, Flops((6.0,), 4.0))
+    assert unknown["expected_speedup"] is None
+    assert speed._cell(unknown, "expected_speedup") == "unknown"
 
 
 def test_a_few_blocks_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,12 +101,15 @@ def test_the_command_writes_rows_without_fidelity(
         assert (row["weights"], row["psnr_db"], row["ssim"], row["recall"]) == ("random", None, None, None)
         assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["seconds"])
         assert 0 < row["attention_share"] < 1
+        assert row["expected_speedup"] > 0
         assert (row["steps"], row["size"], row["layers"]) == (10, "32x32x9", 2)
     dense, adaspa, random = rows
     assert dense["speedup"] == 1
     assert adaspa["refresh_step_seconds"] > 0
     assert random["refresh_step_seconds"] is None
     assert adaspa["density"] == pytest.approx((2 + 8 * adaspa["sparse_density"]) / 10, abs=1e-6)
+    assert adaspa["work"] == pytest.approx(adaspa["density"] + 2 * 0.5 / 10), "two mass passes"
+    assert (dense["work"], random["work"]) == (1, random["density"])
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.csv", "report.md"}
     monkeypatch.setattr(speed, "run", None)  # all rows are there: nothing is timed again
     call([*COMMAND, "--out", str(tmp_path)])

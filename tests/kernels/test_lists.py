@@ -146,6 +146,19 @@ def test_heads_keep_their_share_by_one_threshold(
     assert (flat >= exact[..., None] * 2 ** (-40 / 4000))[kept & ~best].all()
 
 
+def test_a_bin_counts_beyond_what_float32_can() -> None:
+    """24 heads of a long video hold more blocks than 2^24, and with `Digest` they are one histogram."""
+    many, few = 2**24 + 2**20, 2**19
+    mass = torch.cat([torch.ones(many), torch.full((few,), 0.5)])[None, None, None]
+    assert int(dk.select_heads(mass, (2**24 + 2**18) / (many + few)).sum()) == many
+
+
+@pytest.mark.parametrize(("density", "blocks", "kept"), [(0.7, 10, 7), (0.1, 30, 3), (0.25, 10, 3)])
+def test_a_share_is_rounded_up_once(density: float, blocks: int, kept: int) -> None:
+    mass = torch.arange(blocks, 0, -1.0)[None, None, None].exp2()
+    assert int(dk.select_heads(mass, density).sum()) == kept
+
+
 def test_heads_of_zero_and_nan_mass() -> None:
     assert dk.select_heads(torch.zeros(1, 1, 3, 3), 0.5).any(-1).all()
     assert dk.select_heads(torch.full((1, 1, 3, 3), torch.nan), 0.5).any(-1).all()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import diffsparse
-from diffsparse import AdaSpa, Compensated, Dense, Layout, Random, Schedule
+from diffsparse import GNA, AdaSpa, Compensated, Dense, Layout, Random, Schedule
 from diffsparse.errors import ConfigError
 from diffsparse.strategies import name_of, parse
 from support import exact
@@ -134,6 +134,7 @@ def test_names_and_knobs() -> None:
     one, two = parse("adaspa+means, random+tail", sparsity=0.7)
     assert (one, two) == (Compensated(AdaSpa(0.7)), Compensated(Random(0.7), "tail"))
     assert (name_of(one), one.sparsity, one.order) == ("adaspa+means", 0.7, "FHW")
+    assert Compensated(GNA((2, 2, 2))).sparsity is Compensated(Dense()).sparsity is None
     for wrong in ("adaspa+mean", "adaspa+means+tail", "digest+means"):
         with pytest.raises(ConfigError):
             parse(wrong)

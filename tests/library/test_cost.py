@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffsparse
-from diffsparse import AdaSpa, Dense, Random, Schedule
-from diffsparse.cost import Estimate, Flops, end_to_end, flops, kinds, passes
+from diffsparse import GNA, PARO, AdaSpa, Compensated, Dense, Digest, Layout, Random, Schedule, SparseVDiT
+from diffsparse.cost import Estimate, Flops, end_to_end, flops, kinds
+from diffsparse.plan import Plan, fingerprints
+from diffsparse.strategies.paro import pack
+from diffsparse.work import Outline, expected
 from support import tiny_transformers
+from support.tiny_pipelines import BUILDERS
 
 COUNTED = (
     "CogVideoXTransformer3DModel",
@@ -28,13 +36,10 @@ COUNTED = (
 )
 
 
-def units(strategy: object, schedule: Schedule, steps: int, density: float) -> float:
-    return sum(passes(kind, density) for kind in kinds(strategy, schedule, steps))
-
-
 def test_the_papers_run_costs_19_of_50_passes() -> None:
     """t_w + 1/2 + (T - t_w) d + r/2 with ten dense steps of 50, one later search, 80 % sparsity."""
-    assert units(AdaSpa(), Schedule(), 50, 0.2) == pytest.approx(19)
+    steps = expected(AdaSpa(), Outline.of(Schedule(), 50))
+    assert sum(step.work or 0 for step in steps) == pytest.approx(19)
     assert end_to_end(0.83, 50 / 19) == pytest.approx(2.07, abs=0.01)
     share = Flops((0.83,), 0.17)
     found = Estimate.before(share, AdaSpa(), Schedule(), 50)
@@ -44,29 +49,182 @@ def test_the_papers_run_costs_19_of_50_passes() -> None:
 
 
 def test_kinds_follow_the_schedule() -> None:
-    dense, search, sparse, refresh = "dense", "search", "sparse", "refresh"
+    dense, search, sparse, refresh, tail = "dense", "search", "sparse", "refresh", "tail"
     assert kinds(AdaSpa(searches=(3,)), Schedule(2, 1), 6) == [dense, search, sparse, refresh, sparse, dense]
     assert kinds(AdaSpa(searches=()), Schedule(0), 3) == [search, sparse, sparse]
     assert kinds(Random(), Schedule(1), 3) == [dense, sparse, sparse]
     assert kinds(Dense(), Schedule(), 3) == [dense] * 3
-    assert kinds(AdaSpa(0.0), Schedule(), 3) == [dense] * 3
-    assert kinds(AdaSpa(), Schedule(1.0), 3) == [dense] * 3
+    assert kinds(Random(0.0), Schedule(), 3) == [dense] * 3
+    assert kinds(AdaSpa(), Schedule(1.0), 3) == [dense, dense, search]
+    assert kinds(AdaSpa(), Schedule(9), 3) == kinds(AdaSpa(), Schedule(0, 1.0), 3) == [dense] * 3
+    tailed = Compensated(AdaSpa(searches=(4,)), "tail")
+    assert kinds(tailed, Schedule(2), 6) == [dense, search, tail, sparse, refresh, sparse]
+    assert kinds(Compensated(Random(), "tail"), Schedule(1), 4) == [dense, tail, sparse, sparse]
 
 
 @given(st.integers(1, 60), st.integers(0, 20), st.integers(0, 20), st.floats(0.01, 0.99))
 def test_no_run_beats_its_density(steps: int, first: int, last: int, sparsity: float) -> None:
-    found = Estimate.before(Flops((1.0,), 1.0), AdaSpa(sparsity), Schedule(first, last), steps)
-    assert found is not None
-    assert found.attention_speedup <= 1 / (1 - sparsity) + 1e-9
-    assert found.speedup <= 2
+    for strategy in (AdaSpa(sparsity), Digest(sparsity)):
+        found = Estimate.before(Flops((1.0,), 1.0), strategy, Schedule(first, last), steps)
+        assert found is not None
+        assert found.attention_speedup <= 1 / (1 - sparsity) + 1e-9
+        assert found.speedup <= 2
 
 
-def test_a_sparsity_that_only_the_run_will_show() -> None:
-    class Windows:
-        sparsity = None
+class Stranger:
+    """Says nothing of itself."""
 
-    assert kinds(Windows(), Schedule(1), 3) == ["dense", "sparse", "sparse"]
-    assert Estimate.before(Flops((1.0,), 1.0), Windows(), Schedule(1), 3) is None
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Any) -> Tensor:
+        return site.dense(q, k, v)
+
+
+class Windows(Stranger):
+    sparsity = None
+
+
+class Searching(Stranger):
+    sparsity = 0.5
+
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Any) -> Tensor:
+        return site.dense(q, k, v)
+
+
+class Telling(Stranger):
+    sparsity = 0.5
+
+
+def before(strategy: object, schedule: Schedule, steps: int = 3) -> Estimate | None:
+    return Estimate.before(Flops((1.0,), 1.0), strategy, schedule, steps)
+
+
+def test_what_is_not_known_is_not_estimated() -> None:
+    for strategy in (Stranger(), Windows(), GNA((2, 2, 2)), Compensated(Stranger()), Compensated(GNA(), "tail")):
+        wanted = "tail" if isinstance(strategy, Compensated) and strategy.by == "tail" else "sparse"
+        assert kinds(strategy, Schedule(1), 3) == ["dense", wanted, "sparse"]
+        assert before(strategy, Schedule(1)) is None
+    assert kinds(Searching(), Schedule(2), 3) == ["dense", "search", "sparse"]
+    assert before(Searching(), Schedule(2)) is None
+    told = before(Telling(), Schedule(0))
+    assert told is not None
+    assert told.attention_speedup == 2
+
+
+def test_compensation_costs_what_it_computes() -> None:
+    plain, means, tail = (
+        before(x, Schedule(3), 15) for x in (AdaSpa(), Compensated(AdaSpa()), Compensated(AdaSpa(), "tail"))
+    )
+    assert plain is not None
+    assert means is not None
+    assert tail is not None
+    # 3 + 1/2 dense, 12 sparse steps of 0.2, and half a pass for the search in step 9
+    assert plain.attention_speedup == pytest.approx(15 / 6.4)
+    assert means.attention_speedup == pytest.approx(15 / (6.4 + 12 * 0.8 / AdaSpa().block))
+    assert tail.attention_speedup == pytest.approx(15 / (6.4 + 2)), "a dense call beside the sparse one, twice"
+
+
+def test_a_plan_is_taken_at_its_masks_and_modes() -> None:
+    grid = Layout(4, 8, 8)
+    modes = torch.zeros(15, 4, dtype=torch.uint8)
+    vdit = partial(Plan, "sparse-vdit", {}, grid, {"sparsity": 0.75, "block": 64})
+    full = before(SparseVDiT(vdit({"t.l.modes": modes, "t.l.columns": torch.ones(4, 4) / 4})), Schedule(0), 15)
+    assert full is not None
+    assert full.attention_speedup == 1
+    modes[5:] = torch.tensor([0, 1, 2, 4], dtype=torch.uint8)  # full, skip, diagonal, stripe
+    mixed = before(SparseVDiT(vdit({"t.l.modes": modes, "t.l.columns": torch.ones(4, 4) / 4})), Schedule(0), 15)
+    assert mixed is not None
+    assert mixed.attention_speedup == pytest.approx(15 / (5 + 10 * (1 + 0 + 0.25 + 0.25) / 4))
+    masks = pack(torch.eye(4, dtype=torch.bool).expand(1, 2, 4, 4) | (torch.arange(2) == 1)[None, :, None, None])
+    settings = {"sparsity": 0.1, "block": 64, "orders": ["FHW"], "groups": 1}
+    plan = Plan("paro", {}, grid, settings, {"t.l.masks": masks, "t.l.orders": torch.zeros(2, dtype=torch.uint8)})
+    paro = before(PARO(plan), Schedule(0))
+    assert paro is not None
+    assert paro.attention_speedup == pytest.approx(1 / ((1 / 4 + 1) / 2)), "one head keeps a quarter, one all"
+
+
+STEPS, BLOCK = 8, 8
+SCHEDULE = Schedule(2, 1)
+
+
+def planned(pipe: Any, layout: Layout) -> tuple[PARO, SparseVDiT]:
+    """Plans for all layers of a pipeline: random masks and modes in three parts of the run."""
+    models = diffsparse.patch.models_of(pipe)
+    [(name, model)] = models.items()
+    layers = [f"{name}.{layer}" for layer, _ in diffsparse.patch.attentions(model)]
+    heads, blocks = next(module.heads for _, module in diffsparse.patch.attentions(model)), layout.grid.blocks(BLOCK)
+    settings: dict[str, Any] = {"sparsity": 0.7, "block": BLOCK, "orders": ["FHW"], "groups": 3}
+    masks = torch.rand(3, heads, blocks, blocks) < 0.4
+    masks[..., 0] = True
+    modes = torch.tensor([[0, 2, 3, 4], [1, 2, 2, 0], [4, 4, 3, 3]], dtype=torch.uint8)[:, :heads]
+    parts = {
+        "masks": pack(masks),
+        "orders": torch.zeros(heads, dtype=torch.uint8),
+        "modes": modes,
+        "columns": torch.rand(heads, blocks),
+    }
+    made = []
+    for strategy, names in (("paro", ("masks", "orders")), ("sparse-vdit", ("modes", "columns"))):
+        tensors = {f"{layer}.{what}": parts[what].clone() for layer in layers for what in names}
+        made.append(Plan(strategy, fingerprints(models), layout.grid, settings, tensors))
+    return PARO(made[0]), SparseVDiT(made[1])
+
+
+def compared(pipe: Any, layout: Layout) -> dict[str, tuple[Any, float]]:
+    """Every strategy, and what rounding and choice by mass leave open of its density."""
+    paro, vdit = planned(pipe, layout)
+    bare: dict[str, tuple[Any, float]] = {
+        "dense": (Dense(), 0),
+        "random": (Random(0.7, block=BLOCK), 0),
+        "adaspa": (AdaSpa(0.7, (4,), BLOCK, head_adaptive=False), 0),
+        "adaspa by head": (AdaSpa(0.7, block=BLOCK, recall_threshold=0), 0.5 / layout.blocks(BLOCK)),
+        "paro": (paro, 0.02 if layout.has_text else 0),
+        "sparse-vdit": (vdit, 0.02 if layout.has_text else 0),
+        "gna": (GNA(block=BLOCK), 0),
+    }
+    digests: dict[str, tuple[Any, float]] = {
+        "digest": (Digest(0.6, block=BLOCK), 0.06),
+        "digest without dense steps": (Digest(0.85, searches=(4,), block=BLOCK), 0.06),
+    }
+    wrapped: dict[str, tuple[Any, float]] = {
+        f"{name}+{by}": (Compensated(strategy, by), open_)
+        for name, (strategy, open_) in bare.items()
+        for by in ("means", "tail")
+        if name not in ("dense", "adaspa by head")
+    }
+    return bare | digests | wrapped
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
+def test_what_is_expected_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step by step: density, and work with mass passes, comparisons and tails; without text, and (less) with it."""
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 9.0)
+    pipe, call = BUILDERS[name]()
+    call |= {"height": 64, "width": 64, "num_inference_steps": STEPS, "output_type": "latent", "guidance_scale": 1.0}
+    pipe.set_progress_bar_config(disable=True)
+    seen = Seen()
+    with diffsparse.apply(pipe, seen, schedule=Schedule(0)):
+        pipe(**call)
+    for label, (strategy, open_) in compared(pipe, seen.layout).items():
+        if seen.layout.has_text and label.endswith("+tail"):
+            continue
+        steps = expected(strategy, Outline.of(SCHEDULE, STEPS, seen.layout))
+        with diffsparse.apply(pipe, strategy, schedule=SCHEDULE) as handle:
+            pipe(**call)
+        report = handle.report()
+        density, work = report.table("step"), report.table("step", "work")
+        for number, step in enumerate(steps):
+            where = f"{label}, step {number} of {[s.kind for s in steps]}"
+            slack = open_ * (2 if step.beside else 1) + 1e-6
+            assert density[str(number)] == pytest.approx(step.density, abs=slack), where
+            assert work[str(number)] == pytest.approx(step.work, abs=slack), where
+        assert report.work == pytest.approx(sum(step.work or 0 for step in steps) / STEPS, abs=open_ + 1e-6), label
+
+
+class Seen(Stranger):
+    layout: Layout
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Any) -> Tensor:
+        self.layout = site.layout
+        return super().attend(q, k, v, site)
 
 
 def test_dense_layers_count_as_dense() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ import diffsparse
 import diffsparse_kernels as kernels
 from diffsparse import AdaSpa, Digest, Layout, Schedule
 from diffsparse.errors import ConfigError
+from diffsparse.schedule import resolve
+from diffsparse.strategies.blocks import keep_count
 from diffsparse_eval import metrics
 from diffsparse_pipelines import tiny
 from diffsparse_pipelines.generate import generation
@@ -148,9 +151,38 @@ def test_dense_steps_blocks_and_means_add_up(sparsity: float, steps: int, first:
         return
     work = len(dense) + (left - len(dense)) * density + (1 + len(dense)) * density  # and what is computed to compare
     assert work == pytest.approx((1 - sparsity) * left)
-    assert len(dense) <= (1 - sparsity) * left / 2 < len(dense) + 1
+    assert len(dense) <= (1 - Fraction(str(sparsity))) * left / 2 < len(dense) + 1
     legs = [b - a for a, b in itertools.pairwise([first, *dense, steps])]
     assert max(legs) - min(legs) <= 1, "evenly spread"
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "steps", "first", "dense"),
+    [(0.8, 50, 9, 4), (0.9, 50, 9, 2), (0.9, 25, 4, 1), (0.8, 12, 1, 1), (0.8, 25, 4, 2), (0.9, 100, 19, 4)],
+)
+def test_no_refresh_is_lost_to_rounding(sparsity: float, steps: int, first: int, dense: int) -> None:
+    assert list(Digest(sparsity).search_steps(steps, first).values()) == [True] * dense
+
+
+@pytest.mark.parametrize("percent", range(5, 100, 5))
+def test_counts_are_those_of_exact_arithmetic(percent: int) -> None:
+    """Every count that comes of a share times a number, at usual lengths: against whole numbers alone."""
+    sparsity = percent / 100
+    for steps in range(4, 101):
+        warm = max(1, (20 * steps + 50) // 100)  # a fifth, halves up
+        assert resolve(sparsity, steps) == max(1, (percent * steps + 50) // 100)
+        assert Schedule().bounds(steps)[0] == warm
+        left = steps - warm
+        dense = (100 - percent) * left // 200
+        later = Digest(sparsity).search_steps(steps, warm - 1)
+        if dense:
+            legs = [-(-(2 * i * (left + 1) - (dense + 1)) // (2 * (dense + 1))) for i in range(1, dense + 1)]
+            assert later == {warm - 1 + leg: True for leg in legs}
+        else:
+            assert later == AdaSpa(searches=(0.4,)).search_steps(steps)
+        search = max((percent * steps + 50) // 100 - 1, 0)
+        assert AdaSpa(searches=(sparsity,)).search_steps(steps) == ({search: False} if steps > 10 else {})
+        assert keep_count(sparsity, steps) == max(1, ((100 - percent) * steps + 50) // 100)
 
 
 def test_what_is_missing_is_added_until_it_is_old() -> None:

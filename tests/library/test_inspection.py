@@ -105,6 +105,7 @@ def test_chosen_is_the_mass_inside_the_strategys_blocks(order: str) -> None:
     torch.testing.assert_close(view.density, mask.float().mean((0, 2, 3)))
     assert torch.equal(view.kept, mask.float().mean(0))
     assert view.own_orders == (order,) * 3
+    assert place._record.beside == 0, "looking is no work of the strategy's"
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def test_scores_and_sums_equal_plain_formulas() -> None:
     peaks = torch.tensor([[float(t.max() / t.mean()) for t in head] for head in flat])
     sums = Sums()
     PAROSearch(0.5, orders=("WHF",), block=block).watcher(0, sums).attend(q, k, v, site(layout, 1))
-    kept = max(1, round(0.5 * n * n))
+    kept = (n * n + 1) // 2
     got = sums.of("scores")["transformer.blocks.0.attn1"][:, 0]
     torch.testing.assert_close(got[0], mass.topk(kept).values.sum(-1).float())
     torch.testing.assert_close(got[1], mass.sum(-1).float())

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import diffsparse
-from diffsparse import Random, Schedule
-from diffsparse.errors import ConfigError
+from diffsparse import GNA, AdaSpa, Compensated, Random, Schedule
+from diffsparse.errors import BackendError, ConfigError
 from support.tiny_transformers import build, inputs, tensors
 
 ALWAYS = Schedule(dense_first=0)
@@ -19,7 +19,7 @@ def test_its_density_is_the_one_asked_for_and_its_seed_decides() -> None:
     for seed in (0, 0, 1):
         with diffsparse.apply(model, Random(0.5, seed=seed, block=8), schedule=ALWAYS) as handle:
             out = tensors(model, kwargs)[0]
-        assert handle.report().sparse_density == pytest.approx(4 / 9)  # half of 9 blocks, rounded to even
+        assert handle.report().sparse_density == pytest.approx(5 / 9)  # half of 9 blocks, rounded up
         assert torch.equal(outs.setdefault(seed, out), out)
     assert not torch.equal(outs[0], outs[1])
 
@@ -40,6 +40,15 @@ def test_text_is_always_kept() -> None:
     for mask in lists:  # 72 tokens of video, 6 of text in the last block
         assert mask[..., -1].all()
         assert mask[..., -1, :].all()
+
+
+def test_a_backend_that_nobody_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a strategy whose first question is how dense it may be."""
+    monkeypatch.setenv("DIFFSPARSE_BACKEND", "fast")
+    model, kwargs = build("WanTransformer3DModel"), inputs("WanTransformer3DModel")
+    for strategy in (Random(0.5, block=8), Compensated(Random(0.5, block=8)), GNA(block=8), AdaSpa(0.5, block=8)):
+        with diffsparse.apply(model, strategy, schedule=ALWAYS), pytest.raises(BackendError, match="called 'fast'"):
+            tensors(model, kwargs)
 
 
 @pytest.mark.parametrize("knobs", [{"seed": -1}, {"seed": 0.5}, {"sparsity": 1.0}, {"block": 0}])

@@ -40,6 +40,18 @@ def test_summary_adds_up():
     assert report.table()["3"] == pytest.approx(0.625)
 
 
+def test_work_counts_every_pass_over_the_keys():
+    book = ledger()
+    searching, choosing = book.calls[2], book.calls[4]
+    searching.beside += 0.5
+    choosing.beside += torch.tensor(0.25)
+    report = Report.of("S()", 2, [book])
+    assert report.work == pytest.approx(report.density + 0.75 / 8)
+    assert report.table("step", "work") == pytest.approx({"0": 1.0, "1": 1.25, "2": 0.75, "3": 0.625})
+    assert f"work               {report.work:.3f} of dense attention, searches included" in str(report)
+    assert Report.of("S()", 2, []).work == 1
+
+
 def test_modes_of_heads_and_notes():
     book = Ledger()
     for step, modes in enumerate((("full", "skip"), ("stripe", "skip"), ("full", "skip"))):

@@ -6,8 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import diffsparse
+from diffsparse import Dense
 from diffsparse.errors import ConfigError
+from diffsparse.patch import run_of
 from diffsparse.schedule import Schedule, resolve
+from support.tiny_transformers import build
 
 
 @pytest.mark.parametrize(("steps", "dense"), [(50, 10), (30, 6), (15, 3), (8, 2), (4, 1), (1, 1), (None, 1)])
@@ -18,7 +22,9 @@ def test_default_is_a_fifth_of_the_steps(steps, dense):
 def test_ints_are_steps_and_floats_are_shares():
     assert resolve(3, 50) == 3
     assert resolve(3, None) == 3
-    assert resolve(0.5, 9) == 4
+    assert resolve(0.5, 9) == 5
+    assert resolve(0.1, 25) == 3
+    assert resolve(0.1, 15) == 2
     assert resolve(1.0, 9) == 9
     assert resolve(0.0, 9) == resolve(0, 9) == 0
 
@@ -47,6 +53,14 @@ def test_describe():
 def test_bad_amounts_are_refused(amount):
     with pytest.raises(ConfigError, match="dense_first wants"):
         Schedule(dense_first=amount)
+
+
+@pytest.mark.parametrize("schedule", [0.2, 3, "0.2", Schedule, (1, 2)])
+def test_what_is_no_schedule_is_refused_at_the_door(schedule):
+    model = build("WanTransformer3DModel")
+    with pytest.raises(ConfigError, match=r"schedule wants a Schedule, such as .*; got "):
+        diffsparse.apply(model, Dense(), schedule=schedule)
+    assert run_of(model) is None
 
 
 @pytest.mark.parametrize("layers", [3, ("a",), [0]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def test_the_sparse_patterns(f: int, h: int, w: int, text: int, block: int, spar
     columns = torch.rand(4, blocks)
     mask = head_lists(torch.arange(1, 5), columns, layout, sparsity, block, CPU).to_mask()[0]
     for head, mode in enumerate((SKIP, DIAGONAL, MULTI_DIAGONAL, STRIPE)):
-        video = kept(mode, columns[head].tolist(), max(1, round((1 - sparsity) * blocks)), blocks)
+        keep = max(1, int((1 - Fraction(str(sparsity))) * blocks + Fraction(1, 2)))
+        video = kept(mode, columns[head].tolist(), keep, blocks)
         assert torch.equal(mask[head], with_text(video, mode, layout, block)), MODES[mode]
 
 

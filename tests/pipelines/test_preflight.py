@@ -10,10 +10,11 @@ import pytest
 from torch import Tensor
 
 import diffsparse
-from diffsparse import AdaSpa, Random, Schedule
+from diffsparse import GNA, AdaSpa, Layout, Random, Schedule
 from diffsparse.cli import main
+from diffsparse.simulate import simulate
 from diffsparse_pipelines import tiny
-from diffsparse_pipelines.preflight import Tokens, preflight, tokens
+from diffsparse_pipelines.preflight import Compression, Tokens, announce, layout, preflight, tokens
 from support.tiny_pipelines import BUILDERS, run
 
 
@@ -47,6 +48,29 @@ def test_sizes_of_the_embedded_model_and_sizes_that_nobody_knows() -> None:
     unsized = {key: value for key, value in call.items() if key != "height"}
     assert tokens(pipe, unsized) is None
     assert preflight(pipe, unsized, AdaSpa(), Schedule()) is None
+
+
+def test_windows_are_estimated_by_the_grid_and_what_is_unknown_is_said_to_be() -> None:
+    pipe, call = tiny.load("twin"), tiny.defaults("twin")
+    windows = GNA((3, 4, 4), block=16)
+    found = preflight(pipe, call, windows, Schedule(0))
+    assert found is not None
+    assert found.attention_speedup == pytest.approx(1 / simulate(windows.tiling((9, 8, 8))).density)
+    unknown = preflight(pipe, call, Layouts(), Schedule())
+    assert unknown is None
+    assert announce(unknown).startswith("expected speed-up: unknown")
+
+
+def test_text_of_joint_attention_is_in_the_layout() -> None:
+    pipe, call = BUILDERS["hunyuan_video"]()
+    seen = Layouts()
+    with diffsparse.apply(pipe, seen, schedule=Schedule(0)):
+        run(pipe, {**call, "num_inference_steps": 1})
+    counted = tokens(pipe, call)
+    assert counted is not None
+    latent = Compression.of(pipe).latent(call["num_frames"], call["height"], call["width"])  # type: ignore[union-attr]
+    assert layout(pipe.transformer, latent, counted.text) == seen.last
+    assert layout(tiny.load("twin").transformer, (9, 16, 16), 32) == Layout(9, 8, 8), "text only in cross-attention"
 
 
 def test_generate_says_what_to_expect_and_what_came(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
