@@ -10,7 +10,7 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,25 @@ def writable(path: str | Path) -> Path:
     return target
 
 
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None] | None = None) -> None:
+    """Prove, before any work, that all of a command's outputs can be written and none lies over another or an input.
+
+    Args:
+        outputs, inputs: files by what the user calls them, such as "--out"; None is not asked for.
+
+    Raises:
+        OutputFileError: one can't be written, or two are one file.
+    """
+    known = {os.path.realpath(path): name for name, path in (inputs or {}).items() if path is not None}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        target = str(writable(path))
+        if target in known:
+            raise OutputFileError(f"{known[target]} and {name} are one file, {path}; choose another for one of them")
+        known[target] = name
+
+
 def folder(path: str | Path) -> Path:
     """The folder `path`, made if it is missing and proven to take files.
 
@@ -122,22 +141,20 @@ def if_stopped(kept: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def read_text(path: str | Path, most: int = 64 * 2**20) -> str:
-    """A UTF-8 text of at most `most` bytes: what is larger is none of ours, and no memory is spent on it.
+def read_bytes(path: str | Path, most: int = 64 * 2**20) -> bytes:
+    """What a file holds, if that is at most `most` bytes: no memory is spent on what is none of ours.
 
     Raises:
-        InputFileError: it can't be read, is too large, or is no UTF-8.
+        InputFileError: it can't be read, or is larger.
     """
     try:
         with Path(path).open("rb") as file:
             data = file.read(most + 1)
-        if len(data) > most:
-            raise InputFileError(f"can't read {path}: it is larger than {most >> 20} MiB")
-        return data.decode()
-    except DiffsparseError:
-        raise
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputFileError(f"can't read {path}: {_reason(error)}") from error
+    if len(data) > most:
+        raise InputFileError(f"can't read {path}: it is larger than {most >> 20} MiB")
+    return data
 
 
 def write_text(text: str, path: str | Path) -> None:
