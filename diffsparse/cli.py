@@ -35,6 +35,15 @@ class _LazyGroup(TyperGroup):
         name, _, rest = super().resolve_command(ctx, args)
         return name, (load(name) if name else None), rest
 
+    def invoke(self, ctx: Any) -> Any:
+        """Ctrl-C ends in one line: what is kept and how to go on, as the command has noted (`files.if_stopped`)."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            kept = getattr(stop, "__notes__", None) or ["nothing was written"]
+            print(f"stopped: {'; '.join(kept)}", file=sys.stderr)
+            sys.exit(130)
+
 
 def load(name: str) -> Any:
     """The command behind a row of the table."""

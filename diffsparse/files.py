@@ -1,42 +1,99 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and locks for files that several processes write."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
+import json
 import os
+import secrets
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffsparse.errors import OutputFileError
+from diffsparse.errors import DiffsparseError, InputFileError, OutputFileError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PATIENCE = 60.0  # seconds that a lock is waited for; it is held while one file is written
 
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """Give a temporary sibling of `path` to write to; it takes the place of `path` only if the block succeeds.
 
+    Either file is whole at any moment, also if the process is killed or the machine stops. A link stays one.
+
     Raises:
         OutputFileError: the file or its folder can't be written.
     """
-    path = Path(path)
-    folder(path.parent)
-    number, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(number)
-    temporary = Path(name)
+    target = writable(path)
+    temporary = _name_beside(target)
     try:
+        _create(temporary)
         yield temporary
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        _to_disk(temporary)
+        os.replace(temporary, target)
+        with contextlib.suppress(OSError):  # not every system can wait for a folder
+            _to_disk(target.parent)
+    except DiffsparseError:
+        raise
     except OSError as error:
-        raise OutputFileError(f"can't write {path}: {error.strerror or error}") from error
+        if error.filename is not None and str(error.filename) not in (str(temporary), str(target)):
+            raise  # of some other file, which the block has touched
+        raise OutputFileError(f"can't write {path}: {_reason(error)}; what was there before is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def writable(path: str | Path) -> Path:
+    """The file that `path` leads to, proven to be one that can be written, so that no long work ends in vain.
+
+    Raises:
+        OutputFileError: a folder or a device has its name, the name is too long, or its folder takes no files.
+    """
+    target = Path(os.path.realpath(path))
+    folder(target.parent)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            mode = target.stat().st_mode
+            if not stat.S_ISREG(mode):
+                kind = "a folder" if stat.S_ISDIR(mode) else "a device"
+                raise OutputFileError(f"can't write {path}: {kind} has that name; choose another")
+        probe = _name_beside(target)
+        _create(probe)
+        probe.unlink()
+    except DiffsparseError:
+        raise
+    except OSError as error:
+        raise OutputFileError(f"can't write {path}: {_reason(error)}; choose another") from error
+    return target
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None] | None = None) -> None:
+    """Prove, before any work, that all of a command's outputs can be written and none lies over another or an input.
+
+    Args:
+        outputs, inputs: files by what the user calls them, such as "--out"; None is not asked for.
+
+    Raises:
+        OutputFileError: one can't be written, or two are one file.
+    """
+    known = {os.path.realpath(path): name for name, path in (inputs or {}).items() if path is not None}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        target = str(writable(path))
+        if target in known:
+            raise OutputFileError(f"{known[target]} and {name} are one file, {path}; choose another for one of them")
+        known[target] = name
+
+
 def folder(path: str | Path) -> Path:
-    """The folder `path`, made if it is missing and proven to take files, so that no long run ends in vain.
+    """The folder `path`, made if it is missing and proven to take files.
 
     Raises:
         OutputFileError: it can't be made or written to.
@@ -47,12 +104,97 @@ def folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
-        raise OutputFileError(f"can't write to the folder {path}: {error.strerror or error}; choose another") from error
+        raise OutputFileError(f"can't write to the folder {path}: {_reason(error)}; choose another") from error
 
 
-def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+@contextmanager
+def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
+    """Within: no other process is in such a block for `path`. The lock, a file beside it, ends with its process.
+
+    wait: for a block of the other process to end; if not, its being there is an error.
+
+    Raises:
+        OutputFileError: another process has the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    try:
+        lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=_PATIENCE if wait else 0)
+        lock.acquire()
+    except (Timeout, OSError, NotImplementedError) as error:
+        why = "another process is writing it; wait for it," if isinstance(error, Timeout) else f"{_reason(error)};"
+        raise OutputFileError(f"can't lock {path}: {why} or choose another") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def if_stopped(kept: Callable[[], str]) -> Iterator[None]:
+    """Within: Ctrl-C carries a note, `kept()`, of what is kept and how to go on; the command line shows it."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(kept())
+        raise
+
+
+def read_bytes(path: str | Path, most: int = 64 * 2**20) -> bytes:
+    """What a file holds, if that is at most `most` bytes: no memory is spent on what is none of ours.
+
+    Raises:
+        InputFileError: it can't be read, or is larger.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise InputFileError(f"can't read {path}: {_reason(error)}") from error
+    if len(data) > most:
+        raise InputFileError(f"can't read {path}: it is larger than {most >> 20} MiB")
+    return data
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a UTF-8 text, whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(value: Any, path: str | Path) -> None:
+    """Write plain values, whole or not at all; what is not plain becomes its `str`, and NaN is an error."""
+    write_text(json.dumps(value, indent=1, default=str, allow_nan=False) + "\n", path)
+
+
+def write_csv(rows: list[dict[str, Any]], path: str | Path) -> None:
     """Write rows of equal keys, whole or not at all."""
-    with whole(path) as temporary, temporary.open("w", newline="") as file:
+    with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _name_beside(path: Path) -> Path:
+    return path.with_name(f".{secrets.token_hex(6)}{path.suffix}")
+
+
+def _create(path: Path) -> None:
+    """An empty file with the mode that the umask leaves to any new one."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until what was written lies on the disk; some systems find only now that it is full."""
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    line = text.strip().splitlines()[0]
+    return f"{line}, make room" if isinstance(error, OSError) and error.errno in _FULL else line

@@ -16,7 +16,7 @@ from diffsparse.patch import attentions
 
 Heads = dict[str, tuple[int, ...]]  # attention module -> its heads, ascending; modules in the model's order
 
-_SPAN = r"\*|\d+(?:-\d+)?"
+_SPAN = r"\*|\d{1,6}(?:-\d{1,6})?"
 _SHORT = re.compile(rf"(?:(?P<stack>[A-Za-z_]\w*)\.)?(?P<block>{_SPAN})\.(?P<head>{_SPAN})")
 _LONG = re.compile(rf"(?P<module>[^:]+):(?P<head>{_SPAN})")
 _PATH = re.compile(r"(?P<stack>.+?)\.(?P<block>\d+)\..+")

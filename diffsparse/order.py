@@ -21,7 +21,7 @@ RASTER = "FHW"
 AUTO = "auto"
 AXES = tuple("".join(axes) for axes in itertools.permutations(RASTER))
 _SAMPLE = 32  # blocks that tell which order suits a head
-_TILE = re.compile(r"tile(\d+)x(\d+)x(\d+)")
+_TILE = re.compile(r"tile(\d{1,6})x(\d{1,6})x(\d{1,6})", re.ASCII)
 
 
 def check_order(order: str, *, auto: bool = False) -> None:

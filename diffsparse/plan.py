@@ -1,27 +1,32 @@
-"""What an offline search found: a JSON header and tensors in one safetensors file, tied to a model and a layout."""
+"""What an offline search found: a JSON header and tensors in one safetensors file, tied to a model and a layout.
+
+Plans are data from strangers: what is loaded is checked for its version, its digest, and each value against the others.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from types import EllipsisType
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
 from torch import Tensor
 
-from diffsparse.errors import InputFileError, PlanError
-from diffsparse.files import whole
+from diffsparse import sealed
+from diffsparse.errors import ConfigError, InputFileError, PlanError
 from diffsparse.layout import Layout
 from diffsparse.wrappers import class_of
 
 FILE = "plan.safetensors"
-_KEY = "diffsparse"
+_REMEDY = "wanted a file that `diffsparse calibrate` has written; calibrate again"
+_LONGEST = 2**20  # tokens along an axis
+_DTYPES = (torch.uint8, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +40,7 @@ class Plan:
     tensors: "transformer.blocks.0.attn1.masks" and so on: model, layer, what.
 
     Raises:
-        PlanError: a tensor holds NaN or infinity.
+        PlanError: values of other types, or a tensor that holds NaN or infinity.
     """
 
     strategy: str
@@ -45,14 +50,25 @@ class Plan:
     tensors: dict[str, Tensor]
 
     def __post_init__(self) -> None:
+        names = [self.strategy, *self.models, *self.models.values()] if isinstance(self.models, dict) else [None]
+        wanted = {
+            "strategy and models": all(isinstance(name, str) for name in names),
+            "layout": isinstance(self.layout, Layout) and _is_grid(self.layout),
+            "settings": isinstance(self.settings, dict) and _is_plain(self.settings),
+        }
+        for what, right in wanted.items():
+            if not right:
+                raise PlanError(f"the plan's {what} make no sense; {_REMEDY}")
         for name, tensor in self.tensors.items():
+            if tensor.dtype not in _DTYPES:
+                raise PlanError(f"the plan's tensor {name!r} is of {tensor.dtype}, which no plan holds; {_REMEDY}")
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise PlanError(f"the plan's tensor {name!r} holds NaN or infinity; calibrate again")
+                raise PlanError(f"the plan's tensor {name!r} holds NaN or infinity; {_REMEDY}")
 
     @cached_property
     def digest(self) -> str:
         """Twelve hex digits that tell this plan from others."""
-        return hashlib.sha256(self._header().encode() + save(self._sorted())).hexdigest()[:12]
+        return sealed.digest(self._header(), self.tensors)[:12]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.digest == other.digest
@@ -63,12 +79,9 @@ class Plan:
     def __repr__(self) -> str:
         return f"Plan({self.strategy!r}, {self.layout}, {self.digest})"
 
-    def _sorted(self) -> dict[str, Tensor]:
-        return {name: self.tensors[name].contiguous() for name in sorted(self.tensors)}
-
-    def _header(self) -> str:
+    def _header(self) -> dict[str, Any]:
         parts = {"strategy": self.strategy, "models": self.models, "layout": asdict(self.layout)}
-        return json.dumps({**parts, "settings": self.settings}, sort_keys=True)
+        return {**parts, "settings": self.settings}
 
     def save(self, path: str | Path) -> None:
         """Write the plan, whole or not at all.
@@ -76,26 +89,28 @@ class Plan:
         Raises:
             OutputFileError: the file can't be written.
         """
-        with whole(path) as temporary:
-            save_file(self._sorted(), temporary, metadata={_KEY: self._header()})
+        sealed.write(path, self._header(), self.tensors)
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
+        return sealed.to_bytes(self._header(), self.tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan.
 
         Raises:
-            InputFileError: no such file, or it is truncated or no plan. PlanError: its values make no sense.
+            InputFileError: no such file, or it can't be opened. PlanError: it is no plan, truncated, changed since it
+            was written, of a later release, or its values make no sense.
         """
+        header, tensors = sealed.read(path, "plan", _REMEDY)
+        layout = header.pop("layout", None)
+        if header.keys() != {"strategy", "models", "settings"} or not isinstance(layout, dict):
+            raise PlanError(f"{path} is no plan; {_REMEDY}")
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})[_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            layout = Layout(**header.pop("layout"))
-            return cls(layout=layout, tensors=tensors, **header)
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise InputFileError(
-                f"can't read the plan {path}: {error}; wanted a file that `diffsparse calibrate` has written"
-            ) from error
+            return cls(layout=Layout(**layout), tensors=tensors, **header)
+        except TypeError as error:
+            raise PlanError(f"{path}: the plan's layout makes no sense ({error}); {_REMEDY}") from error
 
     def check_models(self, models: dict[str, torch.nn.Module]) -> None:
         """Raise PlanError unless the plan was made for models of the same classes and configurations."""
@@ -136,37 +151,153 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return f"{class_of(model).__name__}:{digest}"
 
 
+def _heads_of(attention: torch.nn.Module) -> int | None:
+    counts = (getattr(attention, name, None) for name in ("heads", "num_heads", "n_heads"))
+    return next((count for count in counts if type(count) is int), None)
+
+
 def _names(models: dict[str, str]) -> str:
     return ", ".join(f"{name} {fingerprint}" for name, fingerprint in models.items())
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value means the same when it was written as JSON and read again."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def _is_grid(layout: Layout) -> bool:
+    """Whether a layout counts video tokens, and nothing else."""
+    edges = (layout.frames, layout.height, layout.width)
+    return all(type(edge) is int and 0 < edge <= _LONGEST for edge in edges) and layout == layout.grid
+
+
+Check = Callable[[str, Any], None]  # takes a setting's name and value; raises ConfigError
+
+
+def one_of(*known: Any) -> Check:
+    """A check: one of `known`, of the same type."""
+
+    def check(name: str, value: Any) -> None:
+        if not any(type(value) is type(choice) and value == choice for choice in known):
+            raise ConfigError(f"{name} wants one of {', '.join(map(str, known))}; got {value!r}")
+
+    return check
+
+
+def list_of(check_one: Check, most: int) -> Check:
+    """A check: a list of 1 to `most` values that pass `check_one`."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, list) or not 0 < len(value) <= most:
+            raise ConfigError(f"{name} wants a list of 1 to {most} values; got {value!r}")
+        for one in value:
+            check_one(name, one)
+
+    return check
+
+
+def optional(check_one: Check) -> Check:
+    """A check: None, or what passes `check_one`."""
+    return lambda name, value: None if value is None else check_one(name, value)
+
+
+class Part(NamedTuple):
+    """What one tensor of a layer has to be.
+
+    shape: None stands for the heads, which all tensors of a layer have in common, and ... for one or more.
+    below: values are whole numbers below this; without it they are finite numbers from 0 on.
+    needed: by every layer.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int | EllipsisType | None, ...]
+    below: int | None = None
+    needed: bool = True
+
+    def heads(self, tensor: Tensor) -> int:
+        """The number of heads of a tensor that is like this.
+
+        Raises:
+            ValueError: it is not.
+        """
+        fits = tensor.ndim == len(self.shape) and all(
+            have == want if isinstance(want, int) else have > 0
+            for have, want in zip(tensor.shape, self.shape, strict=True)
+        )
+        if tensor.dtype != self.dtype or not fits:
+            sizes = "x".join({None: "heads", ...: "any"}.get(size, str(size)) for size in self.shape)
+            raise ValueError(
+                f"wants {self.dtype} {sizes}; got {tensor.dtype} {'x'.join(map(str, tensor.shape)) or 'one number'}"
+            )
+        if tensor.numel() and (tensor.min() < 0 or (self.below is not None and tensor.max() >= self.below)):
+            most = "" if self.below is None else f" to {self.below - 1}"
+            raise ValueError(f"wants numbers from 0{most}; got {tensor.min()} to {tensor.max()}")
+        return tensor.shape[self.shape.index(None)]
+
+
 @dataclass(frozen=True, repr=False)
 class Planned(ABC):
-    """A strategy that is a plan: how it is loaded, saved and shared.
+    """A strategy that is a plan: how it is loaded, checked, saved and shared.
 
-    Subclasses say whose plans they read in `_plan_of`, which settings these have in `_settings`, and of how many kinds
-    the numbers in their tensors are in `_kinds`.
+    Subclasses say whose plans they read in `_plan_of`, which settings these need in `_needed`, what settings have to be
+    in `_settings`, and what tensors, in `_parts`.
     """
 
     plan: Plan
 
     _plan_of: ClassVar[str]
-    _settings: ClassVar[tuple[str, ...]]
+    _needed: ClassVar[frozenset[str]]
 
     def __post_init__(self) -> None:
         if self.plan.strategy != self._plan_of:
             raise PlanError(f"wanted a plan of strategy {self._plan_of!r}; got one of {self.plan.strategy!r}")
-        missing = [name for name in self._settings if name not in self.plan.settings]
-        if missing:
-            raise PlanError(f"the plan lacks the settings {', '.join(missing)}; calibrate again")
-        for what, kinds in self._kinds().items():
-            for name, tensor in self.plan.tensors.items():
-                if name.endswith(f".{what}") and int(tensor.max()) >= kinds:
-                    raise PlanError(f"the plan's tensor {name!r} holds numbers above {kinds - 1}; calibrate again")
+        self._check_settings()
+        self._check_tensors()
+
+    def _check_settings(self) -> None:
+        """All settings that are needed are there, none is strange, and each makes sense."""
+        settings, known = self.plan.settings, self._settings()
+        missing, strange = self._needed - settings.keys(), settings.keys() - known.keys()
+        for trouble, names in (("lacks", missing), ("has the strange", strange)):
+            if names:
+                raise PlanError(f"the plan {trouble} settings {', '.join(map(repr, sorted(names)))}; {_REMEDY}")
+        for name, value in settings.items():
+            try:
+                known[name](name, value)
+            except ConfigError as error:
+                raise PlanError(f"the plan's settings make no sense: {error}; {_REMEDY}") from error
+
+    def _check_tensors(self) -> None:
+        """Every tensor is a known part of a layer, every layer has the parts it needs, and all of them fit together."""
+        parts, layers = self._parts(self.plan.settings, self.plan.layout), dict[str, dict[str, int]]()
+        for name, tensor in self.plan.tensors.items():
+            layer, _, what = name.rpartition(".")
+            if not layer or what not in parts:
+                raise PlanError(f"the plan's tensor {name!r} is none of {', '.join(parts)} of a layer; {_REMEDY}")
+            try:
+                layers.setdefault(layer, {})[what] = parts[what].heads(tensor)
+            except ValueError as error:
+                raise PlanError(f"the plan's tensor {name!r} {error}; {_REMEDY}") from error
+        if not layers:
+            raise PlanError(f"the plan holds no tensors; {_REMEDY}")
+        for layer, found in layers.items():
+            missing = [what for what, part in parts.items() if part.needed and what not in found]
+            if missing:
+                raise PlanError(f"the plan lacks {', '.join(missing)} of {layer!r}; {_REMEDY}")
+            if len(set(found.values())) > 1:
+                raise PlanError(f"the plan's tensors of {layer!r} differ in their heads; {_REMEDY}")
+
+    @staticmethod
+    @abstractmethod
+    def _settings() -> dict[str, Check]:
+        """What each setting has to be, by its name."""
 
     @abstractmethod
-    def _kinds(self) -> dict[str, int]:
-        """Tensors by the end of their names, and the number of kinds that their values count."""
+    def _parts(self, settings: dict[str, Any], layout: Layout) -> dict[str, Part]:
+        """The tensors of a layer, by the end of their names."""
 
     @property
     def sparsity(self) -> float:
@@ -182,8 +313,17 @@ class Planned(ABC):
         return f"{type(self).__name__}({self.plan.settings}, plan {self.plan.digest})"
 
     def check(self, models: dict[str, torch.nn.Module]) -> None:
-        """Called by `diffsparse.apply`: raise PlanError if the plan is another model's."""
+        """Called by `diffsparse.apply`: raise PlanError if the plan is another model's, or of layers it doesn't have."""
         self.plan.check_models(models)
+        modules = {f"{name}.{path}": x for name, model in models.items() for path, x in model.named_modules()}
+        parts = self._parts(self.plan.settings, self.plan.layout)
+        for name, tensor in self.plan.tensors.items():
+            layer, _, what = name.rpartition(".")
+            if layer not in modules:
+                raise PlanError(f"the plan's layer {layer!r} is none of the model's; {_REMEDY}")
+            have, want = parts[what].heads(tensor), _heads_of(modules[layer])
+            if want is not None and have != want:
+                raise PlanError(f"the plan has {have} heads in {layer!r}, where the model has {want}; {_REMEDY}")
 
     @abstractmethod
     def facts(self) -> dict[str, str]:
@@ -194,7 +334,7 @@ class Planned(ABC):
         """The strategy of a plan file.
 
         Raises:
-            InputFileError: no such file, or it is truncated or no plan. PlanError: another strategy's plan.
+            InputFileError: no such file. PlanError: it is no plan that makes sense, or another strategy's.
         """
         return cls(Plan.load(path))
 
@@ -231,5 +371,4 @@ class Planned(ABC):
 
         hub = HfApi(token=token)
         repository = hub.create_repo(name, private=private, exist_ok=True).repo_id
-        data = save(self.plan._sorted(), metadata={_KEY: self.plan._header()})
-        return str(hub.upload_file(path_or_fileobj=data, path_in_repo=FILE, repo_id=repository))
+        return str(hub.upload_file(path_or_fileobj=self.plan.to_bytes(), path_in_repo=FILE, repo_id=repository))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from diffsparse import sealed
 from diffsparse.errors import ConfigError, InputFileError, PlanError
-from diffsparse.files import whole
+from diffsparse.files import read_bytes, write_json
 from diffsparse.heads import Heads, check_names, resolve
 from diffsparse.perturb import KINDS
 from diffsparse.plan import fingerprints
@@ -19,6 +20,8 @@ from diffsparse.schedule import check_amount
 from diffsparse.schedule import resolve as step_of
 
 BRANCHES = ("extra", "uncond")
+_REMEDY = 'wanted a JSON file that `diffsparse hunt` has written; one changed by hand goes without its entry "digest"'
+_MOST = 2**24  # bytes
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,11 @@ class Preset:
         for name in ("strength", "rescale"):
             _check_number(name, getattr(self, name), 1.0)
         _check_number("scale", self.scale, float("inf"))
+        _check_plain(self)
         for name in ("start", "stop"):
             check_amount(name, getattr(self, name))
         for name, known in (("kind", tuple(KINDS)), ("branch", BRANCHES)):
-            if getattr(self, name) not in known:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
                 raise ConfigError(f"{name} wants one of {', '.join(known)}; got {getattr(self, name)!r}")
         if self.kind == "self" and self.text:
             raise ConfigError("kind 'self' keeps the text as it is; leave text=False, or choose another kind")
@@ -101,31 +105,37 @@ class Preset:
         Raises:
             OutputFileError: the file can't be written.
         """
-        with whole(path) as temporary:
-            temporary.write_text(json.dumps({"diffsparse": "heads", **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        write_json({"diffsparse": "heads", **sealed.seal(asdict(self))}, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Preset:
-        """Read a preset.
+        """Read a preset. One that was written by hand has no entry "digest".
 
         Raises:
-            InputFileError: no such file, or no preset. ConfigError: its values make no sense.
+            InputFileError: no such file. PlanError: it is no preset, changed since it was written, of a later release,
+            or its values make no sense.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(values, dict) or values.pop("diffsparse", None) != "heads":
+            text = read_bytes(path, most=_MOST)
+        except InputFileError as error:
+            raise InputFileError(f"can't read the preset {path}: {error}; {_REMEDY}") from error
+        try:
+            values = sealed.plain(text)
+            if values.pop("diffsparse", None) != "heads":
                 raise ValueError('it has no entry "diffsparse": "heads"')
-            known = {f.name for f in fields(cls)}
-            strange = sorted(values.keys() - known)
+            sealed.check_format({"format": sealed.FORMAT, **values}, "preset", "hunt again")
+            if "digest" in values:
+                values = sealed.unseal(values)
+            values.pop("format", None)
+            strange = sorted(values.keys() - {f.name for f in fields(cls)})
             if strange:
                 raise ValueError(f"it has the strange entries {', '.join(strange)}")
-            return cls(**{**values, "heads": tuple(values["heads"])})
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputFileError(
-                f"can't read the preset {path}: {error}; wanted a JSON file that `diffsparse hunt` has written"
-            ) from error
+            heads = values.get("heads")
+            if not isinstance(heads, list) or not all(isinstance(head, str) for head in heads):
+                raise ValueError(f"heads wants a list of names; got {heads!r}")
+            return cls(**{**values, "heads": tuple(heads)})
+        except ValueError as error:
+            raise PlanError(f"can't read the preset {path}: {error}; {_REMEDY}") from error
 
     @classmethod
     def read(cls, given: Preset | str | Path | Sequence[str], **knobs: Any) -> Preset:
@@ -137,7 +147,21 @@ class Preset:
         return replace(given, **{name: value for name, value in knobs.items() if value is not None})
 
 
+def _check_plain(preset: Preset) -> None:
+    """Raise ConfigError unless the values without a range of their own are of their types."""
+    names = [*preset.models, *preset.models.values()] if isinstance(preset.models, dict) else [None]
+    wanted = {
+        "text": ("True or False", isinstance(preset.text, bool)),
+        "models": ("a fingerprint for each name", all(isinstance(name, str) for name in names)),
+        "about": ("a dictionary of plain values", isinstance(preset.about, dict)),
+    }
+    for name, (what, right) in wanted.items():
+        if not right:
+            raise ConfigError(f"{name} wants {what}; got {getattr(preset, name)!r}")
+
+
 def _check_number(name: str, value: Any, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most or value == float("inf"):
+    top = min(most, sys.float_info.max)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= top:
         wanted = f"a number in [0, {most:g}]" if most < float("inf") else "a number of at least 0"
         raise ConfigError(f"{name} wants {wanted}; got {value!r}")

@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from diffsparse import sealed
 from diffsparse.errors import ConfigError, InputFileError, PlanError
-from diffsparse.files import whole
+from diffsparse.files import if_stopped, locked, writable
 from diffsparse.layout import Layout
 from diffsparse.patch import apply, models_of
 from diffsparse.plan import Plan, fingerprints
 from diffsparse.schedule import Schedule
 from diffsparse.site import Site
-
-_KEY = "diffsparse"
 
 
 class Sums:
@@ -95,23 +92,28 @@ class _Progress:
         if not self.path.exists():
             return
         try:
-            with safe_open(self.path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})[_KEY])
-                self.sums.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            header, self.sums.tensors = sealed.read(self.path, "search", "delete it to begin anew")
+            key, self.done, layout = header["key"], header["done"], header["layout"]
+            self.sums.layout = None if layout is None else Layout(**layout)
+        except (PlanError, KeyError, TypeError) as error:
             raise InputFileError(f"can't read {self.path}: {error}; delete it to begin anew") from error
-        if header["key"] != self.key:
+        if key != self.key:
             raise ConfigError(
                 f"{self.path} is of a search with other settings; delete it, or choose another --out, to begin anew"
             )
-        self.done = header["done"]
-        self.sums.layout = Layout(**header["layout"])
 
     def save(self) -> None:
         layout = None if self.sums.layout is None else vars(self.sums.layout)
-        header = {"key": self.key, "done": self.done, "layout": layout}
-        with whole(self.path) as temporary:
-            save_file(self.sums.tensors, temporary, metadata={_KEY: json.dumps(header)})
+        sealed.write(self.path, {"key": self.key, "done": self.done, "layout": layout}, self.sums.tensors)
+
+    def kept(self, runs: int) -> str:
+        """What a search that is stopped leaves behind."""
+        return f"{self.done} of {runs} runs are kept in {self.path}; the same command goes on with the next"
+
+
+def partial(out: Path) -> Path:
+    """Where the work so far is kept until `out` is written."""
+    return out.with_name(f"{out.name}.partial")
 
 
 def calibrate(
@@ -135,27 +137,29 @@ def calibrate(
         after_run: told how many runs are done, at first those of an earlier attempt.
 
     Raises:
-        ConfigError: no calls, or the file beside `out` is of another search.
-        PlanError: the calls differ in size, or the pipeline never attended.
+        ConfigError: no calls, or the file beside `out` is of another search. OutputFileError: `out` can't be written, or
+        another process is at it. PlanError: the calls differ in size, or the pipeline never attended.
     """
     if not calls or len(calls) != len(names):
         raise ConfigError(f"a search wants one or more calls, each with a name; got {len(calls)} and {len(names)}")
+    writable(out)
     models = fingerprints(models_of(pipe))
     key = hashlib.sha256(json.dumps([repr(search), models, list(names)]).encode()).hexdigest()
-    progress = _Progress(out.with_name(f"{out.name}.partial"), key)
-    progress.load()
-    after_run(progress.done)
-    for number in range(progress.done, search.passes * len(calls)):
-        turn, call = divmod(number, len(calls))
-        with apply(pipe, search.watcher(turn, progress.sums), schedule=Schedule(dense_first=0)):
-            calls[call]()
-        progress.done = number + 1
-        progress.save()
+    progress, runs = _Progress(partial(out), key), search.passes * len(calls)
+    with locked(progress.path, wait=False), if_stopped(lambda: progress.kept(runs)):
+        progress.load()
         after_run(progress.done)
-    if progress.sums.layout is None:
-        raise PlanError("the runs held no self-attention over a token grid; there is nothing to plan")
-    settings, tensors = search.plan(progress.sums)
-    plan = Plan(search.strategy, models, progress.sums.layout, settings, tensors)
-    plan.save(out)
-    progress.path.unlink()
+        for number in range(progress.done, runs):
+            turn, call = divmod(number, len(calls))
+            with apply(pipe, search.watcher(turn, progress.sums), schedule=Schedule(dense_first=0)):
+                calls[call]()
+            progress.done = number + 1
+            progress.save()
+            after_run(progress.done)
+        if progress.sums.layout is None:
+            raise PlanError("the runs held no self-attention over a token grid; there is nothing to plan")
+        settings, tensors = search.plan(progress.sums)
+        plan = Plan(search.strategy, models, progress.sums.layout, settings, tensors)
+        plan.save(out)
+        progress.path.unlink()
     return plan

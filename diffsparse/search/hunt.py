@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from diffsparse.errors import ConfigError, InputFileError
-from diffsparse.files import whole
+from diffsparse.files import if_stopped, locked, read_bytes, writable, write_json
 from diffsparse.guidance import guide
 from diffsparse.patch import models_of
 from diffsparse.plan import fingerprints
 from diffsparse.preset import Preset
+from diffsparse.search.calibrate import partial
 from diffsparse.search.objectives import Frames, Objective
 
 Pair = tuple[str, int]  # prompt and seed
@@ -105,16 +106,16 @@ def hunt(
 
     Raises:
         ConfigError: a pool or list of pairs that is too small, scores that are no numbers or too many or few, or the
-        file beside `out` is of another hunt. The trials done are kept.
+        file beside `out` is of another hunt. The trials done are kept. OutputFileError: `out` can't be written, or another
+        process is at it.
     """
     hunter.check(pool)
     if not pairs:
         raise ConfigError("a hunt wants one or more pairs of prompt and seed; got none")
+    writable(out)
     models = fingerprints(models_of(pipe))
     key = hashlib.sha256(json.dumps([repr(hunter), models, list(pool), list(pairs), name]).encode()).hexdigest()
-    trials = _Trials(out.with_name(f"{out.name}.partial"), key)
-    trials.load()
-    after_trial(trials.done(hunter.rounds))
+    trials = _Trials(partial(out), key)
 
     def score(turn: int, label: str, heads: Sequence[str]) -> float:
         if label not in trials.of(turn):
@@ -127,15 +128,18 @@ def hunt(
             after_trial(trials.done(hunter.rounds))
         return _mean(trials.of(turn)[label])
 
-    score(hunter.rounds, UNGUIDED, ())
-    chosen: list[str] = []
-    for turn in range(hunter.rounds):
-        means = {head: score(turn, head, (*chosen, head)) for head in pool if head not in chosen}
-        chosen += sorted(means, key=lambda head: -means[head])[: hunter.k]
-    score(hunter.rounds, FINAL, chosen)
-    preset = hunter.preset(chosen, models=models, about={**(about or {}), **trials.summary(hunter, chosen)})
-    preset.save(out)
-    trials.path.unlink()
+    with locked(trials.path, wait=False), if_stopped(lambda: trials.kept(hunter, len(pool))):
+        trials.load()
+        after_trial(trials.done(hunter.rounds))
+        score(hunter.rounds, UNGUIDED, ())
+        chosen: list[str] = []
+        for turn in range(hunter.rounds):
+            means = {head: score(turn, head, (*chosen, head)) for head in pool if head not in chosen}
+            chosen += sorted(means, key=lambda head: -means[head])[: hunter.k]
+        score(hunter.rounds, FINAL, chosen)
+        preset = hunter.preset(chosen, models=models, about={**(about or {}), **trials.summary(hunter, chosen)})
+        preset.save(out)
+        trials.path.unlink()
     return preset
 
 
@@ -169,12 +173,16 @@ class _Trials:
 
     def add(self, turn: int, label: str, scores: list[float]) -> None:
         self.of(turn)[label] = scores
-        with whole(self.path) as temporary:
-            temporary.write_text(json.dumps({"key": self.key, "rounds": self.rounds}))
+        write_json({"key": self.key, "rounds": self.rounds}, self.path)
 
     def done(self, rounds: int) -> int:
         """Trials in the rounds that are done."""
         return sum(len(scores) for turn, scores in self.rounds.items() if turn != str(rounds))
+
+    def kept(self, hunter: HeadHunter, pool: int) -> str:
+        """What a hunt that is stopped leaves behind."""
+        done, trials = self.done(hunter.rounds), hunter.trials(pool)
+        return f"{done} of {trials} trials are kept in {self.path}; the same command goes on with the next"
 
     def load(self) -> None:
         """Go on where the file stopped, if there is one.
@@ -185,9 +193,9 @@ class _Trials:
         if not self.path.exists():
             return
         try:
-            kept = json.loads(self.path.read_text())
+            kept = json.loads(read_bytes(self.path))
             key, self.rounds = kept["key"], kept["rounds"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputFileError(f"can't read {self.path}: {error!r}; delete it to begin anew") from error
         if key != self.key:
             raise ConfigError(

@@ -15,8 +15,8 @@ from diffsparse.errors import ConfigError
 from diffsparse.order import AXES, HeadOrders, check_order
 from diffsparse.search.calibrate import Sums, is_look
 from diffsparse.site import Site
-from diffsparse.strategies.blocks import check_block, check_share, keep_count
-from diffsparse.strategies.paro import group_of, pack
+from diffsparse.strategies.blocks import check_block, check_count, check_share, keep_count
+from diffsparse.strategies.paro import MOST_ORDERS, group_of, pack
 from diffsparse_kernels import block_mass, default_block, incoherence, select_heads
 from diffsparse_kernels.lists import blocks_of
 from diffsparse_kernels.masks import each_head
@@ -71,9 +71,10 @@ class PAROSearch:
             raise ConfigError(f"alpha wants a number in [0, 1]; got {self.alpha!r}")
         if self.bits not in (16, 8, 4):
             raise ConfigError(f"bits wants 16, 8 or 4; got {self.bits!r}")
+        if len(self.orders) > MOST_ORDERS:
+            raise ConfigError(f"orders wants at most {MOST_ORDERS} of them; got {len(self.orders)}")
         for name in ("groups", "looks"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"{name} wants a whole number of at least 1; got {getattr(self, name)!r}")
+            check_count(name, getattr(self, name))
 
     def watcher(self, number: int, sums: Sums) -> Watcher:
         """Scores orders in the first pass, sums masses in the second."""

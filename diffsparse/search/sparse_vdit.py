@@ -17,7 +17,7 @@ from diffsparse.errors import ConfigError
 from diffsparse.search.calibrate import Sums, is_look
 from diffsparse.search.paro import Watcher
 from diffsparse.site import Site
-from diffsparse.strategies.blocks import check_block, check_share, keep_count
+from diffsparse.strategies.blocks import check_block, check_count, check_number, check_share, keep_count
 from diffsparse.strategies.paro import group_of
 from diffsparse.strategies.sparse_vdit import FULL, MODES, SKIP, head_lists, head_orders
 from diffsparse_kernels import block_mass, block_sparse_attention, default_block
@@ -72,16 +72,14 @@ class SparseVDiTSearch:
         check_share("sparsity", self.sparsity)
         check_block(self.block)
         for name in ("epsilon", "weight"):
-            if not isinstance(getattr(self, name), int | float) or not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} wants a number of at least 0; got {getattr(self, name)!r}")
+            check_number(name, getattr(self, name))
         if not isinstance(self.modes, tuple) or not self.modes or not set(self.modes) <= set(MODES[1:]):
             raise ConfigError(f"modes wants a tuple of one or more of {', '.join(MODES[1:])}; got {self.modes!r}")
         if self.cost not in ("sparsity", "time"):
             raise ConfigError(f"cost wants 'sparsity' or 'time'; got {self.cost!r}")
-        for name in ("groups", "looks"):
-            value = getattr(self, name)
-            if not (name == "groups" and value is None) and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} wants a whole number of at least 1; got {value!r}")
+        check_count("looks", self.looks)
+        if self.groups is not None:
+            check_count("groups", self.groups)
 
     def watcher(self, number: int, sums: Sums) -> Any:
         """Sums up the mass of key blocks in the first pass, chooses and follows in the second."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 from diffsparse.errors import ConfigError
 from diffsparse.layout import Layout
 from diffsparse.shares import exact, nearest
+
+MOST_BLOCK = 4096  # tokens: a larger one is attention over all of them, at the price of padding
+
 
 
 def check_share(name: str, value: float) -> None:
@@ -16,9 +20,21 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_block(block: int) -> None:
-    """Raise ConfigError unless `block` is a positive whole number of tokens."""
-    if not isinstance(block, int) or isinstance(block, bool) or block < 1:
-        raise ConfigError(f"block wants a positive number of tokens, such as 64 or 128; got {block!r}")
+    """Raise ConfigError unless `block` is a positive whole number of tokens, and none beyond all use."""
+    if not isinstance(block, int) or isinstance(block, bool) or not 1 <= block <= MOST_BLOCK:
+        raise ConfigError(f"block wants a number of tokens from 1 to {MOST_BLOCK}, such as 64 or 128; got {block!r}")
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise ConfigError unless `value` is a positive whole number."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} wants a whole number of at least 1; got {value!r}")
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise ConfigError unless `value` is a finite number of at least 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ConfigError(f"{name} wants a number of at least 0; got {value!r}")
 
 
 def keep_count(sparsity: float | Fraction, blocks: int) -> int:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffsparse.order import HeadOrders
-from diffsparse.plan import Planned
+from diffsparse.layout import Layout
+from diffsparse.order import HeadOrders, check_order
+from diffsparse.plan import Check, Part, Planned, list_of, one_of
 from diffsparse.site import Site
-from diffsparse.strategies.blocks import with_text
+from diffsparse.strategies.blocks import check_block, check_count, check_number, check_share, with_text
 from diffsparse.work import Outline, Step
 from diffsparse_kernels import BlockLists
 
+MOST_ORDERS = 256  # their numbers are bytes
 MEASURED = ("queries", "keys", "map")  # whose incoherence is in the plan
 
 
@@ -36,7 +39,7 @@ class PARO(Planned):
     """
 
     _plan_of = "paro"
-    _settings = ("sparsity", "block", "orders", "groups")
+    _needed = frozenset({"sparsity", "block", "orders", "groups"})
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Block-sparse attention over q, k, v [B, H, N, D] in each head's order."""
@@ -68,8 +71,25 @@ class PARO(Planned):
         kept = sum(int.from_bytes(bits.numpy().tobytes()).bit_count() for bits in masks)
         return kept / (blocks**2 * sum(map(len, masks)))
 
-    def _kinds(self) -> dict[str, int]:
-        return {"orders": len(self.plan.settings["orders"])}
+    @staticmethod
+    def _settings() -> dict[str, Check]:
+        return {
+            "sparsity": check_share,
+            "block": lambda _, block: check_block(block),
+            "orders": list_of(lambda _, order: check_order(order), most=MOST_ORDERS),
+            "groups": check_count,
+            "metric": one_of("recall", "paper"),
+            "alpha": check_number,
+            "bits": one_of(16, 8, 4),
+        }
+
+    def _parts(self, settings: dict[str, Any], layout: Layout) -> dict[str, Part]:
+        bits = layout.blocks(settings["block"]) ** 2
+        return {
+            "orders": Part(torch.uint8, (None,), below=len(settings["orders"])),
+            "masks": Part(torch.uint8, (settings["groups"], None, -(-bits // 8))),
+            "incoherence": Part(torch.float32, (2, len(MEASURED), None), needed=False),
+        }
 
     def facts(self) -> dict[str, str]:
         """How many heads have each order; where bits are few, the mean incoherence before and after reordering."""

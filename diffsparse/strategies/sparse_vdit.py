@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from diffsparse.layout import Layout
 from diffsparse.order import RASTER, HeadOrders
-from diffsparse.plan import Planned
+from diffsparse.plan import Check, Part, Planned, list_of, one_of, optional
 from diffsparse.site import Site
-from diffsparse.strategies.blocks import keep_count, with_text
+from diffsparse.strategies.blocks import check_block, check_count, check_number, check_share, keep_count, with_text
 from diffsparse.strategies.paro import group_of
 from diffsparse.work import Outline, Step
 from diffsparse_kernels import BlockLists, select_rows
@@ -49,7 +50,7 @@ class SparseVDiT(Planned):
     """
 
     _plan_of = "sparse-vdit"
-    _settings = ("sparsity", "block")
+    _needed = frozenset({"sparsity", "block"})
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Attention over q, k, v [B, H, N, D], each head by its mode."""
@@ -106,8 +107,24 @@ class SparseVDiT(Planned):
         shares = {FULL: 1.0, SKIP: text}
         return sum(shares.get(mode, kept) for mode in modes) / len(modes)
 
-    def _kinds(self) -> dict[str, int]:
-        return {"modes": len(MODES)}
+    @staticmethod
+    def _settings() -> dict[str, Check]:
+        return {
+            "sparsity": check_share,
+            "block": lambda _, block: check_block(block),
+            "groups": optional(check_count),
+            "modes": list_of(one_of(*MODES[1:]), most=len(MODES)),
+            "costs": list_of(check_number, most=len(MODES)),
+            "cost": one_of("sparsity", "time"),
+            **dict.fromkeys(("epsilon", "weight"), check_number),
+            "looks": check_count,
+        }
+
+    def _parts(self, settings: dict[str, Any], layout: Layout) -> dict[str, Part]:
+        return {
+            "modes": Part(torch.uint8, (settings.get("groups") or ..., None), below=len(MODES)),
+            "columns": Part(torch.float32, (None, layout.blocks(settings["block"]))),
+        }
 
     def facts(self) -> dict[str, str]:
         """Share of heads, layers and steps in each mode."""

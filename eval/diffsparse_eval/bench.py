@@ -291,7 +291,7 @@ def bench(
     """Time the attention kernels beside torch's dense ones: same tensors, same process, results checked first."""
     import torch
 
-    from diffsparse.files import folder
+    from diffsparse.files import if_stopped, writable
     from diffsparse_pipelines.progress import say, track
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -304,16 +304,17 @@ def bench(
     out = Path(f"bench-{suite}.csv") if suite and out is None else out
     if out is not None:
         _check_out(out)
-        folder(out.parent)
+        writable(out)
     if rounds < 1:
         raise ConfigError(f"--rounds wants at least 1; got {rounds}")
     named = _named(backend, device)
     rows: list[Row] = []
     troubles = Troubles()
-    for case in track(cases, "cases"):
-        rows += measure(case, device, named, rounds, troubles)
-        if out is not None and rows:
-            _write(rows, out)  # what is measured stays, whatever comes next
+    with if_stopped(lambda: f"{len(rows)} rows are in {out}" if out is not None and rows else "no row is kept"):
+        for case in track(cases, "cases"):
+            rows += measure(case, device, named, rounds, troubles)
+            if out is not None and rows:
+                _write(rows, out)  # what is measured stays, whatever comes next
     _show(rows, troubles)
     if out is not None and rows:
         say(f"{len(rows)} rows are in {out}")
@@ -371,14 +372,11 @@ def _check_out(out: Path) -> None:
 
 
 def _write(rows: list[Row], out: Path) -> None:
-    import json
-
-    from diffsparse.files import whole, write_csv
+    from diffsparse.files import write_csv, write_json
 
     if out.suffix == ".csv":
         return write_csv(rows, out)
-    with whole(out) as temporary:
-        temporary.write_text(json.dumps({"rows": rows}, indent=1))
+    write_json({"rows": rows}, out)
 
 
 def _show(rows: list[Row], troubles: Troubles) -> None:

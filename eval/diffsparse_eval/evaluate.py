@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffsparse.preset import Preset
 
 _RANDOM = "Speed without weights"
+FILES = ("results.json", "results.csv", "report.md", "sheet.png", "tradeoff.png")  # and a video for each row
 
 
 def evaluate(
@@ -115,7 +116,7 @@ def _evaluate(
     out: Path,
     overwrite: bool,
 ) -> None:
-    from diffsparse.files import folder
+    from diffsparse.files import if_stopped, writable
     from diffsparse_eval import report
     from diffsparse_eval.experiment import Experiment, Results, run
     from diffsparse_eval.pictures import write_sheet, write_tradeoff
@@ -125,7 +126,8 @@ def _evaluate(
 
     console = terminal()
     _, family = families.resolve(model)
-    folder(out)
+    for name in FILES:
+        writable(out / name)
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading)
     arguments = call_arguments(pipe, families.defaults(model), chosen)
@@ -133,7 +135,7 @@ def _evaluate(
     results = Results(out, experiment.settings(pipe), overwrite)
     if results.rows:
         console.print(f"going on with {len(results.rows)} rows of {results.path}", soft_wrap=True)
-    with bar(console) as progress:
+    with if_stopped(results.kept), bar(console) as progress:
         for row in run(experiment, pipe, results, progress):
             progress.console.print(_line(row), highlight=False, soft_wrap=True)
     wanted = [results.find(p, s, x) for p, s, listed in experiment.jobs() for x in listed]
@@ -161,6 +163,7 @@ def _foretell(
     overwrite: bool,
 ) -> None:
     from diffsparse import Dense
+    from diffsparse.files import if_stopped, writable
     from diffsparse_eval import speed
     from diffsparse_eval.experiment import Results
     from diffsparse_pipelines import families
@@ -184,10 +187,12 @@ def _foretell(
         number_format,
         place,
     )
+    for name in FILES[:3]:
+        writable(out / name)
     results = Results(out, trial.settings(), overwrite)
     missing = [x for x in dict.fromkeys([Dense(), *compared]) if results.find("", 0, x) is None]
     if missing:
-        with bar(console) as progress:
+        with if_stopped(results.kept), bar(console) as progress:
             task = progress.add_task("passes", total=speed.count_passes(trial, missing))
             for row in speed.run(trial, missing, lambda: progress.advance(task)):
                 results.add(row)

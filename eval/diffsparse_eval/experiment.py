@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import diffsparse
 from diffsparse import Dense, Handle, Preset, Schedule
 from diffsparse.errors import ConfigError, InputFileError
-from diffsparse.files import folder, whole
+from diffsparse.files import folder, locked, read_bytes, write_json
 from diffsparse.plan import Planned
 from diffsparse.search import SEARCHES
 from diffsparse.strategies import Compensated, name_of
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 RESULTS = "results.json"
+_KEY = ("prompt", "seed", "arguments")  # tells the runs of an experiment apart
+_LONGEST = 120  # letters of a file's name
 _HEADS = "+heads"  # after the name of a strategy that runs under head guidance
 Row = dict[str, Any]
 
@@ -92,21 +95,35 @@ class Experiment:
 
 
 class Results:
-    """The rows of one experiment and the folder they live in: `results.json` is whole after each row."""
+    """The rows of one experiment and the folder they live in: `results.json` is whole after each row.
+
+    Several processes may add rows of one experiment to a folder at the same time.
+    """
 
     def __init__(self, out: Path, settings: dict[str, Any], overwrite: bool = False) -> None:
         self.out, self.settings, self.rows = folder(out), settings, []
         self.path = self.out / RESULTS
-        if self.path.exists() and not overwrite:
+        with locked(self.path):
+            if overwrite and self.path.exists():
+                self._write()
             self.rows = self._read()
 
     rows: list[Row]
 
+    def kept(self) -> str:
+        """What a run that is stopped leaves behind."""
+        rows = "1 row is" if len(self.rows) == 1 else f"{len(self.rows)} rows are"
+        return f"{rows} in {self.path}; the same command goes on with the next"
+
     def _read(self) -> list[Row]:
+        if not self.path.exists():
+            return []
         try:
-            kept = json.loads(self.path.read_text())
+            kept = json.loads(read_bytes(self.path, most=2**30))
             settings, rows = kept["settings"], kept["rows"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(row, dict) and row.keys() >= set(_KEY) for row in rows):
+                raise ValueError(f"rows without {', '.join(_KEY)}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputFileError(
                 f"can't read {self.path}: {error!r}; choose another --out or use --overwrite"
             ) from error
@@ -121,18 +138,21 @@ class Results:
     def find(self, prompt: str, seed: int, strategy: Any) -> Row | None:
         """The row of a run that is done."""
         wanted = (prompt, seed, repr(strategy))
-        return next((r for r in self.rows if (r["prompt"], r["seed"], r["arguments"]) == wanted), None)
+        return next((row for row in self.rows if _key(row) == wanted), None)
 
     def add(self, row: Row) -> None:
-        """Keep a row, on disk too."""
-        self.rows.append(row)
-        self.write()
+        """Keep a row, on disk too, beside those that other processes have added meanwhile."""
+        with locked(self.path):
+            self.rows = list({_key(known): known for known in [*self._read(), *self.rows, row]}.values())
+            self._write()
 
-    def write(self) -> None:
-        """Write `results.json`."""
+    def _write(self) -> None:
         kept = {"settings": self.settings, "definitions": metrics.DEFINITIONS, "rows": self.rows}
-        with whole(self.path) as temporary:
-            temporary.write_text(json.dumps(kept, indent=1, default=str, allow_nan=False) + "\n")
+        write_json(kept, self.path)
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in _KEY)
 
 
 def run(experiment: Experiment, pipe: Any, results: Results, progress: Progress) -> Iterator[Row]:
@@ -153,7 +173,8 @@ def run(experiment: Experiment, pipe: Any, results: Results, progress: Progress)
         call = {**experiment.arguments, "prompt": prompt}
         dense = generation(pipe, call, seed, progress)
         progress.advance(task)
-        run_name = f"p{number // len(experiment.seeds):02}-s{seed}"
+        which = hashlib.sha256(prompt.encode()).hexdigest()[:6]  # other prompts may share the folder
+        run_name = f"p{number // len(experiment.seeds):02}-{which}-s{seed}"
         dense_file = _save(experiment, results.out, f"dense {run_name}", dense)
         for strategy in missing:
             row, sparse = _row(experiment, pipe, call, seed, strategy, dense, progress)
@@ -280,7 +301,10 @@ def dense_backend(report: diffsparse.Report) -> str:
 
 def _save(experiment: Experiment, out: Path, stem: str, result: Generation) -> str:
     """Write the frames under a name that every file system takes; returns it."""
-    name = re.sub(r"[^\w.=-]+", "-", stem) + (".png" if len(result.frames) == 1 else ".mp4")
+    name = re.sub(r"[^\w.=-]+", "-", stem)
+    if len(name) > _LONGEST:
+        name = f"{name[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    name += ".png" if len(result.frames) == 1 else ".mp4"
     media.save(result.frames, out / name, experiment.fps)
     return name
 

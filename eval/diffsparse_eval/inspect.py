@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from diffsparse.inspection import Inspector, LayerView
 
 Row = dict[str, Any]
+FILES = ("inspect.json", "recall.csv", "recall.png", "orders.png")  # and maps-*.png, one a layer
 
 
 def inspect(
@@ -93,7 +93,7 @@ def _inspect(
 ) -> None:
     import diffsparse
     from diffsparse import Dense, Schedule
-    from diffsparse.files import folder
+    from diffsparse.files import if_stopped, writable
     from diffsparse.inspection import Inspector
     from diffsparse.inspection import looks as steps_to_look_at
     from diffsparse.strategies import parse
@@ -109,7 +109,8 @@ def _inspect(
         raise ConfigError(f"inspect wants one strategy; got {name!r}")
     strategy = strategies[0]
     schedule = Schedule(0) if strategy == Dense() else plan
-    folder(out)
+    for name in FILES:
+        writable(out / name)
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading)
     arguments = call_arguments(pipe, families.defaults(model), chosen)
@@ -136,7 +137,7 @@ def _inspect(
         "prompts": list(texts),
         "seed": seed,
     }
-    with console.status("drawing"):
+    with console.status("drawing"), if_stopped(lambda: f"what is drawn so far is in {out}"):
         write(views, facts, out)
     console.print(table(views))
     console.print(_legend(facts), highlight=False)
@@ -188,12 +189,11 @@ def _head_rows(view: LayerView) -> list[Row]:
 
 def write(views: list[LayerView], facts: dict[str, Any], out: Path) -> None:
     """Write pictures, `inspect.json` and `recall.csv` into `out`, each whole or not at all."""
-    from diffsparse.files import whole, write_csv
+    from diffsparse.files import write_csv, write_json
     from diffsparse_eval import charts
 
     found = rows(views)
-    with whole(out / "inspect.json") as temporary:
-        temporary.write_text(json.dumps({**facts, "rows": found}, indent=1, allow_nan=False) + "\n")
+    write_json({**facts, "rows": found}, out / "inspect.json")
     write_csv(found, out / "recall.csv")
     charts.save(charts.recall(views, facts), out / "recall.png")
     charts.save(charts.orders(views, facts), out / "orders.png")

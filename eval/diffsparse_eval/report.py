@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from diffsparse.files import whole, write_csv
+from diffsparse.files import write_csv, write_text
 from diffsparse_eval.metrics import DEFINITIONS, mean_and_interval
 
 Row = dict[str, Any]
@@ -108,12 +108,12 @@ def write(rows: list[Row], out: Path) -> None:
     """Write `results.csv` and `report.md` into `out`."""
     write_csv(flat(rows), out / "results.csv")
     heads = "".join(_heads(label, group[0]) for label, group in groups(rows).items() if group[0].get("heads"))
-    with whole(out / "report.md") as temporary:
-        temporary.write_text(
-            f"# {rows[0]['model']}: sparse beside dense\n\n{facts(rows)}\n\n{markdown(rows)}\n\n"
-            f"Mean ± half-width of the 95 % confidence interval over prompts and seeds.\n{heads}\n"
-            f"## Columns\n{meanings(DEFINITIONS)}\n"
-        )
+    write_text(
+        f"# {rows[0]['model']}: sparse beside dense\n\n{facts(rows)}\n\n{markdown(rows)}\n\n"
+        f"Mean ± half-width of the 95 % confidence interval over prompts and seeds.\n{heads}\n"
+        f"## Columns\n{meanings(DEFINITIONS)}\n",
+        out / "report.md",
+    )
 
 
 def _heads(label: str, row: Row) -> str:

@@ -18,7 +18,7 @@ import diffsparse
 from diffsparse import Dense, Report, Schedule
 from diffsparse.cost import Estimate, Flops, flops, kinds
 from diffsparse.errors import ConfigError
-from diffsparse.files import whole, write_csv
+from diffsparse.files import write_csv, write_text
 from diffsparse.layout import Layout
 from diffsparse.report import elapsed, mark
 from diffsparse.work import KINDS, Kind
@@ -314,8 +314,7 @@ def write(rows: list[Row], out: Path) -> None:
     heads = ["strategy", *(heading for heading, _ in COLUMNS.values())]
     lines = [[row["label"], *(_cell(row, column) for column in COLUMNS)] for row in rows]
     title = f"# {rows[0]['model']}: speed without weights\n\n{facts(rows)}\n\n"
-    with whole(out / "report.md") as temporary:
-        temporary.write_text(f"{title}{as_markdown(heads, lines)}\n\n## Columns\n{meanings(DEFINITIONS)}\n")
+    write_text(f"{title}{as_markdown(heads, lines)}\n\n## Columns\n{meanings(DEFINITIONS)}\n", out / "report.md")
 
 
 def facts(rows: list[Row]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffsparse.errors import ConfigError
-from diffsparse.files import whole
+from diffsparse.files import folder, locked, write_json
 from diffsparse_eval.suites import Case
 from diffsparse_eval.timing import seconds_of
 from diffsparse_kernels import BlockLists, backends, block_sparse_attention, forget_measurements
@@ -164,8 +163,9 @@ def _tile_seconds(qkv: QKV, lists: BlockLists, tiles: list[Tile], rounds: int) -
 def _keep(name: str, rows: list[Row]) -> Path:
     """Write rows beside those of other devices."""
     path, mine = cache_folder() / name, {row["device"] for row in rows}
-    kept = [row for row in read_rows(name) if row["device"] not in mine]
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(kept + rows, indent=1))
+    folder(path.parent)
+    with locked(path):
+        kept = [row for row in read_rows(name) if row["device"] not in mine]
+        write_json(kept + rows, path)
     forget_measurements()
     return path

@@ -117,13 +117,15 @@ def _search(name: str, knobs: dict[str, Any]) -> Any:
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    from diffsparse.files import folder
+    from diffsparse.files import writable
+    from diffsparse.search.calibrate import partial
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out wants a .safetensors file; got {out.name!r}")
+    writable(out)
+    writable(partial(out))
     if out.exists() and not overwrite:
         raise OutputFileError(f"{out} exists; choose another --out or use --overwrite")
-    folder(out.parent)
 
 
 def _calibrate(

@@ -195,7 +195,7 @@ def _generate(
     sheet: Path | None,
 ) -> None:
     import diffsparse
-    from diffsparse.files import folder
+    from diffsparse.files import check_outputs
     from diffsparse.strategies import parse
     from diffsparse_pipelines import families, media
     from diffsparse_pipelines.preflight import announce, argument, compare, preflight
@@ -207,12 +207,9 @@ def _generate(
     if len(strategies) != 1:
         raise ConfigError(f"generate wants one strategy; got {strategy_names!r}. To compare several, use evaluate")
     _, family = families.resolve(model, image is not None)
-    expected = 1 if family.output == "image" else 2
-    if family.hub or model.startswith("tiny"):
-        media.check_suffix(out, expected)
-    folder(out.parent)
-    if sheet is not None:
-        folder(sheet.parent)
+    expected = 1 if family.output == "image" else chosen.get("num_frames", 2)
+    media.check_suffix(out, expected if model in families.FAMILIES else None)
+    check_outputs({"--out": out, "--compare": sheet}, {"--image": image})
     if image is not None:
         chosen["image"] = media.read_image(image)
     prompt = _prompt(model, prompt)

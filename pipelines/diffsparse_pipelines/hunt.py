@@ -113,7 +113,7 @@ def hunt(
     hunter = HeadHunter(k, rounds, 1.0 if proxy else guidance_strength, guidance_scale, kind)
     chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
     seen, unseen = _pairs(prompts, images, held_out, model, style)
-    begun = _begun(out, overwrite)
+    begun = _begun(out, overwrite, objective)
     score = named(objective, _device(device))
     session = _Session(model, {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}, chosen)
     session.batch, session.proxy = batch, proxy
@@ -158,14 +158,17 @@ def _pairs(prompts: str, images: int | None, held_out: str, model: str, style: s
     return seen, [(ahead + text, count + i) for i, text in enumerate(fresh)]
 
 
-def _begun(out: Path, overwrite: bool) -> Preset | None:
+def _begun(out: Path, overwrite: bool, objective: str) -> Preset | None:
     """The preset of a hunt that ended and was stopped in its check, to go on with; None where there is no file."""
-    from diffsparse.files import folder
+    from diffsparse.files import check_outputs
     from diffsparse.preset import Preset
+    from diffsparse.search.calibrate import partial
 
     if out.suffix != ".json":
         raise ConfigError(f"--out wants a .json file; got {out.name!r}")
-    folder(out.parent)
+    picture = {"--objective": Path(objective.removeprefix("look:"))} if objective.startswith("look:") else {}
+    files = [out, out.with_suffix(".md"), out.with_suffix(".png"), partial(out)]
+    check_outputs({f"--out, which writes {path.name}": path for path in files}, picture)
     if overwrite or not out.exists():
         return None
     about = (preset := Preset.load(out)).about
@@ -286,13 +289,14 @@ class _Session:
     def check(self, preset: Preset, pairs: Pairs, score: Objective, out: Path) -> Preset:
         """Compare guidance off and on over unseen prompts; into the preset's record, a table and a sheet."""
         import diffsparse
-        from diffsparse.files import whole
+        from diffsparse.files import if_stopped, write_text
         from diffsparse.search.hunt import checked
         from diffsparse_pipelines import media
         from diffsparse_pipelines.progress import bar
 
         clips: dict[str, list[np.ndarray]] = {"off": [], "on": []}
-        with bar(self.console) as progress:
+        kept = f"the heads are in {out}; the same command goes on with the check"
+        with if_stopped(lambda: kept), bar(self.console) as progress:
             task = progress.add_task("held-out prompts", total=2 * len(pairs))
             for pair in pairs:
                 clips["off"] += self.render(self.arguments, [pair])
@@ -305,8 +309,7 @@ class _Session:
         found = {**compared(scores["off"], scores["on"]), "scores": scores, "prompts": texts}
         preset = replace(preset, about={**preset.about, "held_out": found})
         self.console.print(_table(preset.about))
-        with whole(out.with_suffix(".md")) as temporary:
-            temporary.write_text(markdown(preset), encoding="utf-8")
+        write_text(markdown(preset), out.with_suffix(".md"))
         rows = {
             f"{side} {scores[side][i]:.4f}  {texts[i]}": clips[side][i]
             for i in range(min(_SHOWN, len(pairs)))

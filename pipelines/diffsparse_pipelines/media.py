@@ -1,7 +1,11 @@
-"""Frames to files: videos, animations, contact sheets, images. Files are written whole or not at all."""
+"""Frames to files: videos, animations, contact sheets, images.
+
+Files are written whole or not at all: what was written is read back before it takes its name.
+"""
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,26 +23,25 @@ IMAGE = (".png", ".jpg", ".jpeg", ".webp")
 _VISIBLE = 256  # pixels: smaller frames are enlarged in files, where people look at them
 
 
-def check_suffix(path: Path, frames: int) -> None:
-    """Raise ConfigError unless `path` ends in a format that can hold so many frames."""
-    known = IMAGE if frames == 1 else (*VIDEO, ".png")
+def check_suffix(path: Path, frames: int | None = None) -> None:
+    """Raise ConfigError unless `path` ends in a format that can hold so many frames; None: nobody knows how many."""
+    kinds = {None: (*VIDEO, *IMAGE), 1: IMAGE}
+    known = kinds.get(frames, (*VIDEO, ".png"))
     if path.suffix.lower() not in known:
-        raise ConfigError(
-            f"can't write {'an image' if frames == 1 else 'a video'} to {path.name!r}; "
-            f"wanted a name that ends in {', '.join(known)}"
-        )
+        what = {None: "frames", 1: "an image"}.get(frames, "a video")
+        raise ConfigError(f"can't write {what} to {path.name!r}; wanted a name that ends in {', '.join(known)}")
 
 
 def save(frames: Frames, path: str | Path, fps: int = 16) -> Path:
     """Write frames, float [F, H, W, C] in [0, 1], in the format that the name asks for.
 
-    .mp4 and .gif show all frames; .png is a sheet of up to 8 of them side by side; one frame makes an image.
+    .mp4 and .gif show all frames; an image is a sheet of up to 8 of them side by side.
 
     Raises:
-        ConfigError: a format that can't hold them. OutputFileError: the file can't be written.
+        ConfigError: no such format. OutputFileError: the file can't be written, or not be read back.
     """
     path = Path(path)
-    check_suffix(path, len(frames))
+    check_suffix(path)
     pixels = _enlarged(to_bytes(frames))
     with whole(path) as temporary:
         if path.suffix.lower() == ".mp4":
@@ -77,7 +80,7 @@ def sheet(rows: dict[str, Frames], path: str | Path) -> Path:
         canvas.paste(Image.fromarray(strip), (0, top + label_height))
         top += strip.shape[0] + label_height
     with whole(path) as temporary:
-        canvas.save(temporary)
+        _write_image(np.asarray(canvas), temporary)
     return Path(path)
 
 
@@ -124,19 +127,54 @@ def _even(pixels: Frames) -> Frames:
 
 
 def _write_mp4(pixels: Frames, path: Path, fps: int) -> None:
-    import imageio.v2 as imageio
+    from imageio_ffmpeg import get_ffmpeg_exe
 
-    imageio.mimwrite(path, list(pixels), fps=fps, codec="libx264", macro_block_size=1, quality=8)
+    _, height, width, _ = pixels.shape
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    command = [get_ffmpeg_exe(), "-y", "-v", "error", *raw, "-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p"]
+    frames = memoryview(np.ascontiguousarray(pixels)).cast("B")
+    done = subprocess.run([*command, str(path)], input=frames, capture_output=True, check=False)
+    if done.returncode:
+        raise OSError(_why(done))
+    _check(_frames_of_mp4(path), len(pixels))
+
+
+def _frames_of_mp4(path: Path) -> int:
+    """The frames of a video that can be decoded from end to end."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    command = [get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", str(path)]
+    done = subprocess.run([*command, "-f", "framehash", "-"], capture_output=True, check=False)
+    if done.returncode or done.stderr:
+        raise OSError(_why(done))
+    return sum(not line.startswith(b"#") for line in done.stdout.splitlines())  # a line for each
+
+
+def _why(done: subprocess.CompletedProcess[bytes]) -> str:
+    """What ffmpeg said first, without the addresses of its parts."""
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    return f"ffmpeg: {lines[0].rpartition('] ')[2] if lines else f'exit code {done.returncode}'}"
 
 
 def _write_gif(pixels: Frames, path: Path, fps: int) -> None:
-    from PIL import Image
+    from PIL import Image, ImageSequence
 
     first, *rest = [Image.fromarray(frame) for frame in pixels]
-    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    duration = 10 * max(1, round(100 / fps))  # milliseconds; the format counts hundredths of a second
+    first.save(path, save_all=True, append_images=rest, duration=duration, loop=0)
+    with Image.open(path) as written:  # equal neighbours are one frame, shown for longer
+        shown = sum(frame.copy().info["duration"] for frame in ImageSequence.Iterator(written))
+    _check(shown // duration, len(pixels))
 
 
 def _write_image(pixels: Frames, path: Path) -> None:
     from PIL import Image
 
     Image.fromarray(pixels).save(path)
+    with Image.open(path) as written:
+        written.load()
+
+
+def _check(found: int, wanted: int) -> None:
+    if found != wanted:
+        raise OSError(f"{found} of {wanted} frames could be read back")

@@ -119,24 +119,61 @@ def test_a_preset_of_another_model(tmp_path: Path) -> None:
         diffsparse.guide(WAN, preset)
 
 
+def with_(**values: Any) -> str:
+    return json.dumps({"diffsparse": "heads", "heads": ["0.0"], **values})
+
+
 @pytest.mark.parametrize(
-    ("text", "error", "message"),
+    ("text", "message"),
     [
-        ("{broken", InputFileError, "can't read the preset"),
-        ("[]", InputFileError, 'no entry "diffsparse": "heads"'),
-        ('{"diffsparse": "heads"}', InputFileError, "heads"),
-        ('{"diffsparse": "heads", "heads": ["0.0"], "power": 3}', InputFileError, "strange entries power"),
-        ('{"diffsparse": "heads", "heads": []}', ConfigError, "got none"),
-        ('{"diffsparse": "heads", "heads": ["0.0"], "strength": 2}', ConfigError, "strength wants"),
+        ("{broken", "can't read the preset"),
+        ("[]", "wanted a JSON object; got list"),
+        ("[" * 100_000, "no JSON that is ours"),
+        ('{"a": NaN}', "NaN is no number"),
+        ('{"heads": ["0.0"]}', 'no entry "diffsparse": "heads"'),
+        ('{"diffsparse": "heads"}', "heads wants a list of names; got None"),
+        (with_(power=3), "strange entries power"),
+        (with_(heads=[]), "got none"),
+        (with_(heads="0.0"), "heads wants a list of names"),
+        (with_(heads=[0.0]), "heads wants a list of names"),
+        (with_(heads=["0." + "9" * 5000]), "names no attention head"),
+        (with_(strength=2), "strength wants"),
+        (with_(strength="1"), "strength wants"),
+        (with_(scale=10**400), "scale wants a number of at least 0"),
+        (with_(kind=["identity"]), "kind wants one of"),
+        (with_(branch=None), "branch wants one of"),
+        (with_(start="soon"), "start wants"),
+        (with_(text=1), "text wants True or False"),
+        (with_(models=["a"]), "models wants a fingerprint for each name"),
+        (with_(models={"transformer": None}), "models wants a fingerprint for each name"),
+        (with_(about="me"), "about wants a dictionary"),
+        (with_(format="1"), "no version of its format"),
+        (with_(format=2), r"of a later release \(format 2, this one reads 1\); update diffsparse"),
+        (with_(digest="0" * 64), "was changed since it was written"),
     ],
 )
-def test_files_that_are_no_presets(text: str, error: type[DiffsparseError], message: str, tmp_path: Path) -> None:
+def test_files_that_are_no_presets(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "heads.json"
     file.write_text(text)
-    with pytest.raises(error, match=message):
+    with pytest.raises(PlanError, match=message):
         Preset.load(file)
     with pytest.raises(InputFileError, match="can't read the preset"):
         Preset.load(tmp_path / "none.json")
+    with pytest.raises(InputFileError, match="larger than 16 MiB"):
+        Preset.load("/dev/zero")
+
+
+def test_a_preset_that_was_changed(tmp_path: Path) -> None:
+    """By accident it is told; by hand it goes without its digest."""
+    file = tmp_path / "heads.json"
+    Preset(("0.0",), strength=0.5, about={"score": {"all": 1.5}}).save(file)
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "strength": 0.25}))
+    with pytest.raises(PlanError, match='one changed by hand goes without its entry "digest"'):
+        Preset.load(file)
+    del values["digest"]
+    file.write_text(json.dumps({**values, "strength": 0.25}))
+    assert Preset.load(file).strength == 0.25
 
 
 def test_the_file_is_plain_json(tmp_path: Path) -> None:

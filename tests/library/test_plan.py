@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import diffsparse
-from diffsparse import PARO, AdaSpa, Layout, Schedule, SparseVDiT
+from diffsparse import PARO, AdaSpa, Layout, Schedule, SparseVDiT, sealed
 from diffsparse.errors import ConfigError, InputFileError, PlanError
 from diffsparse.plan import FILE, Plan, fingerprints
 from diffsparse.strategies import parse
@@ -76,7 +77,8 @@ def test_it_runs_on_its_model_and_layout_only(model: torch.nn.Module) -> None:
     stranger = build("HunyuanVideoTransformer3DModel")
     with pytest.raises(PlanError, match="was made for transformer WanTransformer3DModel"):
         diffsparse.apply(stranger, PARO(plan_of(model)))
-    partial = plan_of(model, layout, tensors={})
+    whole = plan_of(model, layout).tensors
+    partial = plan_of(model, layout, tensors={name: x for name, x in whole.items() if ".blocks.0." in name})
     with (
         diffsparse.apply(model, PARO(partial), schedule=ALWAYS),
         pytest.raises(PlanError, match="made for another model, or not to the end"),
@@ -99,19 +101,20 @@ def test_broken_files(model: torch.nn.Module, tmp_path: Path) -> None:
     whole = path.read_bytes()
     for cut in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(InputFileError, match="can't read the plan"):
+        with pytest.raises(PlanError, match="can't read the plan"):
             PARO.load(path)
     path.write_bytes(b"x" * 1000)
-    with pytest.raises(InputFileError, match="can't read the plan"):
+    with pytest.raises(PlanError, match="can't read the plan"):
         PARO.load(path)
-    with pytest.raises(InputFileError, match="can't read the plan"):
-        PARO.load(tmp_path / "none.safetensors")
+    for missing in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(InputFileError, match="can't read the plan"):
+            PARO.load(missing)
     with pytest.raises(InputFileError, match="no folder"):
         PARO.from_pretrained("not/a/repository/at/all")
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(InputFileError, match="can't read the plan"):
+    with pytest.raises(PlanError, match="can't read the plan"):
         PARO.load(path)
 
 
@@ -124,17 +127,98 @@ def test_nan_and_other_strategies(model: torch.nn.Module) -> None:
         SparseVDiT(plan_of(model))
 
 
-def test_values_that_make_no_sense(model: torch.nn.Module) -> None:
-    with pytest.raises(PlanError, match="lacks the settings block, orders"):
-        PARO(plan_of(model, settings={"sparsity": 0.5, "groups": 1}))
-    with pytest.raises(PlanError, match="lacks the settings sparsity"):
+FIRST = "transformer.blocks.0.attn1"
+NONSENSE: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor | None], str]] = {
+    "a setting missing": ({"block": ...}, {}, "lacks settings 'block'"),
+    "a setting of a later release": ({"power": 3}, {}, "strange settings 'power'"),
+    "block 0": ({"block": 0}, {}, "block wants a number of tokens from 1 to 4096"),
+    "a block of text": ({"block": "8"}, {}, "block wants"),
+    "a block beyond all use": ({"block": 10**400}, {}, "block wants"),
+    "a block that the masks were not made for": ({"block": 4}, {}, r"masks' wants torch.uint8 1xheadsx41; got .* 1x2x11"),
+    "all blocks dropped": ({"sparsity": 1.0}, {}, "sparsity wants"),
+    "no sparsity": ({"sparsity": None}, {}, "sparsity wants"),
+    "more groups than masks": ({"groups": 2}, {}, "masks' wants torch.uint8 2xheads"),
+    "orders as one text": ({"orders": "HWF"}, {}, "orders wants a list"),
+    "an order that nobody knows": ({"orders": ["zigzag"]}, {}, "order wants one of"),
+    "an order with a number beyond all use": ({"orders": ["tile" + "9" * 30 + "x1x1"]}, {}, "order wants one of"),
+    "bits": ({"bits": 16.0}, {}, "bits wants one of 16, 8, 4"),
+    "an order out of range": ({}, {"orders": torch.tensor([0, 6], dtype=torch.uint8)}, "numbers from 0 to 0; got 0 to 6"),
+    "negative orders": ({}, {"orders": torch.tensor([0, -1])}, "of torch.int64, which no plan holds"),
+    "orders in between": ({}, {"orders": torch.tensor([0.0, 0.5])}, "orders' wants torch.uint8 heads"),
+    "an order as one number": ({}, {"orders": torch.tensor(0, dtype=torch.uint8)}, "got torch.uint8 one number"),
+    "no heads": ({}, {"orders": torch.zeros(0, dtype=torch.uint8)}, "orders' wants"),
+    "three heads": ({}, {"orders": torch.zeros(3, dtype=torch.uint8)}, "differ in their heads"),
+    "no masks": ({}, {"masks": None}, "lacks masks of 'transformer.blocks.0.attn1'"),
+    "a tensor that nobody knows": ({}, {"widths": torch.zeros(2)}, "is none of orders, masks, incoherence"),
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_values_that_make_no_sense(name: str, model: torch.nn.Module) -> None:
+    knobs, tensors, message = NONSENSE[name]
+    plan = plan_of(model)
+    settings = {key: value for key, value in {**plan.settings, **knobs}.items() if value is not ...}
+    changed = {**plan.tensors, **{f"{FIRST}.{what}": tensor for what, tensor in tensors.items()}}
+    with pytest.raises(PlanError, match=message):
+        PARO(plan_of(model, settings=settings, tensors={n: x for n, x in changed.items() if x is not None}))
+
+
+def test_modes_that_make_no_sense(model: torch.nn.Module) -> None:
+    vdit = {"strategy": "sparse-vdit", "settings": {"sparsity": 0.5, "block": 8, "groups": None}}
+    modes, columns = torch.tensor([[0, 5]], dtype=torch.uint8), torch.rand(2, 9)
+    for parts, message in (
+        ({"modes": modes, "columns": columns}, r"attn1.modes' wants numbers from 0 to 4"),
+        ({"modes": modes % 5, "columns": -columns}, "columns' wants numbers from 0"),
+        ({"modes": modes % 5, "columns": columns[:, :8]}, "columns' wants torch.float32 headsx9; got torch.float32 2x8"),
+        ({"modes": modes[:0], "columns": columns}, "modes' wants torch.uint8 anyxheads"),
+        ({}, "holds no tensors"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            SparseVDiT(plan_of(model, **vdit, tensors={f"{FIRST}.{what}": x for what, x in parts.items()}))
+    right = {"modes": modes % 5, "columns": columns}
+    SparseVDiT(plan_of(model, **vdit, tensors={f"{FIRST}.{what}": x for what, x in right.items()}))
+    with pytest.raises(PlanError, match="lacks settings 'sparsity'"):
         SparseVDiT(plan_of(model, strategy="sparse-vdit", settings={"block": 8}))
-    wild = {"transformer.blocks.0.attn1.orders": torch.tensor([0, 6], dtype=torch.uint8)}
-    with pytest.raises(PlanError, match=r"attn1.orders' holds numbers above 0"):
-        PARO(plan_of(model, tensors=wild))
-    wild = {"transformer.blocks.0.attn1.modes": torch.tensor([[0, 5]], dtype=torch.uint8)}
-    with pytest.raises(PlanError, match=r"attn1.modes' holds numbers above 4"):
-        SparseVDiT(plan_of(model, strategy="sparse-vdit", tensors=wild))
+
+
+def test_a_plan_for_layers_and_heads_that_the_model_lacks(model: torch.nn.Module) -> None:
+    plan = plan_of(model)
+    more = {name.replace("blocks.0", "blocks.9"): tensor for name, tensor in plan.tensors.items()}
+    with pytest.raises(PlanError, match=r"layer 'transformer.blocks.9.attn1' is none of the model's"):
+        diffsparse.apply(model, PARO(plan_of(model, tensors=more)))
+    more = {name: torch.cat([x, x], dim=x.ndim - 1 if "orders" in name else 1) for name, x in plan.tensors.items()}
+    with pytest.raises(PlanError, match="has 4 heads in 'transformer.blocks.0.attn1', where the model has 2"):
+        diffsparse.apply(model, PARO(plan_of(model, tensors=more)))
+
+
+def test_later_and_earlier_releases(model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.safetensors"
+    monkeypatch.setattr(sealed, "FORMAT", 2)
+    plan_of(model).save(path)
+    monkeypatch.undo()
+    with pytest.raises(PlanError, match=r"of a later release \(format 2, this one reads 1\); update diffsparse"):
+        PARO.load(path)
+    from safetensors.torch import save_file
+
+    header = {"strategy": "paro", "models": {}, "layout": vars(LAYOUT), "settings": {}}
+    save_file({"a": torch.zeros(1)}, path, metadata={"diffsparse": json.dumps(header)})
+    with pytest.raises(PlanError, match="no version of its format; .*calibrate again"):
+        PARO.load(path)
+
+
+def test_every_bit_counts(model: torch.nn.Module, tmp_path: Path) -> None:
+    """All bits of all tensors, and the values of the header one by one."""
+    path, plan = tmp_path / "plan.safetensors", plan_of(model)
+    plan.save(path)
+    data = path.read_bytes()
+    start = len(data) - sum(x.numel() for x in plan.tensors.values())
+    for place in range(start, len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        with pytest.raises(PlanError, match="was changed since it was written"):
+            PARO.load(path)
+    path.write_bytes(data.replace(b"0.5", b"0.6"))
+    with pytest.raises(PlanError, match="was changed since it was written"):
+        PARO.load(path)
 
 
 def test_names_with_and_without_plans() -> None:
