@@ -15,7 +15,9 @@ from diffsparse.errors import DiffsparseError
 RICH = find_spec("rich") is not None  # typer's newest releases take it for granted
 _MARKUP: Any = "rich" if RICH else None
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
-_REFUSALS = typer.BadParameter.__mro__[2]  # click's ClickException, which typer's newest releases bring along themselves
+_REFUSALS: Any = typer.BadParameter.__mro__[
+    2
+]  # click's ClickException, which typer's newest releases bring along themselves
 
 # name -> (module:function, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
