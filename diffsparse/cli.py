@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -14,6 +14,10 @@ from diffsparse.errors import DiffsparseError
 
 RICH = find_spec("rich") is not None  # typer's newest releases take it for granted
 _MARKUP: Any = "rich" if RICH else None
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+_REFUSALS: Any = typer.BadParameter.__mro__[
+    2
+]  # click's ClickException, which typer's newest releases bring along themselves
 
 # name -> (module:function, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -48,19 +52,22 @@ class _LazyGroup(TyperGroup):
 def load(name: str) -> Any:
     """The command behind a row of the table."""
     module, function = COMMANDS[name][0].split(":")
-    single = typer.Typer(add_completion=False, rich_markup_mode=_MARKUP)
+    single = typer.Typer(add_completion=False, rich_markup_mode=_MARKUP, context_settings=_SETTINGS)
     single.command(name)(getattr(import_module(module), function))
     return typer.main.get_command(single)
 
 
 def _group() -> Any:
-    app = typer.Typer(cls=_LazyGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=_MARKUP)
+    app = typer.Typer(cls=_LazyGroup, rich_markup_mode=_MARKUP, context_settings=_SETTINGS)
 
-    @app.callback()
+    @app.callback(invoke_without_command=True)
     def diffsparse(
+        ctx: typer.Context,
         version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
     ) -> None:
         """Training-free sparse attention for diffusion transformers."""
+        if ctx.invoked_subcommand is None:
+            typer.echo(ctx.get_help())
 
     for name, (_, summary) in COMMANDS.items():
         app.command(name, help=summary)(lambda: None)
@@ -76,9 +83,29 @@ def _version(asked: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; bad input ends with one line and exit code 2."""
+    """Run the command line; bad input, also what the parser refuses, ends with one line and exit code 2."""
     try:
-        _group().main(args=arguments, prog_name="diffsparse")
+        code = _group().main(args=arguments, prog_name="diffsparse", standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
     except DiffsparseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except _REFUSALS as error:
+        _refuse(error.format_message())
+    except Exception as error:
+        if not _lacks_memory(error):
+            raise
+        _refuse(f"out of memory ({error}); lower --height, --width or --frames, or try --offload or --vae-tiling")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Of Python, of a GPU, or of torch on a CPU, which raises a plain RuntimeError."""
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("out of memory", "not enough memory", "can't allocate memory")
+    )

@@ -287,9 +287,7 @@ class Run(ModelHook):  # type: ignore[misc]
             )
         self.ledger.open(layer.name, moment.step, moment.branch).ran_dense(reason, planned=False, backend="unknown")
 
-    def attend(
-        self, layer: Layer, call: Call, layout: Layout, number: int = 0, obstacle: str | None = None
-    ) -> Tensor:
+    def attend(self, layer: Layer, call: Call, layout: Layout, number: int = 0, obstacle: str | None = None) -> Tensor:
         """One self-attention call: dense where the schedule or the call itself demands it, else the strategy's.
 
         obstacle: why no strategy can be asked, if the call's place says so.

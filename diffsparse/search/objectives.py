@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from diffsparse.errors import ConfigError, InputFileError, UnknownNameError
+from diffsparse.errors import ConfigError, DiffsparseError, InputFileError, UnknownNameError
 from diffsparse.names import closest
 
 Frames = np.ndarray  # float32 [F, H, W, C] in [0, 1]; an image has one frame
@@ -52,14 +53,44 @@ def _each(score: Callable[[Frames], float], clips: Sequence[Frames], prompts: Se
     return [score(clip) for clip in clips]
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """A function of the user's as an objective, by its name; what it raises is told in one line."""
+
+    function: Any
+    name: str
+
+    def __call__(self, clips: Sequence[Frames], prompts: Sequence[str]) -> Sequence[float]:
+        """Its scores.
+
+        Raises:
+            ConfigError: it failed.
+        """
+        try:
+            return self.function(clips, prompts)  # type: ignore[no-any-return]  # looked at by who asked
+        except DiffsparseError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"objective {self.name} failed on {len(clips)} clips: {type(error).__name__}: {error}; {_WANTED}"
+            ) from error
+
+
+_WANTED = "wanted a function (clips, prompts) -> scores, one number for each clip, float32 [F, H, W, C] in [0, 1]"
+
+
 def _imported(module: str, name: str) -> Objective:
     try:
         found = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UnknownNameError(f"can't import the objective {module}:{name}: {error}") from error
-    if not callable(found):
-        raise UnknownNameError(f"{module}:{name} is no function (clips, prompts) -> scores")
-    return found  # type: ignore[no-any-return]
+    except Exception as error:  # what runs at import is a stranger's
+        raise UnknownNameError(
+            f"can't import the objective {module}:{name}: {type(error).__name__}: {error}; {_WANTED}"
+        ) from error
+    try:
+        inspect.signature(found).bind([], [])
+    except (TypeError, ValueError):  # no callable, of other arguments, or it doesn't say which
+        raise UnknownNameError(f"{module}:{name} is no objective; {_WANTED}") from None
+    return Foreign(found, f"{module}:{name}")
 
 
 # --- without a model ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import typer
 
 from diffsparse.errors import BackendError, ConfigError, DiffsparseError
 from diffsparse_eval.suites import SUITES, Case
+from diffsparse_pipelines import options
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ Failed = Callable[..., None]  # takes an entry and its error
 _FOREIGN = ("flex", "flash-attn-4")
 _GPU = ("gluon", "triton", *_FOREIGN)  # what is timed by default, where it runs
 _INPUTS = 2
+_MOST_TOKENS = 1_000_000
 _HEADINGS = (
     "dtype",
     "tokens x heads x D",
@@ -273,40 +275,50 @@ def bench(
     suite: Annotated[
         str, typer.Option(help="gpu: the shapes of Wan, HunyuanVideo and Flux. Sizes below if empty.")
     ] = "",
-    shrink: Annotated[int, typer.Option(help="Divide a suite's tokens by this, to try it without a GPU.")] = 1,
+    shrink: Annotated[
+        int,
+        typer.Option(
+            help="Divide a suite's tokens by this, to try it without a GPU.", callback=options.whole(1, options.MOST)
+        ),
+    ] = 1,
     tokens: Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")] = "1024,4096",
     sparsity: Annotated[str, typer.Option(help="Shares of blocks dropped.")] = "0.5,0.8,0.9",
     head_dim: Annotated[str, typer.Option(help="Channels of a head.")] = "64,128",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32,bfloat16",
     block: Annotated[str, typer.Option(help="Edges of a block in tokens.")] = "64,128",
-    heads: Annotated[int, typer.Option(help="Heads.")] = 4,
+    heads: Annotated[int, typer.Option(help="Heads.", callback=options.whole(1, options.MOST_BLOCK))] = 4,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     backend: Annotated[str, typer.Option(help="Backends, separated by commas; all that run here if empty.")] = "",
-    rounds: Annotated[int, typer.Option(help="Timed turns of each contestant.")] = 7,
+    rounds: Annotated[
+        int,
+        typer.Option(help="Timed turns of each contestant.", callback=options.whole(1, options.MOST_COUNT)),
+    ] = 7,
     tune: Annotated[bool, typer.Option("--tune", help="Time the Triton tiles instead, and keep the best.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="A .csv or .json file for the rows; bench-SUITE.csv for one.")
+        Path | None,
+        typer.Option(help="A .csv or .json file for the rows; bench-SUITE.csv for one.", callback=options.file),
     ] = None,
 ) -> None:
     """Time the attention kernels beside torch's dense ones: same tensors, same process, results checked first."""
-    import torch
-
     from diffsparse.files import if_stopped, writable
+    from diffsparse_pipelines.machine import hold, place
     from diffsparse_pipelines.progress import say, track
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = place(device)
     if tune:
         from diffsparse_eval.tune import tune_tiles
 
         say(f"the best tiles are in {tune_tiles(device, rounds)}")
         return
+    if shrink > 1 and not suite:
+        raise ConfigError("--shrink wants --suite; other sizes are said by --tokens")
     cases = _suite(suite, shrink) if suite else _cases(tokens, sparsity, head_dim, dtype, block, heads)
     out = Path(f"bench-{suite}.csv") if suite and out is None else out
     if out is not None:
         _check_out(out)
         writable(out)
-    if rounds < 1:
-        raise ConfigError(f"--rounds wants at least 1; got {rounds}")
+    for case in cases:
+        hold(case.nbytes * _INPUTS, device, f"the tensors of {case.label}", "lower --tokens, --heads or --head-dim")
     named = _named(backend, device)
     rows: list[Row] = []
     troubles = Troubles()
@@ -325,29 +337,21 @@ def bench(
 def _suite(name: str, shrink: int) -> list[Case]:
     if name not in SUITES:
         raise ConfigError(f"--suite wants one of {', '.join(SUITES)}; got {name!r}")
-    if shrink < 1:
-        raise ConfigError(f"--shrink wants at least 1; got {shrink}")
     return SUITES[name]() if shrink == 1 else [case.shrunk(shrink) for case in SUITES[name]()]
 
 
 def _cases(tokens: str, sparsity: str, head_dim: str, dtype: str, block: str, heads: int) -> list[Case]:
     from diffsparse_pipelines.families import DTYPES
-    from diffsparse_pipelines.options import amounts
 
     dtypes = [name.strip() for name in dtype.split(",") if name.strip()]
     if not dtypes or not set(dtypes) <= set(DTYPES) - {"auto"}:
         raise ConfigError(f"--dtype wants some of {', '.join(DTYPES[1:])}; got {dtype!r}")
-    shares = amounts(sparsity, "--sparsity")
-    if not shares or not all(0 <= share < 1 for share in shares):
-        raise ConfigError(f"--sparsity wants numbers in [0, 1), separated by commas; got {sparsity!r}")
-    counts = {"--tokens": tokens, "--head-dim": head_dim, "--block": block, "--heads": str(heads)}
-    sizes = {name: amounts(text, name) for name, text in counts.items()}
-    for name, values in sizes.items():
-        if not values or not all(isinstance(value, int) and value > 0 for value in values):
-            raise ConfigError(f"{name} wants whole numbers of at least 1; got {counts[name]!r}")
-    product = itertools.product(dtypes, sizes["--head-dim"], sizes["--tokens"], sizes["--block"])
-    dropped = tuple(map(float, shares))
-    return [Case(int(n), heads, int(d), name, int(b), dropped) for name, d, n, b in product]
+    shares = options.shares(sparsity, "--sparsity")
+    lengths = options.wholes(tokens, "--tokens", 1, _MOST_TOKENS)
+    widths = options.wholes(head_dim, "--head-dim", 1, options.MOST_BLOCK)
+    blocks = options.wholes(block, "--block", 1, options.MOST_BLOCK)
+    product = itertools.product(dtypes, widths, lengths, blocks)
+    return [Case(n, heads, d, name, b, shares) for name, d, n, b in product]
 
 
 def _named(wanted: str, device: str) -> list[str]:

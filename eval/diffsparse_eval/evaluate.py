@@ -21,14 +21,19 @@ FILES = ("results.json", "results.csv", "report.md", "sheet.png", "tradeoff.png"
 
 def evaluate(
     out: Annotated[
-        Path, typer.Option(help="Folder for results.json, results.csv, report.md, videos, a sheet and a plot.")
+        Path,
+        typer.Option(
+            help="Folder for results.json, results.csv, report.md, videos, a sheet and a plot.", callback=options.file
+        ),
     ],
     strategy: Annotated[
-        str, typer.Option(help=f"Names separated by commas: {options.STRATEGIES}.")
+        str, typer.Option(help=f"Names separated by commas: {options.STRATEGIES}.", callback=options.text)
     ] = "digest,adaspa,random",
-    sparsity: Annotated[str, typer.Option(help="Numbers in [0, 1) separated by commas.")] = "0.8",
-    prompts: Annotated[str, typer.Option(help="How many built-in prompts, or a file with one a line.")] = "2",
-    seeds: Annotated[str, typer.Option(help="Numbers separated by commas.")] = "0",
+    sparsity: Annotated[
+        str | None, typer.Option(help="Numbers in [0, 1) separated by commas.", show_default="0.8")
+    ] = None,
+    prompts: options.Prompts = "2",
+    seeds: options.Seeds = "0",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop results that the folder holds.")] = False,
     random_weights: Annotated[
         bool,
@@ -41,7 +46,10 @@ def evaluate(
     layers: Annotated[
         int | None,
         typer.Option(
-            help="Build and time so many blocks of each kind, and scale.", show_default="all", rich_help_panel=_RANDOM
+            help="Build and time so many blocks of each kind, and scale.",
+            show_default="all",
+            rich_help_panel=_RANDOM,
+            callback=options.whole(1, options.MOST_COUNT),
         ),
     ] = None,
     model: options.Model = "tiny",
@@ -53,23 +61,23 @@ def evaluate(
     height: options.Height = None,
     width: options.Width = None,
     frames: options.NumFrames = None,
-    guidance: options.Guidance = None,
+    guidance_scale: options.GuidanceScale = None,
     negative_prompt: options.NegativePrompt = None,
     block: options.Block = None,
     order: options.Order = None,
     searches: options.Searches = None,
-    head_adaptive: options.HeadAdaptive = True,
-    recall_threshold: options.RecallThreshold = 0.8,
-    window: options.Window = "",
-    stride: options.Stride = "",
-    dilation: options.Dilation = "1x1x1",
+    head_adaptive: options.HeadAdaptive = None,
+    recall_threshold: options.RecallThreshold = None,
+    window: options.Window = None,
+    stride: options.Stride = None,
+    dilation: options.Dilation = None,
     dense_first: options.DenseFirst = "0.2",
     dense_last: options.DenseLast = "0",
     dense_layers: options.DenseLayers = "",
     strict: options.Strict = False,
-    heads: options.Heads = "",
-    guidance_strength: options.GuidanceStrength = None,
-    guidance_scale: options.GuidanceScale = None,
+    heads: options.Heads = None,
+    head_strength: options.HeadStrength = None,
+    head_scale: options.HeadScale = None,
 ) -> None:
     """Compare strategies with dense attention: fidelity and speed, same prompts and seeds, one process.
 
@@ -78,6 +86,8 @@ def evaluate(
     speed is measured; where the whole model is too large or too slow, try --layers 2 and a smaller --height, --width,
     --frames.
     """
+    from diffsparse_pipelines.preflight import admit
+
     knobs = {
         "block": block,
         "order": order,
@@ -88,19 +98,25 @@ def evaluate(
         "stride": options.cells(stride, "--stride", 1),
         "dilation": options.cells(dilation, "--dilation", 1),
     }
-    chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
+    chosen = options.sampling(steps, height, width, frames, guidance_scale, negative_prompt)
     plan = options.schedule(dense_first, dense_last, dense_layers)
     compared = strategies(strategy, sparsity, knobs)
-    if layers is not None and (layers < 1 or not random_weights):
-        raise ConfigError(f"--layers wants a whole number of at least 1, together with --random-weights; got {layers}")
+    loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
+    if layers is not None and not random_weights:
+        raise ConfigError("--layers wants --random-weights: with its weights a model runs whole")
     if random_weights:
+        if heads is not None or offload != "none" or vae_tiling:
+            raise ConfigError(
+                "--random-weights times a bare transformer: leave out --heads, --offload and --vae-tiling"
+            )
+        admit(model, loading, chosen)
         return _foretell(model, compared, chosen, plan, strict, layers, dtype, device, out, overwrite)
-    preset = options.preset(heads, guidance_strength, guidance_scale)
+    preset = options.preset(heads, head_strength, head_scale)
     if preset is not None:
         compared = guided(compared, preset)
     texts = read_prompts(prompts, model)
     numbers = read_seeds(seeds)
-    loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
+    admit(model, loading, chosen, texts)
     _evaluate(model, compared, texts, numbers, chosen, plan, strict, loading, out, overwrite)
 
 
@@ -122,6 +138,7 @@ def _evaluate(
     from diffsparse_eval.pictures import write_sheet, write_tradeoff
     from diffsparse_pipelines import families
     from diffsparse_pipelines.generate import call_arguments
+    from diffsparse_pipelines.preflight import check
     from diffsparse_pipelines.progress import bar, terminal
 
     console = terminal()
@@ -131,6 +148,7 @@ def _evaluate(
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading)
     arguments = call_arguments(pipe, families.defaults(model), chosen)
+    check(pipe, arguments, plan)
     experiment = Experiment(model, compared, texts, seeds, arguments, plan, strict, family.fps)
     results = Results(out, experiment.settings(pipe), overwrite)
     if results.rows:
@@ -168,12 +186,15 @@ def _foretell(
     from diffsparse_eval.experiment import Results
     from diffsparse_pipelines import families
     from diffsparse_pipelines.architectures import architecture
+    from diffsparse_pipelines.machine import hold
     from diffsparse_pipelines.progress import bar, terminal
 
     console = terminal()
     built = architecture(model)
     call = {**families.defaults(model), **chosen}
     place, number_format = families.target(model, device, dtype)
+    weights = built.build(layers, dtype=number_format, device="meta").parameters()
+    hold(sum(part.nbytes for part in weights), place, f"the weights of {model}", "try --layers 2")
     trial = speed.Trial(
         model,
         built,
@@ -217,16 +238,11 @@ def guided(compared: tuple[Any, ...], preset: Preset) -> tuple[Any, ...]:
     return *compared, *(Guided(strategy, preset) for strategy in dict.fromkeys((Dense(), *compared)))
 
 
-def strategies(names: str, sparsity: str, knobs: dict[str, Any]) -> tuple[Any, ...]:
+def strategies(names: str, sparsity: str | None, knobs: dict[str, Any]) -> tuple[Any, ...]:
     """Each named strategy at each sparsity; those without that knob once.
 
     Raises:
-        UnknownNameError, ConfigError: a name or number that doesn't fit.
+        UnknownNameError, ConfigError: a name, number or knob that doesn't fit.
     """
-    from diffsparse.strategies import parse
-
-    shares = [float(share) for share in options.amounts(sparsity, "--sparsity")]
-    if not shares:
-        raise ConfigError("--sparsity wants one or more numbers in [0, 1), separated by commas; got none")
-    listed = [made for share in shares for made in parse(names, sparsity=share, **knobs)]
-    return tuple(dict.fromkeys(listed))
+    shares = [None] if sparsity is None else options.shares(sparsity, "--sparsity")
+    return tuple(options.strategies(names, shares, knobs))

@@ -19,18 +19,26 @@ FILES = ("inspect.json", "recall.csv", "recall.png", "orders.png")  # and maps-*
 
 
 def inspect(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures, inspect.json and recall.csv.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the pictures, inspect.json and recall.csv.", callback=options.file)
+    ],
     strategy: options.Strategy = "adaspa",
-    sparsity: options.Sparsity = 0.8,
+    sparsity: options.Sparsity = None,
     orders: Annotated[
-        str, typer.Option(help="Candidate token orders, separated by commas: FHW, ..., tile4x8x8, hilbert.")
+        str,
+        typer.Option(
+            help="Candidate token orders, separated by commas: FHW, ..., tile4x8x8, hilbert.", callback=options.text
+        ),
     ] = "FHW,FWH,HFW,HWF,WFH,WHF",
     layers: Annotated[
         str, typer.Option(help="Self-attention layers, by number from 0, separated by commas.", show_default="all")
     ] = "",
-    looks: Annotated[int, typer.Option(help="Steps at which to look, evenly spread.")] = 3,
-    prompts: Annotated[str, typer.Option(help="How many built-in prompts, or a file with one a line.")] = "1",
-    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    looks: Annotated[
+        int,
+        typer.Option(help="Steps at which to look, evenly spread.", callback=options.whole(1, options.MOST_COUNT)),
+    ] = 3,
+    prompts: options.Prompts = "1",
+    seed: options.Seed = 0,
     model: options.Model = "tiny",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -40,13 +48,13 @@ def inspect(
     height: options.Height = None,
     width: options.Width = None,
     frames: options.NumFrames = None,
-    guidance: options.Guidance = None,
+    guidance_scale: options.GuidanceScale = None,
     negative_prompt: options.NegativePrompt = None,
     block: options.Block = None,
     order: options.Order = None,
     searches: options.Searches = None,
-    head_adaptive: options.HeadAdaptive = True,
-    recall_threshold: options.RecallThreshold = 0.8,
+    head_adaptive: options.HeadAdaptive = None,
+    recall_threshold: options.RecallThreshold = None,
     dense_first: options.DenseFirst = "0.2",
     dense_last: options.DenseLast = "0",
     dense_layers: options.DenseLayers = "",
@@ -56,32 +64,32 @@ def inspect(
     Recall is the softmax mass inside the blocks that are kept. "raster" and "best" ask what the best blocks of each
     row could hold, before and after reordering; "chosen" is what the strategy's own blocks do hold.
     """
+    from diffsparse_pipelines.preflight import admit
+
     knobs = {
-        "sparsity": sparsity,
         "block": block,
         "order": order,
         "searches": options.searches(searches),
         "head_adaptive": head_adaptive,
         "recall_threshold": recall_threshold,
     }
-    chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
+    chosen = options.sampling(steps, height, width, frames, guidance_scale, negative_prompt)
     plan = options.schedule(dense_first, dense_last, dense_layers)
     numbers = options.amounts(layers, "--layers")
     if not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise ConfigError(f"--layers wants whole numbers from 0, separated by commas; got {layers!r}")
-    if looks < 1:
-        raise ConfigError(f"--looks wants a whole number of at least 1; got {looks}")
-    candidates = tuple(part.strip() for part in orders.split(",") if part.strip())
+    candidates = options.names(orders)
     settings = {"orders": candidates, "layers": numbers or None}
+    made, measured = _strategy(strategy, sparsity, knobs)
     loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
     texts = read_prompts(prompts, model)
-    _inspect(model, strategy, knobs, settings, looks, texts, seed, chosen, plan, loading, out)
+    admit(model, loading, chosen, texts)
+    _inspect(model, made, {**settings, **measured}, looks, texts, seed, chosen, plan, loading, out)
 
 
 def _inspect(
     model: str,
-    name: str,
-    knobs: dict[str, Any],
+    strategy: Any,
     settings: dict[str, Any],
     looks: int,
     texts: tuple[str, ...],
@@ -96,29 +104,25 @@ def _inspect(
     from diffsparse.files import if_stopped, writable
     from diffsparse.inspection import Inspector
     from diffsparse.inspection import looks as steps_to_look_at
-    from diffsparse.strategies import parse
     from diffsparse_eval.experiment import label
     from diffsparse_pipelines import families
     from diffsparse_pipelines.generate import call_arguments, generation
-    from diffsparse_pipelines.preflight import argument
+    from diffsparse_pipelines.preflight import argument, check
     from diffsparse_pipelines.progress import bar, terminal
 
     console = terminal()
-    strategies = parse(name, **knobs)
-    if len(strategies) != 1:
-        raise ConfigError(f"inspect wants one strategy; got {name!r}")
-    strategy = strategies[0]
     schedule = Schedule(0) if strategy == Dense() else plan
     for name in FILES:
         writable(out / name)
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading)
     arguments = call_arguments(pipe, families.defaults(model), chosen)
+    check(pipe, arguments, schedule)
     count = argument(pipe, arguments, "num_inference_steps")
     if count is None:
         raise ConfigError(f"{type(pipe).__name__} has no number of steps of its own; say --steps")
     steps = steps_to_look_at(strategy, schedule, count, looks)
-    inspector = Inspector(strategy, steps, **settings, **_measure(strategy, knobs))
+    inspector = Inspector(strategy, steps, **settings)
     with diffsparse.apply(pipe, inspector, schedule=schedule), bar(console) as progress:
         task = progress.add_task("runs", total=len(texts))
         for text in texts:
@@ -144,12 +148,21 @@ def _inspect(
     console.print(f"maps, recall.png, orders.png, inspect.json and recall.csv are in {out}", soft_wrap=True)
 
 
-def _measure(strategy: Any, knobs: dict[str, Any]) -> dict[str, Any]:
-    """Sparsity and block at which recall is measured: the strategy's own, where it has them."""
+def _strategy(name: str, sparsity: float | None, knobs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The strategy, and the sparsity and block at which recall is measured: its own, where it has them."""
+    beside = {"sparsity": sparsity, "block": knobs["block"]}
+    if name.strip().lower() == "dense":  # has neither: both say how to measure
+        strategies = options.strategies(name, [None], {**knobs, "block": None})
+    else:
+        strategies = options.strategies(name, [sparsity], knobs)
+    if len(strategies) != 1:
+        raise ConfigError(f"inspect wants one strategy; got {name!r}")
+    strategy = strategies[0]
     plan = getattr(strategy, "plan", None)
-    own = {name: getattr(strategy, name, None) for name in ("sparsity", "block")}
+    own = {knob: getattr(strategy, knob, None) for knob in beside}
     own["block"] = plan.settings.get("block") if plan else own["block"]
-    return {name: value or knobs[name] for name, value in own.items()}
+    measured = {knob: value or beside[knob] for knob, value in own.items()}
+    return strategy, {knob: value for knob, value in measured.items() if value is not None}
 
 
 def _found(inspector: Inspector) -> list[LayerView]:

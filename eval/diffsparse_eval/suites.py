@@ -58,6 +58,14 @@ class Case:
         return replace(self, tokens=max(self.tokens // by, 2 * self.block + 1), heads=2)
 
     @property
+    def nbytes(self) -> int:
+        """Of q, k and v."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return 3 * self.heads * self.tokens * self.head_dim * dtype.itemsize
+
+    @property
     def label(self) -> str:
         """Its name, if it has one, and its sizes."""
         sizes = f"{self.tokens} x {self.heads} x {self.head_dim} in blocks of {self.block}, {self.dtype}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,55 +19,97 @@ _SEARCH, _PARO, _VDIT = "Search", "Search of paro", "Search of sparse-vdit"
 
 
 def calibrate(
-    out: Annotated[Path, typer.Option(help="The plan to write, a .safetensors file.")],
+    out: Annotated[Path, typer.Option(help="The plan to write, a .safetensors file.", callback=options.file)],
     strategy: Annotated[str, typer.Option(help="Whose plan: paro or sparse-vdit.", rich_help_panel=_SEARCH)] = "paro",
-    sparsity: Annotated[float, typer.Option(help="Share of blocks to drop, in [0, 1).", rich_help_panel=_SEARCH)] = 0.8,
-    block: Annotated[
-        int | None,
-        typer.Option(help="Edge of a block in tokens.", show_default=options.DEFAULT_BLOCK, rich_help_panel=_SEARCH),
-    ] = None,
+    sparsity: options.Sparsity = None,
+    block: options.Block = None,
     groups: Annotated[
         int | None,
         typer.Option(
             help="Parts of the run with masks or modes of their own.",
             show_default="paro 4, sparse-vdit one for each step",
             rich_help_panel=_SEARCH,
+            callback=options.whole(1, options.MOST_COUNT),
         ),
     ] = None,
     looks: Annotated[
-        int, typer.Option(help="Steps at which a first, dense run is looked at.", rich_help_panel=_SEARCH)
+        int,
+        typer.Option(
+            help="Steps at which a first, dense run is looked at.",
+            rich_help_panel=_SEARCH,
+            callback=options.whole(1, options.MOST_COUNT),
+        ),
     ] = 4,
     orders: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Candidate token orders, separated by commas: FHW, ..., tile4x8x8, hilbert.", rich_help_panel=_PARO
+            help="Candidate token orders, separated by commas: FHW, ..., tile4x8x8, hilbert.",
+            show_default="the six of the axes",
+            rich_help_panel=_PARO,
+            callback=options.text,
         ),
-    ] = "FHW,FWH,HFW,HWF,WFH,WHF",
+    ] = None,
     metric: Annotated[
-        str,
-        typer.Option(help="How orders are ranked: recall, or paper (sparsity, incoherence).", rich_help_panel=_PARO),
-    ] = "recall",
+        str | None,
+        typer.Option(
+            help="How orders are ranked: recall, or paper (sparsity, incoherence).",
+            show_default="recall",
+            rich_help_panel=_PARO,
+        ),
+    ] = None,
     alpha: Annotated[
-        float, typer.Option(help="Weight of sparsity in the paper's metric.", rich_help_panel=_PARO)
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            help="Weight of sparsity in the paper's metric.",
+            show_default="0.5",
+            rich_help_panel=_PARO,
+            callback=options.number(most=1),
+        ),
+    ] = None,
     bits: Annotated[
-        int,
-        typer.Option(help="Of the numbers that attention multiplies: 16, or 8 or 4, emulated.", rich_help_panel=_PARO),
-    ] = 16,
+        int | None,
+        typer.Option(
+            help="Of the numbers that attention multiplies: 16, or 8 or 4, emulated.",
+            show_default="16",
+            rich_help_panel=_PARO,
+            callback=options.whole(4, 16),
+        ),
+    ] = None,
     epsilon: Annotated[
-        float, typer.Option(help="Largest relative error and cost at which a head is sparse.", rich_help_panel=_VDIT)
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            help="Largest relative error and cost at which a head is sparse.",
+            show_default="0.1",
+            rich_help_panel=_VDIT,
+            callback=options.number(),
+        ),
+    ] = None,
     weight: Annotated[
-        float, typer.Option(help="Of the cost beside the error (the paper's lambda).", rich_help_panel=_VDIT)
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            help="Of the cost beside the error (the paper's lambda).",
+            show_default="0.1",
+            rich_help_panel=_VDIT,
+            callback=options.number(),
+        ),
+    ] = None,
     cost: Annotated[
-        str, typer.Option(help="Of a mode: sparsity, or time as measured here.", rich_help_panel=_VDIT)
-    ] = "sparsity",
+        str | None,
+        typer.Option(
+            help="Of a mode: sparsity, or time as measured here.", show_default="sparsity", rich_help_panel=_VDIT
+        ),
+    ] = None,
     modes: Annotated[
-        str, typer.Option(help="Candidates beside full, separated by commas.", rich_help_panel=_VDIT)
-    ] = "skip,diagonal,multi-diagonal,stripe",
-    prompts: Annotated[str, typer.Option(help="How many built-in prompts, or a file with one a line.")] = "2",
-    seeds: Annotated[str, typer.Option(help="Numbers separated by commas.")] = "0",
+        str | None,
+        typer.Option(
+            help="Candidates beside full, separated by commas.",
+            show_default="skip,diagonal,multi-diagonal,stripe",
+            rich_help_panel=_VDIT,
+            callback=options.text,
+        ),
+    ] = None,
+    prompts: options.Prompts = "2",
+    seeds: options.Seeds = "0",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan.")] = False,
     model: options.Model = "tiny",
     dtype: options.Dtype = "auto",
@@ -77,7 +120,7 @@ def calibrate(
     height: options.Height = None,
     width: options.Width = None,
     frames: options.NumFrames = None,
-    guidance: options.Guidance = None,
+    guidance_scale: options.GuidanceScale = None,
     negative_prompt: options.NegativePrompt = None,
 ) -> None:
     """Search offline, on a few prompts, what a strategy that runs on a plan wants: orders and masks, or modes.
@@ -88,20 +131,23 @@ def calibrate(
         "sparsity": sparsity,
         "block": block,
         "looks": looks,
-        "orders": options.names(orders),
+        "orders": orders and options.names(orders),
         "metric": metric,
         "alpha": alpha,
         "bits": bits,
         "epsilon": epsilon,
         "weight": weight,
         "cost": cost,
-        "modes": options.names(modes),
+        "modes": modes and options.names(modes),
         "groups": groups,
     }
+    from diffsparse_pipelines import preflight
+
     search = _search(strategy, knobs)
-    chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
+    chosen = options.sampling(steps, height, width, frames, guidance_scale, negative_prompt)
     pairs = [(prompt, seed) for prompt in read_prompts(prompts, model) for seed in read_seeds(seeds)]
     loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
+    preflight.admit(model, loading, chosen, [prompt for prompt, _ in pairs])
     _check_out(out, overwrite)
     _calibrate(model, search, pairs, chosen, loading, out)
 
@@ -113,6 +159,8 @@ def _search(name: str, knobs: dict[str, Any]) -> Any:
 
     if name not in SEARCHES:
         raise UnknownNameError(f"no search is called {name!r}; known: {closest(name, SEARCHES)}")
+    known = {key: {knob.name for knob in fields(cls)} for key, cls in SEARCHES.items()}
+    options.check_knobs(knobs, {name: known[name]}, known)
     return with_knobs(SEARCHES[name], knobs)
 
 
@@ -139,12 +187,14 @@ def _calibrate(
     from diffsparse.search import calibrate as search_over
     from diffsparse_pipelines import families
     from diffsparse_pipelines.generate import call_arguments, generation
+    from diffsparse_pipelines.preflight import check
     from diffsparse_pipelines.progress import bar, terminal
 
     console = terminal()
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading)
     arguments = call_arguments(pipe, families.defaults(model), chosen)
+    check(pipe, arguments)
     with bar(console) as progress:
         task = progress.add_task("runs", total=search.passes * len(pairs))
 

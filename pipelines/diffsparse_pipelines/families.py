@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffsparse.errors import ConfigError, InputFileError, UnknownNameError
 from diffsparse.names import closest
+from diffsparse_pipelines import machine
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ class Family:
     hub, image_hub: checkpoints for text and for image input; image_class: the pipeline class of the latter, if not the
     one that the checkpoint names. defaults: call arguments. flow_shift: of the scheduler, where it depends on the size.
     float32_vae: keep the VAE in float32, as the model's authors do. token: frames, rows and columns of pixels that
-    one token stands for.
+    one token stands for. multiple: pixels of which height and width are multiples, where a token is no measure.
     """
 
     hub: str
@@ -38,6 +39,7 @@ class Family:
     flow_shift: float | None = None
     float32_vae: bool = False
     token: tuple[int, int, int] = (4, 16, 16)
+    multiple: int = 0
 
 
 def _size(height: int, width: int, frames: int | None, steps: int, guidance: float | None) -> dict[str, Any]:
@@ -52,8 +54,8 @@ def _size(height: int, width: int, frames: int | None, steps: int, guidance: flo
 
 
 FAMILIES: dict[str, Family] = {
-    "tiny": Family("", fps=8, dtype="float32", token=(1, 4, 4)),
-    "tiny-twin": Family("", fps=8, dtype="float32", token=(1, 4, 4)),
+    "tiny": Family("", fps=8, dtype="float32", token=(1, 4, 4), multiple=16),
+    "tiny-twin": Family("", fps=8, dtype="float32", token=(1, 4, 4), multiple=16),
     "wan2.1-1.3b": Family(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _size(480, 832, 81, 50, 5.0), flow_shift=3.0, fps=16, float32_vae=True
     ),
@@ -135,6 +137,8 @@ def resolve(name: str, with_image: bool = False) -> tuple[str, Family]:
             able = ", ".join(key for key, row in FAMILIES.items() if row.image_hub)
             raise ConfigError(f"model {name!r} takes no input image; those that do: {able}")
         return (family.image_hub if with_image else family.hub), family
+    if variant(name):  # a saved embedded model
+        return name, FAMILIES["tiny"]
     if Path(name).is_dir():
         return name, Family(name, dtype="auto")
     if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists():
@@ -166,12 +170,8 @@ def load(
     Raises:
         UnknownNameError, ConfigError: a name or option that doesn't exist. InputFileError: weights that can't be read.
     """
-    if offload not in OFFLOADS:
-        raise ConfigError(f"offload wants one of {', '.join(OFFLOADS)}; got {offload!r}")
     source, family = resolve(name, with_image)
-    device, number_format = target(name, device, dtype)
-    if offload != "none" and device == "cpu":
-        raise ConfigError(f"offload {offload!r} wants a GPU to offload from; got device 'cpu'. Leave it at 'none'")
+    device, number_format = target(name, device, dtype, offload)
     pipe = _tiny(name, number_format) if not source else _pretrained(source, family, number_format)
     if family.flow_shift is not None:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=family.flow_shift)
@@ -181,26 +181,28 @@ def load(
     return pipe
 
 
-def target(name: str, device: str = "auto", dtype: str = "auto") -> tuple[str, torch.dtype]:
+def target(name: str, device: str = "auto", dtype: str = "auto", offload: str = "none") -> tuple[str, torch.dtype]:
     """Where and in which number format `name` runs; see `load`.
 
     Raises:
-        ConfigError: no such number format.
+        ConfigError: no such device, number format or way to offload.
     """
-    import torch
-
+    if offload not in OFFLOADS:
+        raise ConfigError(f"offload wants one of {', '.join(OFFLOADS)}; got {offload!r}")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype wants one of {', '.join(DTYPES)}; got {dtype!r}")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = machine.place(device)
+    if offload != "none" and device == "cpu":
+        raise ConfigError(f"offload {offload!r} wants a GPU to offload from; got device 'cpu'. Leave it at 'none'")
     return device, _dtype(dtype, resolve(name)[1], device)
 
 
 def defaults(name: str) -> dict[str, Any]:
     """Call arguments for `name`: the family's, the embedded model's own, or none for a strange pipeline."""
-    if name in ("tiny", "tiny-twin"):
+    if embedded := variant(name):
         from diffsparse_pipelines import tiny
 
-        return tiny.defaults(_variant(name))
+        return tiny.defaults(embedded)
     return dict(FAMILIES[name].defaults) if name in FAMILIES else {}
 
 
@@ -213,21 +215,55 @@ def grid(name: str, size: dict[str, Any]) -> tuple[int, int, int]:
     if name not in FAMILIES:
         raise UnknownNameError(f"no known model is called {name!r}; known: {closest(name, FAMILIES)}")
     family = FAMILIES[name]
-    if family.output == "image" and "num_frames" in size:
-        raise ConfigError(f"model {name!r} makes images; leave out --frames")
+    check_size(name, size)
     pixels = {"num_frames": 1, **defaults(name), **size}
     frames, rows, columns = family.token
     return -(-(pixels["num_frames"] - 1) // frames) + 1, pixels["height"] // rows, pixels["width"] // columns
 
 
-def _variant(name: str) -> str:
-    return "twin" if name == "tiny-twin" else "default"
+def check_size(name: str, size: dict[str, Any]) -> None:
+    """Refuse a size in pixels that a known model can't make; of others, nothing is known before they are loaded.
+
+    Raises:
+        ConfigError: frames for an image model; a height or width that is no multiple of what the model wants.
+    """
+    family = FAMILIES.get("tiny" if variant(name) else name)
+    if family is None:
+        return
+    if family.output == "image" and "num_frames" in size:
+        raise ConfigError(f"model {name!r} makes images; leave out --frames")
+    for side, edge in zip(("height", "width"), family.token[1:], strict=True):
+        edge, pixels = family.multiple or edge, size.get(side, 0)
+        if pixels % edge:
+            near = max(edge, pixels // edge * edge)
+            raise ConfigError(f"--{side} of {name!r} wants a multiple of {edge}, such as {near}; got {pixels}")
+
+
+def variant(name: str) -> str | None:
+    """Which embedded model `name` is, also in a folder where it was saved; None if it is none."""
+    if name in ("tiny", "tiny-twin"):
+        return "twin" if name == "tiny-twin" else "default"
+    if _config(name, "model_index.json").get("_class_name") != "TinyPipeline":
+        return None
+    from diffsparse_pipelines.tiny.build import VARIANTS
+
+    heads = _config(name, "transformer/config.json").get("num_attention_heads")
+    return next((key for key, sizes in VARIANTS.items() if sizes.heads == heads), "default")
+
+
+def _config(folder: str, file: str) -> dict[str, Any]:
+    """A file of a saved pipeline; empty where there is none that can be read."""
+    try:
+        found = json.loads((Path(folder) / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _tiny(name: str, dtype: torch.dtype) -> Any:
     from diffsparse_pipelines import tiny
 
-    return tiny.load(_variant(name), dtype=dtype)
+    return tiny.load(variant(name) or "default", dtype=dtype)
 
 
 def _dtype(asked: str, family: Family, device: str) -> torch.dtype:
@@ -247,6 +283,8 @@ def _pretrained(source: str, family: Family, dtype: torch.dtype) -> Any:
 
     options: dict[str, Any] = {}
     cls = getattr(diffusers, family.image_class) if family.image_class and source == family.image_hub else None
+    if variant(source):
+        from diffsparse_pipelines.tiny import TinyPipeline as cls  # noqa: N813 - Diffusers doesn't know it by name
     cls = cls or diffusers.DiffusionPipeline
     if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
         raise InputFileError(f"{source} holds no model_index.json; wanted a folder written by save_pretrained")
@@ -255,7 +293,9 @@ def _pretrained(source: str, family: Family, dtype: torch.dtype) -> Any:
             vae = diffusers.AutoencoderKLWan
             options["vae"] = from_pretrained(vae, source, torch.float32, subfolder="vae")
         return from_pretrained(cls, source, dtype, **options)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # files of strangers fail in every way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputFileError(
             f"can't load {source!r}: {reason} Wanted a folder written by save_pretrained, or a hub id and a connection "

@@ -112,9 +112,13 @@ def _clips(out: Any) -> list[np.ndarray]:
 
 def generate(
     prompt: Annotated[str | None, typer.Option(help="What should be seen.", show_default="a caption for tiny")] = None,
-    out: Annotated[Path, typer.Option(help="A file: .mp4, .gif, .png (a sheet of frames), .jpg.")] = Path("out.mp4"),
-    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    image: Annotated[Path | None, typer.Option(help="An input image, for models that take one.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="A file: .mp4, .gif, .png (a sheet of frames), .jpg.", callback=options.file)
+    ] = Path("out.mp4"),
+    seed: options.Seed = 0,
+    image: Annotated[
+        Path | None, typer.Option(help="An input image, for models that take one.", callback=options.file)
+    ] = None,
     model: options.Model = "tiny",
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -124,38 +128,38 @@ def generate(
     height: options.Height = None,
     width: options.Width = None,
     frames: options.NumFrames = None,
-    guidance: options.Guidance = None,
+    guidance_scale: options.GuidanceScale = None,
     negative_prompt: options.NegativePrompt = None,
     strategy: options.Strategy = "digest",
-    sparsity: options.Sparsity = 0.8,
+    sparsity: options.Sparsity = None,
     block: options.Block = None,
     order: options.Order = None,
     searches: options.Searches = None,
-    head_adaptive: options.HeadAdaptive = True,
-    recall_threshold: options.RecallThreshold = 0.8,
-    window: options.Window = "",
-    stride: options.Stride = "",
-    dilation: options.Dilation = "1x1x1",
+    head_adaptive: options.HeadAdaptive = None,
+    recall_threshold: options.RecallThreshold = None,
+    window: options.Window = None,
+    stride: options.Stride = None,
+    dilation: options.Dilation = None,
     dense_first: options.DenseFirst = "0.2",
     dense_last: options.DenseLast = "0",
     dense_layers: options.DenseLayers = "",
     strict: options.Strict = False,
-    heads: options.Heads = "",
-    guidance_strength: options.GuidanceStrength = None,
-    guidance_scale: options.GuidanceScale = None,
+    heads: options.Heads = None,
+    head_strength: options.HeadStrength = None,
+    head_scale: options.HeadScale = None,
     compare: Annotated[
         Path | None,
         typer.Option(
             help="Also generate without head guidance, and write both side by side: a .png file.",
             rich_help_panel="Head guidance",
+            callback=options.file,
         ),
     ] = None,
 ) -> None:
     """Generate a video or an image from a prompt, with sparse attention, with or without head guidance."""
-    chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
+    chosen = options.sampling(steps, height, width, frames, guidance_scale, negative_prompt)
     plan = options.schedule(dense_first, dense_last, dense_layers)
     knobs = {
-        "sparsity": sparsity,
         "block": block,
         "order": order,
         "searches": options.searches(searches),
@@ -165,11 +169,13 @@ def generate(
         "stride": options.cells(stride, "--stride", 1),
         "dilation": options.cells(dilation, "--dilation", 1),
     }
-    preset = options.preset(heads, guidance_strength, guidance_scale)
+    made = options.strategies(strategy, [sparsity], knobs)
+    if len(made) != 1:
+        raise ConfigError(f"generate wants one strategy; got {strategy!r}. To compare several, use evaluate")
+    preset = options.preset(heads, head_strength, head_scale)
     _check_compare(compare, preset)
-    names = model, strategy, prompt
     loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
-    _generate(names, knobs, chosen, plan, strict, loading, out, seed, image, preset, compare)
+    _generate(model, made[0], prompt, chosen, plan, strict, loading, out, seed, image, preset, compare)
 
 
 def _check_compare(compare: Path | None, preset: Preset | None) -> None:
@@ -182,8 +188,9 @@ def _check_compare(compare: Path | None, preset: Preset | None) -> None:
 
 
 def _generate(
-    names: tuple[str, str, str | None],
-    knobs: dict[str, Any],
+    model: str,
+    strategy: Any,
+    prompt: str | None,
     chosen: dict[str, Any],
     plan: Any,
     strict: bool,
@@ -196,31 +203,28 @@ def _generate(
 ) -> None:
     import diffsparse
     from diffsparse.files import check_outputs
-    from diffsparse.strategies import parse
     from diffsparse_pipelines import families, media
-    from diffsparse_pipelines.preflight import announce, argument, compare, preflight
+    from diffsparse_pipelines.preflight import admit, announce, argument, check, compare, preflight
     from diffsparse_pipelines.progress import bar, terminal
 
     console = terminal()
-    model, strategy_names, prompt = names
-    strategies = parse(strategy_names, **knobs)
-    if len(strategies) != 1:
-        raise ConfigError(f"generate wants one strategy; got {strategy_names!r}. To compare several, use evaluate")
     _, family = families.resolve(model, image is not None)
     expected = 1 if family.output == "image" else chosen.get("num_frames", 2)
-    media.check_suffix(out, expected if model in families.FAMILIES else None)
+    media.check_suffix(out, expected if family.hub or families.variant(model) else None)
     check_outputs({"--out": out, "--compare": sheet}, {"--image": image})
     if image is not None:
         chosen["image"] = media.read_image(image)
     prompt = _prompt(model, prompt)
+    admit(model, loading, chosen, [prompt])
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading, with_image=image is not None)
     arguments = call_arguments(pipe, families.defaults(model), {**chosen, "prompt": prompt})
+    check(pipe, arguments, plan)
     count = argument(pipe, arguments, "num_inference_steps")
-    console.print(f"{strategies[0]}, {plan.describe(count)}" if count else f"{strategies[0]}", soft_wrap=True)
-    estimate = preflight(pipe, arguments, strategies[0], plan)
+    console.print(f"{strategy}, {plan.describe(count)}" if count else f"{strategy}", soft_wrap=True)
+    estimate = preflight(pipe, arguments, strategy, plan)
     console.print(announce(estimate), highlight=False, soft_wrap=True)
-    with diffsparse.apply(pipe, strategies[0], schedule=plan, strict=strict) as handle, bar(console) as progress:
+    with diffsparse.apply(pipe, strategy, schedule=plan, strict=strict) as handle, bar(console) as progress:
         plain = generation(pipe, arguments, seed, progress) if sheet is not None else None
         with ExitStack() as stack:
             guided = stack.enter_context(diffsparse.guide(pipe, preset)) if preset is not None else None
@@ -241,7 +245,9 @@ def _generate(
 def _prompt(model: str, prompt: str | None) -> str:
     if prompt is not None:
         return prompt
-    if model.startswith("tiny"):
+    from diffsparse_pipelines import families
+
+    if families.variant(model):
         from diffsparse_pipelines import tiny
 
         return tiny.prompts(1)[0]

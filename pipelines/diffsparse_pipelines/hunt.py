@@ -26,13 +26,18 @@ if TYPE_CHECKING:
 _HUNT, _HELD = "Hunt", "Check on prompts that the hunt did not see"
 _PROXY_SHARE, _PROXY_LEAST = 4, 4  # a proxy runs a quarter of the steps, and at least four
 _SHOWN = 4  # prompts on the sheet
+_COUNT = options.whole(1, options.MOST_COUNT)
 
 Pairs = list[tuple[str, int]]
 
 
 def hunt(
     out: Annotated[
-        Path, typer.Option(help="The preset to write, a .json file; a table (.md) and a sheet (.png) go beside it.")
+        Path,
+        typer.Option(
+            help="The preset to write, a .json file; a table (.md) and a sheet (.png) go beside it.",
+            callback=options.file,
+        ),
     ],
     objective: Annotated[
         str,
@@ -43,7 +48,12 @@ def hunt(
         ),
     ],
     prompts: Annotated[
-        str, typer.Option(help="How many built-in prompts, or a file with one a line.", rich_help_panel=_HUNT)
+        str,
+        typer.Option(
+            help="How many built-in prompts, or a file with one a line.",
+            rich_help_panel=_HUNT,
+            callback=options.text,
+        ),
     ] = "5",
     style: Annotated[
         str,
@@ -55,17 +65,26 @@ def hunt(
             help="Images or videos for each set of heads; image i has prompt i and seed i.",
             show_default="one a prompt",
             rich_help_panel=_HUNT,
+            callback=_COUNT,
         ),
     ] = None,
-    k: Annotated[int, typer.Option(help="Heads that join in each round.", rich_help_panel=_HUNT)] = 3,
-    rounds: Annotated[int, typer.Option(help="Rounds.", rich_help_panel=_HUNT)] = 5,
+    k: Annotated[int, typer.Option(help="Heads that join in each round.", rich_help_panel=_HUNT, callback=_COUNT)] = 3,
+    rounds: Annotated[int, typer.Option(help="Rounds.", rich_help_panel=_HUNT, callback=_COUNT)] = 5,
     pool: Annotated[
-        str, typer.Option(help="Heads to try, such as 0-11.*,single.*.*; * is all.", rich_help_panel=_HUNT)
+        str,
+        typer.Option(
+            help="Heads to try, such as 0-11.*,single.*.*; * is all.", rich_help_panel=_HUNT, callback=options.text
+        ),
     ] = "*",
-    guidance_strength: Annotated[
-        float, typer.Option(help="How far heads are perturbed, in [0, 1].", rich_help_panel=_HUNT)
+    head_strength: Annotated[
+        float,
+        typer.Option(
+            help="How far heads are perturbed, in [0, 1].", rich_help_panel=_HUNT, callback=options.number(most=1)
+        ),
     ] = 1.0,
-    guidance_scale: Annotated[float, typer.Option(help="Weight of the head guidance.", rich_help_panel=_HUNT)] = 3.0,
+    head_scale: Annotated[
+        float, typer.Option(help="Weight of the head guidance.", rich_help_panel=_HUNT, callback=options.number())
+    ] = 3.0,
     kind: Annotated[
         str, typer.Option(help="identity, self, uniform, query-mean or zero.", rich_help_panel=_HUNT)
     ] = "identity",
@@ -78,13 +97,19 @@ def hunt(
         ),
     ] = False,
     batch: Annotated[
-        int, typer.Option(help="Images drawn in one call, where memory allows.", rich_help_panel=_HUNT)
+        int,
+        typer.Option(help="Images drawn in one call, where memory allows.", rich_help_panel=_HUNT, callback=_COUNT),
     ] = 1,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Say what the hunt will cost, and stop.", rich_help_panel=_HUNT)
     ] = False,
     held_out: Annotated[
-        str, typer.Option(help="How many further built-in prompts, or a file; 0 for no check.", rich_help_panel=_HELD)
+        str,
+        typer.Option(
+            help="How many further built-in prompts, or a file; 0 for no check.",
+            rich_help_panel=_HELD,
+            callback=options.text,
+        ),
     ] = "8",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing preset.")] = False,
     model: options.Model = "tiny",
@@ -96,26 +121,27 @@ def hunt(
     height: options.Height = None,
     width: options.Width = None,
     frames: options.NumFrames = None,
-    guidance: options.Guidance = None,
+    guidance_scale: options.GuidanceScale = None,
     negative_prompt: options.NegativePrompt = None,
 ) -> None:
     """Search the attention heads whose perturbation raises an objective, by HeadHunter's greedy selection.
 
     A hunt that was interrupted goes on where it stopped, and ends with the same heads. The paper hunts without
-    classifier-free guidance: --guidance 1.
+    classifier-free guidance: --guidance-scale 1.
     """
     from diffsparse.search import HeadHunter
     from diffsparse.search.objectives import objective as named
+    from diffsparse_pipelines.machine import place
+    from diffsparse_pipelines.preflight import admit
 
-    for option, value in (("--batch", batch), ("--images", images)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} wants a whole number of at least 1; got {value}")
-    hunter = HeadHunter(k, rounds, 1.0 if proxy else guidance_strength, guidance_scale, kind)
-    chosen = options.sampling(steps, height, width, frames, guidance, negative_prompt)
+    hunter = HeadHunter(k, rounds, 1.0 if proxy else head_strength, head_scale, kind)
+    chosen = options.sampling(steps, height, width, frames, guidance_scale, negative_prompt)
     seen, unseen = _pairs(prompts, images, held_out, model, style)
+    loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
+    admit(model, loading, chosen, [prompt for prompt, _ in [*seen, *unseen]])
     begun = _begun(out, overwrite, objective)
-    score = named(objective, _device(device))
-    session = _Session(model, {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}, chosen)
+    score = named(objective, place(device))
+    session = _Session(model, loading, chosen)
     session.batch, session.proxy = batch, proxy
     heads = session.pool(pool)
     hunter.check(heads)
@@ -134,12 +160,6 @@ def hunt(
     session.console.print(f"{', '.join(preset.heads)} -> {out}", soft_wrap=True)
 
 
-def _device(asked: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
-
-
 def _pairs(prompts: str, images: int | None, held_out: str, model: str, style: str = "") -> tuple[Pairs, Pairs]:
     """Prompts and seeds of the hunt, and of the check: prompts and seeds that the hunt does not see."""
     texts = read_prompts(prompts, model)
@@ -148,10 +168,10 @@ def _pairs(prompts: str, images: int | None, held_out: str, model: str, style: s
     seen = [(ahead + texts[i % len(texts)], i) for i in range(count)]
     if held_out == "0":
         return seen, []
+    fresh = read_prompts(held_out, model, "--held-out")
     if held_out.isdecimal() and prompts.isdecimal():
-        fresh = read_prompts(str(int(prompts) + int(held_out)), model)[int(prompts) :]
-    else:
-        fresh = read_prompts(held_out, model)
+        fresh = read_prompts(str(int(prompts) + int(held_out)), model, "--prompts and --held-out together")
+        fresh = fresh[int(prompts) :]
     both = sorted(set(fresh) & set(texts))
     if both:
         raise ConfigError(f"--held-out holds prompts of the hunt, such as {both[0]!r}; give it others")
@@ -186,6 +206,7 @@ class _Session:
     def __init__(self, model: str, loading: dict[str, Any], chosen: dict[str, Any]) -> None:
         from diffsparse_pipelines import families
         from diffsparse_pipelines.generate import call_arguments
+        from diffsparse_pipelines.preflight import check
         from diffsparse_pipelines.progress import terminal
 
         self.console: Console = terminal()
@@ -193,6 +214,7 @@ class _Session:
             self.pipe = families.load(model, **loading)
         self.model, self.steps_given = model, "num_inference_steps" in chosen
         self.arguments = call_arguments(self.pipe, families.defaults(model), chosen)
+        check(self.pipe, self.arguments)
 
     @property
     def searching(self) -> dict[str, Any]:

@@ -1,18 +1,24 @@
-"""What a pipeline call will cost, told before it runs: an estimate from shapes, and the same figures afterwards."""
+"""What a pipeline call will cost, and whether it can run at all, told before it runs; and the cost found afterwards."""
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from diffsparse.cost import Estimate, flops
+from diffsparse.errors import ConfigError
 from diffsparse.layout import Layout
 from diffsparse.models import Grid, packed_grid, patch_of, spec_of
-from diffsparse.patch import models_of
+from diffsparse.patch import attentions, models_of
 from diffsparse.report import Report
 from diffsparse.schedule import Schedule
+from diffsparse_pipelines import families, machine
 
+_SMALLER = "lower --height, --width or --frames"
+_PIXEL = 24  # bytes: three channels in float32, as the VAE gives them and as an array
+_ACTIVATIONS = 6  # as large as the hidden states, alive together in an attention: input, normed, q, k, v, output
 _SPACE = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor", "vae_scale_factor")
 _TIME = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 
@@ -79,6 +85,80 @@ def _latent(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int, int] | None
     return compression.latent(frames or 1, height, width)
 
 
+def admit(model: str, loading: dict[str, Any], chosen: dict[str, Any], texts: Iterable[str] = ()) -> None:
+    """Refuse, before anything is loaded, what can't run: a device, a size, words that the embedded model can't read.
+
+    Args:
+        model: name, folder or hub id. loading: options of `families.load`. chosen: call arguments that were given.
+        texts: prompts.
+
+    Raises:
+        ConfigError: what is wrong, and the remedy. UnknownNameError: no such model.
+    """
+    families.target(model, loading["device"], loading["dtype"], loading.get("offload", "none"))
+    families.check_size(model, chosen)
+    call = {"num_frames": 1, **families.defaults(model), **chosen}
+    frames, height, width = call["num_frames"], call.get("height", 0), call.get("width", 0)
+    what = f"{width}x{height}x{frames} pixels"
+    machine.hold(frames * height * width * _PIXEL, "cpu", what, _SMALLER)
+    if families.variant(model):
+        _read([*texts, call.get("negative_prompt") or ""])
+
+
+def _read(texts: list[str]) -> None:
+    from diffsparse_pipelines import tiny
+
+    strange = tiny.strange_words(texts)
+    if strange:
+        raise ConfigError(
+            f"the embedded model doesn't know {', '.join(map(repr, strange[:8]))}; it was trained on: "
+            f"{tiny.known_words()}"
+        )
+
+
+def check(pipe: Any, arguments: dict[str, Any], schedule: Schedule | None = None) -> None:
+    """Refuse, before a loaded pipeline runs, a size that it can't do or hold, and layers that it doesn't have.
+
+    Raises:
+        ConfigError: what is wrong, and the remedy.
+    """
+    model: Any
+    for model in models_of(pipe).values():
+        if schedule is not None:
+            _check_schedule(model, schedule, argument(pipe, arguments, "num_inference_steps"))
+        latent = _latent(pipe, arguments)
+        if latent is not None:
+            cells = grid(model, latent)[:3]
+            _check_grid(model, cells)
+            width = model.config.get("num_attention_heads", 0) * model.config.get("attention_head_dim", 0)
+            need = math.prod(cells) * width * model.dtype.itemsize * _ACTIVATIONS
+            machine.hold(need, pipe._execution_device, f"{math.prod(cells)} tokens of {type(model).__name__}", _SMALLER)
+
+
+def _check_schedule(model: Any, schedule: Schedule, steps: int | None) -> None:
+    count = sum(1 for _ in attentions(model))
+    wrong = [layer for layer in schedule.dense_layers if not -count <= layer < count]
+    if wrong:
+        raise ConfigError(
+            f"--dense-layers wants numbers from {-count} to {count - 1}: {type(model).__name__} has {count} "
+            f"attention layers; got {', '.join(map(str, wrong))}"
+        )
+    for name in ("dense_first", "dense_last"):
+        dense = getattr(schedule, name)
+        if isinstance(dense, int) and steps is not None and dense > steps:
+            raise ConfigError(f"--{name.replace('_', '-')} wants at most the run's {steps} steps; got {dense}")
+
+
+def _check_grid(model: Any, grid: tuple[int, ...]) -> None:
+    most = model.config.get("rope_max_seq_len", math.inf)
+    for option, cells in zip(("--frames", "--height", "--width"), grid, strict=True):
+        if not 1 <= cells <= most:
+            raise ConfigError(
+                f"{option} makes {cells} tokens along that side; {type(model).__name__} wants at least 1"
+                f"{f', and at most {most}' if most < math.inf else ''}"
+            )
+
+
 def argument(pipe: Any, arguments: dict[str, Any], name: str) -> int | None:
     """A whole number that `pipe` is called with: the one given, or else its own default; None where it has none."""
     known = inspect.signature(type(pipe).__call__).parameters
@@ -116,6 +196,11 @@ def compare(expected: Estimate, report: Report, seconds: float) -> str | None:
     if found is None:
         return None
     return (
-        f"attention was {found.attention_share:.0%} of a dense call (expected {expected.attention_share:.0%}), sparse "
-        f"saved {found.speedup:.2f}x (expected {expected.speedup:.2f}x), by the time of this call's own dense steps"
+        f"attention was {found.attention_share:.0%} of a dense call (expected {expected.attention_share:.0%}), the run "
+        f"was {pace(found.speedup)} (expected {pace(expected.speedup)}), by the time of its own dense steps"
     )
+
+
+def pace(speedup: float) -> str:
+    """A speed-up in words: "1.30x faster", "1.30x slower"."""
+    return f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"

@@ -5,27 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffsparse.errors import ConfigError, InputFileError
+from diffsparse_pipelines import families, options
 
+MOST = 1000  # captions of the embedded models; there are fewer, and they come again
 PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
-def read_prompts(wanted: str, model: str) -> tuple[str, ...]:
+def read_prompts(wanted: str, model: str, option: str = "--prompts") -> tuple[str, ...]:
     """Built-in prompts by number, or the lines of a file; lines that are empty or begin with # don't count.
 
     Raises:
         ConfigError: a number below one, or above what there is. InputFileError: a file that is missing or empty.
     """
-    if not wanted.lstrip("-").isdecimal():
+    number = _number(wanted)
+    if number is None:
         return _lines(Path(wanted))
-    if model.startswith("tiny"):
-        from diffsparse_pipelines import tiny
+    built_in = None if families.variant(model) else _lines(PROMPTS)
+    most = MOST if built_in is None else len(built_in)
+    if not 1 <= number <= most:
+        raise ConfigError(f"{option} wants a file, or a number from 1 to {most}; got {wanted}")
+    if built_in is not None:
+        return built_in[:number]
+    from diffsparse_pipelines import tiny
 
-        listed = tuple(tiny.prompts(max(int(wanted), 0)))
-    else:
-        listed = _lines(PROMPTS)[: max(int(wanted), 0)]
-    if int(wanted) < 1 or len(listed) < int(wanted):
-        raise ConfigError(f"--prompts wants a file, or a number from 1 to {len(_lines(PROMPTS))}; got {wanted}")
-    return listed
+    return tuple(tiny.prompts(number))
+
+
+def _number(text: str) -> int | None:
+    """What is meant as a number, also one that can't be; None for the name of a file."""
+    digits = text.strip().lstrip("-")
+    return (-1 if text.strip() != digits else int(digits)) if digits.isdecimal() else None
 
 
 def _lines(path: Path) -> tuple[str, ...]:
@@ -40,12 +49,9 @@ def _lines(path: Path) -> tuple[str, ...]:
 
 
 def read_seeds(text: str) -> tuple[int, ...]:
-    """Seeds from a comma-separated list.
+    """Seeds from a comma-separated list, none twice.
 
     Raises:
-        ConfigError: none, or something that is no whole number.
+        ConfigError: none, or something that is no whole number of 64 bits.
     """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--seeds wants whole numbers separated by commas; got {text!r}")
-    return tuple(dict.fromkeys(int(part) for part in parts))
+    return tuple(dict.fromkeys(options.wholes(text, "--seeds", 0, options.MOST_SEED)))

@@ -3,51 +3,71 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffsparse.errors import ConfigError
 from diffsparse_pipelines import options
 
 if TYPE_CHECKING:
     from diffsparse.windows import Cells, Tiling
 
+_MOST_CELLS, _MOST_TOKENS = 1024, 2**21
 _GRID, _WINDOWS, _TILES = "Size and sampling", "Strategy", "Tiles"
 
 
 def simulate(
     grid: Annotated[
-        str, typer.Option(help="Tokens: frames x rows x columns.", show_default="the model's", rich_help_panel=_GRID)
-    ] = "",
-    model: Annotated[str, typer.Option(help="A known name, whose grid is taken.", rich_help_panel=_GRID)] = "tiny",
+        str | None,
+        typer.Option(help="Tokens: frames x rows x columns.", show_default="the model's", rich_help_panel=_GRID),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A known name, whose grid is taken.", show_default="tiny", rich_help_panel=_GRID, callback=options.text
+        ),
+    ] = None,
     height: options.Height = None,
     width: options.Width = None,
     frames: options.NumFrames = None,
-    window: options.Window = "",
-    sparsity: Annotated[
-        float, typer.Option(help="Share of blocks to drop, if no window is given.", rich_help_panel=_WINDOWS)
-    ] = 0.8,
+    window: options.Window = None,
+    sparsity: options.Sparsity = None,
     stride: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="One or several, separated by commas.", show_default="the tile's edges", rich_help_panel=_WINDOWS
         ),
-    ] = "",
-    dilation: options.Dilation = "1x1x1",
-    block: Annotated[
-        int, typer.Option(help="Tokens of a tile; its edges are chosen to fit the windows.", rich_help_panel=_TILES)
-    ] = 64,
-    q_tile: Annotated[
-        str, typer.Option(help="Edges of a tile of queries.", show_default="chosen", rich_help_panel=_TILES)
-    ] = "",
-    kv_tile: Annotated[
-        str, typer.Option(help="Edges of a tile of keys.", show_default="the queries'", rich_help_panel=_TILES)
-    ] = "",
-    share: Annotated[
-        float | None, typer.Option(help="Of a dense step that attention takes, in [0, 1]: adds the end-to-end bounds.")
     ] = None,
-    dense: Annotated[float, typer.Option(help="Share of the steps that stay dense.")] = 0.0,
+    dilation: options.Dilation = None,
+    block: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a tile; its edges are chosen to fit the windows.",
+            show_default="64",
+            rich_help_panel=_TILES,
+            callback=options.whole(1, options.MOST_BLOCK),
+        ),
+    ] = None,
+    q_tile: Annotated[
+        str | None, typer.Option(help="Edges of a tile of queries.", show_default="chosen", rich_help_panel=_TILES)
+    ] = None,
+    kv_tile: Annotated[
+        str | None, typer.Option(help="Edges of a tile of keys.", show_default="the queries'", rich_help_panel=_TILES)
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            help="Of a dense step that attention takes, in [0, 1]: adds the end-to-end bounds.",
+            callback=options.number(most=1),
+        ),
+    ] = None,
+    dense: Annotated[
+        float | None,
+        typer.Option(help="Share of the steps that stay dense.", show_default="0", callback=options.number(most=1)),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell how much faster windowed attention (GNA) can be at most: by FLOPs, by tiles, end to end. Text is left out.
@@ -57,14 +77,31 @@ def simulate(
     """
     from diffsparse.simulate import simulate as bounds_of
 
-    cells = options.cells(grid, "--grid", 1) or _grid(model, options.sampling(None, height, width, frames, None, None))
+    for beside, (option, given) in {
+        "--window": ("--sparsity", window is not None and sparsity is not None),
+        "--q-tile": ("--block", q_tile is not None and block is not None),
+        "--grid": ("--model", grid is not None and model is not None),
+        "--grid ": ("--height, --width or --frames", grid is not None and not {height, width, frames} <= {None}),
+    }.items():
+        if given:
+            raise ConfigError(f"simulate takes no {option} beside {beside.strip()}; leave one of the two out")
+    if dense is not None and share is None:
+        raise ConfigError("--dense wants --share, the part of a dense step that attention takes")
+    size = options.sampling(None, height, width, frames, None, None)
+    cells = options.cells(grid, "--grid", 1) or _grid(model or "tiny", size)
+    _check_grid(cells)
     keys, queries = options.cells(kv_tile, "--kv-tile", 1), options.cells(q_tile, "--q-tile", 1)
-    strides = [options.cells(text, "--stride", 1) for text in stride.split(",")]
-    knobs = {"window": options.cells(window, "--window", 0), "dilation": options.cells(dilation, "--dilation", 1)}
+    strides = [options.cells(part, "--stride", 1) for part in (stride.split(",") if stride is not None else [None])]
+    knobs = {
+        "window": options.cells(window, "--window", 0),
+        "dilation": options.cells(dilation, "--dilation", 1),
+        "sparsity": sparsity,
+        "block": block or 64,
+    }
     rows = []
     for jump in strides:
-        bounds = bounds_of(_tiling(cells, {**knobs, "stride": jump}, sparsity, block, queries), keys)
-        rows.append({"grid": cells, **asdict(bounds), **_end_to_end(bounds, share, dense)})
+        bounds = bounds_of(_tiling(cells, {**knobs, "stride": jump}, queries), keys)
+        rows.append({"grid": cells, **asdict(bounds), **_end_to_end(bounds, share, dense or 0.0)})
     _show(rows, as_json)
 
 
@@ -74,10 +111,19 @@ def _grid(model: str, size: dict[str, Any]) -> Cells:
     return families.grid(model, size)
 
 
-def _tiling(grid: Cells, knobs: dict[str, Any], sparsity: float, block: int, tile: Cells | None) -> Tiling:
+def _check_grid(grid: Cells) -> None:
+    """Refuse grids whose windows would take minutes to try: all of them are, and along each axis cell by cell."""
+    if max(grid) > _MOST_CELLS or math.prod(grid) > _MOST_TOKENS:
+        raise ConfigError(
+            f"a grid of {_cell(grid)} tokens is too large to simulate: wanted at most {_MOST_CELLS} along an axis, and "
+            f"{_MOST_TOKENS} in all"
+        )
+
+
+def _tiling(grid: Cells, knobs: dict[str, Any], tile: Cells | None) -> Tiling:
     from diffsparse.strategies.gna import GNA
 
-    return GNA(**{k: v for k, v in knobs.items() if v}, sparsity=sparsity, block=block).tiling(grid, tile)
+    return GNA(**{name: value for name, value in knobs.items() if value is not None}).tiling(grid, tile)
 
 
 def _end_to_end(bounds: Any, share: float | None, dense: float) -> dict[str, float]:

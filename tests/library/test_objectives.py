@@ -87,7 +87,7 @@ def test_names(tmp_path: Path) -> None:
         objective("sharpnes")
     with pytest.raises(UnknownNameError, match="can't import the objective os:nothing"):
         objective("os:nothing")
-    with pytest.raises(UnknownNameError, match="is no function"):
+    with pytest.raises(UnknownNameError, match="math:pi is no objective; wanted a function"):
         objective("math:pi")
     assert objective("support.tiny_pipelines:call")
 

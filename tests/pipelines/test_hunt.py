@@ -93,7 +93,7 @@ def test_a_hunt_that_was_stopped_in_its_check_goes_on_with_it(
     out, preset = tmp_path / "heads.json", Preset.load(found)
     preset.about.pop("held_out")
     preset.save(out)
-    call([*HUNT, "--guidance-scale", "2", "--out", str(out)], code=2)
+    call([*HUNT, "--head-scale", "2", "--out", str(out)], code=2)
     assert "is of a hunt with other settings" in capsys.readouterr().err
     monkeypatch.setattr(command._Session, "hunt", None)
     call([*HUNT, "--held-out", "3", "--out", str(out)])
@@ -166,7 +166,7 @@ def test_a_batch_is_drawn_as_its_samples_are(name: str) -> None:
 
 def test_generate_with_heads(found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, sheet = tmp_path / "a.png", tmp_path / "sheet.png"
-    heads = ["--heads", str(found), "--guidance-strength", "0.5", "--guidance-scale", "2"]
+    heads = ["--heads", str(found), "--head-strength", "0.5", "--head-scale", "2"]
     call(["generate", *SMALL, "--strategy", "dense", *heads, "--out", str(out), "--compare", str(sheet)])
     printed = capsys.readouterr().out
     assert f"{', '.join(Preset.load(found).heads)}: identity, strength 0.5, scale 2" in printed

@@ -81,4 +81,6 @@ def test_generate_says_what_to_expect_and_what_came(tmp_path: Path, capsys: pyte
     before, after = printed.index("attention is"), printed.index("attention was")
     assert before < printed.index("retained mass") < after
     assert re.search(r"attention is \d+% of your step; expected \d\.\dx \(an estimate", printed)
-    assert re.search(r"attention was \d+% of a dense call \(expected \d+%\), sparse saved", printed)
+    assert re.search(
+        r"attention was \d+% of a dense call \(expected \d+%\), the run was \d+\.\d+x (fast|slow)er \(expected", printed
+    )

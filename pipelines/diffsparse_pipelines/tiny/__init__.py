@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from diffusers import WanPipeline
 
 from diffsparse_pipelines.loading import from_pretrained, no_bars
 from diffsparse_pipelines.tiny.build import TEXT_LENGTH, VARIANTS
-from diffsparse_pipelines.tiny.data import sample
+from diffsparse_pipelines.tiny.data import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, WORDS, sample
 
-__all__ = ["TinyPipeline", "defaults", "folder", "load", "prompts"]
+__all__ = ["TinyPipeline", "defaults", "folder", "known_words", "load", "prompts", "strange_words"]
 
 _ROUNDING = "`num_frames - 1` has to be divisible by 1"
 _LOG = logging.getLogger("diffusers.pipelines.wan.pipeline_wan")
@@ -83,6 +85,19 @@ def defaults(variant: str = "default") -> dict[str, Any]:
 def prompts(n: int, seed: int = 0) -> list[str]:
     """`n` captions of the kind that the model knows; the same `n` and `seed` give the same captions."""
     return [str(caption) for caption in sample(n, seed)]
+
+
+def strange_words(texts: Iterable[str]) -> list[str]:
+    """The words of some prompts that the model was never shown, and reads as one and the same."""
+    words = (word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower()))  # as its tokenizer cuts
+    return [word for word in dict.fromkeys(words) if word not in WORDS]
+
+
+def known_words() -> str:
+    """What a prompt can be made of, as people read it."""
+    listed = (COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS)
+    colours, shapes, directions, backgrounds = ("|".join(words) for words in listed)
+    return f"a {colours} {shapes} moving {directions} on a {backgrounds} background"
 
 
 def _known(variant: str) -> None:

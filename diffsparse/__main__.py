@@ -1,0 +1,5 @@
+"""`python -m diffsparse`: the command line."""
+
+from diffsparse.cli import main
+
+main()

@@ -1,0 +1,60 @@
+"""What this machine has: devices and memory, asked before any work starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from diffsparse.errors import ConfigError
+
+
+def place(asked: str = "auto") -> str:
+    """A device that is there, as torch names it; "auto" takes a CUDA device if there is one.
+
+    Raises:
+        ConfigError: no device's name, or one that this machine lacks.
+    """
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise ConfigError(f"--device wants cpu, cuda, cuda:1, ... or auto; got {asked!r}") from None
+    if device.type == "cpu":
+        return "cpu"
+    module: Any = getattr(torch, device.type, None)
+    count = module.device_count() if hasattr(module, "is_available") and module.is_available() else 0
+    if (device.index or 0) >= count:
+        have = f"{count} of that kind" if count else f"no {device.type} device that torch can use"
+        raise ConfigError(f"--device {asked} is not there: this machine has {have}; try --device auto")
+    return asked
+
+
+def memory(device: Any) -> int:
+    """Bytes of memory that a device has; on a CPU, no more than its control group may use."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(have, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such limit
+        return have
+
+
+def hold(need: int, device: Any, what: str, remedy: str) -> None:
+    """Refuse what takes more memory than `device` has in all; `need`, in bytes, is to be what it takes at least.
+
+    Raises:
+        ConfigError: it takes more.
+    """
+    have = memory(device)
+    if need > have:
+        raise ConfigError(
+            f"{what} take at least {need / 2**30:.1f} GiB, and {device} has {have / 2**30:.1f} GiB of memory; {remedy}"
+        )

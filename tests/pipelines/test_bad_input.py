@@ -1,0 +1,319 @@
+"""Bad input ends before any work: exit code 2, one line on stderr, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import functools
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+
+from diffsparse.cli import COMMANDS, main
+from diffsparse.errors import ConfigError
+from diffsparse.search import objective
+from diffsparse_pipelines import families, machine, options, preflight, prompts, tiny
+from diffsparse_pipelines.generate import generation
+
+GENERATE = ["generate", "--model", "tiny-twin", "--steps", "2"]
+EVALUATE = ["evaluate", "--model", "tiny-twin", "--steps", "2", "--out", "results"]
+INSPECT = ["inspect", "--model", "tiny-twin", "--steps", "2", "--out", "pictures"]
+CALIBRATE = ["calibrate", "--model", "tiny-twin", "--steps", "2", "--out", "a.safetensors"]
+HUNT = ["hunt", "--model", "tiny-twin", "--steps", "2", "--out", "a.json", "--k", "1", "--rounds", "1"]
+CONTRAST = [*HUNT, "--objective", "contrast"]
+FORETELL = ["evaluate", "--out", "results", "--model", "flux", "--random-weights"]
+RUNS = {
+    "generate": GENERATE,
+    "evaluate": EVALUATE,
+    "inspect": INSPECT,
+    "calibrate": CALIBRATE,
+    "hunt": CONTRAST,
+    "bench": ["bench"],
+}
+ENORMOUS = "9" * 23
+
+# what is refused before a model is loaded: name -> (arguments, a part of the line)
+EARLY: dict[str, tuple[list[str], str]] = {
+    **{
+        f"{name}: no such device": ([*run, "--device", "foo"], "--device wants cpu, cuda") for name, run in RUNS.items()
+    },
+    **{f"{name}: absent device": ([*run, "--device", "xpu:7"], "xpu:7 is not there") for name, run in RUNS.items()},
+    "empty device": ([*GENERATE, "--device", ""], "--device wants cpu, cuda, cuda:1, ... or auto; got ''"),
+    "meta device": ([*GENERATE, "--device", "meta"], "no meta device that torch can use"),
+    "one pixel": ([*GENERATE, "--height", "1", "--width", "1"], "wants a multiple of 16, such as 16; got 1"),
+    "one pixel, evaluated": ([*EVALUATE, "--height", "1"], "--height of 'tiny-twin' wants a multiple of 16"),
+    "one pixel, simulated": (["simulate", "--height", "1"], "--height of 'tiny' wants a multiple of 16"),
+    "one pixel, foretold": ([*FORETELL, "--height", "1"], "--height of 'flux' wants a multiple of 16"),
+    "odd width": (["generate", "--model", "wan2.1-1.3b", "--prompt", "x", "--width", "830"], "such as 816; got 830"),
+    "frames of an image": (
+        ["generate", "--model", "flux", "--frames", "9", "--prompt", "x", "--out", "a.png"],
+        "leave out --frames",
+    ),
+    "a size beyond memory": ([*GENERATE, "--height", "160000", "--width", "160000"], "of memory; lower --height"),
+    "frames beyond memory": ([*EVALUATE, "--height", "3200", "--frames", "1000000"], "of memory; lower --height"),
+    "a foretold size beyond memory": ([*FORETELL, "--height", "160000", "--width", "160000"], "lower --height"),
+    "tensors beyond memory": (["bench", "--tokens", "1000000", "--heads", "4096"], "of memory; lower --tokens"),
+    "no seed": ([*EVALUATE, "--seeds", ","], "--seeds wants whole numbers from 0 to 18446744073709551615"),
+    "long seeds": ([*EVALUATE, "--seeds", f"1,{ENORMOUS}"], "--seeds wants whole numbers from 0 to"),
+    "prompts below zero": ([*EVALUATE, "--prompts=--5"], "--prompts wants a file, or a number from 1 to 1000; got --5"),
+    "too many prompts": ([*EVALUATE, "--prompts", "99999999"], "a number from 1 to 1000; got 99999999"),
+    "more prompts than there are": (["evaluate", "--out", "o", "--model", "flux", "--prompts", "17"], "from 1 to 16"),
+    "no held-out prompts": ([*CONTRAST, "--held-out", "-3"], "--held-out wants a file, or a number from 1 to 1000"),
+    "empty prompts": ([*EVALUATE, "--prompts", ""], "--prompts wants a value; got an empty text"),
+    "empty model": (["generate", "--model", ""], "--model wants a value; got an empty text"),
+    "empty model, evaluated": ([*EVALUATE, "--model", ""], "--model wants a value; got an empty text"),
+    "empty strategy": ([*GENERATE, "--strategy", ""], "--strategy wants a value"),
+    "empty order": ([*GENERATE, "--order", ""], "--order wants a value"),
+    "empty orders": ([*CALIBRATE, "--orders", ""], "--orders wants a value"),
+    "empty heads": ([*GENERATE, "--heads", ""], "--heads wants a value"),
+    "empty offload": ([*GENERATE, "--offload", ""], "offload wants one of none, model"),
+    "empty image": ([*GENERATE, "--image", ""], "--image wants the name of a file or folder"),
+    "empty sheet": ([*GENERATE, "--heads", "0.0", "--compare", ""], "--compare wants the name of a file"),
+    "empty grid": (["simulate", "--grid", ""], "--grid wants frames x rows x columns"),
+    **{
+        f"{name}: empty out": ([*run, "--out", ""], "--out wants the name of a file or folder; got an empty one")
+        for name, run in RUNS.items()
+    },
+    "a function that is no objective": (
+        [*HUNT, "--objective", "os:system"],
+        "os:system is no objective; wanted a func",
+    ),
+    "a function without a signature": ([*HUNT, "--objective", "builtins:max"], "builtins:max is no objective"),
+    "no function": ([*HUNT, "--objective", "os:sep"], "os:sep is no objective"),
+    "no module": ([*HUNT, "--objective", ":system"], "can't import the objective :system"),
+    "a large block": ([*GENERATE, "--block", "1000000"], "--block wants a whole number from 1 to 4096; got 1000000"),
+    "large blocks": (["bench", "--block", "64,1000000"], "--block wants whole numbers from 1 to 4096"),
+    "an enormous grid": (["simulate", "--grid", "9999x9999x9999"], "9999x9999x9999 tokens is too large to simulate"),
+    "a large grid": (["simulate", "--grid", "512x512x512"], "2097152 in all"),
+    "large pixels": (["simulate", "--height", "160000"], "is too large to simulate"),
+    "an enormous window": (["simulate", "--window", "99999999x1x1"], "each from 0 to 1000000; got '99999999x1x1'"),
+    "digest's window": ([*GENERATE, "--window", "4x4x4"], "digest takes no --window; leave it out, or take one that"),
+    "digest's stride": ([*GENERATE, "--stride", "2x2x2"], "does: gna"),
+    "digest's dilation": ([*GENERATE, "--dilation", "1x1x1"], "digest takes no --dilation"),
+    "digest's threshold": ([*GENERATE, "--recall-threshold", "0.5"], "digest takes no --recall-threshold"),
+    "digest's heads": ([*GENERATE, "--no-head-adaptive"], "digest takes no --no-head-adaptive"),
+    "random's searches": ([*GENERATE, "--strategy", "random", "--searches", "3"], "random takes no --searches"),
+    "dense's sparsity": ([*GENERATE, "--strategy", "dense", "--sparsity", "0.5"], "dense takes no --sparsity"),
+    "gna's order": ([*INSPECT, "--strategy", "gna", "--order", "FHW"], "gna takes no --order"),
+    "nobody's window": ([*EVALUATE, "--strategy", "adaspa,random", "--window", "4x4x4"], "adaspa, random takes no --w"),
+    "compensated random's window": ([*GENERATE, "--strategy", "random+means", "--window", "4x4x4"], "random takes no"),
+    "sparsity beside a window": (
+        [*GENERATE, "--strategy", "gna", "--window", "4x4x4", "--sparsity", "0.5"],
+        "gna takes no --sparsity beside --window",
+    ),
+    "simulated sparsity beside a window": (["simulate", "--window", "4x4x4", "--sparsity", "0.5"], "beside --window"),
+    "a block beside a tile": (["simulate", "--q-tile", "4x4x4", "--block", "64"], "no --block beside --q-tile"),
+    "a model beside a grid": (["simulate", "--grid", "4x4x4", "--model", "tiny"], "no --model beside --grid"),
+    "pixels beside a grid": (["simulate", "--grid", "4x4x4", "--height", "64"], "--frames beside --grid"),
+    "dense steps without a share": (["simulate", "--dense", "0.2"], "--dense wants --share"),
+    "block beside a plan": (
+        [*GENERATE, "--strategy", "sparse-vdit:none.safetensors", "--block", "16"],
+        "its plan fixes that",
+    ),
+    "sparsity beside a plan": (
+        [*EVALUATE, "--strategy", "sparse-vdit:none.safetensors", "--sparsity", "0.3"],
+        "its plan fixes",
+    ),
+    "the other search's knob": ([*CALIBRATE, "--epsilon", "0.3"], "paro takes no --epsilon; leave it out, or take one"),
+    "the first search's knob": (
+        [*CALIBRATE, "--strategy", "sparse-vdit", "--bits", "8"],
+        "sparse-vdit takes no --bits",
+    ),
+    "shrunk without a suite": (["bench", "--shrink", "2"], "--shrink wants --suite"),
+    "layers of real weights": ([*EVALUATE, "--layers", "2"], "--layers wants --random-weights"),
+    "heads of random weights": ([*FORETELL, "--heads", "0.0"], "leave out --heads"),
+    "sparsity in words": (
+        [*EVALUATE, "--sparsity", "x"],
+        "--sparsity wants numbers in [0, 1), separated by commas, such",
+    ),
+    "benched sparsity in words": (["bench", "--sparsity", "x"], "--sparsity wants numbers in [0, 1)"),
+    "sparsity that is none": ([*EVALUATE, "--sparsity", "0.5,nan"], "--sparsity wants numbers in [0, 1)"),
+    "tokens in words": (["bench", "--tokens", "x"], "--tokens wants whole numbers from 1 to 1000000"),
+    "strange words": (
+        [*GENERATE, "--prompt", "a dragon over Paris"],
+        "doesn't know 'dragon', 'paris'; it was trained on",
+    ),
+    "strange words in a file": ([*EVALUATE, "--prompts", "prompts.txt"], "doesn't know 'dragon'"),
+    "strange words to avoid": ([*GENERATE, "--negative-prompt", "blurry"], "doesn't know 'blurry'"),
+    "a strange style": ([*CONTRAST, "--style", "ink"], "doesn't know 'ink'"),
+    "head guidance without heads": ([*GENERATE, "--head-scale", "2"], "--head-strength and --head-scale want --heads"),
+    "an old name": ([*GENERATE, "--guidance", "2"], "No such option: --guidance"),
+    "a word too many": (["generate", "cat"], "unexpected extra argument"),
+    "no such command": (["generat"], "No such command 'generat'"),
+    "nothing asked": (["evaluate"], "Missing option '--out'"),
+}
+
+# what only the loaded model can tell
+LATE = {
+    "layers that it lacks": ([*GENERATE, "--dense-layers", "99"], "--dense-layers wants numbers from -12 to 11"),
+    "more dense steps than steps": ([*GENERATE, "--dense-first", "3"], "--dense-first wants at most the run's 2 steps"),
+    "more dense steps at the end": ([*EVALUATE, "--dense-last", "3"], "--dense-last wants at most the run's 2 steps"),
+    "layers before the first": ([*GENERATE, "--dense-layers", "0,-13"], "12 attention layers; got -13"),
+    "evaluated layers that it lacks": ([*EVALUATE, "--dense-layers", "99"], "12 attention layers; got 99"),
+    "inspected layers that it lacks": ([*INSPECT, "--dense-layers", "99"], "12 attention layers; got 99"),
+    "more frames than positions": ([*GENERATE, "--frames", "65"], "--frames makes 65 tokens along that side"),
+    "more rows than positions": ([*CALIBRATE, "--height", "272"], "wants at least 1, and at most 64"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded twin in a folder of its own, written by `save_pretrained`."""
+    folder = tmp_path_factory.mktemp("saved")
+    tiny.load("twin").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line, after a call that left nothing behind in the working folder."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2, error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    assert sorted(path for path in Path().rglob("*") if path.is_file() or path in before) == before
+    return error
+
+
+def never(*_: Any, **__: Any) -> None:
+    raise AssertionError("a model was loaded")
+
+
+def stub_out(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """The embedded pipeline is loaded as ever, and raises when it is called."""
+
+    @functools.wraps(tiny.TinyPipeline.__call__)
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(tiny.TinyPipeline, "__call__", fails)
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_refused_before_a_model_is_loaded(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "load", never)
+    (here / "prompts.txt").write_text("a red circle\na dragon\n")
+    arguments, message = EARLY[name]
+    assert message in refusal(arguments, capsys)
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_refused_before_the_loaded_model_runs(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_out(monkeypatch, AssertionError("the model ran"))
+    arguments, message = LATE[name]
+    assert message in refusal(arguments, capsys)
+
+
+NO_NUMBERS = {int: ("x", "", ENORMOUS, f"-{ENORMOUS}", "-1"), float: ("x", "", "nan", "inf", "-inf", "-0.5")}
+
+
+def numbers() -> list[tuple[str, str, type]]:
+    """Command, option and type of all options that are numbers."""
+    found = []
+    for command, (place, _) in COMMANDS.items():
+        module, function = place.split(":")
+        hints = get_type_hints(getattr(import_module(module), function), include_extras=True)
+        for name, hint in hints.items():
+            kind = next((kind for kind in NO_NUMBERS if get_args(hint)[:1] in ((kind,), (kind | None,))), None)
+            if kind is not None:
+                declared = get_args(hint)[1].param_decls or [f"--{name.replace('_', '-')}"]
+                found.append((command, declared[0], kind))
+    return found
+
+
+@pytest.mark.parametrize(("command", "option", "kind"), numbers())
+def test_every_number_has_its_limits(
+    command: str, option: str, kind: type, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of all commands, those to come too."""
+    for text in NO_NUMBERS[kind]:
+        assert option in refusal([command, option, text], capsys)
+
+
+def test_knobs_are_for_those_that_have_them() -> None:
+    """One of several strategies is enough; each gets its own."""
+    digest, gna = options.strategies("digest,gna", [0.5], {"window": (4, 8, 8), "searches": None})
+    assert (digest.sparsity, gna.window) == (0.5, (4, 8, 8))
+    with pytest.raises(ConfigError, match="digest takes no --window"):
+        options.strategies("digest", [None], {"window": (4, 8, 8)})
+
+
+def test_a_saved_embedded_model_is_known_as_such(saved: Path) -> None:
+    assert families.defaults(str(saved)) == tiny.defaults("twin")
+    assert prompts.read_prompts("2", str(saved)) == prompts.read_prompts("2", "tiny-twin")
+    call = {**tiny.defaults("twin"), "num_inference_steps": 1, "prompt": "a red circle"}
+    found, wanted = (generation(families.load(name), call, 0).frames for name in (str(saved), "tiny-twin"))
+    assert np.allclose(found, wanted, atol=1e-5)  # the same weights, elsewhere in memory
+
+
+def test_a_saved_embedded_model_generates(here: Path, saved: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--model", str(saved), "--steps", "1", "--block", "16", "--out", "a.gif"])
+    assert ended.value.code == 0
+    assert Path("a.gif").is_file()
+
+
+def test_a_folder_of_a_strange_pipeline(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("model").mkdir()
+    Path("model", "model_index.json").write_text('{"_class_name": "NobodysPipeline", "vae": 3}')
+    before = ["generate", "--model", "model", "--prompt", "x"]
+    with pytest.raises(SystemExit) as ended:
+        main(before)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: can't load 'model': ")
+
+
+def test_an_objective_of_ones_own_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = objective("shutil:copy")  # takes two arguments, as an objective does
+    with pytest.raises(ConfigError, match=r"objective shutil:copy failed on 1 clips: TypeError: .*; wanted a function"):
+        score([np.zeros((1, 2, 2, 3), np.float32)], ["x"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: not enough memory"),
+    ],
+)
+def test_memory_that_runs_out(
+    error: Exception, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_out(monkeypatch, error)
+    assert "out of memory" in refusal(GENERATE, capsys)
+
+
+def test_what_torch_calls_a_device_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.place("cpu:3") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [machine.place(name) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    with pytest.raises(ConfigError, match="cuda:2 is not there: this machine has 2 of that kind"):
+        machine.place("cuda:2")
+
+
+def test_memory_is_the_machines() -> None:
+    have = machine.memory("cpu")
+    machine.hold(have, "cpu", "all of it", "")
+    with pytest.raises(ConfigError, match=r"take at least .* GiB, and cpu has .* GiB of memory; take less"):
+        machine.hold(have + 1, "cpu", "a little more", "take less")
+
+
+def test_a_slower_run_is_called_slower() -> None:
+    assert preflight.pace(1.3) == "1.30x faster"
+    assert preflight.pace(0.77) == "1.30x slower"
