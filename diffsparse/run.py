@@ -261,8 +261,8 @@ class Run(ModelHook):  # type: ignore[misc]
     def _attend(self, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int) -> Tensor:
         if moment.run != self._run:
             self._begin(moment)
-        self._bound(moment)
         record = self.ledger.open(layer.name, moment.step, moment.branch)
+        self._bound(moment)
         with record.timed(call.query.device):
             mask, obstacle = self._examine(call, layout, moment)
             call = call if obstacle else call.ungrouped()
