@@ -357,4 +357,3 @@ class Run(ModelHook):  # type: ignore[misc]
             return None, None
         key = (moment.branch, call.attn_mask.shape, call.attn_mask.dtype)
         return read_mask(call.attn_mask, layout, self._masks, key)
-
