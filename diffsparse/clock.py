@@ -64,8 +64,8 @@ class Clock:
     of the schedule, or the first position that was read.
 
     A new run is noticed by another pipeline, by `scheduler.timesteps`, a fresh tensor for each `set_timesteps`, and by
-    a step that goes back. The branch is the name of the `cache_context`, or else `#0`, `#1`, ... by the order of forward
-    passes within a step.
+    a step that goes back. The branch is the name of the `cache_context`, or else `#0`, `#1`, ... by the order of
+    forward passes within a step.
     """
 
     def __init__(self, pipe: Any, context: Callable[[], Any]) -> None:
@@ -74,7 +74,7 @@ class Clock:
         self._caller = _weak(None)
         self._context = context
         self._timesteps: Any = None
-        self._left: Any = None  # timesteps of a pipeline call that is over: of no use to a loop that follows
+        self._left: Any = None  # timesteps of a call that is over, or that nobody steps through
         self._run = 0
         self.passes = 0  # forward passes that attended, over all runs
         self.reset()

@@ -251,9 +251,9 @@ class Report:
     density counts every self-attention call (dense = 1), sparse_density the sparse ones alone; work counts every pass
     over the keys: density, and what searches compute beside it, a mass pass as half a dense one. recall is the mean
     softmax mass that the chosen blocks held when they were chosen; attention_seconds is the time inside
-    self-attention; memory_bytes is what the strategy keeps between steps (masks, LSE), or kept at the end; fallbacks are the dense calls
-    that nobody planned, by reason, and passed_over the calls that a faster backend of this device did not take, by the
-    reason. Where a strategy chooses by head, modes is the share of heads in each mode, over
+    self-attention; memory_bytes is what the strategy keeps between steps (masks, LSE), or kept at the end; fallbacks
+    are the dense calls that nobody planned, by reason, and passed_over the calls that a faster backend of this device
+    did not take, by the reason. Where a strategy chooses by head, modes is the share of heads in each mode, over
     all calls in which it chose, and heads the modes of a layer's heads, by layer and step. notes is what
     else the strategy has to say. calls lists single calls: of a loop whose length is unknown the last ones alone, as do
     heads and `table`, and all other numbers count the whole run.

@@ -280,12 +280,12 @@ class Run(ModelHook):  # type: ignore[misc]
     def note_unseen(self, layer: Layer, reason: str) -> None:
         """Report a self-attention call that went another way than ours."""
         moment = self.aside or self.clock.read(layer)
-        self._begin(moment)
+        record = self._open(layer, moment)
         if self.strict:
             raise DenseFallbackError(
                 f"layer {layer.name!r} at step {moment.step} ran dense ({reason}); apply with strict=False to allow it"
             )
-        self.ledger.open(layer.name, moment.step, moment.branch).ran_dense(reason, planned=False, backend="unknown")
+        record.ran_dense(reason, planned=False, backend="unknown")
 
     def attend(self, layer: Layer, call: Call, layout: Layout, number: int = 0, obstacle: str | None = None) -> Tensor:
         """One self-attention call: dense where the schedule or the call itself demands it, else the strategy's.
@@ -300,20 +300,21 @@ class Run(ModelHook):  # type: ignore[misc]
                 return out
             return self.guidance.perturb(out, layer, call, layout, moment, number)
 
-    def _begin(self, moment: Moment) -> None:
-        """In a new run nothing of the last one is left."""
+    def _open(self, layer: Layer, moment: Moment) -> CallRecord:
+        """Begin the record of a call; in a new run nothing of the last one is left."""
         if moment.run != self._run:
             self._forget()
             self._run, self.ledger = moment.run, Ledger(memories=self._memories)
             if moment.steps is None and (unknown := self.schedule.of_unknown_length()):
                 self.ledger.note(unknown)
+        record = self.ledger.open(layer.name, moment.step, moment.branch)
         self._bound(moment)
+        return record
 
     def _attend(
         self, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int, obstacle: str | None
     ) -> Tensor:
-        self._begin(moment)
-        record = self.ledger.open(layer.name, moment.step, moment.branch)
+        record = self._open(layer, moment)
         with record.timed(call.query.device):
             mask, obstacle = (None, obstacle) if obstacle else self._examine(layer, call, layout, moment, number)
             call = call if obstacle else call.ungrouped()

@@ -134,7 +134,7 @@ def test_a_scheduler_that_is_only_stepped_as_a_copy() -> None:
 
 
 @pytest.mark.skipif(
-    "step_index" not in signature(CacheMixin.cache_context).parameters, reason="this Diffusers has no step in a context"
+    len(signature(CacheMixin.cache_context).parameters) < 3, reason="this Diffusers has no step in a context"
 )
 def test_a_bare_transformer_is_told_by_its_context() -> None:
     model, spy = build("WanTransformer3DModel"), Spy()
