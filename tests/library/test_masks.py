@@ -260,6 +260,8 @@ def test_no_step_but_the_first_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [masks.read(PADDING, 2, LAYOUT, (layer, 1, "cond"), (0, 4, "cond"))[1] for layer in range(3)]
     assert layers == [None] * 3
     assert len(set(waits[3:])) == 1, "layers that get the same tensor share one look"
+    assert masks.read(PADDING[:, :, :1], 2, LAYOUT, (0, 2, "cond"), (0, 4, "cond"))[1] is None
+    assert len(waits) == 6, "one row of yes and no needs none"
 
 
 SEARCHES = {
