@@ -72,10 +72,11 @@ class Masks:
         mask = mask[(None,) * (4 - mask.ndim)]  # [B|1, H|1, N|1, N]
         if mask.shape[1] != 1:
             return None, "a mask that differs by head"
-        obstacle = self._obstacle(mask, layout, place, moment)
-        if obstacle:
-            return None, obstacle
         by_row = mask.shape[2] != 1
+        if by_row or mask.dtype != torch.bool:  # else it can be nothing but padding
+            obstacle = self._obstacle(mask, layout, place, moment)
+            if obstacle:
+                return None, obstacle
         keys = mask[:, 0, layout.text_before if by_row else 0].expand(batch, -1)
         return KeyMask(keys if keys.dtype == torch.bool else keys > _MASKED, by_row), None
 

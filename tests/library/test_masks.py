@@ -19,6 +19,8 @@ from diffsparse import AdaSpa, Compensated, Digest, Layout, Random, Schedule
 from diffsparse.masks import Masks
 from diffsparse.order import in_order
 from diffsparse.report import Reading
+from diffsparse.search import PAROSearch, SparseVDiTSearch
+from diffsparse.search.calibrate import Sums
 from support import exact
 from support.sites import site
 from support.strategies import BLOCK, HEADS, NAMES, every
@@ -258,3 +260,33 @@ def test_no_step_but_the_first_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [masks.read(PADDING, 2, LAYOUT, (layer, 1, "cond"), (0, 4, "cond"))[1] for layer in range(3)]
     assert layers == [None] * 3
     assert len(set(waits[3:])) == 1, "layers that get the same tensor share one look"
+    assert masks.read(PADDING[:, :, :1], 2, LAYOUT, (0, 2, "cond"), (0, 4, "cond"))[1] is None
+    assert len(waits) == 6, "one row of yes and no needs none"
+
+
+SEARCHES = {
+    "paro, recall": PAROSearch(0.5, block=8),
+    "paro, the paper's metric": PAROSearch(0.5, metric="paper", block=8),
+    "sparse-vdit": SparseVDiTSearch(0.5, block=8),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_what_is_hidden_has_no_say_in_a_plan(name: str) -> None:
+    """Searches find the same, whatever the keys and values are that nobody sees."""
+    layout = Layout(3, 4, 4, text_before=3)
+    q, k, v, others = torch.randn(4, 2, HEADS, layout.tokens, DIM)
+    keys = torch.rand(2, layout.tokens) < 0.7
+
+    def found(k: Tensor, v: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        sums = Sums()
+        for number in range(SEARCHES[name].passes):
+            for step in range(4):
+                here = site(layout, step, 4, key_mask=keys)
+                SEARCHES[name].watcher(number, sums).attend(q, k, v, here)
+        return SEARCHES[name].plan(sums)[1], sums.tensors
+
+    hide = partial(torch.where, keys[:, None, :, None], other=5 * others)
+    for want, got in zip(found(k, v), found(hide(k), hide(v)), strict=True):
+        assert want
+        torch.testing.assert_close(got, want)
