@@ -72,7 +72,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of the whole model: seconds in self-attention and outside, mean density and work of its calls."""
+    """One forward pass of the whole model: seconds in self-attention and outside, mean density and work of calls."""
 
     attention: float
     rest: float

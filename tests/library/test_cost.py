@@ -248,6 +248,22 @@ def test_flops_are_those_that_run(name: str, shape: tiny_transformers.Shape) -> 
     assert counted.total == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+def test_flops_of_image_to_video_are_those_that_run() -> None:
+    """Wan embeds an input image beside the prompt: its rows are the image's, not the video's."""
+    import diffusers
+
+    config = tiny_transformers.CASES["WanTransformer3DModel"].config
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    model = diffusers.WanTransformer3DModel(**config, image_dim=64, added_kv_proj_dim=width)
+    shape = tiny_transformers.OTHER
+    inputs = tiny_transformers.inputs("WanTransformer3DModel", shape)
+    inputs["encoder_hidden_states_image"] = torch.randn(len(inputs["hidden_states"]), shape.text, 64)
+    counted = flops(model, shape.frames * (shape.height // 2) * (shape.width // 2), shape.text)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    assert counted.total == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", [name for name, case in tiny_transformers.CASES.items() if case.layout])
 def test_every_class_can_be_counted_without_weights(name: str) -> None:
