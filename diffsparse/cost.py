@@ -56,7 +56,8 @@ def flops(model: nn.Module, video: int, text: int) -> Flops:
     """Count a pass over `video` grid tokens and `text` prompt tokens, from the shapes of the weights alone.
 
     Each linear layer costs 2 x weights x rows, each attention 4 x rows x columns x width. Which rows a layer sees is
-    read off its name; tests hold the count against one of the operations that really run. Works on the meta device.
+    read off its name; an input image is taken for as many tokens as the prompt. Tests hold the count against one of
+    the operations that really run. Works on the meta device.
     """
     joint = 0 if spec_of(model).text == "none" else text
     attention, crossed = [], 0.0
@@ -67,7 +68,8 @@ def flops(model: nn.Module, video: int, text: int) -> Flops:
             crossed += products * text * text
         elif name.endswith("attn2") and not joint:
             attention.append(0.0)
-            crossed += products * video * text
+            image = getattr(module, "add_k_proj", None) is not None  # keys of an input image too
+            crossed += products * video * text * (2 if image else 1)
         else:
             attention.append(products * (video + (0 if name.endswith("attn2") else joint)) ** 2)
     return Flops(tuple(attention), crossed + sum(_linear(model, video, text, joint)))

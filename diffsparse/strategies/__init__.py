@@ -42,7 +42,8 @@ class Strategy(Protocol):
 
     It may also have `observe(q, k, v, site)`, which is called in place of dense attention on the last of the dense
     first steps, and returns the dense output; `check(models)`, which `apply` calls with the transformers by name
-    before it changes anything; and `order`, a token order (`diffsparse.order`); "auto" wants an attribute `block` too.
+    before it changes anything; `order`, a token order (`diffsparse.order`); "auto" wants an attribute `block` too; and
+    `expected(run)`, what each step will compute (`diffsparse.work`).
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

@@ -25,9 +25,11 @@ class Compensated:
     """Any block-sparse strategy with its dropped blocks made up for; on the command line `adaspa+means`.
 
     by: "means": each dropped block stands in the same softmax as its mean key and mean value, weighted by its number of
-        keys. Costs about 1 / block of dense attention at every step, and no memory.
-        "tail": the first sparse step after each choice of blocks runs dense too, and keeps for each query what the
-        dropped blocks gave: O_rest = (O - w O_s) / (1 - w) with w = exp(LSE_s - LSE). Later steps merge it by its LSE.
+        keys, as in PISA (arXiv 2602.01077), Sol-Attn (2607.24027) and, with centroids, SVG-EAR (2603.08982). Costs
+        about 1 / block of dense attention at every step, and no memory.
+        "tail": output and normaliser of what is left out are kept and merged, as in FlashBlock (2602.05305). The first
+        sparse step after each choice of blocks runs dense too, and keeps for each query what the dropped blocks gave:
+        O_rest = (O - w O_s) / (1 - w) with w = exp(LSE_s - LSE). Later steps merge it by its LSE.
         Costs that dense call, and 2HND + 4HN bytes for each layer, branch and sample.
     budget: GiB that all tails together may take.
     """

@@ -1,4 +1,4 @@
-"""Digest: blocks where their means fail, the means of all the others, and what both miss. Ours, beyond the papers."""
+"""Digest: blocks where their means fail, the means of all the others, and what both miss. Ours, of known parts."""
 
 from __future__ import annotations
 
@@ -35,8 +35,15 @@ class Digest(OnlineSearch):
        step that searches knows it; it is kept, and added to the outputs of the steps that follow.
     6. Half of the work goes to such dense steps, evenly spread, the other half to the blocks between them.
 
+    Means of dropped blocks in the softmax are PISA's (arXiv 2602.01077), Sol-Attn's (2607.24027) and SVG-EAR's
+    (2603.08982); SVG-EAR computes where it estimates its centroids to err most. A dense output less a cheaper one, kept
+    and added in later steps, is DiTFastAttn's (2406.08552), Re-ttention's (2505.22918) and QuantSparse's (2509.23681).
+    Ours are the criterion (a shortfall of mass that is known exactly and has one sign, times the spread of values),
+    orders of heads that take no attention to find, a residual of what even the means miss, and one budget for all.
+
     sparsity: share of the attention dropped after the first search, in [0, 1): dense steps, blocks, means (each counts
-        as the one key that it is) and the outputs computed to know what is missing all count.
+        as the one key that it is) and the outputs computed to know what is missing all count. The mass passes of its
+        searches (half a dense pass each) come on top, as those of every strategy that searches; `Report.work` tells.
     searches: where the work does not suffice for a dense step, these search on the cached log-sum-exp, as AdaSpa's do.
     order: of the tokens (`diffsparse.order`); "auto" finds each head's own in the first search.
     memory: GiB that what is missing may take, for each sample of each guidance branch: 2HND bytes a layer. Where that

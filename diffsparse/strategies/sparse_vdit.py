@@ -101,10 +101,8 @@ class SparseVDiT(Planned):
         sparsity, block = self.plan.settings["sparsity"], self.plan.settings["block"]
         blocks = layout.grid.blocks(block)
         kept = with_text(keep_count(sparsity, blocks) / blocks, block, layout)
-        text = int(layout.text_blocks(block).sum()) / layout.blocks(
-            block
-        )  # rows of text are dense in skipped heads too
-        shares = {FULL: 1.0, SKIP: text}
+        text = int(layout.text_blocks(block).sum()) / layout.blocks(block)
+        shares = {FULL: 1.0, SKIP: text}  # rows that hold text are dense in skipped heads too
         return sum(shares.get(mode, kept) for mode in modes) / len(modes)
 
     @staticmethod

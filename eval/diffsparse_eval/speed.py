@@ -72,7 +72,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of the whole model: seconds in self-attention and outside, mean density and work of its calls."""
+    """One forward pass of the whole model: seconds in self-attention and outside, mean density and work of calls."""
 
     attention: float
     rest: float
@@ -294,15 +294,21 @@ def table(rows: list[Row]) -> Table:
     """Seconds of a step by kind, seconds of the run, and speed-up."""
     shown = Table(title="seconds of a step by kind, and of the run", title_justify="left", box=box.SIMPLE)
     shown.add_column("strategy", no_wrap=True)
-    for heading, _ in COLUMNS.values():
-        shown.add_column(heading, justify="right")
+    columns = _columns(rows)
+    for column in columns:
+        shown.add_column(COLUMNS[column][0], justify="right")
     for row in rows:
-        shown.add_row(row["label"], *(_cell(row, column) for column in COLUMNS))
+        shown.add_row(row["label"], *(_cell(row, column) for column in columns))
     return shown
 
 
+def _columns(rows: list[Row]) -> list[str]:
+    """Those of which some row has something to tell; steps of some kinds are rare."""
+    return [column for column in COLUMNS if any(_cell(row, column) != "-" for row in rows)]
+
+
 def _cell(row: Row, column: str) -> str:
-    value = row[column]
+    value = row.get(column)  # rows of an earlier version lack some
     if value is None and column == "expected_speedup":
         return "unknown"
     return "-" if value is None else f"{value:.{COLUMNS[column][1]}f}"
@@ -311,8 +317,9 @@ def _cell(row: Row, column: str) -> str:
 def write(rows: list[Row], out: Path) -> None:
     """Write `results.csv` and `report.md` into `out`."""
     write_csv(flat(rows), out / "results.csv")
-    heads = ["strategy", *(heading for heading, _ in COLUMNS.values())]
-    lines = [[row["label"], *(_cell(row, column) for column in COLUMNS)] for row in rows]
+    columns = _columns(rows)
+    heads = ["strategy", *(COLUMNS[column][0] for column in columns)]
+    lines = [[row["label"], *(_cell(row, column) for column in columns)] for row in rows]
     title = f"# {rows[0]['model']}: speed without weights\n\n{facts(rows)}\n\n"
     write_text(f"{title}{as_markdown(heads, lines)}\n\n## Columns\n{meanings(DEFINITIONS)}\n", out / "report.md")
 

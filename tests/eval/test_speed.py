@@ -52,6 +52,7 @@ def test_a_run_is_extrapolated_by_its_schedule() -> None:
     unknown = speed._row(TWIN, GNA((2, 2, 2)), typical, empty, Flops((6.0,), 4.0))
     assert unknown["expected_speedup"] is None
     assert speed._cell(unknown, "expected_speedup") == "unknown"
+    assert set(speed.COLUMNS) - set(speed._columns([row, unknown])) == {"tail_step_seconds"}
 
 
 def test_a_few_blocks_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

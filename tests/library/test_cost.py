@@ -17,6 +17,7 @@ import diffsparse
 from diffsparse import GNA, PARO, AdaSpa, Compensated, Dense, Digest, Layout, Random, Schedule, SparseVDiT
 from diffsparse.cost import Estimate, Flops, end_to_end, flops, kinds
 from diffsparse.plan import Plan, fingerprints
+from diffsparse.strategies import parse
 from diffsparse.strategies.paro import pack
 from diffsparse.work import Outline, expected
 from support import tiny_transformers
@@ -141,6 +142,22 @@ def test_a_plan_is_taken_at_its_masks_and_modes() -> None:
     assert paro.attention_speedup == pytest.approx(1 / ((1 / 4 + 1) / 2)), "one head keeps a quarter, one all"
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "works"),
+    [(0.5, {"digest": 0.74, "adaspa": 0.67, "random": 0.60}), (0.8, {"digest": 0.43, "adaspa": 0.43, "random": 0.36})],
+)
+def test_the_readme_tells_the_work_of_its_table(sparsity: float, works: dict[str, float]) -> None:
+    """15 steps of the embedded model; the share of attention is one budget, mass passes come on top."""
+    run = Outline.of(Schedule(), 15, Layout(17, 16, 16))
+    for name, work in works.items():
+        [strategy] = parse(name, sparsity=sparsity, block=64)
+        steps = expected(strategy, run)
+        assert sum(step.work or 0 for step in steps) / 15 == pytest.approx(work, abs=0.005)
+        masses = {"random": 0, "adaspa": 2, "digest": 4 if sparsity == 0.5 else 2}[name] * 0.5 / 15
+        budget = (3 + 12 * (1 - sparsity)) / 15
+        assert sum(step.work or 0 for step in steps) / 15 - masses == pytest.approx(budget, abs=0.006)
+
+
 STEPS, BLOCK = 8, 8
 SCHEDULE = Schedule(2, 1)
 
@@ -245,6 +262,22 @@ def test_flops_are_those_that_run(name: str, shape: tiny_transformers.Shape) -> 
     counted = flops(model, frames * height * width, before + after or shape.text)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**tiny_transformers.inputs(name, shape))
+    assert counted.total == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_flops_of_image_to_video_are_those_that_run() -> None:
+    """Wan embeds an input image beside the prompt: its rows are the image's, not the video's."""
+    import diffusers
+
+    config = tiny_transformers.CASES["WanTransformer3DModel"].config
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    model = diffusers.WanTransformer3DModel(**config, image_dim=64, added_kv_proj_dim=width)
+    shape = tiny_transformers.OTHER
+    inputs = tiny_transformers.inputs("WanTransformer3DModel", shape)
+    inputs["encoder_hidden_states_image"] = torch.randn(len(inputs["hidden_states"]), shape.text, 64)
+    counted = flops(model, shape.frames * (shape.height // 2) * (shape.width // 2), shape.text)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
     assert counted.total == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

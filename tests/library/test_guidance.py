@@ -126,6 +126,27 @@ def test_two_images_of_a_batch_are_no_pair() -> None:
     torch.testing.assert_close(guided[1], 2 * raw[0] - raw[1])
 
 
+@pytest.mark.parametrize("alike", [(), (0,), (0, 1)])
+def test_a_batch_is_a_pair_only_if_its_halves_hold_the_same_latents(alike: tuple[int, ...]) -> None:
+    """Of four samples of a bare model those in `alike` stand in both halves; if all do, the first is unconditional."""
+    model, kwargs = build(WAN), inputs(WAN)
+    latents = torch.randn(4, *kwargs["hidden_states"].shape[1:])
+    for sample in alike:
+        latents[2 + sample] = latents[sample]
+    words = torch.randn(4, *kwargs["encoder_hidden_states"].shape[1:])
+    call = {**kwargs, "hidden_states": latents, "encoder_hidden_states": words, "timestep": torch.full((4,), 500)}
+    raw: list[torch.Tensor] = []
+    model.register_forward_hook(lambda _, __, out: raw.append(out[0].clone()))
+    with torch.no_grad(), diffsparse.guide(model, "1.*", scale=1.0):
+        out = tensors(model, call)[0]
+    plain, perturbed = raw
+    delta = plain - perturbed
+    if len(alike) == 2:
+        delta = delta.chunk(2)[1].repeat(2, *[1] * (delta.ndim - 1))
+    torch.testing.assert_close(out, plain + delta)
+    assert delta.abs().max() > 1e-4
+
+
 def test_lists_of_samples_and_a_conditional_half_that_comes_first() -> None:
     """Z-Image takes and gives lists, the conditional samples ahead of the unconditional ones."""
     name = "ZImageTransformer2DModel"
