@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,8 @@ def write(path: str | Path, values: dict[str, Any], tensors: dict[str, Tensor]) 
         try:
             save_file(kept, temporary, metadata={_KEY: json.dumps(seal(values, kept), sort_keys=True)})
         except SafetensorError as error:
-            raise OSError(str(error).removeprefix("Error while serializing: ")) from error
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
 
 
 def to_bytes(values: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:

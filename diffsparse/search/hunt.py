@@ -194,8 +194,8 @@ class _Trials:
             return
         try:
             kept = json.loads(read_bytes(self.path))
-            key, self.rounds = kept["key"], kept["rounds"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            key, self.rounds = kept["key"], {turn: dict(scores) for turn, scores in kept["rounds"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputFileError(f"can't read {self.path}: {error!r}; delete it to begin anew") from error
         if key != self.key:
             raise ConfigError(
