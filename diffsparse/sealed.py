@@ -30,7 +30,7 @@ def digest(values: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> 
     found = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, tensor in sorted((tensors or {}).items()):
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -59,7 +59,7 @@ def check_format(values: dict[str, Any], what: str, remedy: str) -> None:
         raise PlanError(f"the {what} has no version of its format; {remedy}")
     if found > FORMAT:
         raise PlanError(
-            f"the {what} is of a later release (format {found}, this one reads {FORMAT}); update diffsparse, or {remedy}"
+            f"the {what} is of a later release (format {found}, here it is {FORMAT}); update diffsparse, or {remedy}"
         )
 
 

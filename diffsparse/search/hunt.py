@@ -106,8 +106,8 @@ def hunt(
 
     Raises:
         ConfigError: a pool or list of pairs that is too small, scores that are no numbers or too many or few, or the
-        file beside `out` is of another hunt. The trials done are kept. OutputFileError: `out` can't be written, or another
-        process is at it.
+        file beside `out` is of another hunt. The trials done are kept.
+        OutputFileError: `out` can't be written, or another process is at it.
     """
     hunter.check(pool)
     if not pairs:

@@ -9,7 +9,6 @@ from diffsparse.errors import ConfigError
 MOST_BLOCK = 4096  # tokens: a larger one is attention over all of them, at the price of padding
 
 
-
 def check_share(name: str, value: float) -> None:
     """Raise ConfigError unless `value` lies in [0, 1)."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:

@@ -54,7 +54,12 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 def test_rows_are_found_by_prompt_seed_and_strategy(tmp_path: Path) -> None:
     results = Results(tmp_path, SETTINGS)
     results.add(row(0))
-    for seed, strategy, prompt, there in ((0, Dense(), "a", 1), (1, Dense(), "a", 0), (0, Random(), "a", 0), (0, Dense(), "b", 0)):
+    for seed, strategy, prompt, there in (
+        (0, Dense(), "a", 1),
+        (1, Dense(), "a", 0),
+        (0, Random(), "a", 0),
+        (0, Dense(), "b", 0),
+    ):
         assert (results.find(prompt, seed, strategy) is not None) == bool(there)
 
 
@@ -126,7 +131,9 @@ def test_rows_of_other_experiments_and_overwriting(tmp_path: Path) -> None:
     assert both[1].find("a", 0, Dense()) is not None, "what the other process did is not done again"
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"settings": {}, "rows": [3]}', '{"settings": 1, "rows": [{}]}', "[" * 10**5])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"settings": {}, "rows": [3]}', '{"settings": 1, "rows": [{}]}', "[" * 10**5]
+)
 def test_results_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_text(text)
     with pytest.raises(InputFileError, match="choose another --out or use --overwrite"):
@@ -192,7 +199,19 @@ def test_a_stopped_inspection(
 
 def test_a_stopped_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "rows.csv"
-    command = ["bench", "--tokens", "64,128", "--dtype", "float32", "--block", "64", "--head-dim", "16", "--rounds", "1"]
+    command = [
+        "bench",
+        "--tokens",
+        "64,128",
+        "--dtype",
+        "float32",
+        "--block",
+        "64",
+        "--head-dim",
+        "16",
+        "--rounds",
+        "1",
+    ]
     real = bench_module.measure
     for calls, kept in ((0, "no row is kept"), (1, f"rows are in {out}")):
         monkeypatch.setattr(bench_module, "measure", interrupted(real, calls))

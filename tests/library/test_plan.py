@@ -134,7 +134,11 @@ NONSENSE: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor | None], str]] 
     "block 0": ({"block": 0}, {}, "block wants a number of tokens from 1 to 4096"),
     "a block of text": ({"block": "8"}, {}, "block wants"),
     "a block beyond all use": ({"block": 10**400}, {}, "block wants"),
-    "a block that the masks were not made for": ({"block": 4}, {}, r"masks' wants torch.uint8 1xheadsx41; got .* 1x2x11"),
+    "a block that the masks were not made for": (
+        {"block": 4},
+        {},
+        r"masks' wants torch.uint8 1xheadsx41; got .* 1x2x11",
+    ),
     "all blocks dropped": ({"sparsity": 1.0}, {}, "sparsity wants"),
     "no sparsity": ({"sparsity": None}, {}, "sparsity wants"),
     "more groups than masks": ({"groups": 2}, {}, "masks' wants torch.uint8 2xheads"),
@@ -142,7 +146,11 @@ NONSENSE: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor | None], str]] 
     "an order that nobody knows": ({"orders": ["zigzag"]}, {}, "order wants one of"),
     "an order with a number beyond all use": ({"orders": ["tile" + "9" * 30 + "x1x1"]}, {}, "order wants one of"),
     "bits": ({"bits": 16.0}, {}, "bits wants one of 16, 8, 4"),
-    "an order out of range": ({}, {"orders": torch.tensor([0, 6], dtype=torch.uint8)}, "numbers from 0 to 0; got 0 to 6"),
+    "an order out of range": (
+        {},
+        {"orders": torch.tensor([0, 6], dtype=torch.uint8)},
+        "numbers from 0 to 0; got 0 to 6",
+    ),
     "negative orders": ({}, {"orders": torch.tensor([0, -1])}, "of torch.int64, which no plan holds"),
     "orders in between": ({}, {"orders": torch.tensor([0.0, 0.5])}, "orders' wants torch.uint8 heads"),
     "an order as one number": ({}, {"orders": torch.tensor(0, dtype=torch.uint8)}, "got torch.uint8 one number"),
@@ -169,7 +177,10 @@ def test_modes_that_make_no_sense(model: torch.nn.Module) -> None:
     for parts, message in (
         ({"modes": modes, "columns": columns}, r"attn1.modes' wants numbers from 0 to 4"),
         ({"modes": modes % 5, "columns": -columns}, "columns' wants numbers from 0"),
-        ({"modes": modes % 5, "columns": columns[:, :8]}, "columns' wants torch.float32 headsx9; got torch.float32 2x8"),
+        (
+            {"modes": modes % 5, "columns": columns[:, :8]},
+            "columns' wants torch.float32 headsx9; got torch.float32 2x8",
+        ),
         ({"modes": modes[:0], "columns": columns}, "modes' wants torch.uint8 anyxheads"),
         ({}, "holds no tensors"),
     ):
@@ -187,7 +198,7 @@ def test_a_plan_for_layers_and_heads_that_the_model_lacks(model: torch.nn.Module
     with pytest.raises(PlanError, match=r"layer 'transformer.blocks.9.attn1' is none of the model's"):
         diffsparse.apply(model, PARO(plan_of(model, tensors=more)))
     more = {name: torch.cat([x, x], dim=x.ndim - 1 if "orders" in name else 1) for name, x in plan.tensors.items()}
-    with pytest.raises(PlanError, match="has 4 heads in 'transformer.blocks.0.attn1', where the model has 2"):
+    with pytest.raises(PlanError, match=r"has 4 heads in 'transformer.blocks.0.attn1', where the model has 2"):
         diffsparse.apply(model, PARO(plan_of(model, tensors=more)))
 
 
@@ -196,13 +207,13 @@ def test_later_and_earlier_releases(model: torch.nn.Module, tmp_path: Path, monk
     monkeypatch.setattr(sealed, "FORMAT", 2)
     plan_of(model).save(path)
     monkeypatch.undo()
-    with pytest.raises(PlanError, match=r"of a later release \(format 2, this one reads 1\); update diffsparse"):
+    with pytest.raises(PlanError, match=r"of a later release \(format 2, here it is 1\); update diffsparse"):
         PARO.load(path)
     from safetensors.torch import save_file
 
     header = {"strategy": "paro", "models": {}, "layout": vars(LAYOUT), "settings": {}}
     save_file({"a": torch.zeros(1)}, path, metadata={"diffsparse": json.dumps(header)})
-    with pytest.raises(PlanError, match="no version of its format; .*calibrate again"):
+    with pytest.raises(PlanError, match=r"no version of its format; .*calibrate again"):
         PARO.load(path)
 
 

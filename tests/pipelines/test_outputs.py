@@ -88,7 +88,10 @@ WRONG = {
     "a long name": ([*GENERATE, "--out", f"{'x' * 300}.mp4"], "name too long"),
     "no permission": ([*GENERATE, "--out", "/proc/a.mp4"], "can't write to the folder /proc"),
     "a strange suffix": ([*GENERATE, "--out", "a.webm"], "wanted a name that ends in"),
-    "a strange suffix of a strange model": (["generate", "--model", ".", "--prompt", "x", "--out", "a.doc"], "can't write"),
+    "a strange suffix of a strange model": (
+        ["generate", "--model", ".", "--prompt", "x", "--out", "a.doc"],
+        "can't write",
+    ),
     "one file twice": (
         [*GENERATE, "--heads", "0.0", "--out", "a.png", "--compare", "./a.png"],
         "--out and --compare are one file",
