@@ -228,7 +228,7 @@ class Part(NamedTuple):
             for have, want in zip(tensor.shape, self.shape, strict=True)
         )
         if tensor.dtype != self.dtype or not fits:
-            sizes = "x".join({None: "heads", ...: "any"}.get(size, str(size)) for size in self.shape)
+            sizes = "x".join("heads" if size is None else "any" if size is ... else str(size) for size in self.shape)
             raise ValueError(
                 f"wants {self.dtype} {sizes}; got {tensor.dtype} {'x'.join(map(str, tensor.shape)) or 'one number'}"
             )
@@ -313,7 +313,7 @@ class Planned(ABC):
         return f"{type(self).__name__}({self.plan.settings}, plan {self.plan.digest})"
 
     def check(self, models: dict[str, torch.nn.Module]) -> None:
-        """Called by `diffsparse.apply`: raise PlanError if the plan is another model's, or of layers it doesn't have."""
+        """Called by `diffsparse.apply`: raise PlanError if the plan is another model's, or of layers that it lacks."""
         self.plan.check_models(models)
         modules = {f"{name}.{path}": x for name, model in models.items() for path, x in model.named_modules()}
         parts = self._parts(self.plan.settings, self.plan.layout)

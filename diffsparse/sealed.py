@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def digest(values: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> 
     found = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, tensor in sorted((tensors or {}).items()):
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -57,7 +59,7 @@ def check_format(values: dict[str, Any], what: str, remedy: str) -> None:
         raise PlanError(f"the {what} has no version of its format; {remedy}")
     if found > FORMAT:
         raise PlanError(
-            f"the {what} is of a later release (format {found}, this one reads {FORMAT}); update diffsparse, or {remedy}"
+            f"the {what} is of a later release (format {found}, here it is {FORMAT}); update diffsparse, or {remedy}"
         )
 
 
@@ -91,7 +93,8 @@ def write(path: str | Path, values: dict[str, Any], tensors: dict[str, Tensor]) 
         try:
             save_file(kept, temporary, metadata={_KEY: json.dumps(seal(values, kept), sort_keys=True)})
         except SafetensorError as error:
-            raise OSError(str(error).removeprefix("Error while serializing: ")) from error
+            number = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
 
 
 def to_bytes(values: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:

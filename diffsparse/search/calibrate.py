@@ -137,8 +137,9 @@ def calibrate(
         after_run: told how many runs are done, at first those of an earlier attempt.
 
     Raises:
-        ConfigError: no calls, or the file beside `out` is of another search. OutputFileError: `out` can't be written, or
-        another process is at it. PlanError: the calls differ in size, or the pipeline never attended.
+        ConfigError: no calls, or the file beside `out` is of another search.
+        OutputFileError: `out` can't be written, or another process is at it.
+        PlanError: the calls differ in size, or the pipeline never attended.
     """
     if not calls or len(calls) != len(names):
         raise ConfigError(f"a search wants one or more calls, each with a name; got {len(calls)} and {len(names)}")

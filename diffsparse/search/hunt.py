@@ -106,8 +106,8 @@ def hunt(
 
     Raises:
         ConfigError: a pool or list of pairs that is too small, scores that are no numbers or too many or few, or the
-        file beside `out` is of another hunt. The trials done are kept. OutputFileError: `out` can't be written, or another
-        process is at it.
+        file beside `out` is of another hunt. The trials done are kept.
+        OutputFileError: `out` can't be written, or another process is at it.
     """
     hunter.check(pool)
     if not pairs:
@@ -194,8 +194,8 @@ class _Trials:
             return
         try:
             kept = json.loads(read_bytes(self.path))
-            key, self.rounds = kept["key"], kept["rounds"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            key, self.rounds = kept["key"], {turn: dict(scores) for turn, scores in kept["rounds"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputFileError(f"can't read {self.path}: {error!r}; delete it to begin anew") from error
         if key != self.key:
             raise ConfigError(

@@ -132,7 +132,7 @@ def _write_mp4(pixels: Frames, path: Path, fps: int) -> None:
     _, height, width, _ = pixels.shape
     raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
     command = [get_ffmpeg_exe(), "-y", "-v", "error", *raw, "-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p"]
-    frames = memoryview(np.ascontiguousarray(pixels)).cast("B")
+    frames = np.ascontiguousarray(pixels).data.cast("B")
     done = subprocess.run([*command, str(path)], input=frames, capture_output=True, check=False)
     if done.returncode:
         raise OSError(_why(done))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -102,7 +103,9 @@ def test_rows_are_complete_and_consistent(results: Path) -> None:
 def test_files(results: Path) -> None:
     names = {path.name for path in results.iterdir()}
     assert {"results.json", "results.csv", "report.md", "sheet.png", "tradeoff.png"} <= names
-    assert {"dense-p00-s0.mp4", "dense-p01-s0.mp4", "random-0.5-block=16-p00-s0.mp4"} <= names
+    first, second = (hashlib.sha256(prompt.encode()).hexdigest()[:6] for prompt in read_prompts("2", "tiny"))
+    assert {f"dense-p00-{first}-s0.mp4", f"dense-p01-{second}-s0.mp4"} <= names
+    assert f"random-0.5-block=16-p00-{first}-s0.mp4" in names
     assert all((results / row["file"]).exists() for row in rows_of(results))
     assert len({row["file"] for row in rows_of(results)}) == 1 + 2 * 4
     with (results / "results.csv").open() as file:

