@@ -212,13 +212,13 @@ def _generate(
     expected = 1 if family.output == "image" else 2
     if family.hub or families.variant(model):
         media.check_suffix(out, expected)
+    folder(out.parent)
+    if sheet is not None:
+        folder(sheet.parent)
     if image is not None:
         chosen["image"] = media.read_image(image)
     prompt = _prompt(model, prompt)
     admit(model, loading, chosen, [prompt])
-    folder(out.parent)
-    if sheet is not None:
-        folder(sheet.parent)
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading, with_image=image is not None)
     arguments = call_arguments(pipe, families.defaults(model), {**chosen, "prompt": prompt})
