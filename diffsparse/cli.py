@@ -15,9 +15,8 @@ from diffsparse.errors import DiffsparseError
 RICH = find_spec("rich") is not None  # typer's newest releases take it for granted
 _MARKUP: Any = "rich" if RICH else None
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
-_REFUSALS: Any = typer.BadParameter.__mro__[
-    2
-]  # click's ClickException, which typer's newest releases bring along themselves
+# click's ClickException, through a name that typer has: its newest releases bring a click of their own along
+_REFUSALS: Any = typer.BadParameter.__mro__[2]
 
 # name -> (module:function, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {

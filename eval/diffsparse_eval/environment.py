@@ -31,16 +31,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def memory(device: str | torch.device) -> int | None:
-    """Bytes of memory that the device has in all; None where nobody tells."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 @cache
 def commit() -> str | None:
     """The commit of the checkout that this package runs from, "+" behind it if files were changed; None elsewhere."""

@@ -103,7 +103,7 @@ def evaluate(
     compared = strategies(strategy, sparsity, knobs)
     loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
     if layers is not None and not random_weights:
-        raise ConfigError("--layers wants --random-weights: with its weights a model runs whole")
+        raise ConfigError("--layers goes together with --random-weights: with its own weights a model runs whole")
     if random_weights:
         if heads is not None or offload != "none" or vae_tiling:
             raise ConfigError(
@@ -186,15 +186,12 @@ def _foretell(
     from diffsparse_eval.experiment import Results
     from diffsparse_pipelines import families
     from diffsparse_pipelines.architectures import architecture
-    from diffsparse_pipelines.machine import hold
     from diffsparse_pipelines.progress import bar, terminal
 
     console = terminal()
     built = architecture(model)
     call = {**families.defaults(model), **chosen}
     place, number_format = families.target(model, device, dtype)
-    weights = built.build(layers, dtype=number_format, device="meta").parameters()
-    hold(sum(part.nbytes for part in weights), place, f"the weights of {model}", "try --layers 2")
     trial = speed.Trial(
         model,
         built,

@@ -67,6 +67,7 @@ def inspect(
     from diffsparse_pipelines.preflight import admit
 
     knobs = {
+        "sparsity": sparsity,
         "block": block,
         "order": order,
         "searches": options.searches(searches),
@@ -80,11 +81,12 @@ def inspect(
         raise ConfigError(f"--layers wants whole numbers from 0, separated by commas; got {layers!r}")
     candidates = options.names(orders)
     settings = {"orders": candidates, "layers": numbers or None}
-    made, measured = _strategy(strategy, sparsity, knobs)
+    made = _strategy(strategy, knobs)
+    settings |= _measure(made, knobs)
     loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
     texts = read_prompts(prompts, model)
     admit(model, loading, chosen, texts)
-    _inspect(model, made, {**settings, **measured}, looks, texts, seed, chosen, plan, loading, out)
+    _inspect(model, made, settings, looks, texts, seed, chosen, plan, loading, out)
 
 
 def _inspect(
@@ -148,21 +150,23 @@ def _inspect(
     console.print(f"maps, recall.png, orders.png, inspect.json and recall.csv are in {out}", soft_wrap=True)
 
 
-def _strategy(name: str, sparsity: float | None, knobs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The strategy, and the sparsity and block at which recall is measured: its own, where it has them."""
-    beside = {"sparsity": sparsity, "block": knobs["block"]}
-    if name.strip().lower() == "dense":  # has neither: both say how to measure
-        strategies = options.strategies(name, [None], {**knobs, "block": None})
-    else:
-        strategies = options.strategies(name, [sparsity], knobs)
+def _strategy(name: str, knobs: dict[str, Any]) -> Any:
+    """The one strategy of that name; "dense" has neither sparsity nor block: there both say how to measure."""
+    beside = {"sparsity": None, "block": None} if name.strip().lower() == "dense" else {}
+    knobs = {**knobs, **beside}
+    strategies = options.strategies(name, [knobs["sparsity"]], knobs)
     if len(strategies) != 1:
         raise ConfigError(f"inspect wants one strategy; got {name!r}")
-    strategy = strategies[0]
+    return strategies[0]
+
+
+def _measure(strategy: Any, knobs: dict[str, Any]) -> dict[str, Any]:
+    """Sparsity and block at which recall is measured: the strategy's own, where it has them, else those given."""
     plan = getattr(strategy, "plan", None)
-    own = {knob: getattr(strategy, knob, None) for knob in beside}
+    own = {name: getattr(strategy, name, None) for name in ("sparsity", "block")}
     own["block"] = plan.settings.get("block") if plan else own["block"]
-    measured = {knob: value or beside[knob] for knob, value in own.items()}
-    return strategy, {knob: value for knob, value in measured.items() if value is not None}
+    chosen = {name: value or knobs[name] for name, value in own.items()}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _found(inspector: Inspector) -> list[LayerView]:

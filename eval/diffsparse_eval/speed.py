@@ -25,6 +25,7 @@ from diffsparse.work import KINDS, Kind
 from diffsparse_eval import environment
 from diffsparse_eval.experiment import Row, dense_backend, label
 from diffsparse_eval.report import as_markdown, flat, meanings
+from diffsparse_pipelines import machine
 from diffsparse_pipelines.architectures import Architecture, Rig, inputs
 from diffsparse_pipelines.preflight import grid_tokens, layout
 
@@ -245,7 +246,7 @@ def _row(
 def _check_memory(trial: Trial) -> None:
     """Raise ConfigError where the weights alone don't fit."""
     weights = sum(p.numel() for p in trial.architecture.build(trial.layers, device="meta").parameters())
-    need, have = weights * trial.dtype.itemsize, environment.memory(trial.device)
+    need, have = weights * trial.dtype.itemsize, machine.memory(trial.device)
     if have is not None and need > have:
         raise ConfigError(
             f"the weights of {trial.name} take {need / 2**30:.0f} GiB as {str(trial.dtype).removeprefix('torch.')}, "

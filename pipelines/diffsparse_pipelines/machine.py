@@ -33,13 +33,15 @@ def place(asked: str = "auto") -> str:
     return asked
 
 
-def memory(device: Any) -> int:
-    """Bytes of memory that a device has; on a CPU, no more than its control group may use."""
+def memory(device: Any) -> int | None:
+    """Bytes of memory that a device has in all, on a CPU no more than its control group may use; None: nobody tells."""
     import torch
 
     device = torch.device(device)
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(have, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -54,7 +56,7 @@ def hold(need: int, device: Any, what: str, remedy: str) -> None:
         ConfigError: it takes more.
     """
     have = memory(device)
-    if need > have:
+    if have is not None and need > have:
         raise ConfigError(
             f"{what} take at least {need / 2**30:.1f} GiB, and {device} has {have / 2**30:.1f} GiB of memory; {remedy}"
         )

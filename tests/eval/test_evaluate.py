@@ -150,7 +150,7 @@ def test_broken_results_are_told_and_overwritten_on_demand(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "results.json").write_text("{broken")
-    short = [*COMMAND, "--prompts", "1", "--sparsity", "0.5", "--strategy", "random", "--out", str(tmp_path)]
+    short = [*COMMAND[:-2], "--prompts", "1", "--sparsity", "0.5", "--strategy", "random", "--out", str(tmp_path)]
     call(short, code=2)
     assert "use --overwrite" in capsys.readouterr().err
     call([*short, "--overwrite"])

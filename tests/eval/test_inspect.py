@@ -66,7 +66,7 @@ BAD = {
     "two strategies": (["--strategy", "adaspa,random"], "inspect wants one strategy"),
     "layers": (["--layers", "-1"], "--layers wants whole numbers from 0"),
     "no such layer": (["--layers", "9"], "--layers wants some of 0 to 5; got 9"),
-    "looks": (["--looks", "0"], "--looks wants a whole number of at least 1"),
+    "looks": (["--looks", "0"], "--looks wants a whole number from 1"),
     "order": (["--orders", "FHW,zigzag"], "order wants one of FHW"),
 }
 

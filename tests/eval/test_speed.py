@@ -14,10 +14,10 @@ from diffsparse import GNA, AdaSpa, Compensated, Dense, Random, Report, Schedule
 from diffsparse.cli import main
 from diffsparse.cost import Flops
 from diffsparse.errors import ConfigError
-from diffsparse_eval import environment, speed
+from diffsparse_eval import speed
 from diffsparse_eval.metrics import DEFINITIONS
 from diffsparse_eval.speed import Pass, Stopwatch, Trial
-from diffsparse_pipelines import architectures
+from diffsparse_pipelines import architectures, machine
 from diffsparse_pipelines.architectures import architecture
 from support import tiny_transformers
 
@@ -119,7 +119,7 @@ def test_the_command_writes_rows_without_fidelity(
 
 
 def test_a_model_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(environment, "memory", lambda _: 2**30)
+    monkeypatch.setattr(machine, "memory", lambda _: 2**30)
     big = replace(TWIN, name="wan2.1-14b", architecture=architecture("wan2.1-14b"), dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match=r"take 27 GiB as bfloat16, cpu has 1 GiB; time a part .* --layers 2"):
         next(speed.run(big, [AdaSpa()], lambda: None))
@@ -128,7 +128,7 @@ def test_a_model_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_options_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "out")]
     call(["evaluate", "--layers", "2", *out], code=2)
-    assert "together with --random-weights" in capsys.readouterr().err
+    assert "--layers goes together with --random-weights" in capsys.readouterr().err
     call(["evaluate", "--random-weights", "--model", "somebody/model", *out], code=2)
     assert "no architecture is listed for model 'somebody/model'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

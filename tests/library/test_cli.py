@@ -39,6 +39,34 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert diffsparse.__version__ in capsys.readouterr().out
 
 
+def test_short_help_and_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["-h"], []):
+        assert status(arguments) == 0
+        assert "Usage: diffsparse" in capsys.readouterr().out
+    assert status(["generate", "-h"]) == 0
+    assert "diffsparse generate" in capsys.readouterr().out
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "diffsparse", "--version"], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"diffsparse {diffsparse.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("diffsparse sim", "simulate"), ("diffsparse generate --strat", "--strategy")]
+)
+def test_shells_complete_commands_and_options(
+    words: str, found: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"_DIFFSPARSE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    assert status([]) == 0
+    assert capsys.readouterr().out.split() == [found]
+
+
 BAD = {
     "unknown model": (["generate", "--model", "wan2.1-1.3c"], "known: wan2.1-1.3b"),
     "unknown strategy": (["generate", "--strategy", "adaspar"], "no strategy is called 'adaspar'; known: adaspa"),

@@ -89,7 +89,9 @@ def test_names(tmp_path: Path) -> None:
         objective("os:nothing")
     with pytest.raises(UnknownNameError, match="math:pi is no objective; wanted a function"):
         objective("math:pi")
-    assert objective("support.tiny_pipelines:call")
+    with pytest.raises(UnknownNameError, match="call is no objective"):  # takes names alone
+        objective("support.tiny_pipelines:call")
+    assert objective("operator:add")([1.0], [2.0]) == [1.0, 2.0]
 
 
 @pytest.fixture(scope="module")

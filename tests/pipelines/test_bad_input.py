@@ -122,7 +122,7 @@ EARLY: dict[str, tuple[list[str], str]] = {
         "sparse-vdit takes no --bits",
     ),
     "shrunk without a suite": (["bench", "--shrink", "2"], "--shrink wants --suite"),
-    "layers of real weights": ([*EVALUATE, "--layers", "2"], "--layers wants --random-weights"),
+    "layers of real weights": ([*EVALUATE, "--layers", "2"], "--layers goes together with --random-weights"),
     "heads of random weights": ([*FORETELL, "--heads", "0.0"], "leave out --heads"),
     "sparsity in words": (
         [*EVALUATE, "--sparsity", "x"],
@@ -309,9 +309,30 @@ def test_what_torch_calls_a_device_must_be_there(monkeypatch: pytest.MonkeyPatch
 
 def test_memory_is_the_machines() -> None:
     have = machine.memory("cpu")
+    assert have is not None
     machine.hold(have, "cpu", "all of it", "")
     with pytest.raises(ConfigError, match=r"take at least .* GiB, and cpu has .* GiB of memory; take less"):
         machine.hold(have + 1, "cpu", "a little more", "take less")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (GENERATE, "576 tokens of WanTransformer3DModel take at least"),
+        ([*FORETELL, "--height", "64", "--width", "64", "--layers", "1"], "cpu has 0 GiB; time a part"),
+    ],
+    ids=["tokens", "weights"],
+)
+def test_a_machine_without_memory(
+    arguments: list[str],
+    message: str,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Frames would fit into a mebibyte, what the transformer keeps does not."""
+    monkeypatch.setattr(machine, "memory", lambda device: 2**20)
+    assert message in refusal(arguments, capsys)
 
 
 def test_a_slower_run_is_called_slower() -> None:

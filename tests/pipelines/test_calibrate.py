@@ -13,6 +13,7 @@ from diffsparse.plan import Planned
 
 SMALL = ["--model", "tiny-twin", "--steps", "3"]
 SEARCH = ["calibrate", *SMALL, "--block", "16", "--prompts", "1"]
+KNOBS: dict[str, list[str]] = {"paro": [], "sparse-vdit": ["--epsilon", "99"]}
 PLANS: dict[str, type[Planned]] = {"paro": PARO, "sparse-vdit": SparseVDiT}
 
 
@@ -25,7 +26,7 @@ def call(arguments: list[str], code: int = 0) -> None:
 @pytest.mark.parametrize("name", PLANS)
 def test_from_search_to_report(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = tmp_path / "plan.safetensors"
-    call([*SEARCH, "--strategy", name, "--groups", "2", "--epsilon", "0.5", "--out", str(plan)])
+    call([*SEARCH, "--strategy", name, "--groups", "2", *KNOBS[name], "--out", str(plan)])
     printed = capsys.readouterr().out
     assert f"strategy   {name}" in printed
     assert "layout     9x8x8 = 576 tokens" in printed
@@ -58,7 +59,7 @@ def test_a_plan_at_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[st
     other = [*SMALL[:2], "--steps", "2", "--frames", "5", "--height", "48", "--out", str(tmp_path / "a.gif")]
     for name in PLANS:
         plan = tmp_path / f"{name}.safetensors"
-        call([*SEARCH, "--strategy", name, "--epsilon", "99", "--out", str(plan)])
+        call([*SEARCH, "--strategy", name, *KNOBS[name], "--out", str(plan)])
         call(["generate", *other, "--strategy", f"{name}:{plan}"], code=2 if name == "paro" else 0)
     printed = capsys.readouterr()
     assert "error: the plan's blocks are those of 9x8x8 = 576 tokens; got 5x12x8 = 480 tokens" in printed.err
