@@ -117,6 +117,7 @@ class _Pass:
         heads, how = self.heads.get(layer.name), self.preset
         if heads is None:
             return out
+        heads = layer.run.shard.own_numbers(heads, call.query.shape[1])
         return perturbed(out, call.ungrouped(), heads, layout, kind=how.kind, strength=how.strength, text=how.text)
 
     def unhook(self) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import pytest
@@ -294,7 +293,11 @@ def test_controlnets_are_named() -> None:
     name = "SD3Transformer2DModel"
     model = build(name)
     controlnet = diffusers.SD3ControlNetModel.from_transformer(model, num_layers=1)
-    pipe = SimpleNamespace(components={"transformer": model, "controlnet": controlnet, "tokenizer": None})
+
+    class Pipe:
+        components: ClassVar[dict[str, Any]] = {"transformer": model, "controlnet": controlnet, "tokenizer": None}
+
+    pipe = Pipe()
     with diffsparse.apply(pipe, Random(0.5, block=8), schedule=ALWAYS) as handle:
         tensors(model, inputs(name))
         assert handle.report().notes == ["controlnet (SD3ControlNetModel) runs dense: only transformers are made sparse"]

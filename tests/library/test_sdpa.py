@@ -204,7 +204,6 @@ EVERYTHING = {  # nothing dropped: then it is dense attention
     "adaspa-auto": AdaSpa(0.0, block=16, head_adaptive=False, order="auto"),
     "digest": Digest(0.0, block=16),
     "random": Random(0.0, block=16),
-    "gna": GNA(window=(0, 0, 0), block=16),
     "compensated": Compensated(Random(0.0, block=16)),
 }
 
@@ -229,6 +228,19 @@ def test_strategies_under_autocast(name: str, strategy: Any) -> None:
     for out in outs:
         assert out.dtype == want.dtype
         assert (out.float() - want.float()).abs().max() <= 2 * error
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("strategy", [GNA(block=16, sparsity=0.8), AdaSpa(block=16), Digest(block=16)], ids=type)
+@pytest.mark.parametrize("name", NAMES)
+def test_dropping_blocks_under_autocast(name: str, strategy: Any) -> None:
+    model = build(name)
+    with autocast(), diffsparse.apply(model, strategy, schedule=Schedule(dense_first=1)) as handle:
+        want = [tensors(model, inputs(name))[0] for _ in range(3)][0]
+        got = tensors(model, inputs(name))[0]
+        assert handle.report().sparse_calls
+    assert got.dtype == want.dtype
+    assert got.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
