@@ -198,14 +198,15 @@ class Guide:
         samples = None if heads is None or self.preset.idle else self._samples(call, moment, number)
         if heads is None or samples is None:
             return out
-        if heads[-1] >= call.query.shape[1]:
-            raise ConfigError(f"{layer.name} runs with {call.query.shape[1]} heads here; got head {heads[-1]}")
+        local, shard = call.query.shape[1], layer.run.shard
+        if heads[-1] >= local * shard.degree:
+            raise ConfigError(f"{layer.name} runs with {local * shard.degree} heads here; got head {heads[-1]}")
         tally = self._tally(moment)
         tally.touched.add(layer.name)
         tally.perturbed += 1
         how = self.preset
         knobs: dict[str, Any] = {"kind": how.kind, "strength": how.strength, "text": how.text, "samples": samples}
-        return perturbed(out, call.ungrouped(), heads, layout, **knobs)
+        return perturbed(out, call.ungrouped(), shard.own_numbers(heads, local), layout, **knobs)
 
     def _samples(self, call: Call, moment: Moment, number: int) -> slice | None:
         """Which samples of the call to perturb; None: not one."""

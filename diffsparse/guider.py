@@ -125,6 +125,7 @@ class _Pass:
         self._seen.add(place)
         if heads is None:
             return out
+        heads = layer.run.shard.own_numbers(heads, call.query.shape[1])
         return perturbed(out, call.ungrouped(), heads, layout, kind=how.kind, strength=how.strength, text=how.text)
 
     def unhook(self) -> None:

@@ -50,7 +50,15 @@ class ModelSpec:
     text: Literal["none", "before", "after"] = "none"
     grid: GridReader = lambda patch, inputs: latent_grid(patch, inputs)
     cond_first: bool = False
-    skip: tuple[str, ...] = ("context_embedder", "context_refiner", "token_refiner", "text_", "audio", "temporal_")
+    skip: tuple[str, ...] = (
+        "context_embedder",
+        "context_refiner",
+        "token_refiner",
+        "perceiver",
+        "text_",
+        "audio",
+        "temporal_",
+    )
 
     def layout(self, grid: Grid | None, tokens: int) -> Layout | None:
         """Layout of a self-attention over `tokens` tokens, or None if it can't be one over `grid`."""

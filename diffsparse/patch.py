@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from diffsparse.copies import LAYER, hide_traces, show_traces
 from diffsparse.errors import ConfigError, UnsupportedModelError
 from diffsparse.models import LINEAR_ATTENTION, argument_names, patch_of, spec_of
+from diffsparse.parallel import shard_of
 from diffsparse.report import Report
 from diffsparse.run import Call, Layer, Perturber, Run
 from diffsparse.schedule import Schedule
@@ -180,6 +181,8 @@ def apply(target: Any, strategy: Any, *, schedule: Schedule | None = None, stric
         raise ConfigError(f"schedule wants a Schedule, such as Schedule(dense_first=0.2); got {schedule!r}")
     pipe = None if isinstance(target, torch.nn.Module) else target
     models = models_of(target)
+    for model in models.values():
+        shard_of(model, spec_of(model), not isinstance(strategy, Dense))
     check = getattr(strategy, "check", None)
     if check is not None:
         check(models)
@@ -205,6 +208,7 @@ def remove(target: Any) -> None:
 def attach(name: str, model: torch.nn.Module, guidance: Perturber, pipe: Any) -> None:
     """Put `guidance` on the run of `model`, or on a dense one that is made for it."""
     model = unwrapped(model)
+    shard_of(model, spec_of(model), ordered=True)
     run = run_of(model)
     if run is None:
         run = _apply(name, model, Dense(), Schedule(0), False, pipe)
@@ -357,10 +361,12 @@ class _Watch:
         self.run, self.modules, self.model = run, modules, class_of(model).__name__
         self.patch, self.names = patch_of(model), argument_names(model)
 
-    def __call__(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run = self.run
         run.grid = run.spec.grid(self.patch, {**dict(zip(self.names, args, strict=False)), **kwargs})
         if not torch.compiler.is_compiling():
+            ordered = run.guidance is not None or not isinstance(run.strategy, Dense)
+            run.shard = shard_of(model, run.spec, ordered)  # parallelism may be enabled after `apply`
             for module in self.modules:
                 _adopt(module)
 

@@ -45,6 +45,8 @@ def perturbed(
     Returns:
         a new tensor [B, H, N, D].
     """
+    if not heads:  # all of them on other ranks
+        return out
     first, last = (0, layout.tokens) if text else (layout.text_before, layout.text_before + layout.video)
     rows, chosen = slice(first, last), list(heads)
     mask = call.attn_mask

@@ -27,6 +27,7 @@ from diffsparse.layout import Layout
 from diffsparse.masks import KeyMask, Masks
 from diffsparse.models import Grid, ModelSpec
 from diffsparse.order import in_order
+from diffsparse.parallel import WHOLE
 from diffsparse.report import CallRecord, Ledger
 from diffsparse.schedule import Schedule
 from diffsparse.site import Site
@@ -243,6 +244,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self._run, self._idle, self._recognised = -1, False, False
         self.pre_hook: Any = None
         self.post_hook: Any = None
+        self.shard = WHOLE
         self.bare = False  # made for guidance alone, and gone with it
         self.guidance: Perturber | None = None
         self.aside: Moment | None = None  # the moment of an extra pass, which the clock doesn't count
@@ -385,6 +387,7 @@ class Run(ModelHook):  # type: ignore[misc]
             None if mask is None else mask.keys,
             self.strict,
             len(self.layers),
+            self.shard,
             _dense=lambda q, k, v: replace(call, query=q, key=k, value=v).dense(backend),
             _backend=backend.value,
             _record=record,

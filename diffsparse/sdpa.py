@@ -28,7 +28,7 @@ class _StandIn:
         self._theirs: Callable[..., Tensor] = OWN
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if has_torch_function(()):  # without arguments: a mode is on
+        if has_torch_function((None,)):  # which nothing overrides: a mode is on
             return handle_torch_function(self, (), *args, **kwargs)  # type: ignore[no-any-return]
         return self._theirs(*args, **kwargs)
 

@@ -13,6 +13,7 @@ import diffsparse_kernels as kernels
 from diffsparse.errors import DenseFallbackError
 from diffsparse.layout import Layout
 from diffsparse.order import HeadOrders, text_last
+from diffsparse.parallel import WHOLE, Shard
 from diffsparse.report import CallRecord, Reading
 from diffsparse.work import MASS_PASS
 
@@ -27,7 +28,7 @@ class Site:
     q, k, v are [B, H, N, D] after rotary embedding; `layout` tells which of the N tokens lie on the grid, `key_mask`
     which may be attended to: bool [B, N], or [B, H, N] where the tokens stand in an order that differs by head.
     `model` is the transformer's name in the pipeline, `layer` the attention module's in the transformer.
-    The model has `layers` such modules. `step` counts denoising steps from 0; `steps` is None if nobody knows the
+    The model has `layers` such modules. H counts this rank's heads; `shard` is their place among those of all ranks. `step` counts denoising steps from 0; `steps` is None if nobody knows the
     length of the run. `branch` names the guidance branch. `memory` is a dict that starts empty for each run x layer x
     branch and lasts to its end.
     """
@@ -44,6 +45,7 @@ class Site:
     key_mask: torch.Tensor | None = None
     strict: bool = False
     layers: int = 1
+    shard: Shard = WHOLE
     _dense: Attend = field(repr=False, kw_only=True)
     _backend: str = field(repr=False, kw_only=True)
     _record: CallRecord = field(repr=False, kw_only=True)

@@ -65,7 +65,8 @@ class AdaSpa(OnlineSearch):
         mask = select_rows(mass, keep_count(self.sparsity, mass.shape[-1]), sink)
         if not self.head_adaptive:
             return mask
-        return select_rows(mass, self._keep_by_head(recall_of(mass, mask), mass.shape[-1]), sink)
+        recall = site.shard.all_heads(recall_of(mass, mask))
+        return select_rows(mass, site.shard.own(self._keep_by_head(recall, mass.shape[-1]), 1), sink)
 
     def _keep_by_head(self, recall: Tensor, blocks: int) -> Tensor:
         """Blocks a row for each head, int64 [B, H], from the recall [B, H] at uniform sparsity (section 4.3)."""

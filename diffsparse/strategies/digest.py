@@ -89,7 +89,8 @@ class Digest(OnlineSearch):
         lacking *= rows[:, None] / mass.sum(-1, keepdim=True).clamp(min=1e-30)  # 1, but for the drift of the LSE
         lacking *= spread(v, self.block, site.key_mask)[:, :, None]
         share = self._share(self.density(site.steps, site.memory["first"]))
-        mask = select_heads(lacking.flatten(1, 2)[:, None], share).view_as(lacking)
+        lacking = site.shard.all_heads(lacking)  # one threshold for the heads of all ranks
+        mask = site.shard.own(select_heads(lacking.flatten(1, 2)[:, None], share).view_as(lacking), 1)
         sink = site.layout.text_sink(self.block, q.device)
         return mask if sink is None else mask | sink
 

@@ -45,7 +45,7 @@ class PARO(Planned):
         """Block-sparse attention over q, k, v [B, H, N, D] in each head's order."""
         self.plan.check_layout(site.layout)
         settings = self.plan.settings
-        picked = self.plan.part(site.model, site.layer, "orders")
+        picked = site.shard.own(self.plan.part(site.model, site.layer, "orders"))
         orders = HeadOrders.of(tuple(settings["orders"]), picked, site.layout, q.device)
         group = group_of(site.step, site.steps, settings["groups"])
         if site.memory.get("group") != group:
@@ -105,7 +105,8 @@ class PARO(Planned):
 
     def _lists(self, site: Site, group: int, device: torch.device) -> BlockLists:
         block, tokens = self.plan.settings["block"], site.layout.tokens
-        video = unpack(self.plan.part(site.model, site.layer, "masks")[group], site.layout.grid.blocks(block))
+        masks = site.shard.own(self.plan.part(site.model, site.layer, "masks")[group])
+        video = unpack(masks, site.layout.grid.blocks(block))
         missing = site.layout.blocks(block) - video.shape[-1]
         mask = F.pad(video, (0, missing, 0, missing), value=True)[None]
         sink = site.layout.text_sink(block)

@@ -51,7 +51,8 @@ class Random:
         n = site.layout.blocks(self.block)
         # Drawn on the CPU, so that every device gets the same blocks.
         lot = torch.Generator().manual_seed(self.seed * 1_000_003 + site.index)
-        scores = torch.rand(1, q.shape[1], n, n, generator=lot).to(q.device)  # [1, H, nQ, nK]
+        scores = torch.rand(1, q.shape[1] * site.shard.degree, n, n, generator=lot)  # of all ranks, so that each
+        scores = site.shard.own(scores, 1).to(q.device)  # head gets its own, [1, H, nQ, nK]
         mask = select_rows(scores, keep_count(self.sparsity, n), site.layout.text_sink(self.block, q.device))
         tokens = site.layout.tokens
         return BlockLists.from_mask(mask, q_block=self.block, kv_block=self.block, q_len=tokens, kv_len=tokens)

@@ -54,7 +54,7 @@ class SparseVDiT(Planned):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Attention over q, k, v [B, H, N, D], each head by its mode."""
-        table = self.plan.part(site.model, site.layer, "modes")
+        table = site.shard.own(self.plan.part(site.model, site.layer, "modes"), -1)
         modes = table[group_of(site.step, site.steps, len(table))]  # [H], on the CPU
         site.chose([MODES[mode] for mode in modes])
         if site.layout.grid != self.plan.layout:
@@ -75,7 +75,8 @@ class SparseVDiT(Planned):
         settings, sparse = self.plan.settings, modes != FULL
         orders = head_orders(modes[sparse], site.layout, q.device)
         if site.memory.get("modes") != (chosen := tuple(modes.tolist())):
-            columns, layout = self.plan.part(site.model, site.layer, "columns")[sparse], site.text_last().layout
+            columns = site.shard.own(self.plan.part(site.model, site.layer, "columns"))[sparse]
+            layout = site.text_last().layout
             lists = head_lists(modes[sparse], columns, layout, settings["sparsity"], settings["block"], q.device)
             site.memory.update(modes=chosen, lists=lists)
         return site.sparse(q, k, v, site.memory["lists"], orders=orders, heads=len(modes))
