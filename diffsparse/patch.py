@@ -14,6 +14,7 @@ from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import Attention, MochiAttention
+from torch._dynamo.eval_frame import skip_code
 from torch.overrides import TorchFunctionMode
 
 from diffsparse.errors import ConfigError, UnsupportedModelError
@@ -224,16 +225,27 @@ class _Watch:
         self.patch, self.names = patch_of(model), argument_names(model)
 
     def __call__(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run = self.run
-        run.grid = run.spec.grid(self.patch, {**dict(zip(self.names, args, strict=False)), **kwargs})
-        if not torch.compiler.is_compiling():
-            run.notice_idleness(self.model)
-            for module in self.modules:
-                _adopt(module)
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if torch.compiler.is_compiling():
+            self.run.begin_compiled(self.run.spec.grid(self.patch, inputs))
+        else:
+            self._begin(inputs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(self, inputs: dict[str, Any]) -> None:
+        self.run.grid = self.run.spec.grid(self.patch, inputs).grid()
+        self.run.notice_idleness(self.model)
+        for module in self.modules:
+            _adopt(module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copied model is not applied: nobody watches it."""
         return _nobody
+
+
+# `torch.compile(model)` runs hooks ahead of its graph, where a frame of Dynamo's would be one more graph for each size;
+# within a larger graph the hook is traced with the rest.
+skip_code(_Watch.__call__.__code__)
 
 
 def _nobody(*_: Any) -> None:

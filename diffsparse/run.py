@@ -20,11 +20,11 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor
 
 from diffsparse.clock import Clock, Moment
-from diffsparse.errors import DenseFallbackError, NoKernelError
+from diffsparse.errors import ConfigError, DenseFallbackError, NoKernelError
 from diffsparse.layout import Layout
 from diffsparse.masks import KeyMask, read_mask
-from diffsparse.models import Grid, ModelSpec
-from diffsparse.order import in_order
+from diffsparse.models import Geometry, Grid, ModelSpec
+from diffsparse.order import AUTO, RASTER, in_order
 from diffsparse.report import CallRecord, Ledger
 from diffsparse.schedule import Schedule
 from diffsparse.site import Site
@@ -85,7 +85,7 @@ class Layer:
         self.backend: AttentionBackendName | None = None
         number = next(_NUMBERS)
         # A tensor is an input of a compiled graph where an int would be a constant: one graph serves all layers.
-        self.handle = torch.tensor(number)
+        self.handle = _scalar(number)
         _LAYERS[number] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -93,31 +93,30 @@ class Layer:
         return
 
     def intercept(self, call: Call, number: int, cross: bool) -> Tensor:
-        """Answer the `number`-th attention product of one processor call; traced when the model is compiled."""
-        layout = self._layout(call, cross)
-        if layout is None:
+        """Answer the `number`-th attention product of one processor call; traced when the model is compiled.
+
+        Nothing may be decided by a size here: the graph would be bound to it.
+        """
+        if self.ignored or (cross and self.run.spec.text == "none"):
             return call.dense(self.user_backend())
         if not torch.compiler.is_compiling():
-            return self.run.attend(self, call, layout, number)
-        if call.needs_grad or call.is_causal or call.dropout_p:
-            return call.dense(self.user_backend())
-        return torch.ops.diffsparse.attend(  # type: ignore[no-any-return]
-            call.query,
-            call.key,
-            call.value,
-            call.attn_mask,
-            call.scale,
-            self.handle,
-            number,
-            [layout.frames, layout.height, layout.width, layout.text_before, layout.text_after],
-        )
+            return self.answer(call, number)
+        q, k, v, mask = call.query, call.key, call.value, call.attn_mask
+        place = (self.handle, number, self.run.begun)
+        if not call.needs_grad:
+            rest = (call.dropout_p, call.is_causal, call.scale)
+            return torch.ops.diffsparse.attend(q, k, v, mask, *rest, *place)  # type: ignore[no-any-return]
+        # Autograd wants the graph's own product; what is added, and so can't be left out, is 0.
+        return call.dense(self.user_backend()) + torch.ops.diffsparse.decline(q.detach(), k.detach(), *place)
 
-    def _layout(self, call: Call, cross: bool) -> Layout | None:
-        """Where the tokens are, if this is self-attention over the grid: everything else is left alone."""
-        spec, tokens = self.run.spec, call.query.shape[2]
-        if self.ignored or tokens != call.key.shape[2] or (cross and spec.text == "none"):
-            return None
-        return spec.layout(self.run.grid, tokens)
+    def answer(self, call: Call, number: int) -> Tensor:
+        """`intercept` when the sizes are known: in eager mode, or when a compiled graph runs."""
+        layout = None
+        if call.query.shape[2] == call.key.shape[2]:
+            layout = self.run.spec.layout(self.run.grid, call.query.shape[2])
+        if layout is None:  # no self-attention over the grid: left alone
+            return call.dense(self.user_backend())
+        return self.run.attend(self, call, layout, number)
 
     def user_backend(self) -> AttentionBackendName:
         """The backend that would run this layer if it were untouched."""
@@ -131,35 +130,82 @@ _NUMBERS = itertools.count()
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 
 
+@torch.inference_mode(False)  # type: ignore[untyped-decorator]
+def _scalar(number: int) -> Tensor:
+    """On the CPU and no inference tensor, whatever surrounds the caller: graphs can be used everywhere, without waiting."""
+    return torch.tensor(number, device="cpu")
+
+
+class _Declined(Call):
+    """A product that a compiled graph computes itself, for autograd watches it: it is only to be reported."""
+
+    needs_grad = True
+
+    def dense(self, backend: AttentionBackendName) -> Tensor:
+        return self.query
+
+
+# The compiler's view. The ops are opaque: grid, step, branch and memory are read in them, when the graph runs. `begun`
+# makes each op of a pass wait for the one that begins it.
+
+
+@torch.library.custom_op("diffsparse::begin", mutates_args=())
+def _begin(
+    handle: Tensor,
+    places: Tensor | None,
+    sizes: list[int],
+    tokens: int | None,
+    coordinates: bool,
+    behind: int,
+    axes: list[int],
+    channels: list[int],
+) -> Tensor:
+    """A forward pass begins, of the model that the layer `handle` belongs to."""
+    geometry = Geometry(sizes, tokens, places, coordinates, behind, axes, channels)
+    _LAYERS[int(handle)].run.grid = geometry.grid()
+    return torch.zeros((), device="cpu")
+
+
 @torch.library.custom_op("diffsparse::attend", mutates_args=())
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    dropout: float,
+    causal: bool,
     scale: float | None,
     handle: Tensor,
     number: int,
-    layout: list[int],
+    begun: Tensor,
 ) -> Tensor:
-    """Opaque to the compiler: step, branch and memory are read here, when the graph runs."""
-    layer = _LAYERS[int(handle)]
-    call = Call(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return _token_major(layer.run.attend(layer, call, Layout(*layout), number))
+    """`Layer.answer`."""
+    call = Call(q, k, v, mask, dropout, causal, scale, enable_gqa=q.shape[1] != k.shape[1])
+    return _token_major(_LAYERS[int(handle)].answer(call, number))
+
+
+@torch.library.custom_op("diffsparse::decline", mutates_args=())
+def _decline(q: Tensor, k: Tensor, handle: Tensor, number: int, begun: Tensor) -> Tensor:
+    """Report the dense product of q and k that stands in the graph, or raise as `strict` demands; 0."""
+    out = _LAYERS[int(handle)].answer(_Declined(q, k, k), number)
+    if out is not q:
+        raise ConfigError("head guidance of a compiled model wants torch.no_grad(): its graph computes the attention")
+    return torch.zeros((), device="cpu")
+
+
+@_begin.register_fake
+def _(handle: Tensor, *_: Any) -> Tensor:
+    return torch.zeros((), device="cpu")
 
 
 @_attend.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    handle: Tensor,
-    number: int,
-    layout: list[int],
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return _token_major(q.new_empty(*q.shape[:3], v.shape[-1]))
+
+
+@_decline.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return torch.zeros((), device="cpu")
 
 
 def _token_major(out: Tensor) -> Tensor:
@@ -202,6 +248,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self.context = _Context()
         self.clock = Clock(pipe, lambda: self.context.current)
         self.grid: Grid | None = None
+        self.begun = _scalar(0).float()
         self.layers: list[Layer] = []
         self.ledger = Ledger()
         self._memories: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -220,6 +267,11 @@ class Run(ModelHook):  # type: ignore[misc]
         """The layer for the attention module `name`."""
         self.layers.append(Layer(name, len(self.layers), self))
         return self.layers[-1]
+
+    def begin_compiled(self, geometry: Geometry) -> None:
+        """A forward pass begins, within the graph that is being traced: its grid is read when the graph runs."""
+        facts = (geometry.places, geometry.sizes, geometry.tokens, geometry.coordinates, geometry.behind)
+        self.begun = torch.ops.diffsparse.begin(self.layers[0].handle, *facts, geometry.axes, geometry.channels)
 
     def reset_state(self, module: torch.nn.Module | None = None) -> torch.nn.Module | None:
         """Drop what strategies remember; the report of the last run stays readable."""
@@ -257,6 +309,7 @@ class Run(ModelHook):  # type: ignore[misc]
             self._run, self.ledger = moment.run, Ledger()
             self._forget()
         record = self.ledger.open(layer.name, moment.step, moment.branch)
+        record.note = "" if self.grid is None else self.grid.note
         with record.timed(call.query.device):
             mask, obstacle = self._examine(call, layout, moment)
             call = call if obstacle else call.ungrouped()
@@ -278,6 +331,8 @@ class Run(ModelHook):  # type: ignore[misc]
             method = observe
         else:
             method = self.strategy.attend
+        if self.grid is not None and not self.grid.known and needs_grid(self.strategy):
+            return site.fall_back(*qkv, "no geometry")
         if _OBSTACLE in site.memory:
             return site.fall_back(*qkv, site.memory[_OBSTACLE])
         try:
@@ -330,6 +385,11 @@ class Run(ModelHook):  # type: ignore[misc]
             return None, None
         key = (moment.branch, call.attn_mask.shape, call.attn_mask.dtype)
         return read_mask(call.attn_mask, layout, self._masks, key)
+
+
+def needs_grid(strategy: Any) -> bool:
+    """Whether a strategy means something else, or nothing, where the tokens' places are not known."""
+    return getattr(strategy, "order", RASTER) not in (RASTER, AUTO) or getattr(strategy, "needs_grid", False)
 
 
 def _nbytes(memory: dict[str, Any]) -> int:
