@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 @dataclass(frozen=True)
@@ -15,7 +13,9 @@ class Layout:
     """A sequence of `frames x height x width` video tokens in raster order, with text before or after them.
 
     All counts are in tokens (after patching), not in pixels or latents. An image has one frame. "Text" is every
-    token that is not on the grid: prompt rows, registers, padding, history.
+    token that is not on the grid: prompt rows, registers, padding, history, and next to the video `plain_before` and
+    `plain_after` tokens of reference images or conditions, which are pixels too: no sink for attention. `references`
+    are frames, height and width of what the latter make up, one behind the other, if that is known.
     """
 
     frames: int
@@ -23,6 +23,12 @@ class Layout:
     width: int
     text_before: int = 0
     text_after: int = 0
+    plain_before: int = 0
+    plain_after: int = 0
+    references: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "references", tuple(map(tuple, self.references)))  # JSON makes lists of them
 
     @property
     def video(self) -> int:
@@ -49,17 +55,31 @@ class Layout:
         """Whether any token is off the grid."""
         return self.text_before + self.text_after > 0
 
+    def cells(self) -> torch.Tensor:
+        """int64 [frames, height, width]: which token lies where, -1 where none does.
+
+        References are further frames, each from the first row and column on, as positions are counted.
+        """
+        sizes = [(self.frames, self.height, self.width), *self.references]
+        frames, heights, widths = zip(*sizes, strict=True)
+        cells = torch.full((sum(frames), max(heights), max(widths)), -1, device="cpu")
+        token, frame = self.text_before, 0
+        for f, h, w in sizes:
+            cells[frame : frame + f, :h, :w] = torch.arange(token, token + f * h * w, device="cpu").view(f, h, w)
+            token, frame = token + f * h * w, frame + f
+        return cells
+
     def blocks(self, block: int) -> int:
         """Number of blocks of `block` tokens; the last one may be ragged."""
         return -(-self.tokens // block)
 
     def text_blocks(self, block: int) -> torch.Tensor:
-        """bool [blocks]: the blocks that hold at least one text token."""
+        """bool [blocks]: the blocks that hold at least one text token that is not plain."""
         return _text_blocks(self, block)
 
     def text_sink(self, block: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
         """bool [blocks, blocks]: rows and columns that hold text and so are never dropped (None without text)."""
-        if not self.has_text:
+        if self.text_before + self.text_after == self.plain_before + self.plain_after:
             return None
         text = self.text_blocks(block).to(device, non_blocking=True)
         return text[:, None] | text[None, :]
@@ -70,9 +90,9 @@ class Layout:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # type: ignore[untyped-decorator]
 def _text_blocks(layout: Layout, block: int) -> torch.Tensor:
-    import torch
-
-    first = torch.arange(layout.blocks(block)) * block
+    first = torch.arange(layout.blocks(block), device="cpu") * block
     last = (first + block).clamp(max=layout.tokens) - 1
-    return (first < layout.text_before) | (last >= layout.text_before + layout.video)
+    end = layout.tokens - layout.text_after + layout.plain_after
+    return (first < layout.text_before - layout.plain_before) | (last >= end)

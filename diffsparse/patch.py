@@ -20,6 +20,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import Attention, MochiAttention
 from torch._dynamo import OptimizedModule
+from torch._dynamo.eval_frame import skip_code
 from torch.overrides import TorchFunctionMode
 
 from diffsparse.copies import LAYER, hide_traces, show_traces
@@ -362,18 +363,31 @@ class _Watch:
         self.patch, self.names = patch_of(model), argument_names(model)
 
     def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if torch.compiler.is_compiling():
+            self.run.begin_compiled(self.run.spec.grid(self.patch, inputs))
+        else:
+            self._begin(model, inputs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
         run = self.run
-        run.grid = run.spec.grid(self.patch, {**dict(zip(self.names, args, strict=False)), **kwargs})
-        if not torch.compiler.is_compiling():
-            ordered = run.guidance is not None or not isinstance(run.strategy, Dense)
-            run.shard = shard_of(model, run.spec, ordered)  # parallelism may be enabled after `apply`
-            for module in self.modules:
-                _adopt(module)
+        run.grid = run.spec.grid(self.patch, inputs).grid()
+        ordered = run.guidance is not None or not isinstance(run.strategy, Dense)
+        run.shard = shard_of(model, run.spec, ordered)  # parallelism may be enabled after `apply`
+        for module in self.modules:
+            _adopt(module)
 
     def after(self, *_: Any) -> None:
         """A pass has ended well: one that fails says nothing about the model."""
         if not torch.compiler.is_compiling():
             self.run.notice_idleness(self.model)
+
+
+# `torch.compile(model)` runs hooks ahead of its graph, where a frame of Dynamo's would be one more graph for each size;
+# within a larger graph the hooks are traced with the rest.
+skip_code(_Watch.__call__.__code__)
+skip_code(_Watch.after.__code__)
 
 
 def _adopt(module: Any) -> None:

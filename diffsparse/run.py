@@ -22,11 +22,11 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor
 
 from diffsparse.clock import MOST_SHAPES, Clock, Moment
-from diffsparse.errors import DenseFallbackError, NoKernelError
+from diffsparse.errors import ConfigError, DenseFallbackError, NoKernelError
 from diffsparse.layout import Layout
 from diffsparse.masks import KeyMask, Masks
-from diffsparse.models import Grid, ModelSpec
-from diffsparse.order import in_order
+from diffsparse.models import Geometry, Grid, ModelSpec
+from diffsparse.order import AUTO, RASTER, in_order
 from diffsparse.parallel import WHOLE
 from diffsparse.report import CallRecord, Ledger
 from diffsparse.schedule import Schedule
@@ -105,44 +105,41 @@ class Layer:
         self.backend: AttentionBackendName | None = None
         number = next(_NUMBERS)
         # A tensor is an input of a compiled graph where an int would be a constant: one graph serves all layers.
-        self.handle = torch.tensor(number)
+        self.handle = _scalar(number)
         _LAYERS[number] = self
 
     def intercept(self, call: Call, number: int, others: int | None) -> Tensor:
         """Answer the `number`-th attention product of one processor call; traced when the model is compiled.
 
+        Nothing may be decided by a size here: the graph would be bound to it.
+
         others: tokens that the processor was given beside those of its queries, if any.
         """
         call = call.cast()
-        if self.ignored or self._is_cross(call, others):
+        if self.ignored or (others is not None and self.run.spec.text == "none"):
+            return call.dense(self.user_backend())
+        if not torch.compiler.is_compiling():
+            return self.answer(call, number, others)
+        q, k, v, mask = call.query, call.key, call.value, call.attn_mask
+        place = (self.handle, number, others, self.run.begun)
+        if not call.needs_grad:
+            rest = (call.dropout_p, call.is_causal, call.scale)
+            return torch.ops.diffsparse.attend(q, k, v, mask, *rest, *place)  # type: ignore[no-any-return]
+        # Autograd wants the graph's own product; what is added, and so can't be left out, is 0.
+        return call.dense(self.user_backend()) + torch.ops.diffsparse.decline(q.detach(), k.detach(), *place)
+
+    def answer(self, call: Call, number: int, others: int | None) -> Tensor:
+        """`intercept` when the sizes are known: in eager mode, or when a compiled graph runs."""
+        keys = call.key.shape[2]
+        if others is not None and (keys == others or keys < call.query.shape[2]):  # of the other tokens alone
             return call.dense(self.user_backend())
         layout, obstacle = self._layout(call)
-        if not torch.compiler.is_compiling():
-            return self.run.attend(self, call, layout, number, obstacle)
-        if obstacle or call.needs_grad or call.is_causal or call.dropout_p:
-            return call.dense(self.user_backend())
-        return torch.ops.diffsparse.attend(  # type: ignore[no-any-return]
-            call.query,
-            call.key,
-            call.value,
-            call.attn_mask,
-            call.scale,
-            self.handle,
-            number,
-            [layout.frames, layout.height, layout.width, layout.text_before, layout.text_after],
-        )
+        return self.run.attend(self, call, layout, number, obstacle)
 
     def missed(self, others: int | None) -> None:
         """A processor call is over, and none of its attention was seen."""
         if not self.ignored and (others is None or self.run.spec.text != "none"):
             self.run.note_unseen(self, "the processor computes attention without scaled_dot_product_attention")
-
-    def _is_cross(self, call: Call, others: int | None) -> bool:
-        """Whether the keys are those of the other tokens alone: then it is no self-attention."""
-        if others is None:
-            return False
-        keys = call.key.shape[2]
-        return self.run.spec.text == "none" or keys == others or keys < call.query.shape[2]
 
     def _layout(self, call: Call) -> tuple[Layout, str | None]:
         """Where the tokens are, or why that isn't known: then they are a plain run of tokens."""
@@ -165,35 +162,83 @@ _NUMBERS = itertools.count()
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 
 
+@torch.inference_mode(False)  # type: ignore[untyped-decorator]
+def _scalar(number: int) -> Tensor:
+    """On the CPU and no inference tensor, whatever surrounds the caller: graphs can be used everywhere, without waiting."""
+    return torch.tensor(number, device="cpu")
+
+
+class _Declined(Call):
+    """A product that a compiled graph computes itself, for autograd watches it: it is only to be reported."""
+
+    needs_grad = True
+
+    def dense(self, backend: AttentionBackendName) -> Tensor:
+        return self.query
+
+
+# The compiler's view. The ops are opaque: grid, step, branch and memory are read in them, when the graph runs. `begun`
+# makes each op of a pass wait for the one that begins it.
+
+
+@torch.library.custom_op("diffsparse::begin", mutates_args=())
+def _begin(
+    handle: Tensor,
+    places: Tensor | None,
+    sizes: list[int],
+    tokens: int | None,
+    coordinates: bool,
+    behind: int,
+    axes: list[int],
+    channels: list[int],
+) -> Tensor:
+    """A forward pass begins, of the model that the layer `handle` belongs to."""
+    geometry = Geometry(sizes, tokens, places, coordinates, behind, axes, channels)
+    _LAYERS[int(handle)].run.grid = geometry.grid()
+    return torch.zeros((), device="cpu")
+
+
 @torch.library.custom_op("diffsparse::attend", mutates_args=())
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    dropout: float,
+    causal: bool,
     scale: float | None,
     handle: Tensor,
     number: int,
-    layout: list[int],
+    others: int | None,
+    begun: Tensor,
 ) -> Tensor:
-    """Opaque to the compiler: step, branch and memory are read here, when the graph runs."""
-    layer = _LAYERS[int(handle)]
-    call = Call(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return _token_major(layer.run.attend(layer, call, Layout(*layout), number))
+    """`Layer.answer`."""
+    call = Call(q, k, v, mask, dropout, causal, scale, enable_gqa=q.shape[1] != k.shape[1])
+    return _token_major(_LAYERS[int(handle)].answer(call, number, others))
+
+
+@torch.library.custom_op("diffsparse::decline", mutates_args=())
+def _decline(q: Tensor, k: Tensor, handle: Tensor, number: int, others: int | None, begun: Tensor) -> Tensor:
+    """Report the dense product of q and k that stands in the graph, or raise as `strict` demands; 0."""
+    out = _LAYERS[int(handle)].answer(_Declined(q, k, k), number, others)
+    if out is not q:
+        raise ConfigError("head guidance of a compiled model wants torch.no_grad(): its graph computes the attention")
+    return torch.zeros((), device="cpu")
+
+
+@_begin.register_fake
+def _(handle: Tensor, *_: Any) -> Tensor:
+    return torch.zeros((), device="cpu")
 
 
 @_attend.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    handle: Tensor,
-    number: int,
-    layout: list[int],
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return _token_major(q.new_empty(*q.shape[:3], v.shape[-1]))
+
+
+@_decline.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return torch.zeros((), device="cpu")
 
 
 def _token_major(out: Tensor) -> Tensor:
@@ -236,6 +281,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self.context = _Context()
         self.clock = Clock(pipe, lambda: self.context.current)
         self.grid: Grid | None = None
+        self.begun = _scalar(0).float()
         self.layers: list[Layer] = []
         self._memories: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._shapes: OrderedDict[tuple[Any, ...], None] = OrderedDict()  # of the memories, the latest used last
@@ -253,6 +299,11 @@ class Run(ModelHook):  # type: ignore[misc]
         """The layer for the attention module `name`."""
         self.layers.append(Layer(name, len(self.layers), self))
         return self.layers[-1]
+
+    def begin_compiled(self, geometry: Geometry) -> None:
+        """A forward pass begins, within the graph that is being traced: its grid is read when the graph runs."""
+        facts = (geometry.places, geometry.sizes, geometry.tokens, geometry.coordinates, geometry.behind)
+        self.begun = torch.ops.diffsparse.begin(self.layers[0].handle, *facts, geometry.axes, geometry.channels)
 
     def reset_state(self, module: torch.nn.Module | None = None) -> torch.nn.Module | None:
         """Drop what strategies remember; the report of the last run stays readable."""
@@ -310,6 +361,7 @@ class Run(ModelHook):  # type: ignore[misc]
             if moment.steps is None and (unknown := self.schedule.of_unknown_length()):
                 self.ledger.note(unknown)
         record = self.ledger.open(layer.name, moment.step, moment.branch)
+        record.note = "" if self.grid is None else self.grid.note
         self._bound(moment)
         return record
 
@@ -354,6 +406,8 @@ class Run(ModelHook):  # type: ignore[misc]
             method = observe
         else:
             method = self.strategy.attend
+        if self.grid is not None and not self.grid.known and needs_grid(self.strategy):
+            return site.fall_back(*qkv, "no geometry")
         if _OBSTACLE in site.memory:
             return site.fall_back(*qkv, site.memory[_OBSTACLE])
         try:
@@ -423,3 +477,8 @@ def _is_cast(x: Tensor | None) -> bool:
 def _own_dtypes(device: str) -> AbstractContextManager[None]:
     """Within: arithmetic keeps the dtypes that it chose, whatever `torch.autocast` is around the model."""
     return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def needs_grid(strategy: Any) -> bool:
+    """Whether a strategy means something else, or nothing, where the tokens' places are not known."""
+    return getattr(strategy, "order", RASTER) not in (RASTER, AUTO) or getattr(strategy, "needs_grid", False)

@@ -85,7 +85,7 @@ class Site:
         """This call as one whose text comes after the video: what `order.HeadOrders` makes of it."""
         text = self.layout.tokens - self.layout.video
         keys = None if self.key_mask is None else text_last(self.key_mask, self.layout)
-        return replace(self, layout=replace(self.layout, text_before=0, text_after=text), key_mask=keys)
+        return replace(self, layout=replace(self.layout.grid, text_after=text), key_mask=keys)
 
     def found(self, recall: torch.Tensor) -> None:
         """Report the share of the softmax mass that the chosen blocks hold, any shape."""

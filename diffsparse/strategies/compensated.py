@@ -52,6 +52,11 @@ class Compensated:
         return str(getattr(self.strategy, "order", RASTER))
 
     @property
+    def needs_grid(self) -> bool:
+        """Whether the strategy does."""
+        return bool(getattr(self.strategy, "needs_grid", False))
+
+    @property
     def block(self) -> int:
         """The strategy's own edge of a block."""
         return int(self.strategy.block)

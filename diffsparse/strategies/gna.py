@@ -30,7 +30,8 @@ class GNA:
     Tokens are moved into tiles of frames x rows x columns, one block each, so that a window is few blocks; blocks that
     windows cut through are masked token by token, and where they cut none, nothing is. Which tokens see each other is
     NATTEN's rule: near a border the window moves inwards instead of shrinking, and one of even size reaches one cell
-    further towards the start. Text sees everything and is seen by everything. Nothing is searched.
+    further towards the start. Text sees everything and is seen by everything. Nothing is searched. Reference images
+    count as further frames of the image that is made, whatever their size.
 
     window: frames, rows and columns that a query sees; 0 is the whole axis, and so is more than it has. None: windows
         with the grid's proportions whose share of computed blocks comes nearest to 1 - sparsity.
@@ -51,6 +52,7 @@ class GNA:
     causal: Flags = (False, False, False)
     sparsity: float | None = 0.8
     block: int = field(default_factory=default_block)
+    needs_grid = True
 
     def __post_init__(self) -> None:
         check_block(self.block)
@@ -121,13 +123,21 @@ def _tiled(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tiled:
     return found
 
 
+@torch.inference_mode(False)  # type: ignore[untyped-decorator]
 def _arrange(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tiled:
     """Made on the CPU, where the longest list is known without waiting."""
-    tiling = gna.tiling((layout.frames, layout.height, layout.width))
-    orders = _orders(tiling, layout)
+    cells = layout.cells()
+    size = layout.frames, layout.height, layout.width
+    tiling = gna.tiling(size)
+    if layout.references:  # in tiles of the image alone, or holes would lie in tiles of both
+        tiling = gna.tiling(tuple(cells.shape), tiling.tile)
+    orders = _orders(tiling, cells, layout.tokens)
     tokens = len(orders.forward)
     text = -(-tokens // gna.block) - math.prod(tiling.counts)
     mask = F.pad(_block_mask(tiling), (0, text, 0, text), value=True)[None, None]
+    if layout.references and orders.filled is not None:  # tiles without a token, where images differ in size
+        some = F.pad(orders.filled, (0, -tokens % gna.block)).view(-1, gna.block).any(-1)
+        mask = mask & some[:, None] & some
     one = BlockLists.from_mask(mask, q_block=gna.block, kv_block=gna.block, q_len=tokens, kv_len=tokens)
     idx, cnt = (x.to(device).expand(1, heads, *x.shape[2:]).contiguous() for x in (one.idx, one.cnt))
     return Tiled(
@@ -142,16 +152,16 @@ def _arrange(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tile
     )
 
 
-def _orders(tiling: Tiling, layout: Layout) -> HeadOrders:
-    """Tile after tile, then the text; for one head, int64 [M] and [N]."""
+def _orders(tiling: Tiling, cells: Tensor, tokens: int) -> HeadOrders:
+    """Tile after tile, then what is not in `cells`; for one head, int64 [M] and [N]."""
     frame, row, column = _spread([torch.tensor(axis.cells) for axis in tiling.axes], tiling, gap=-1)
-    filled = (frame >= 0) & (row >= 0) & (column >= 0)
-    video = ((frame * layout.height + row) * layout.width + column).masked_fill(~filled, 0) + layout.text_before
-    tokens = torch.arange(layout.tokens)
-    text = torch.cat([tokens[: layout.text_before], tokens[layout.text_before + layout.video :]])
-    forward = torch.cat([video, text])
-    filled = torch.cat([filled, torch.ones_like(text, dtype=torch.bool)])
-    back = torch.empty_like(tokens)
+    video = cells[frame, row, column].masked_fill((frame < 0) | (row < 0) | (column < 0), -1)
+    text = torch.ones(tokens, dtype=torch.bool)
+    text[cells[cells >= 0]] = False
+    forward = torch.cat([video, text.nonzero()[:, 0]])
+    filled = forward >= 0
+    forward = forward.clamp(min=0)
+    back = torch.empty(tokens, dtype=torch.int64)
     back[forward[filled]] = filled.nonzero()[:, 0]
     return HeadOrders(forward, back, None if filled.all() else filled)
 

@@ -38,6 +38,7 @@ class PARO(Planned):
         float32 [raster or own order, `MEASURED`, H], tells how hard that was.
     """
 
+    needs_grid = True
     _plan_of = "paro"
     _needed = frozenset({"sparsity", "block", "orders", "groups"})
 

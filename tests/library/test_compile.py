@@ -10,7 +10,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffsparse
-from diffsparse import AdaSpa, Schedule
+from diffsparse import GNA, AdaSpa, Schedule
+from diffsparse.errors import DenseFallbackError
+from diffsparse.patch import run_of
 from support.tiny_transformers import Shape, build, inputs
 
 MODELS = {
@@ -82,3 +84,102 @@ def test_what_is_removed_is_not_compiled() -> None:
     diffsparse.apply(model, AdaSpa(block=8)).remove()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert all(torch.equal(a, b) for a, b in zip(loop(model, compiled, kwargs), want, strict=True))
+
+
+SIZES = [Shape(2 + i % 3, 8 + 4 * (i % 4), 8 + 2 * i, 6 + i % 5) for i in range(12)]
+FAMILIES = [
+    "WanTransformer3DModel",
+    "FluxTransformer2DModel",
+    "LTXVideoTransformer3DModel",
+    "QwenImageTransformer2DModel",
+]
+
+
+def put_on(model: Any, how: str, counter: Any, **options: Any) -> Any:
+    """`model` compiled: as a wrapper, in place (its hooks are then traced), or block by block."""
+    if how == "whole":
+        return torch.compile(model, fullgraph=True, backend=counter, **options)
+    method = model.compile if how == "in place" else model.compile_repeated_blocks
+    method(fullgraph=True, backend=counter, **options)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((name, "whole") for name in FAMILIES),
+        (FAMILIES[0], "blocks"),
+        (FAMILIES[1], "blocks"),
+        (FAMILIES[1], "in place"),
+    ],
+)
+def test_new_sizes_need_no_new_graphs(name: str, how: str) -> None:
+    counts = []
+    for applied in (False, True):
+        torch._dynamo.reset()
+        model, counter = build(name), CompileCounterWithBackend("eager")
+        if applied:
+            diffsparse.apply(model, AdaSpa(sparsity=0.5, block=8, order="tile1x2x2"), schedule=Schedule(dense_first=0))
+        forward = put_on(model, how, counter, dynamic=True)
+        counts.append([])
+        for shape in SIZES:
+            with torch.no_grad():
+                forward(**inputs(name, shape), return_dict=False)
+            counts[-1].append(counter.frame_count)
+    assert counts[1] == counts[0]
+
+
+@pytest.mark.parametrize("how", ["whole", "in place", "blocks"])
+@pytest.mark.parametrize(
+    "strategy",
+    [GNA(block=16, window=(0, 4, 4)), AdaSpa(block=16, sparsity=0.7, order="tile1x4x4")],
+    ids=["windows", "order"],
+)
+def test_the_grid_is_known(strategy: Any, how: str) -> None:
+    name, shape = "FluxTransformer2DModel", Shape(1, 32, 48, 6)
+    outs, reports = [], []
+    for compiled in (False, True):
+        model = build(name)
+        with diffsparse.apply(model, strategy, schedule=Schedule(dense_first=1), strict=True) as handle:
+            forward = put_on(model, how, "eager") if compiled else model
+            with torch.no_grad():
+                outs.append([forward(**inputs(name, shape), return_dict=False)[0] for _ in range(3)])
+            reports.append(handle.report())
+    for a, b in zip(*outs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert reports[0].sparse_density == reports[1].sparse_density < 1
+    assert reports[0].notes == reports[1].notes
+
+
+def gradients(compiled: str, strict: bool) -> tuple[list[torch.Tensor], Any]:
+    model = build("WanTransformer3DModel")
+    handle = diffsparse.apply(model, AdaSpa(block=8), schedule=Schedule(dense_first=0), strict=strict)
+    forward = put_on(model, compiled, "aot_eager") if compiled else model
+    forward(**inputs("WanTransformer3DModel"), return_dict=False)[0].square().sum().backward()
+    return [x.grad for x in model.parameters() if x.grad is not None], handle.report()
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks"])
+def test_gradients_are_those_of_eager_mode_and_reported(how: str) -> None:
+    want, eager = gradients("", strict=False)
+    got, report = gradients(how, strict=False)
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert report.fallbacks == eager.fallbacks == {"gradients are wanted": 2}
+    torch._dynamo.reset()
+    with pytest.raises(DenseFallbackError, match="gradients"):
+        gradients(how, strict=True)
+
+
+@pytest.mark.parametrize("surrounding", [lambda: torch.device("meta"), torch.inference_mode])
+def test_handles_are_plain_numbers_on_the_cpu(surrounding: Any) -> None:
+    model = build("WanTransformer3DModel")
+    with surrounding():
+        diffsparse.apply(model, AdaSpa(block=8))
+    run = run_of(model)
+    assert run is not None
+    for number in (run.begun, *(layer.handle for layer in run.layers)):
+        assert number.device.type == "cpu"
+        assert not number.is_inference()
+    assert len({int(layer.handle) for layer in run.layers}) == len(run.layers)
