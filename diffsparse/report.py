@@ -84,7 +84,7 @@ class CallRecord:
     def settle(self) -> bool:
         """Keep the seconds in place of the events that tell them; False if the device has not come so far."""
         if len(self._marks) == 2:
-            if not isinstance(self._marks[1], float) and not self._marks[1].query():
+            if not isinstance(self._marks[1], float) and not _passed(self._marks[1]):
                 return False
             self._seconds, self._marks = elapsed(*self._marks), []
         return True
@@ -97,6 +97,11 @@ def mark(device: torch.device) -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _passed(event: Any) -> bool:
+    """Whether the device has come so far; nobody may ask while a CUDA graph is captured."""
+    return not torch.cuda.is_current_stream_capturing() and bool(event.query())
 
 
 def elapsed(start: Any, stop: Any) -> float:
