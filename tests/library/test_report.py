@@ -147,9 +147,10 @@ def test_events_go_once_the_device_has_passed_them(monkeypatch):
     capturing = [True]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     book = Ledger()
-    calls = [book.open("a", step, "cond") for step in range(4)]
-    for call in calls:
-        call._marks = [Event(), Event()]
+    calls = []
+    for step in range(4):
+        calls.append(book.open("a", step, "cond"))
+        calls[-1]._marks = [Event(), Event()]
     calls[0]._marks[1].reached = calls[1]._marks[1].reached = calls[3]._marks[1].reached = True
     book.open("a", 4, "cond")
     assert all(len(call._marks) == 2 for call in calls)  # nobody may ask while a graph is captured
