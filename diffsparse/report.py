@@ -183,17 +183,19 @@ class Ledger:
         return self.calls[-1]
 
     def bound(self, most: int) -> None:
-        """Move the oldest step's calls into the sums if there are more than `most`."""
+        """Move the oldest step's calls into the sums if there are more than `most`, and the device is through them."""
         if len(self.calls) <= most:
             return
         first = self.calls[0].step
         cut = next((i for i, call in enumerate(self.calls) if call.step != first), len(self.calls) - most)
+        if cut > self._settled:
+            return
         folded = self.calls[:cut]
         self.sums.add(_Sums.of(folded))
         if first > self._last_step:
             self._last_step, self.steps = first, self.steps + 1
             self.sparse_steps += any(call.kind == "sparse" for call in folded)
-        self._settled = max(self._settled - cut, 0)
+        self._settled -= cut
         del self.calls[:cut]
 
     def listed_steps(self, kind: Kind | None = None) -> set[int]:

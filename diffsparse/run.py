@@ -259,8 +259,7 @@ class Run(ModelHook):  # type: ignore[misc]
         return self.guidance.perturb(out, layer, call, layout, moment, number)
 
     def _attend(self, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int) -> Tensor:
-        if moment.run != self._run:
-            self._begin(moment)
+        self._begin(moment)
         record = self.ledger.open(layer.name, moment.step, moment.branch)
         self._bound(moment)
         with record.timed(call.query.device):
@@ -275,7 +274,9 @@ class Run(ModelHook):  # type: ignore[misc]
             return mask.repair(out, call, layout, layer.user_backend())
 
     def _begin(self, moment: Moment) -> None:
-        """A new run: nothing of the last one is left."""
+        """Of a new run nothing of the last one is left."""
+        if moment.run == self._run:
+            return
         self._forget()
         self._run, self.ledger = moment.run, Ledger(memories=self._memories)
         if moment.steps is None and (unknown := self.schedule.of_unknown_length()):

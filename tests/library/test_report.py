@@ -157,6 +157,9 @@ def test_events_go_once_the_device_has_passed_them(monkeypatch):
     capturing[0] = False
     book.open("a", 4, "cond")
     assert [len(call._marks) for call in calls] == [0, 0, 2, 2]
+    for _ in range(4):
+        book.bound(1)
+    assert book.calls[0] is calls[2]  # the device is not through it
     calls[2]._marks[1].reached = True
     book.open("a", 5, "cond")
     assert not any(call._marks for call in calls)
