@@ -91,7 +91,7 @@ class CallRecord:
     def settle(self) -> bool:
         """Keep the seconds in place of the events that tell them; False if the device has not come so far."""
         if len(self._marks) == 2:
-            if not isinstance(self._marks[1], float) and not self._marks[1].query():
+            if not isinstance(self._marks[1], float) and not _passed(self._marks[1]):
                 return False
             self._seconds, self._marks = elapsed(*self._marks), []
         return True
@@ -104,6 +104,11 @@ def mark(device: torch.device) -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _passed(event: Any) -> bool:
+    """Whether the device has come so far; nobody may ask while a CUDA graph is captured."""
+    return not torch.cuda.is_current_stream_capturing() and bool(event.query())
 
 
 def elapsed(start: Any, stop: Any) -> float:
@@ -212,17 +217,19 @@ class Ledger:
         return self.calls[-1]
 
     def bound(self, most: int) -> None:
-        """Move the oldest step's calls into the sums if there are more than `most`."""
+        """Move the oldest step's calls into the sums if there are more than `most`, and the device is through them."""
         if len(self.calls) <= most:
             return
         first = self.calls[0].step
         cut = next((i for i, call in enumerate(self.calls) if call.step != first), len(self.calls) - most)
+        if cut > self._settled:
+            return
         folded = self.calls[:cut]
         self.sums.add(_Sums.of(folded))
         if first > self._last_step:
             self._last_step, self.steps = first, self.steps + 1
             self.sparse_steps += any(call.kind == "sparse" for call in folded)
-        self._settled = max(self._settled - cut, 0)
+        self._settled -= cut
         del self.calls[:cut]
 
     def listed_steps(self, kind: Kind | None = None) -> set[int]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from diffsparse.report import Ledger, Report
+from diffsparse.report import Ledger, Report, nbytes
 
 
 def ledger() -> Ledger:
@@ -97,3 +99,90 @@ def test_times_are_measured():
     with call.timed(torch.device("cpu")):
         torch.randn(200, 200) @ torch.randn(200, 200)
     assert Report.of("S()", 1, [book]).attention_seconds == call.seconds > 0
+
+
+def filled(book: Ledger, most: int | None) -> Ledger:
+    """200 calls of 25 steps of all kinds, folded on the way."""
+    draw = random.Random(0)
+    for number in range(200):
+        call = book.open(draw.choice("ab"), number // 8, "cond")
+        kind = draw.choice(["schedule", "search", "sparse", "no kernel"]) if number >= 16 else "schedule"
+        if kind == "sparse":
+            call.ran_sparse(torch.tensor(draw.random()), draw.choice(["cpu", "flex"]), ("flex: no",))
+            call.heads = (draw.choice(["full", "skip"]),)
+        else:
+            call.ran_dense(kind, planned=kind != "no kernel", backend="native")
+        if kind == "search":
+            call.searched(torch.tensor([draw.random()]))
+        call.note = draw.choice(["", "one", "two"])
+        call._marks = [float(number), number + 0.25]
+        if most is not None:
+            book.bound(most)
+            assert len(book.calls) <= most
+    return book
+
+
+@pytest.mark.parametrize("most", [1, 8, 40, 500])
+def test_a_report_of_folded_calls_is_that_of_all(most):
+    """But for the list of calls, and what heads did call by call."""
+    want, book = Report.of("S()", 2, [filled(Ledger(), None)]), filled(Ledger(), most)
+    got = Report.of("S()", 2, [book])
+    assert got.steps == 25
+    assert len(got.calls) <= most
+    if most >= 8:  # a step's calls fit
+        sums = ("density", "sparse_density", "recall", "attention_seconds")
+        assert [getattr(got, x) for x in sums] == pytest.approx([getattr(want, x) for x in sums])
+        rest = {x: getattr(want, x) for x in sums}
+        shares = pytest.approx(want.modes)
+        assert got.modes == shares
+        same = replace(got, **rest, heads=want.heads, modes=want.modes, notes=sorted(got.notes))
+        assert same == replace(want, notes=sorted(want.notes))
+
+
+class Event:
+    """A CUDA event that the device reaches when it is told to."""
+
+    def __init__(self) -> None:
+        self.reached = False
+
+    def query(self) -> bool:
+        return self.reached
+
+    def synchronize(self) -> None:
+        assert self.reached, "somebody waits for the device"
+
+    def elapsed_time(self, other: Event) -> float:
+        return 250.0
+
+
+def test_events_go_once_the_device_has_passed_them(monkeypatch):
+    capturing = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    book = Ledger()
+    calls = []
+    for step in range(4):
+        calls.append(book.open("a", step, "cond"))
+        calls[-1]._marks = [Event(), Event()]
+    calls[0]._marks[1].reached = calls[1]._marks[1].reached = calls[3]._marks[1].reached = True
+    book.open("a", 4, "cond")
+    assert all(len(call._marks) == 2 for call in calls)  # nobody may ask while a graph is captured
+    capturing[0] = False
+    book.open("a", 4, "cond")
+    assert [len(call._marks) for call in calls] == [0, 0, 2, 2]
+    for _ in range(4):
+        book.bound(1)
+    assert book.calls[0] is calls[2]  # the device is not through it
+    calls[2]._marks[1].reached = True
+    book.open("a", 5, "cond")
+    assert not any(call._marks for call in calls)
+    assert [call.seconds for call in calls] == [0.25] * 4
+
+
+def test_a_run_that_is_over_keeps_the_size_of_its_memories():
+    book, x = Ledger(memories={}), torch.zeros(10)
+    book.memories["a"] = {"x": x, "view": x[2:], "more": ([torch.zeros(3, dtype=torch.int8)],)}
+    assert book.memory_bytes == nbytes(book.memories) == 43
+    book.close()
+    assert not book.memories
+    book.close()
+    assert book.memory_bytes == 43

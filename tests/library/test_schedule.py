@@ -67,3 +67,9 @@ def test_what_is_no_schedule_is_refused_at_the_door(schedule):
 def test_bad_layers_are_refused(layers):
     with pytest.raises(ConfigError, match="dense_layers wants a tuple"):
         Schedule(dense_layers=layers)
+
+
+def test_what_an_unknown_length_changes_is_told():
+    assert Schedule(2).of_unknown_length() == Schedule(0.0).of_unknown_length() == ""
+    assert "dense_first=0.2 is 1 step:" in Schedule().of_unknown_length()
+    assert "so dense_last=0.1 is not kept:" in Schedule(1, 0.1).of_unknown_length()
