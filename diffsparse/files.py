@@ -119,8 +119,9 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path = Path(path)
+    file = path.with_name(f".{path.name}.lock")
     try:
-        lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=_PATIENCE if wait else 0)
+        lock = FileLock(file, timeout=_PATIENCE if wait else 0)
         lock.acquire()
     except (Timeout, OSError, NotImplementedError) as error:
         why = "another process is writing it; wait for it," if isinstance(error, Timeout) else f"{_reason(error)};"
@@ -128,6 +129,9 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
+        if not wait:  # nobody waits for this very file
+            with contextlib.suppress(OSError):
+                file.unlink()
         lock.release()
 
 

@@ -151,7 +151,7 @@ def _fingerprint(model: torch.nn.Module) -> str:
     return f"{class_of(model).__name__}:{digest}"
 
 
-def _heads_of(attention: torch.nn.Module) -> int | None:
+def _heads_of(attention: torch.nn.Module | None) -> int | None:
     counts = (getattr(attention, name, None) for name in ("heads", "num_heads", "n_heads"))
     return next((count for count in counts if type(count) is int), None)
 
@@ -313,15 +313,13 @@ class Planned(ABC):
         return f"{type(self).__name__}({self.plan.settings}, plan {self.plan.digest})"
 
     def check(self, models: dict[str, torch.nn.Module]) -> None:
-        """Called by `diffsparse.apply`: raise PlanError if the plan is another model's, or of layers that it lacks."""
+        """Called by `diffsparse.apply`: raise PlanError if the plan is another model's, or of other heads."""
         self.plan.check_models(models)
         modules = {f"{name}.{path}": x for name, model in models.items() for path, x in model.named_modules()}
         parts = self._parts(self.plan.settings, self.plan.layout)
         for name, tensor in self.plan.tensors.items():
             layer, _, what = name.rpartition(".")
-            if layer not in modules:
-                raise PlanError(f"the plan's layer {layer!r} is none of the model's; {_REMEDY}")
-            have, want = parts[what].heads(tensor), _heads_of(modules[layer])
+            have, want = parts[what].heads(tensor), _heads_of(modules.get(layer))
             if want is not None and have != want:
                 raise PlanError(f"the plan has {have} heads in {layer!r}, where the model has {want}; {_REMEDY}")
 

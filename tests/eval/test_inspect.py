@@ -83,7 +83,9 @@ def test_recall_is_measured_as_the_strategy_runs() -> None:
     knobs = {"sparsity": 0.7, "block": 16}
     assert _measure(Random(0.4, block=32), knobs) == {"sparsity": 0.4, "block": 32}
     assert _measure(Dense(), knobs) == knobs
-    plan = Plan("paro", {}, Layout(1, 2, 2), {"sparsity": 0.6, "block": 8, "orders": ["FHW"], "groups": 1}, {})
+    settings = {"sparsity": 0.6, "block": 8, "orders": ["FHW"], "groups": 1}
+    parts = {"orders": torch.zeros(1, dtype=torch.uint8), "masks": torch.ones(1, 1, 1, dtype=torch.uint8)}
+    plan = Plan("paro", {}, Layout(1, 2, 2), settings, {f"transformer.a.{what}": x for what, x in parts.items()})
     assert _measure(PARO(plan), knobs) == {"sparsity": 0.6, "block": 8}
 
 

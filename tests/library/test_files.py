@@ -200,6 +200,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     thread.join()
     assert order == ["first", "second"]
     assert in_child(code, path).stdout == "got it\n"
+    assert not names(tmp_path), "who holds it for all its work leaves nothing behind"
 
 
 def test_texts_are_utf8_everywhere_and_not_endless(tmp_path: Path) -> None:

@@ -192,11 +192,8 @@ def test_modes_that_make_no_sense(model: torch.nn.Module) -> None:
         SparseVDiT(plan_of(model, strategy="sparse-vdit", settings={"block": 8}))
 
 
-def test_a_plan_for_layers_and_heads_that_the_model_lacks(model: torch.nn.Module) -> None:
+def test_a_plan_for_heads_that_the_model_lacks(model: torch.nn.Module) -> None:
     plan = plan_of(model)
-    more = {name.replace("blocks.0", "blocks.9"): tensor for name, tensor in plan.tensors.items()}
-    with pytest.raises(PlanError, match=r"layer 'transformer.blocks.9.attn1' is none of the model's"):
-        diffsparse.apply(model, PARO(plan_of(model, tensors=more)))
     more = {name: torch.cat([x, x], dim=x.ndim - 1 if "orders" in name else 1) for name, x in plan.tensors.items()}
     with pytest.raises(PlanError, match=r"has 4 heads in 'transformer.blocks.0.attn1', where the model has 2"):
         diffsparse.apply(model, PARO(plan_of(model, tensors=more)))
