@@ -120,7 +120,8 @@ def check(pipe: Any, arguments: dict[str, Any], schedule: Schedule | None = None
         grid = _grid(pipe, model, arguments)
         if grid is not None:
             _check_grid(model, grid)
-            width = model.config.get("num_attention_heads", 0) * model.config.get("attention_head_dim", 0)
+            heads, dim = (model.config.get(name) for name in ("num_attention_heads", "attention_head_dim"))
+            width = heads * dim if isinstance(heads, int) and isinstance(dim, int) else 0  # not known of all
             need = math.prod(grid) * width * model.dtype.itemsize * _ACTIVATIONS
             machine.hold(need, pipe._execution_device, f"{math.prod(grid)} tokens of {type(model).__name__}", _SMALLER)
 
