@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from diffsparse.cost import Estimate, flops
 from diffsparse.errors import ConfigError
-from diffsparse.models import packed_grid, patch_of, spec_of
+from diffsparse.models import Grid, packed_grid, patch_of, spec_of
 from diffsparse.patch import attentions, models_of
 from diffsparse.report import Report
 from diffsparse.schedule import Schedule
@@ -47,33 +47,35 @@ class Compression(NamedTuple):
         return (frames - 1) // self.time + 1, height // self.space, width // self.space
 
 
-def token_grid(model: Any, latent: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Tokens along frames, rows and columns that `model` makes of a latent of frames x height x width cells."""
+def grid(model: Any, latent: tuple[int, int, int]) -> Grid:
+    """The token grid that `model` makes of a latent of frames x height x width cells."""
     patch = patch_of(model)
     space = 2 if spec_of(model).grid is packed_grid else patch.space  # pipelines of packed images pack 2 x 2 cells
     frames, height, width = latent
-    return -(-frames // patch.time), height // space, width // space
+    return Grid(-(-frames // patch.time), height // space, width // space)
 
 
 def grid_tokens(model: Any, latent: tuple[int, int, int]) -> int:
-    """Tokens that `model` makes of a latent of frames x height x width cells."""
-    return math.prod(token_grid(model, latent))
+    """Tokens of that grid."""
+    return math.prod(grid(model, latent)[:3])
 
 
 def tokens(pipe: Any, arguments: dict[str, Any]) -> Tokens | None:
     """Tokens of a call of `pipe`; None where sizes are left to the pipeline."""
-    grid = _grid(pipe, next(iter(models_of(pipe).values())), arguments)
-    text = argument(pipe, arguments, "max_sequence_length")
-    return None if grid is None else Tokens(math.prod(grid), text or 0)
+    latent = _latent(pipe, arguments)
+    if latent is None:
+        return None
+    model = next(iter(models_of(pipe).values()))
+    return Tokens(grid_tokens(model, latent), argument(pipe, arguments, "max_sequence_length") or 0)
 
 
-def _grid(pipe: Any, model: Any, arguments: dict[str, Any]) -> tuple[int, int, int] | None:
-    """Tokens along frames, rows and columns."""
+def _latent(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Latent cells of a call of `pipe` along frames, height and width; None where sizes are left to the pipeline."""
     frames, height, width = (argument(pipe, arguments, name) for name in ("num_frames", "height", "width"))
     compression = Compression.of(pipe)
     if compression is None or not height or not width:
         return None
-    return token_grid(model, compression.latent(frames or 1, height, width))
+    return compression.latent(frames or 1, height, width)
 
 
 def admit(model: str, loading: dict[str, Any], chosen: dict[str, Any], texts: Iterable[str] = ()) -> None:
@@ -117,13 +119,14 @@ def check(pipe: Any, arguments: dict[str, Any], schedule: Schedule | None = None
     for model in models_of(pipe).values():
         if schedule is not None:
             _check_schedule(model, schedule, argument(pipe, arguments, "num_inference_steps"))
-        grid = _grid(pipe, model, arguments)
-        if grid is not None:
-            _check_grid(model, grid)
+        latent = _latent(pipe, arguments)
+        if latent is not None:
+            _check_sides(model, grid(model, latent))
+            count = grid_tokens(model, latent)
             heads, dim = (model.config.get(name) for name in ("num_attention_heads", "attention_head_dim"))
             width = heads * dim if isinstance(heads, int) and isinstance(dim, int) else 0  # not known of all
-            need = math.prod(grid) * width * model.dtype.itemsize * _ACTIVATIONS
-            machine.hold(need, pipe._execution_device, f"{math.prod(grid)} tokens of {type(model).__name__}", _SMALLER)
+            need = count * width * model.dtype.itemsize * _ACTIVATIONS
+            machine.hold(need, pipe._execution_device, f"{count} tokens of {type(model).__name__}", _SMALLER)
 
 
 def _check_schedule(model: Any, schedule: Schedule, steps: int | None) -> None:
@@ -140,9 +143,9 @@ def _check_schedule(model: Any, schedule: Schedule, steps: int | None) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} wants at most the run's {steps} steps; got {dense}")
 
 
-def _check_grid(model: Any, grid: tuple[int, int, int]) -> None:
+def _check_sides(model: Any, made: Grid) -> None:
     most = model.config.get("rope_max_seq_len", math.inf)
-    for option, cells in zip(("--frames", "--height", "--width"), grid, strict=True):
+    for option, cells in zip(("--frames", "--height", "--width"), made[:3], strict=True):
         if not 1 <= cells <= most:
             raise ConfigError(
                 f"{option} makes {cells} tokens along that side; {type(model).__name__} wants at least 1"
