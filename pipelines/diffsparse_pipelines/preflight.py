@@ -128,11 +128,12 @@ def check(pipe: Any, arguments: dict[str, Any], schedule: Schedule | None = None
             _check_schedule(model, schedule, argument(pipe, arguments, "num_inference_steps"))
         latent = _latent(pipe, arguments)
         if latent is not None:
-            cells = grid(model, latent)[:3]
-            _check_grid(model, cells)
-            width = model.config.get("num_attention_heads", 0) * model.config.get("attention_head_dim", 0)
-            need = math.prod(cells) * width * model.dtype.itemsize * _ACTIVATIONS
-            machine.hold(need, pipe._execution_device, f"{math.prod(cells)} tokens of {type(model).__name__}", _SMALLER)
+            _check_sides(model, grid(model, latent))
+            count = grid_tokens(model, latent)
+            heads, dim = (model.config.get(name) for name in ("num_attention_heads", "attention_head_dim"))
+            width = heads * dim if isinstance(heads, int) and isinstance(dim, int) else 0  # not known of all
+            need = count * width * model.dtype.itemsize * _ACTIVATIONS
+            machine.hold(need, pipe._execution_device, f"{count} tokens of {type(model).__name__}", _SMALLER)
 
 
 def _check_schedule(model: Any, schedule: Schedule, steps: int | None) -> None:
@@ -149,9 +150,9 @@ def _check_schedule(model: Any, schedule: Schedule, steps: int | None) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} wants at most the run's {steps} steps; got {dense}")
 
 
-def _check_grid(model: Any, grid: tuple[int, ...]) -> None:
+def _check_sides(model: Any, made: Grid) -> None:
     most = model.config.get("rope_max_seq_len", math.inf)
-    for option, cells in zip(("--frames", "--height", "--width"), grid, strict=True):
+    for option, cells in zip(("--frames", "--height", "--width"), made[:3], strict=True):
         if not 1 <= cells <= most:
             raise ConfigError(
                 f"{option} makes {cells} tokens along that side; {type(model).__name__} wants at least 1"

@@ -237,9 +237,15 @@ def numbers() -> list[tuple[str, str, type]]:
 
 @pytest.mark.parametrize(("command", "option", "kind"), numbers())
 def test_every_number_has_its_limits(
-    command: str, option: str, kind: type, here: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    option: str,
+    kind: type,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of all commands, those to come too."""
+    monkeypatch.setattr(families, "load", never)
     for text in NO_NUMBERS[kind]:
         assert option in refusal([command, option, text], capsys)
 
