@@ -1,4 +1,4 @@
-"""Ranks that share one sequence: Diffusers' context parallelism, of which Ulysses gives each rank a share of the heads."""
+"""Ranks that share one sequence: under Ulysses each has some of the heads, and their numbers are those of all ranks."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.hooks import HookRegistry
-from diffusers.hooks.hooks import HookFunctionReference
 from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.hooks.hooks import HookFunctionReference
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import Attention, MochiAttention
@@ -287,7 +287,10 @@ def _attentions(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _insists(processor: Any) -> bool:
     """Whether the processor's class asks for one backend, and so can't run on torch's SDPA (AnyFlow FAR: flex)."""
-    return getattr(getattr(type(processor), "_diffsparse_original", type(processor)), "_attention_backend", None) is not None
+    return (
+        getattr(getattr(type(processor), "_diffsparse_original", type(processor)), "_attention_backend", None)
+        is not None
+    )
 
 
 def _insisting(model: torch.nn.Module) -> list[Any]:
@@ -374,7 +377,7 @@ class _Watch:
 def _adopt(module: Any) -> None:
     """Adopt the module's processor unless that is done, and pin its backend, remembering the user's."""
     processor, layer = module.processor, module.__dict__[LAYER]
-    cls = type(processor)
+    cls: Any = type(processor)
     if _insists(processor):
         return
     if not hasattr(cls, "_diffsparse_original"):

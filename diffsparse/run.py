@@ -59,8 +59,8 @@ class Call:
         if not _autocasts(device):
             return self
         dtype = torch.get_autocast_dtype(device)
-        tensors = (self.query, self.key, self.value, self.attn_mask)
-        query, key, value, mask = (x.to(dtype) if _is_cast(x) else x for x in tensors)  # type: ignore[union-attr]
+        query, key, value = (_cast(x, dtype) for x in (self.query, self.key, self.value))
+        mask = None if self.attn_mask is None else _cast(self.attn_mask, dtype)
         return replace(self, query=query, key=key, value=value, attn_mask=mask)
 
     def ungrouped(self) -> Call:
@@ -283,9 +283,7 @@ class Run(ModelHook):  # type: ignore[misc]
             )
         self.ledger.open(layer.name, moment.step, moment.branch).ran_dense(reason, planned=False, backend="unknown")
 
-    def attend(
-        self, layer: Layer, call: Call, layout: Layout, number: int = 0, obstacle: str | None = None
-    ) -> Tensor:
+    def attend(self, layer: Layer, call: Call, layout: Layout, number: int = 0, obstacle: str | None = None) -> Tensor:
         """One self-attention call: dense where the schedule or the call itself demands it, else the strategy's.
 
         obstacle: why no strategy can be asked, if the call's place says so.
@@ -390,9 +388,9 @@ def _autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _is_cast(x: Tensor | None) -> bool:
-    """Whether autocast changes `x`: numbers of any precision but double."""
-    return x is not None and x.is_floating_point() and x.dtype != torch.float64
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Autocast changes numbers of any precision but double."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def _own_dtypes(device: str) -> AbstractContextManager[None]:
