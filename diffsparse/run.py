@@ -136,10 +136,10 @@ class Layer:
 
     def _is_cross(self, call: Call, others: int | None) -> bool:
         """Whether the keys are those of the other tokens alone: then it is no self-attention."""
-        if others is None:
-            return False
-        keys = call.key.shape[2]
-        return self.run.spec.text == "none" or keys == others or keys < call.query.shape[2]
+        if others is None or self.run.spec.text == "none":
+            return others is not None
+        queries, keys = call.query.shape[2], call.key.shape[2]
+        return keys < queries or (keys == others and keys != queries)
 
     def _layout(self, call: Call) -> tuple[Layout, str | None]:
         """Where the tokens are, or why that isn't known: then they are a plain run of tokens."""

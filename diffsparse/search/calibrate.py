@@ -17,6 +17,7 @@ from torch import Tensor
 from diffsparse.errors import ConfigError, InputFileError, PlanError
 from diffsparse.files import whole
 from diffsparse.layout import Layout
+from diffsparse.parallel import check_alone
 from diffsparse.patch import apply, models_of
 from diffsparse.plan import Plan, fingerprints
 from diffsparse.schedule import Schedule
@@ -137,9 +138,11 @@ def calibrate(
     Raises:
         ConfigError: no calls, or the file beside `out` is of another search.
         PlanError: the calls differ in size, or the pipeline never attended.
+        UnsupportedModelError: this process sees but a share of the heads.
     """
     if not calls or len(calls) != len(names):
         raise ConfigError(f"a search wants one or more calls, each with a name; got {len(calls)} and {len(names)}")
+    check_alone(models_of(pipe))
     models = fingerprints(models_of(pipe))
     key = hashlib.sha256(json.dumps([repr(search), models, list(names)]).encode()).hexdigest()
     progress = _Progress(out.with_name(f"{out.name}.partial"), key)

@@ -11,6 +11,7 @@ import torch
 import diffsparse
 from diffsparse import GNA, AdaSpa, Compensated, Dense, Digest, Layout, Random, Schedule
 from diffsparse.errors import UnsupportedModelError
+from diffsparse.parallel import check_alone
 from diffsparse.plan import Plan, fingerprints
 from diffsparse.strategies.paro import PARO, pack
 from diffsparse.strategies.sparse_vdit import MODES, SparseVDiT
@@ -103,6 +104,8 @@ def _compare(world: int) -> None:
 
 
 def _refusals(world: int) -> None:
+    with pytest.raises(UnsupportedModelError, match="search on one process"):
+        check_alone({"transformer": share(wan(), ulysses_degree=world)})
     ring = share(wan(), ring_degree=world)
     refused(diffsparse.apply, ring, Random(0.5, block=BLOCK), match="ring attention")
     refused(diffsparse.guide, ring, ["0.0"], match="ring attention")
