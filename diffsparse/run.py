@@ -139,7 +139,7 @@ class Layer:
         if others is None or self.run.spec.text == "none":
             return others is not None
         queries, keys = call.query.shape[2], call.key.shape[2]
-        return keys < queries or (keys == others and keys != queries)
+        return keys != queries and (keys < queries or keys == others)
 
     def _layout(self, call: Call) -> tuple[Layout, str | None]:
         """Where the tokens are, or why that isn't known: then they are a plain run of tokens."""
