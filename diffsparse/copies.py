@@ -29,8 +29,9 @@ class _Reduce:
         self._module = weakref.ref(module)  # a cycle would keep weights until the collector runs
 
     def __call__(self, protocol: Any) -> Any:
-        module: Any = self._module()
-        reduced = type(module).__reduce_ex__(module, protocol)
+        module = self._module()
+        cls: Any = type(module)
+        reduced = cls.__reduce_ex__(module, protocol)
         if isinstance(reduced, str) or len(reduced) < 3 or not isinstance(reduced[2], dict):
             return reduced
         return (*reduced[:2], _untouched(reduced[2]), *reduced[3:])

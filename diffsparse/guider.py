@@ -17,6 +17,7 @@ from diffsparse.patch import BARE, attach, detach, run_of
 from diffsparse.perturb import perturbed
 from diffsparse.preset import Preset
 from diffsparse.run import Call, Layer, Perturber, Run
+from diffsparse.wrappers import unwrapped
 
 
 class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
@@ -71,7 +72,8 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
         if not self._is_slg_enabled() or self._count_prepared != self.num_conditions:
             return
         before = getattr(run_of(denoiser), "guidance", None)
-        perturbing = _Pass(self.preset, resolve(self.preset.heads, denoiser), lambda: self.cleanup_models(denoiser))
+        heads = resolve(self.preset.heads, unwrapped(denoiser))
+        perturbing = _Pass(self.preset, heads, lambda: self.cleanup_models(denoiser))
         attach(BARE, denoiser, perturbing, None)
         run = perturbing.run
         now = run.clock.now or Moment(0, 0, None, "#0")

@@ -1,4 +1,4 @@
-"""Ranks that share one sequence: Diffusers' context parallelism, of which Ulysses gives each rank a share of the heads."""
+"""Ranks that share one sequence: under Ulysses each has some of the heads, and their numbers are those of all ranks."""
 
 from __future__ import annotations
 
@@ -37,6 +37,15 @@ class Shard(NamedTuple):
 
 
 WHOLE = Shard()
+
+
+def check_alone(models: dict[str, torch.nn.Module]) -> None:
+    """Raise UnsupportedModelError unless this process sees all heads of the models, as offline searches must."""
+    for model in models.values():
+        if shard_of(model, ModelSpec(), ordered=False).degree > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} runs on several ranks, each with some of its heads; search on one process"
+            )
 
 
 def shard_of(model: torch.nn.Module, spec: ModelSpec, ordered: bool) -> Shard:

@@ -393,7 +393,7 @@ skip_code(_Watch.after.__code__)
 def _adopt(module: Any) -> None:
     """Adopt the module's processor unless that is done, and pin its backend, remembering the user's."""
     processor, layer = module.processor, module.__dict__[LAYER]
-    cls = type(processor)
+    cls: Any = type(processor)
     if _insists(processor):
         return
     if not hasattr(cls, "_diffsparse_original"):

@@ -62,8 +62,8 @@ class Call:
         if not _autocasts(device):
             return self
         dtype = torch.get_autocast_dtype(device)
-        tensors = (self.query, self.key, self.value, self.attn_mask)
-        query, key, value, mask = (x.to(dtype) if _is_cast(x) else x for x in tensors)  # type: ignore[union-attr]
+        query, key, value = (_cast(x, dtype) for x in (self.query, self.key, self.value))
+        mask = None if self.attn_mask is None else _cast(self.attn_mask, dtype)
         return replace(self, query=query, key=key, value=value, attn_mask=mask)
 
     def ungrouped(self) -> Call:
@@ -130,8 +130,8 @@ class Layer:
 
     def answer(self, call: Call, number: int, others: int | None) -> Tensor:
         """`intercept` when the sizes are known: in eager mode, or when a compiled graph runs."""
-        keys = call.key.shape[2]
-        if others is not None and (keys == others or keys < call.query.shape[2]):  # of the other tokens alone
+        queries, keys = call.query.shape[2], call.key.shape[2]
+        if others is not None and keys != queries and (keys < queries or keys == others):  # of the other tokens alone
             return call.dense(self.user_backend())
         layout, obstacle = self._layout(call)
         return self.run.attend(self, call, layout, number, obstacle)
@@ -469,9 +469,9 @@ def _autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _is_cast(x: Tensor | None) -> bool:
-    """Whether autocast changes `x`: numbers of any precision but double."""
-    return x is not None and x.is_floating_point() and x.dtype != torch.float64
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Autocast changes numbers of any precision but double."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def _own_dtypes(device: str) -> AbstractContextManager[None]:

@@ -29,7 +29,7 @@ class _StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if has_torch_function((None,)):  # which nothing overrides: a mode is on
-            return handle_torch_function(self, (), *args, **kwargs)  # type: ignore[no-any-return]
+            return handle_torch_function(self, (), *args, **kwargs)
         return self._theirs(*args, **kwargs)
 
     def __enter__(self) -> None:

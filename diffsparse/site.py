@@ -28,9 +28,9 @@ class Site:
     q, k, v are [B, H, N, D] after rotary embedding; `layout` tells which of the N tokens lie on the grid, `key_mask`
     which may be attended to: bool [B, N], or [B, H, N] where the tokens stand in an order that differs by head.
     `model` is the transformer's name in the pipeline, `layer` the attention module's in the transformer.
-    The model has `layers` such modules. H counts this rank's heads; `shard` is their place among those of all ranks. `step` counts denoising steps from 0; `steps` is None if nobody knows the
-    length of the run. `branch` names the guidance branch. `memory` is a dict that starts empty for each run x layer x
-    branch and lasts to its end.
+    The model has `layers` such modules. H counts this rank's heads; `shard` is their place among those of all ranks.
+    `step` counts denoising steps from 0; `steps` is None if nobody knows the length of the run. `branch` names the
+    guidance branch. `memory` is a dict that starts empty for each run x layer x branch and lasts to its end.
     """
 
     model: str

@@ -16,6 +16,7 @@ from diffsparse import sealed
 from diffsparse.errors import ConfigError, InputFileError, PlanError
 from diffsparse.files import if_stopped, locked, writable
 from diffsparse.layout import Layout
+from diffsparse.parallel import check_alone
 from diffsparse.patch import apply, models_of
 from diffsparse.plan import Plan, fingerprints
 from diffsparse.schedule import Schedule
@@ -140,9 +141,11 @@ def calibrate(
         ConfigError: no calls, or the file beside `out` is of another search.
         OutputFileError: `out` can't be written, or another process is at it.
         PlanError: the calls differ in size, or the pipeline never attended.
+        UnsupportedModelError: this process sees but a share of the heads.
     """
     if not calls or len(calls) != len(names):
         raise ConfigError(f"a search wants one or more calls, each with a name; got {len(calls)} and {len(names)}")
+    check_alone(models_of(pipe))
     writable(out)
     models = fingerprints(models_of(pipe))
     key = hashlib.sha256(json.dumps([repr(search), models, list(names)]).encode()).hexdigest()
