@@ -107,7 +107,8 @@ class Layer:
             rest = (call.dropout_p, call.is_causal, call.scale)
             return torch.ops.diffsparse.attend(q, k, v, mask, *rest, *place)  # type: ignore[no-any-return]
         # Autograd wants the graph's own product; what is added, and so can't be left out, is 0.
-        return call.dense(self.user_backend()) + torch.ops.diffsparse.decline(q.detach(), k.detach(), *place)
+        zero: Tensor = torch.ops.diffsparse.decline(q.detach(), k.detach(), *place)
+        return call.dense(self.user_backend()) + zero
 
     def answer(self, call: Call, number: int) -> Tensor:
         """`intercept` when the sizes are known: in eager mode, or when a compiled graph runs."""
@@ -130,9 +131,9 @@ _NUMBERS = itertools.count()
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 
 
-@torch.inference_mode(False)  # type: ignore[untyped-decorator]
+@torch.inference_mode(False)
 def _scalar(number: int) -> Tensor:
-    """On the CPU and no inference tensor, whatever surrounds the caller: graphs can be used everywhere, without waiting."""
+    """On the CPU and no inference tensor, whatever surrounds the caller: no graph waits for it."""
     return torch.tensor(number, device="cpu")
 
 
