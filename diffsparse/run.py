@@ -164,7 +164,7 @@ def _begin(
     """A forward pass begins, of the model that the layer `handle` belongs to."""
     geometry = Geometry(sizes, tokens, places, coordinates, behind, axes, channels)
     _LAYERS[int(handle)].run.grid = geometry.grid()
-    return torch.zeros((), device="cpu")
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("diffsparse::attend", mutates_args=())
@@ -191,12 +191,12 @@ def _decline(q: Tensor, k: Tensor, handle: Tensor, number: int, begun: Tensor) -
     out = _LAYERS[int(handle)].answer(_Declined(q, k, k), number)
     if out is not q:
         raise ConfigError("head guidance of a compiled model wants torch.no_grad(): its graph computes the attention")
-    return torch.zeros((), device="cpu")
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @_begin.register_fake
 def _(handle: Tensor, *_: Any) -> Tensor:
-    return torch.zeros((), device="cpu")
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @_attend.register_fake
@@ -206,7 +206,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 
 @_decline.register_fake
 def _(q: Tensor, *_: Any) -> Tensor:
-    return torch.zeros((), device="cpu")
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def _token_major(out: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self.context = _Context()
         self.clock = Clock(pipe, lambda: self.context.current)
         self.grid: Grid | None = None
-        self.begun = _scalar(0).float()
+        self.begun = _scalar(0)
         self.layers: list[Layer] = []
         self.ledger = Ledger()
         self._memories: dict[tuple[Any, ...], dict[str, Any]] = {}
