@@ -349,7 +349,7 @@ def patch_of(model: torch.nn.Module) -> Patch:
     if isinstance(space, tuple | list):
         time, space = space[0], space[-1]
     convolutions = (module for module in model.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d))
-    channels = {module.in_channels for module in convolutions} | {getattr(config, "in_channels", 0)}
+    channels = {module.in_channels for module in convolutions} | {getattr(config, "in_channels", 0)} - {0, None}
     return Patch(time or 1, space or 1, frozenset(channels))
 
 
