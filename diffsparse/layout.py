@@ -90,7 +90,7 @@ class Layout:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # type: ignore[untyped-decorator]
+@torch.inference_mode(False)
 def _text_blocks(layout: Layout, block: int) -> torch.Tensor:
     first = torch.arange(layout.blocks(block), device="cpu") * block
     last = (first + block).clamp(max=layout.tokens) - 1

@@ -88,11 +88,11 @@ class Geometry:
         """The token grid, or None if there is none. Places are read once for a tensor: that waits for its device."""
         if self.axes and [i for i, length in enumerate(self.axes) if length in self.channels] != [0]:
             return None
-        sizes = [self.sizes[i : i + 3] for i in range(0, len(self.sizes), 3)]
+        sizes = list(zip(*(self.sizes[axis::3] for axis in range(3)), strict=True))
         runs = _joined([(0, f, h, w, 0.0, 0.0) for f, h, w in sizes])
         total = sum(f * h * w for f, h, w in sizes)
         if self.tokens is None:
-            return Grid(*sizes[0], behind=self.behind) if sizes else None
+            return Grid(*sizes[0])._replace(behind=self.behind) if sizes else None
         if total != self.tokens:
             runs = [] if self.places is None else _runs(self.places, self.tokens, self.coordinates)
         if not runs:
@@ -358,7 +358,7 @@ def patch_of(model: torch.nn.Module) -> Patch:
     if isinstance(space, tuple | list):
         time, space = space[0], space[-1]
     convolutions = (module for module in model.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d))
-    channels = {module.in_channels for module in convolutions} | {getattr(config, "in_channels", None)} - {None}
+    channels = {module.in_channels for module in convolutions} | {getattr(config, "in_channels", 0)} - {0, None}
     return Patch(time or 1, space or 1, frozenset(channels))
 
 

@@ -126,7 +126,8 @@ class Layer:
             rest = (call.dropout_p, call.is_causal, call.scale)
             return torch.ops.diffsparse.attend(q, k, v, mask, *rest, *place)  # type: ignore[no-any-return]
         # Autograd wants the graph's own product; what is added, and so can't be left out, is 0.
-        return call.dense(self.user_backend()) + torch.ops.diffsparse.decline(q.detach(), k.detach(), *place)
+        zero: Tensor = torch.ops.diffsparse.decline(q.detach(), k.detach(), *place)
+        return call.dense(self.user_backend()) + zero
 
     def answer(self, call: Call, number: int, others: int | None) -> Tensor:
         """`intercept` when the sizes are known: in eager mode, or when a compiled graph runs."""
@@ -162,9 +163,9 @@ _NUMBERS = itertools.count()
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 
 
-@torch.inference_mode(False)  # type: ignore[untyped-decorator]
+@torch.inference_mode(False)
 def _scalar(number: int) -> Tensor:
-    """On the CPU and no inference tensor, whatever surrounds the caller: graphs can be used everywhere, without waiting."""
+    """On the CPU and no inference tensor, whatever surrounds the caller: no graph waits for it."""
     return torch.tensor(number, device="cpu")
 
 
@@ -195,7 +196,7 @@ def _begin(
     """A forward pass begins, of the model that the layer `handle` belongs to."""
     geometry = Geometry(sizes, tokens, places, coordinates, behind, axes, channels)
     _LAYERS[int(handle)].run.grid = geometry.grid()
-    return torch.zeros((), device="cpu")
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("diffsparse::attend", mutates_args=())
@@ -223,12 +224,12 @@ def _decline(q: Tensor, k: Tensor, handle: Tensor, number: int, others: int | No
     out = _LAYERS[int(handle)].answer(_Declined(q, k, k), number, others)
     if out is not q:
         raise ConfigError("head guidance of a compiled model wants torch.no_grad(): its graph computes the attention")
-    return torch.zeros((), device="cpu")
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @_begin.register_fake
 def _(handle: Tensor, *_: Any) -> Tensor:
-    return torch.zeros((), device="cpu")
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 @_attend.register_fake
@@ -238,7 +239,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 
 @_decline.register_fake
 def _(q: Tensor, *_: Any) -> Tensor:
-    return torch.zeros((), device="cpu")
+    return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def _token_major(out: Tensor) -> Tensor:
@@ -281,7 +282,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self.context = _Context()
         self.clock = Clock(pipe, lambda: self.context.current)
         self.grid: Grid | None = None
-        self.begun = _scalar(0).float()
+        self.begun = _scalar(0)
         self.layers: list[Layer] = []
         self._memories: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._shapes: OrderedDict[tuple[Any, ...], None] = OrderedDict()  # of the memories, the latest used last

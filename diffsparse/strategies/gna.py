@@ -123,14 +123,14 @@ def _tiled(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tiled:
     return found
 
 
-@torch.inference_mode(False)  # type: ignore[untyped-decorator]
+@torch.inference_mode(False)
 def _arrange(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tiled:
     """Made on the CPU, where the longest list is known without waiting."""
     cells = layout.cells()
-    size = layout.frames, layout.height, layout.width
-    tiling = gna.tiling(size)
+    tiling = gna.tiling((layout.frames, layout.height, layout.width))
     if layout.references:  # in tiles of the image alone, or holes would lie in tiles of both
-        tiling = gna.tiling(tuple(cells.shape), tiling.tile)
+        frames, height, width = cells.shape
+        tiling = gna.tiling((frames, height, width), tiling.tile)
     orders = _orders(tiling, cells, layout.tokens)
     tokens = len(orders.forward)
     text = -(-tokens // gna.block) - math.prod(tiling.counts)

@@ -144,6 +144,34 @@ def test_attention_is_that_of_the_masked_tokens(name: str, text: str, dtype: tor
     assert (got.double() - want).abs().max().item() <= exact.tolerance(want, low)
 
 
+REFERENCES = {
+    "smaller": ((1, 7, 8),),
+    "larger": ((1, 15, 16),),
+    "as large": ((1, 12, 14),),
+    "two": ((1, 7, 8), (2, 5, 15)),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("window", [(0, 3, 3), (1, 4, 4)], ids=["all images", "own image"])
+def test_references_are_further_frames(name: str, window: tuple[int, int, int]) -> None:
+    """The windows of a grid that holds all images, without the cells that none of them has."""
+    sizes, gna = REFERENCES[name], GNA(window, (1, 1, 1), block=8)
+    count = sum(f * h * w for f, h, w in sizes)
+    layout = Layout(1, 12, 14, 5, count + 3, 0, count, sizes)
+    cells = layout.cells()
+    there = cells.flatten() >= 0
+    allowed = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool)
+    inside = slice(5, layout.tokens - 3)
+    allowed[inside, inside] = brute(Layout(*cells.shape), gna)[there][:, there]
+    q, k, v = torch.randn(3, 2, 3, layout.tokens, 16)
+    here = site(layout)
+    got = gna.attend(q, k, v, here)
+    assert here._record.kind == "sparse"
+    want, _ = exact.softmax_attention(q, k, v, allowed, 0.25)
+    assert (got.double() - want).abs().max().item() <= exact.tolerance(want, exact.eager(q, k, v, allowed, 0.25))
+
+
 ALIGNED = {
     "blocked": ((4, 8, 8), (2, 4, 4), (2, 4, 4)),
     "overlapping": ((8, 12, 16), (2, 12, 12), (2, 4, 4)),

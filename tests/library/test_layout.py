@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffsparse import models
+import diffsparse
+from diffsparse import GNA, AdaSpa, Schedule, models
+from diffsparse.errors import DenseFallbackError
 from diffsparse.layout import Layout
 from diffsparse.models import (
     SPECS,
@@ -26,6 +28,7 @@ from diffsparse.models import (
     unlisted_grid,
 )
 from diffsparse.order import permutation, permutation_on
+from support.tiny_transformers import Shape, build, inputs, tensors
 
 
 @st.composite
@@ -253,3 +256,19 @@ def test_tables_made_under_inference_mode_serve_everywhere():
         tables = [*permutation("hilbert", layout), *permutation_on("FWH", layout, torch.device("cpu"))]
         tables.append(layout.text_blocks(4))
     assert not any(table.is_inference() for table in tables)
+
+
+def test_strategies_that_need_a_grid_run_dense_without_one():
+    model, arguments = build("FluxTransformer2DModel"), inputs("FluxTransformer2DModel", Shape(1, 16, 16))
+    arguments["img_ids"] = torch.zeros_like(arguments["img_ids"])
+    for strategy in (GNA(window=(1, 3, 3), block=8), AdaSpa(block=8, order="tile1x2x4")):
+        with diffsparse.apply(model, strategy, schedule=Schedule(0)) as handle:
+            tensors(model, arguments)
+        report = handle.report()
+        assert report.fallbacks == {"no geometry": 2}
+        assert "not known" in report.notes[0]
+        with diffsparse.apply(model, strategy, schedule=Schedule(0), strict=True), pytest.raises(DenseFallbackError):
+            tensors(model, arguments)
+    with diffsparse.apply(model, AdaSpa(block=8), schedule=Schedule(0), strict=True) as handle:
+        tensors(model, arguments)
+    assert "not known" in handle.report().notes[0]
