@@ -295,7 +295,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @EVERY
 def test_two_ranks(method: Method, ranks: dict[str, Any]) -> None:
     """Ulysses: two processes with half the heads each."""
-    assert_same(ranks[method.name], undisturbed(method, WAN))
+    for a, b in zip(ranks[method.name], undisturbed(method, WAN), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 PIXELS = Layout(1, 8, 12)  # of the pipeline below: its autoencoder keeps the size, and a token is a pixel

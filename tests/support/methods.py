@@ -57,7 +57,7 @@ def _paro(target: Any, layout: Layout) -> PARO:
     seeded = torch.Generator().manual_seed(1)
 
     def made(heads: int) -> dict[str, torch.Tensor]:
-        masks = torch.rand(groups, heads, blocks, blocks, generator=seeded) < 0.4
+        masks = torch.rand(groups, heads, blocks, blocks, generator=seeded) < 0.3
         masks |= torch.eye(blocks, dtype=torch.bool)
         orders = torch.arange(heads, dtype=torch.uint8) % len(AXES)
         return {"masks": pack(masks), "orders": orders}

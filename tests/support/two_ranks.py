@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 
 from diffsparse import Layout
 from support.methods import METHODS
+from support.ranks import share
 from support.tiny_transformers import Shape, build, inputs
 
 
@@ -21,14 +22,11 @@ def results(folder: Path, name: str, shape: Shape, layout: Layout, steps: int) -
 
 
 def _rank(rank: int, folder: str, name: str, shape: Shape, layout: Layout, steps: int) -> None:
-    from diffusers import ContextParallelConfig
-
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     outs: dict[str, Any] = {}
     for method in METHODS.values():
-        model = build(name)
-        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))  # type: ignore[operator]
+        model = share(build(name), ulysses_degree=2)
         with method.put(model, layout) as handle, torch.no_grad():
             kwargs = inputs(name, shape)
             outs[method.name] = [
