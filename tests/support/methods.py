@@ -16,7 +16,7 @@ from diffsparse.plan import Plan, fingerprints
 from diffsparse.strategies.paro import pack
 from diffsparse.strategies.sparse_vdit import MODES
 
-BLOCK = 8
+BLOCK = 16
 SCHEDULE = Schedule(dense_first=1)
 
 
@@ -57,9 +57,9 @@ def _paro(target: Any, layout: Layout) -> PARO:
     seeded = torch.Generator().manual_seed(1)
 
     def made(heads: int) -> dict[str, torch.Tensor]:
-        masks = torch.rand(groups, heads, blocks, blocks, generator=seeded) < 0.3
-        masks |= torch.eye(blocks, dtype=torch.bool)
-        orders = torch.arange(heads, dtype=torch.uint8) % len(AXES)
+        masks = torch.rand(groups, heads, blocks, blocks, generator=seeded, device="cpu") < 0.3
+        masks |= torch.eye(blocks, dtype=torch.bool, device="cpu")
+        orders = torch.arange(heads, dtype=torch.uint8, device="cpu") % len(AXES)
         return {"masks": pack(masks), "orders": orders}
 
     settings = {"sparsity": 0.6, "block": BLOCK, "groups": groups, "orders": list(AXES)}
@@ -71,8 +71,8 @@ def _sparse_vdit(target: Any, layout: Layout) -> SparseVDiT:
     seeded = torch.Generator().manual_seed(2)
 
     def made(heads: int) -> dict[str, torch.Tensor]:
-        modes = (torch.arange(2 * heads) % (len(MODES) - 1) + 1).view(2, heads).to(torch.uint8)
-        columns = torch.rand(heads, blocks, generator=seeded)
+        modes = (torch.arange(2 * heads, device="cpu") % (len(MODES) - 1) + 1).view(2, heads).to(torch.uint8)
+        columns = torch.rand(heads, blocks, generator=seeded, device="cpu")
         return {"modes": modes, "columns": columns / columns.sum(-1, keepdim=True)}
 
     return SparseVDiT(_plan(target, layout, "sparse-vdit", {"sparsity": 0.6, "block": BLOCK}, made))
