@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+def kept(make: Callable[P, T]) -> Callable[P, T]:
+    """For what is made once and kept: plain tensors on the CPU, whatever mode or default device surrounds the caller."""
+
+    @wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return make(*args, **kwargs)
+
+    return made
 
 
 @dataclass(frozen=True)
@@ -90,7 +105,7 @@ class Layout:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@kept
 def _text_blocks(layout: Layout, block: int) -> torch.Tensor:
     first = torch.arange(layout.blocks(block), device="cpu") * block
     last = (first + block).clamp(max=layout.tokens) - 1

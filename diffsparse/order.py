@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.layout import Layout
+from diffsparse.layout import Layout, kept
 from diffsparse_kernels import spread
 
 RASTER = "FHW"
@@ -42,7 +42,7 @@ def check_order(order: str, *, auto: bool = False) -> None:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@kept
 def permutation(order: str, layout: Layout) -> tuple[Tensor, Tensor]:
     """The order as a pair of inverses, int64 [N] each, on the CPU.
 
@@ -64,7 +64,7 @@ def permutation(order: str, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)
+@kept
 def permutation_on(order: str, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
     """`permutation`, kept on a device."""
     forward, back = permutation(order, layout)
@@ -202,7 +202,7 @@ def _numbers(batch: int, heads: int, device: torch.device) -> tuple[Tensor, Tens
 
 
 @lru_cache(maxsize=4)
-@torch.inference_mode(False)
+@kept
 def _tables(names: tuple[str, ...], layout: Layout, device: torch.device, move_text: bool) -> tuple[Tensor, Tensor]:
     """All orders and their inverses, int64 [orders, N] each, on the device."""
     forward = torch.stack([permutation(name, layout)[0] for name in names])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffsparse.clock import MOST_SHAPES, Clock, Moment
 from diffsparse.errors import ConfigError, DenseFallbackError, NoKernelError
-from diffsparse.layout import Layout
+from diffsparse.layout import Layout, kept
 from diffsparse.masks import KeyMask, Masks
 from diffsparse.models import Geometry, Grid, ModelSpec
 from diffsparse.order import AUTO, RASTER, in_order
@@ -34,6 +34,8 @@ from diffsparse.site import Site
 
 _KEPT_PASSES = 16  # of a loop whose length is unknown: how many passes keep the record of each call
 _MOST_BRANCHES = 8  # guidance branches of a run, at most, for the number of its calls
+# Asked here, for the compiler of some releases of torch can't trace the question.
+_AUTOCAST = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
 _OBSTACLE = "no kernel"  # in a layer's memory: why none of this device can do its calls
 
 
@@ -163,7 +165,7 @@ _NUMBERS = itertools.count()
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 
 
-@torch.inference_mode(False)
+@kept
 def _scalar(number: int) -> Tensor:
     """On the CPU and no inference tensor, whatever surrounds the caller: no graph waits for it."""
     return torch.tensor(number, device="cpu")
@@ -467,7 +469,7 @@ class Run(ModelHook):  # type: ignore[misc]
 
 
 def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

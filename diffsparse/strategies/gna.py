@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.layout import Layout
+from diffsparse.layout import Layout, kept
 from diffsparse.order import HeadOrders
 from diffsparse.site import Site
 from diffsparse.strategies.blocks import check_block, check_share
@@ -123,7 +123,7 @@ def _tiled(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tiled:
     return found
 
 
-@torch.inference_mode(False)
+@kept
 def _arrange(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tiled:
     """Made on the CPU, where the longest list is known without waiting."""
     cells = layout.cells()

@@ -19,13 +19,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_map
 
 from diffsparse import Layout
 from diffsparse.errors import PlanError
-from support import matrix, two_ranks
+from support import matrix, tiny_transformers, two_ranks
 from support.methods import METHODS, Method
 from support.tiny_pipelines import BUILDERS, run
-from support.tiny_transformers import CASES, Shape, build, inputs
+from support.tiny_transformers import CASES, Shape
 
 EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 LIMITS = {
@@ -33,6 +34,7 @@ LIMITS = {
     ("compiled_blocks", "PARO"): "a plan is of one size: at another it raises `PlanError`, as without compile",
 }
 STEPS = 4
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [  # of the compiler
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
@@ -41,13 +43,21 @@ pytestmark = [  # of the compiler
 
 
 @pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
     """A GPU where there is one; whatever the density, nothing is dense for being faster."""
-    name = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)
-    torch.set_default_device(name)
-    yield name
-    torch.set_default_device(None)
+    return DEVICE
+
+
+def build(name: str) -> Any:
+    """A model where the tests run."""
+    return tiny_transformers.build(name).to(DEVICE)
+
+
+def inputs(name: str, shape: Shape) -> dict[str, Any]:
+    """Its inputs."""
+    found = tiny_transformers.inputs(name, shape)
+    return tree_map(lambda x: x.to(DEVICE) if torch.is_tensor(x) else x, found)
 
 
 class Subject(NamedTuple):
@@ -130,6 +140,15 @@ def test_inference_mode(subject: Subject, method: Method) -> None:
         assert_same(loop(model, subject.inputs()), want)
     with torch.no_grad(), method.put(model, subject.layout):
         assert_same(loop(model, subject.inputs()), want)
+
+
+@EVERY
+@pytest.mark.parametrize("subject", [WAN, FLUX], ids=lambda subject: subject.name)
+def test_default_device(subject: Subject, method: Method) -> None:
+    """`torch.set_default_device` to another device than the model's."""
+    want, model, kwargs = undisturbed(method, subject), build(subject.name), subject.inputs()
+    with method.put(model, subject.layout), torch.no_grad(), torch.device("meta"):
+        assert_same(loop(model, kwargs), want)
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------
@@ -305,10 +324,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @EVERY
 def test_two_ranks(method: Method, ranks: dict[str, Any]) -> None:
     """Ulysses: two processes with half the heads each."""
-    with torch.device("cpu"):  # as they were
-        alone = undisturbed(method, WAN)
-    for a, b in zip(ranks[method.name], alone, strict=True):
-        torch.testing.assert_close(a, b)
+    for a, b in zip(ranks[method.name], undisturbed(method, WAN), strict=True):
+        torch.testing.assert_close(a, b.cpu())
 
 
 PIXELS = Layout(1, 8, 12)  # of the pipeline below: its autoencoder keeps the size, and a token is a pixel
@@ -316,7 +333,8 @@ PIXELS = Layout(1, 8, 12)  # of the pipeline below: its autoencoder keeps the si
 
 def sd3() -> tuple[Any, dict[str, Any]]:
     """A text-to-image pipeline with classifier-free guidance in one batch."""
-    return BUILDERS["sd3"]()
+    pipe, call = BUILDERS["sd3"]()
+    return pipe.to(DEVICE), call
 
 
 def sibling(pipe: Any) -> tuple[Any, dict[str, Any]]:
