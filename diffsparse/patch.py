@@ -90,9 +90,7 @@ def _adopted(cls: type) -> type:
         others = _other_tokens({**dict(zip(names, args, strict=False)), **kwargs})
         redirect = _Redirect(layer, others)
         out = redirect.run(original, self, attn, *args, **kwargs)
-        if redirect.number < 0 and not torch.compiler.is_compiling():
-            layer.missed(others)
-        return out
+        return layer.missed(out, others) if redirect.number < 0 else out
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
         """Copies and pickles are of the original class, with the user's backend."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffsparse import sealed
 from diffsparse.errors import ConfigError, InputFileError, PlanError
 from diffsparse.layout import Layout
-from diffsparse.wrappers import class_of
+from diffsparse.wrappers import class_of, plain_path
 
 FILE = "plan.safetensors"
 _REMEDY = "wanted a file that `diffsparse calibrate` has written; calibrate again"
@@ -315,7 +315,9 @@ class Planned(ABC):
     def check(self, models: dict[str, torch.nn.Module]) -> None:
         """Called by `diffsparse.apply`: raise PlanError if the plan is another model's, or of other heads."""
         self.plan.check_models(models)
-        modules = {f"{name}.{path}": x for name, model in models.items() for path, x in model.named_modules()}
+        modules = {
+            f"{name}.{plain_path(path)}": x for name, model in models.items() for path, x in model.named_modules()
+        }
         parts = self._parts(self.plan.settings, self.plan.layout)
         for name, tensor in self.plan.tensors.items():
             layer, _, what = name.rpartition(".")

@@ -139,10 +139,20 @@ class Layer:
         layout, obstacle = self._layout(call)
         return self.run.attend(self, call, layout, number, obstacle)
 
-    def missed(self, others: int | None) -> None:
-        """A processor call is over, and none of its attention was seen."""
-        if not self.ignored and (others is None or self.run.spec.text != "none"):
-            self.run.note_unseen(self, "the processor computes attention without scaled_dot_product_attention")
+    def missed(self, out: Any, others: int | None) -> Any:
+        """A processor call is over, and none of its attention was seen; its output, to which nothing is done."""
+        if self.ignored or (others is not None and self.run.spec.text == "none"):
+            return out
+        if not torch.compiler.is_compiling():
+            self.note_unseen()
+            return out
+        first, *rest = out if isinstance(out, tuple) else (out,)
+        first = first + torch.ops.diffsparse.miss(self.handle, self.run.begun)  # 0, which can't be left out
+        return (first, *rest) if isinstance(out, tuple) else first
+
+    def note_unseen(self) -> None:
+        """`missed`, when the call has run."""
+        self.run.note_unseen(self, "the processor computes attention without scaled_dot_product_attention")
 
     def _layout(self, call: Call) -> tuple[Layout, str | None]:
         """Where the tokens are, or why that isn't known: then they are a plain run of tokens."""
@@ -181,10 +191,13 @@ class _Declined(Call):
 
 
 # The compiler's view. The ops are opaque: grid, step, branch and memory are read in them, when the graph runs. `begun`
-# makes each op of a pass wait for the one that begins it.
+# makes each op of a pass wait for the one that begins it. A CUDA graph would replay one step's answer for ever: they
+# stay out of it, where torch knows how to say so.
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+_TAGS: Any = {} if _UNSAFE is None else {"tags": _UNSAFE}
 
 
-@torch.library.custom_op("diffsparse::begin", mutates_args=())
+@torch.library.custom_op("diffsparse::begin", mutates_args=(), **_TAGS)
 def _begin(
     handle: Tensor,
     places: Tensor | None,
@@ -201,7 +214,7 @@ def _begin(
     return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("diffsparse::attend", mutates_args=())
+@torch.library.custom_op("diffsparse::attend", mutates_args=(), **_TAGS)
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -220,7 +233,7 @@ def _attend(
     return _token_major(_LAYERS[int(handle)].answer(call, number, others))
 
 
-@torch.library.custom_op("diffsparse::decline", mutates_args=())
+@torch.library.custom_op("diffsparse::decline", mutates_args=(), **_TAGS)
 def _decline(q: Tensor, k: Tensor, handle: Tensor, number: int, others: int | None, begun: Tensor) -> Tensor:
     """Report the dense product of q and k that stands in the graph, or raise as `strict` demands; 0."""
     out = _LAYERS[int(handle)].answer(_Declined(q, k, k), number, others)
@@ -229,7 +242,15 @@ def _decline(q: Tensor, k: Tensor, handle: Tensor, number: int, others: int | No
     return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
+@torch.library.custom_op("diffsparse::miss", mutates_args=(), **_TAGS)
+def _miss(handle: Tensor, begun: Tensor) -> Tensor:
+    """`Layer.note_unseen`; 0."""
+    _LAYERS[int(handle)].note_unseen()
+    return torch.zeros((), dtype=torch.int64, device="cpu")
+
+
 @_begin.register_fake
+@_miss.register_fake
 def _(handle: Tensor, *_: Any) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device="cpu")
 
@@ -336,12 +357,11 @@ class Run(ModelHook):  # type: ignore[misc]
     def note_unseen(self, layer: Layer, reason: str) -> None:
         """Report a self-attention call that went another way than ours."""
         moment = self.aside or self.clock.read(layer)
-        record = self._open(layer, moment)
+        self._open(layer, moment).ran_dense(reason, planned=False, backend="unknown")
         if self.strict:
             raise DenseFallbackError(
                 f"layer {layer.name!r} at step {moment.step} ran dense ({reason}); apply with strict=False to allow it"
             )
-        record.ran_dense(reason, planned=False, backend="unknown")
 
     def attend(self, layer: Layer, call: Call, layout: Layout, number: int = 0, obstacle: str | None = None) -> Tensor:
         """One self-attention call: dense where the schedule or the call itself demands it, else the strategy's.

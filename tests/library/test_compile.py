@@ -172,3 +172,38 @@ def test_handles_are_plain_numbers_on_the_cpu(surrounding: Any) -> None:
         assert number.device.type == "cpu"
         assert not number.is_inference()
     assert len({int(layer.handle) for layer in run.layers}) == len(run.layers)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="an earlier torch has no such tag")
+@pytest.mark.parametrize("op", ["begin", "attend", "decline", "miss"])
+def test_cuda_graphs_leave_the_ops_out(op: str) -> None:
+    """They would replay what one step computed for ever."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.diffsparse, op).default.tags
+
+
+class OnesOwn:
+    """A processor with a kernel of its own."""
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states * 2, None
+
+
+@pytest.mark.parametrize("how", ["", "whole", "in place", "blocks"])
+def test_attention_that_goes_another_way_is_counted(how: str) -> None:
+    name = "WanTransformer3DModel"
+    for strict in (False, True):
+        torch._dynamo.reset()
+        model: Any = build(name)
+        model.blocks[1].attn1.processor = OnesOwn()
+        model.blocks[1].attn1.register_forward_hook(lambda _module, _args, out: out[0])
+        handle = diffsparse.apply(model, AdaSpa(block=8), schedule=Schedule(dense_first=0), strict=strict)
+        forward = put_on(model, how, "eager") if how else model
+        with torch.no_grad():
+            if strict:
+                with pytest.raises(DenseFallbackError, match=r"blocks.1.attn1.*without scaled_dot_product_attention"):
+                    forward(**inputs(name), return_dict=False)
+            else:
+                for _ in range(2):
+                    forward(**inputs(name), return_dict=False)
+        reason = "the processor computes attention without scaled_dot_product_attention"
+        assert handle.report().fallbacks == {reason: 1 if strict else 2}

@@ -197,6 +197,9 @@ def test_a_plan_for_heads_that_the_model_lacks(model: torch.nn.Module) -> None:
     more = {name: torch.cat([x, x], dim=x.ndim - 1 if "orders" in name else 1) for name, x in plan.tensors.items()}
     with pytest.raises(PlanError, match=r"has 4 heads in 'transformer.blocks.0.attn1', where the model has 2"):
         diffsparse.apply(model, PARO(plan_of(model, tensors=more)))
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")  # type: ignore[operator, index, call-overload]
+    with pytest.raises(PlanError, match=r"has 4 heads in 'transformer.blocks.0.attn1', where the model has 2"):
+        diffsparse.apply(model, PARO(plan_of(model, tensors=more)))
 
 
 def test_later_and_earlier_releases(model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
