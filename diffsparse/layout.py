@@ -9,11 +9,12 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def kept(make: Callable[P, T]) -> Callable[P, T]:
-    """For what is made once and kept: plain tensors on the CPU, whatever mode or default device surrounds the caller."""
+    """For what is made once and kept: plain tensors on the CPU, whatever mode and default device the caller has."""
 
     @wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -267,7 +267,7 @@ def _rasters(places: Tensor) -> list[_Run]:
 
 def _starts(breaks: Tensor) -> Tensor:
     """Where runs begin: at 0, and behind each break."""
-    return torch.cat([torch.zeros(1, dtype=torch.int64), breaks.nonzero()[:, 0] + 1])
+    return torch.cat([torch.zeros(1, dtype=torch.int64, device=breaks.device), breaks.nonzero()[:, 0] + 1])
 
 
 def _joined(planes: list[_Plane]) -> list[_Run]:

@@ -6,7 +6,7 @@ import itertools
 import warnings
 import weakref
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -370,7 +370,7 @@ class Run(ModelHook):  # type: ignore[misc]
         """
         self._recognised = self._recognised or obstacle is None
         moment = self.aside or self.clock.read(layer, number, (call.query.shape, layout))
-        with _own_dtypes(call.query.device.type):
+        with _own_ways(call.query.device.type):
             out = self._attend(layer, call, layout, moment, number, obstacle)
             if self.guidance is None or obstacle:
                 return out
@@ -497,9 +497,14 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def _own_dtypes(device: str) -> AbstractContextManager[None]:
-    """Within: arithmetic keeps the dtypes that it chose, whatever `torch.autocast` is around the model."""
-    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+def _own_ways(device: str) -> ExitStack:
+    """Within: arithmetic keeps the dtypes and devices that it chose, whatever autocast and default device there are."""
+    ways = ExitStack()
+    if _autocasts(device):
+        ways.enter_context(torch.autocast(device, enabled=False))
+    if torch.get_default_device().type != "cpu":
+        ways.enter_context(torch.device("cpu"))
+    return ways
 
 
 def needs_grid(strategy: Any) -> bool:

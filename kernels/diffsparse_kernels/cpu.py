@@ -114,7 +114,7 @@ class _Scratch:
         """A tensor of `shape` whose values are whatever was there."""
         size = math.prod(shape)
         if name not in self._kept or self._kept[name].numel() < size:
-            self._kept[name] = torch.empty(size, dtype=dtype)
+            self._kept[name] = torch.empty(size, dtype=dtype, device="cpu")
         return self._kept[name][:size].view(shape)
 
     def gather(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
@@ -189,8 +189,8 @@ def _cut_rows(work: _Blocks, idx: Tensor, cnt: Tensor) -> Tensor:
     inside = low.amax(-1)[:, None] <= first.amin(-1)  # [nQ, nK, A]
     inside &= last.amax(-1) <= high.amin(-1)[:, None]
     whole = inside.all(-1) | free.all(-1)[:, 0]
-    listed = torch.arange(idx.shape[1]) < cnt[:, None]
-    row = torch.arange(len(idx)) % work.lists.q_blocks
+    listed = torch.arange(idx.shape[1], device="cpu") < cnt[:, None]
+    row = torch.arange(len(idx), device="cpu") % work.lists.q_blocks
     return (listed & ~whole[row[:, None], idx]).any(-1)
 
 
@@ -228,7 +228,7 @@ class _Bias:
     def __init__(self, work: _Blocks, columns: int, cut: bool) -> None:
         self.work, self.columns, self.cut = work, columns, cut
         self._dtype = torch.promote_types(work.q.dtype, torch.float32)  # bfloat16 has its scores in float32
-        self._lists = self._hidden = self._dead = torch.empty(0)
+        self._lists = self._hidden = self._dead = torch.empty(0, device="cpu")
 
     def of(self, row: Tensor, idx: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Bias [n, 1, q_block | 1, columns], one for each n-th of the rows; who sees nothing [n, 1, q_block | 1]."""
