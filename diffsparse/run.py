@@ -308,7 +308,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self.begun = _scalar(0)
         self.layers: list[Layer] = []
         self._memories: dict[tuple[Any, ...], dict[str, Any]] = {}
-        self._shapes: OrderedDict[tuple[Any, ...], None] = OrderedDict()  # of the memories, the latest used last
+        self._shapes: OrderedDict[tuple[Any, ...], int] = OrderedDict()  # of the memories, by the pass that used them
         self.ledger = Ledger(memories=self._memories)
         self._masks = Masks()
         self._run, self._idle, self._recognised = -1, False, False
@@ -409,13 +409,17 @@ class Run(ModelHook):  # type: ignore[misc]
         self.ledger.bound(max(passes * len(self.layers), 1))
 
     def _memory(self, layer: Layer, call: Call, layout: Layout, moment: Moment, number: int) -> dict[str, Any]:
-        """What this layer remembers in this branch, for sequences of this shape; few shapes are remembered at once."""
+        """What this layer remembers in this branch, for sequences of this shape.
+
+        Few shapes are remembered at once, and all that the last passes had: each sample may have one of its own.
+        """
         shape = (moment.branch, moment.steps, call.query.shape, layout)
-        self._shapes[shape] = None
+        self._shapes[shape] = now = self.clock.passes
         self._shapes.move_to_end(shape)
-        if len(self._shapes) > MOST_SHAPES:
-            old, _ = self._shapes.popitem(last=False)
-            for key in [key for key in self._memories if key[0] == old]:
+        oldest = next(iter(self._shapes))
+        if len(self._shapes) > MOST_SHAPES and now - self._shapes[oldest] >= MOST_SHAPES:
+            del self._shapes[oldest]
+            for key in [key for key in self._memories if key[0] == oldest]:
                 del self._memories[key]
         return self._memories.setdefault((shape, layer.index, number), {})
 

@@ -124,3 +124,20 @@ def test_in_models(name: str) -> None:
             one = slice(sample, sample + 1)
             mine = {n: x[one] if torch.is_tensor(x) and x.ndim and len(x) == 2 else x for n, x in both.items()}
             assert_same(whole, outs(strategy, mine), sample)
+
+
+def test_a_batch_of_many_lengths_is_remembered() -> None:
+    """Mochi computes each sample by itself, without the padding of its prompt: as many shapes as samples."""
+    samples = 12
+    model, kwargs = build("MochiTransformer3DModel"), inputs("MochiTransformer3DModel")
+    width = kwargs["encoder_hidden_states"].shape[-1]
+    kwargs = {key: x.repeat(samples, *(1 for _ in x.shape[1:])) for key, x in kwargs.items()}
+    kwargs["encoder_hidden_states"] = torch.randn(samples, samples, width)
+    kwargs["encoder_attention_mask"] = torch.ones(samples, samples).tril().bool()
+    steps = 5
+    strategy = AdaSpa(sparsity=0.5, block=8, searches=(steps,))
+    with diffsparse.apply(model, strategy, schedule=Schedule(dense_first=2), strict=True) as handle:
+        for _ in range(steps):
+            tensors(model, kwargs)
+        report = handle.report()
+    assert report.sparse_calls == (steps - 2) * report.dense_calls / 2 > 0
