@@ -230,7 +230,9 @@ def _attend(
 ) -> Tensor:
     """`Layer.answer`."""
     call = Call(q, k, v, mask, dropout, causal, scale, enable_gqa=q.shape[1] != k.shape[1])
-    return _token_major(_LAYERS[int(handle)].answer(call, number, others))
+    out = _token_major(_LAYERS[int(handle)].answer(call, number, others))
+    given = {x.untyped_storage().data_ptr() for x in (q, k, v)}
+    return out.clone() if out.untyped_storage().data_ptr() in given else out  # an op may not give back its arguments
 
 
 @torch.library.custom_op("diffsparse::decline", mutates_args=(), **_TAGS)

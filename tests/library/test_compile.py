@@ -207,3 +207,21 @@ def test_attention_that_goes_another_way_is_counted(how: str) -> None:
                     forward(**inputs(name), return_dict=False)
         reason = "the processor computes attention without scaled_dot_product_attention"
         assert handle.report().fallbacks == {reason: 1 if strict else 2}
+
+
+class Identity:
+    """Each token sees itself alone: the values, as they are."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Any) -> torch.Tensor:
+        return v
+
+
+def test_a_strategy_may_give_back_its_arguments() -> None:
+    name, outs = "WanTransformer3DModel", []
+    for compiled in (False, True):
+        model = build(name)
+        diffsparse.apply(model, Identity(), schedule=Schedule(dense_first=0))
+        forward = put_on(model, "whole", "aot_eager") if compiled else model
+        with torch.no_grad():
+            outs.append(forward(**inputs(name), return_dict=False)[0])
+    torch.testing.assert_close(*outs)
