@@ -118,7 +118,7 @@ def _read(texts: list[str]) -> None:
 
 
 def check(pipe: Any, arguments: dict[str, Any], schedule: Schedule | None = None, preset: Preset | None = None) -> None:
-    """Refuse, before a loaded pipeline runs, a size that it can't do or hold, and layers and heads that it doesn't have.
+    """Refuse, before a loaded pipeline runs, a size that it can't do or hold, and layers and heads that it lacks.
 
     Raises:
         ConfigError: what is wrong, and the remedy. UnknownNameError, PlanError: of the preset's heads.
