@@ -14,6 +14,7 @@ import torch
 from diffsparse.cli import COMMANDS, main
 from diffsparse.errors import ConfigError
 from diffsparse.search import objective
+from diffsparse.strategies import blocks
 from diffsparse_pipelines import families, machine, options, preflight, prompts, tiny
 from diffsparse_pipelines.generate import generation
 
@@ -353,3 +354,8 @@ def test_a_machine_without_memory(
 def test_a_slower_run_is_called_slower() -> None:
     assert preflight.pace(1.3) == "1.30x faster"
     assert preflight.pace(0.77) == "1.30x slower"
+
+
+def test_a_blocks_limit_is_that_of_the_strategies() -> None:
+    """It is told anew where the options are declared, for these are read without torch."""
+    assert options.MOST_BLOCK == blocks.MOST_BLOCK
