@@ -34,7 +34,10 @@ def whole(path: str | Path) -> Iterator[Path]:
     temporary = _name_beside(target)
     try:
         _create(temporary)
+        mode = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != mode:  # some writers put a file of their own in its place (safetensors)
+            temporary.chmod(stat.S_IMODE(mode))
         _to_disk(temporary)
         os.replace(temporary, target)
         with contextlib.suppress(OSError):  # not every system can wait for a folder

@@ -156,7 +156,7 @@ class Look:
         try:
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
-        except OSError as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputFileError(f"can't read the reference look {path!r}: {error}; wanted look:IMAGE") from error
         return cls(*_lab_moments(pixels[None]))
 

@@ -117,12 +117,13 @@ def evaluate(
     texts = read_prompts(prompts, model)
     numbers = read_seeds(seeds)
     admit(model, loading, chosen, texts)
-    _evaluate(model, compared, texts, numbers, chosen, plan, strict, loading, out, overwrite)
+    _evaluate(model, compared, preset, texts, numbers, chosen, plan, strict, loading, out, overwrite)
 
 
 def _evaluate(
     model: str,
     compared: tuple[Any, ...],
+    preset: Preset | None,
     texts: tuple[str, ...],
     seeds: tuple[int, ...],
     chosen: dict[str, Any],
@@ -148,7 +149,7 @@ def _evaluate(
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading)
     arguments = call_arguments(pipe, families.defaults(model), chosen)
-    check(pipe, arguments, plan)
+    check(pipe, arguments, plan, preset)
     experiment = Experiment(model, compared, texts, seeds, arguments, plan, strict, family.fps)
     results = Results(out, experiment.settings(pipe), overwrite)
     if results.rows:

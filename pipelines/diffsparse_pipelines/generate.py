@@ -219,7 +219,7 @@ def _generate(
     with console.status(f"loading {model}"):
         pipe = families.load(model, **loading, with_image=image is not None)
     arguments = call_arguments(pipe, families.defaults(model), {**chosen, "prompt": prompt})
-    check(pipe, arguments, plan)
+    check(pipe, arguments, plan, preset)
     count = argument(pipe, arguments, "num_inference_steps")
     console.print(f"{strategy}, {plan.describe(count)}" if count else f"{strategy}", soft_wrap=True)
     estimate = preflight(pipe, arguments, strategy, plan)

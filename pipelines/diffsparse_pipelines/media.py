@@ -111,7 +111,7 @@ def read_image(path: str | Path) -> Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # broken in a stranger's way
         raise InputFileError(f"can't read the image {path}: {error}") from error
 
 

@@ -27,6 +27,7 @@ MOST_STEPS = 10_000
 MOST_COUNT = 10_000  # of rounds, images, looks, groups, ...
 MOST_BLOCK = 4096  # tokens of a block
 MOST_SEED = 2**64 - 1  # what a generator of torch takes
+_DIGITS = 64  # more than any of these has
 
 # --- what a value must be, asked while the command line is read -----------------------------------------------------
 
@@ -341,7 +342,7 @@ def wholes(text: str, option: str, least: int, most: int) -> tuple[int, ...]:
         ConfigError: none, or something else.
     """
     parts = names(text)
-    if not parts or not all(part.isdecimal() and least <= int(part) <= most for part in parts):
+    if not parts or not all(_is_whole(part, least, most) for part in parts):
         raise ConfigError(f"{option} wants whole numbers from {least} to {most}, separated by commas; got {text!r}")
     return tuple(map(int, parts))
 
@@ -355,12 +356,17 @@ def cells(text: str | None, option: str, least: int) -> tuple[int, int, int] | N
     if text is None:
         return None
     parts = [part.strip() for part in text.split("x")]
-    if len(parts) != 3 or not all(part.isdecimal() and least <= int(part) <= MOST for part in parts):
+    if len(parts) != 3 or not all(_is_whole(part, least, MOST) for part in parts):
         raise ConfigError(
             f"{option} wants frames x rows x columns such as 8x16x16, each from {least} to {MOST}; got {text!r}"
         )
     frames, rows, columns = map(int, parts)
     return frames, rows, columns
+
+
+def _is_whole(text: str, least: int, most: int) -> bool:
+    """Whether a text is a whole number in [least, most]; Python reads no number of thousands of digits."""
+    return text.isdecimal() and len(text) <= _DIGITS and least <= int(text) <= most
 
 
 def names(text: str) -> tuple[str, ...]:

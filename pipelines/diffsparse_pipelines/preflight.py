@@ -12,6 +12,7 @@ from diffsparse.errors import ConfigError
 from diffsparse.layout import Layout
 from diffsparse.models import Grid, packed_grid, patch_of, spec_of
 from diffsparse.patch import attentions, models_of
+from diffsparse.preset import Preset
 from diffsparse.report import Report
 from diffsparse.schedule import Schedule
 from diffsparse_pipelines import families, machine
@@ -116,12 +117,14 @@ def _read(texts: list[str]) -> None:
         )
 
 
-def check(pipe: Any, arguments: dict[str, Any], schedule: Schedule | None = None) -> None:
-    """Refuse, before a loaded pipeline runs, a size that it can't do or hold, and layers that it doesn't have.
+def check(pipe: Any, arguments: dict[str, Any], schedule: Schedule | None = None, preset: Preset | None = None) -> None:
+    """Refuse, before a loaded pipeline runs, a size that it can't do or hold, and layers and heads that it lacks.
 
     Raises:
-        ConfigError: what is wrong, and the remedy.
+        ConfigError: what is wrong, and the remedy. UnknownNameError, PlanError: of the preset's heads.
     """
+    if preset is not None:
+        preset.of(models_of(pipe))
     model: Any
     for model in models_of(pipe).values():
         if schedule is not None:

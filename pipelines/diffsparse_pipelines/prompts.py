@@ -8,6 +8,7 @@ from diffsparse.errors import ConfigError, InputFileError
 from diffsparse_pipelines import families, options
 
 MOST = 1000  # captions of the embedded models; there are fewer, and they come again
+_DIGITS = 64  # of a number, that are looked at: Python reads none of thousands
 PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
@@ -34,7 +35,7 @@ def read_prompts(wanted: str, model: str, option: str = "--prompts") -> tuple[st
 def _number(text: str) -> int | None:
     """What is meant as a number, also one that can't be; None for the name of a file."""
     digits = text.strip().lstrip("-")
-    return (-1 if text.strip() != digits else int(digits)) if digits.isdecimal() else None
+    return (-1 if text.strip() != digits else int(digits[:_DIGITS])) if digits.isdecimal() else None
 
 
 def _lines(path: Path) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import torch
 from diffsparse.cli import COMMANDS, main
 from diffsparse.errors import ConfigError
 from diffsparse.search import objective
+from diffsparse.strategies import blocks
 from diffsparse_pipelines import families, machine, options, preflight, prompts, tiny
 from diffsparse_pipelines.generate import generation
 
@@ -33,6 +34,7 @@ RUNS = {
     "bench": ["bench"],
 }
 ENORMOUS = "9" * 23
+ENDLESS = "9" * 5000  # more digits than Python reads
 
 # what is refused before a model is loaded: name -> (arguments, a part of the line)
 EARLY: dict[str, tuple[list[str], str]] = {
@@ -57,6 +59,9 @@ EARLY: dict[str, tuple[list[str], str]] = {
     "tensors beyond memory": (["bench", "--tokens", "1000000", "--heads", "4096"], "of memory; lower --tokens"),
     "no seed": ([*EVALUATE, "--seeds", ","], "--seeds wants whole numbers from 0 to 18446744073709551615"),
     "long seeds": ([*EVALUATE, "--seeds", f"1,{ENORMOUS}"], "--seeds wants whole numbers from 0 to"),
+    "endless seeds": ([*EVALUATE, "--seeds", ENDLESS], "--seeds wants whole numbers from 0 to"),
+    "endless prompts": ([*EVALUATE, "--prompts", ENDLESS], "--prompts wants a file, or a number from 1 to 1000"),
+    "an endless grid": (["simulate", "--grid", f"{ENDLESS}x1x1"], "--grid wants frames x rows x columns"),
     "prompts below zero": ([*EVALUATE, "--prompts=--5"], "--prompts wants a file, or a number from 1 to 1000; got --5"),
     "too many prompts": ([*EVALUATE, "--prompts", "99999999"], "a number from 1 to 1000; got 99999999"),
     "more prompts than there are": (["evaluate", "--out", "o", "--model", "flux", "--prompts", "17"], "from 1 to 16"),
@@ -153,6 +158,11 @@ LATE = {
     "layers before the first": ([*GENERATE, "--dense-layers", "0,-13"], "12 attention layers; got -13"),
     "evaluated layers that it lacks": ([*EVALUATE, "--dense-layers", "99"], "12 attention layers; got 99"),
     "inspected layers that it lacks": ([*INSPECT, "--dense-layers", "99"], "12 attention layers; got 99"),
+    "heads that it lacks, beside a plain run": (
+        [*GENERATE, "--heads", "9.0", "--compare", "c.png"],
+        "'9.0': WanTransformer3DModel has no block '9'",
+    ),
+    "evaluated heads that it lacks": ([*EVALUATE, "--heads", "0.9"], "'0.9': blocks.0.attn1 has the heads 0 to"),
     "more frames than positions": ([*GENERATE, "--frames", "65"], "--frames makes 65 tokens along that side"),
     "more rows than positions": ([*CALIBRATE, "--height", "272"], "wants at least 1, and at most 64"),
 }
@@ -344,3 +354,8 @@ def test_a_machine_without_memory(
 def test_a_slower_run_is_called_slower() -> None:
     assert preflight.pace(1.3) == "1.30x faster"
     assert preflight.pace(0.77) == "1.30x slower"
+
+
+def test_a_blocks_limit_is_that_of_the_strategies() -> None:
+    """It is told anew where the options are declared, for these are read without torch."""
+    assert options.MOST_BLOCK == blocks.MOST_BLOCK

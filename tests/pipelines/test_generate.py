@@ -14,6 +14,7 @@ from PIL import Image
 from diffsparse import Schedule
 from diffsparse.cli import main
 from diffsparse.errors import ConfigError, DiffsparseError, InputFileError, UnknownNameError
+from diffsparse.search import objective
 from diffsparse_pipelines import families, media, options
 from diffsparse_pipelines.families import FAMILIES
 from diffsparse_pipelines.generate import call_arguments, generation
@@ -174,6 +175,20 @@ def test_frames_out_of_range_are_clipped() -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no picture")
     for read in (media.read_image, media.read):
+        with pytest.raises(InputFileError, match="can't read"):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("spoil", ["bomb", "chunk"])
+def test_images_of_strangers(spoil: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL raises errors of its own kinds for a picture beyond all sizes, and for one that is broken inside."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "a.png")
+    if spoil == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    else:
+        data = (tmp_path / "a.png").read_bytes()
+        (tmp_path / "a.png").write_bytes(data[:36] + b"\x08" + data[37:])  # the length of its second chunk
+    for read in (media.read_image, lambda path: objective(f"look:{path}")):
         with pytest.raises(InputFileError, match="can't read"):
             read(tmp_path / "a.png")
 
