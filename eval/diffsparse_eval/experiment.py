@@ -103,10 +103,10 @@ class Results:
     def __init__(self, out: Path, settings: dict[str, Any], overwrite: bool = False) -> None:
         self.out, self.settings, self.rows = folder(out), settings, []
         self.path = self.out / RESULTS
-        with locked(self.path):
-            if overwrite and self.path.exists():
+        if overwrite and self.path.exists():
+            with locked(self.path):
                 self._write()
-            self.rows = self._read()
+        self.rows = self._read()  # files are whole at any time
 
     rows: list[Row]
 

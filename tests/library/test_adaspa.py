@@ -293,7 +293,7 @@ def test_heads_are_raised_as_far_as_others_can_be_lowered(s, keeps):
         ({"sparsity": 1.0}, r"sparsity wants a number in \[0, 1\)"),
         ({"sparsity": -0.1}, "sparsity wants"),
         ({"sparsity": math.nan}, "sparsity wants"),
-        ({"block": 0}, "block wants a positive number"),
+        ({"block": 0}, "block wants a number of tokens from 1"),
         ({"recall_threshold": 1.5}, r"recall_threshold wants a number in \[0, 1\]"),
         ({"recall_threshold": math.nan}, r"recall_threshold wants a number in \[0, 1\]"),
         ({"searches": (1.5,)}, "searches wants an int >= 0 or a fraction"),

@@ -87,7 +87,12 @@ def test_what_is_removed_is_not_compiled() -> None:
 
 
 SIZES = [Shape(2 + i % 3, 8 + 4 * (i % 4), 8 + 2 * i, 6 + i % 5) for i in range(12)]
-FAMILIES = ["WanTransformer3DModel", "FluxTransformer2DModel", "QwenImageTransformer2DModel"]  # sizes; ids; lists
+MANY = {"QwenImageTransformer2DModel": "whole", "FluxTransformer2DModel": "in place"}
+# Wan and Flux, whole and by blocks, and every strategy: in test_surroundings.
+FAMILIES = [
+    *("CogVideoXTransformer3DModel", "HunyuanVideoTransformer3DModel", "LTXVideoTransformer3DModel"),
+    *("MochiTransformer3DModel", "SD3Transformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel"),
+]
 
 
 def put_on(model: Any, how: str, counter: Any, **options: Any) -> Any:
@@ -99,23 +104,33 @@ def put_on(model: Any, how: str, counter: Any, **options: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    ("name", "how"), [*((name, "whole") for name in FAMILIES), (FAMILIES[0], "blocks"), (FAMILIES[1], "in place")]
-)
-def test_new_sizes_need_no_new_graphs(name: str, how: str) -> None:
+def counted(name: str, how: str, shapes: list[Shape], **options: Any) -> list[list[int]]:
+    """Graphs after each size: of the untouched model, and with a strategy."""
     counts = []
     for applied in (False, True):
         torch._dynamo.reset()
         model, counter = build(name), CompileCounterWithBackend("eager")
         if applied:
             diffsparse.apply(model, AdaSpa(sparsity=0.5, block=8, order="tile1x2x2"), schedule=Schedule(dense_first=0))
-        forward = put_on(model, how, counter, dynamic=True)
+        forward = put_on(model, how, counter, **options)
         counts.append([])
-        for shape in SIZES:
+        for shape in shapes:
             with torch.no_grad():
                 forward(**inputs(name, shape), return_dict=False)
             counts[-1].append(counter.frame_count)
-    assert counts[1] == counts[0]
+    return counts
+
+
+@pytest.mark.parametrize(("name", "how"), MANY.items())
+def test_new_sizes_need_no_new_graphs(name: str, how: str) -> None:
+    untouched, applied = counted(name, how, SIZES, dynamic=True)
+    assert applied == untouched
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_family_needs_more_graphs(name: str) -> None:
+    untouched, applied = counted(name, "whole", SIZES[:3])
+    assert applied == untouched
 
 
 @pytest.mark.parametrize("how", ["whole", "in place", "blocks"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import diffusers as d
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
+from diffusers.models.attention_dispatch import attention_backend
 
 import diffsparse
 from diffsparse import AdaSpa, Dense, Random, Schedule
@@ -155,15 +154,6 @@ def test_processors_that_are_replaced_are_adopted_anew() -> None:
     assert type(new) is WanAttnProcessor
 
 
-@pytest.fixture
-def _global_backend() -> Iterator[None]:
-    """Diffusers makes the backend of one model that of all others too."""
-    before = _AttentionBackendRegistry.get_active_backend()[0]
-    yield
-    _AttentionBackendRegistry.set_active_backend(before)
-
-
-@pytest.mark.usefixtures("_global_backend")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_the_backend_of_the_user_runs_dense_calls_and_comes_back(when: str) -> None:
     model, kwargs, _ = wan()

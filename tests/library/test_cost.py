@@ -168,7 +168,7 @@ def planned(pipe: Any, layout: Layout) -> tuple[PARO, SparseVDiT]:
     [(name, model)] = models.items()
     layers = [f"{name}.{layer}" for layer, _ in diffsparse.patch.attentions(model)]
     heads, blocks = next(module.heads for _, module in diffsparse.patch.attentions(model)), layout.grid.blocks(BLOCK)
-    settings: dict[str, Any] = {"sparsity": 0.7, "block": BLOCK, "orders": ["FHW"], "groups": 3}
+    settings: dict[str, Any] = {"sparsity": 0.7, "block": BLOCK, "groups": 3}
     masks = torch.rand(3, heads, blocks, blocks) < 0.4
     masks[..., 0] = True
     modes = torch.tensor([[0, 2, 3, 4], [1, 2, 2, 0], [4, 4, 3, 3]], dtype=torch.uint8)[:, :heads]
@@ -179,9 +179,12 @@ def planned(pipe: Any, layout: Layout) -> tuple[PARO, SparseVDiT]:
         "columns": torch.rand(heads, blocks),
     }
     made = []
-    for strategy, names in (("paro", ("masks", "orders")), ("sparse-vdit", ("modes", "columns"))):
+    for strategy, names, more in (
+        ("paro", ("masks", "orders"), {"orders": ["FHW"]}),
+        ("sparse-vdit", ("modes", "columns"), {}),
+    ):
         tensors = {f"{layer}.{what}": parts[what].clone() for layer in layers for what in names}
-        made.append(Plan(strategy, fingerprints(models), layout.grid, settings, tensors))
+        made.append(Plan(strategy, fingerprints(models), layout.grid, {**settings, **more}, tensors))
     return PARO(made[0]), SparseVDiT(made[1])
 
 

@@ -42,13 +42,6 @@ pytestmark = [  # of the compiler
 ]
 
 
-@pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A GPU where there is one; whatever the density, nothing is dense for being faster."""
-    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)
-    return DEVICE
-
-
 def build(name: str) -> Any:
     """A model where the tests run."""
     return tiny_transformers.build(name).to(DEVICE)
@@ -113,13 +106,13 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 @EVERY
 @pytest.mark.parametrize("subject", [WAN, SD3, FLUX], ids=lambda subject: subject.name)
-def test_autocast(subject: Subject, method: Method, device: str) -> None:
+def test_autocast(subject: Subject, method: Method) -> None:
     """`torch.autocast`: queries and keys in float32 beside values in bfloat16."""
     want, model = undisturbed(method, subject), build(subject.name)
-    with method.put(model, subject.layout) as handle, torch.no_grad(), torch.autocast(device, torch.bfloat16):
+    with method.put(model, subject.layout) as handle, torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         outs = loop(model, subject.inputs())
         assert method.acts(handle)
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         assert outs[0].dtype == loop(model, subject.inputs(), 1)[0].dtype
     low = build(subject.name).bfloat16()
     halved = {

@@ -46,7 +46,7 @@ def strategies() -> dict[str, Any]:
     masks = torch.rand(1, HEADS, blocks, blocks) < 0.5
     masks |= torch.eye(blocks, dtype=torch.bool)
     paro = {"orders": ["FHW", "WHF", "HWF"], "groups": 1, "sparsity": 0.5}
-    modes = torch.tensor([[MODES.index(x) for x in ("full", "diagonal", "stripe", "multi-diagonal")]])
+    modes = torch.tensor([[MODES.index(x) for x in ("full", "diagonal", "stripe", "multi-diagonal")]]).byte()
     return {
         "adaspa": AdaSpa(0.6, block=BLOCK, recall_threshold=0.1, order="auto"),
         "digest": Digest(0.5, block=BLOCK),
