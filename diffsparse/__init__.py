@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffsparse.errors import DiffsparseError
-    from diffsparse.guidance import GuideHandle, guide
-    from diffsparse.guider import HeadGuidance
-    from diffsparse.layout import Layout
-    from diffsparse.patch import Handle, apply, remove
-    from diffsparse.preset import Preset
-    from diffsparse.report import Report
+    from diffsparse.guidance.guide import GuideHandle, guide
+    from diffsparse.guidance.guider import HeadGuidance
+    from diffsparse.guidance.preset import Preset
+    from diffsparse.orders.layout import Layout
     from diffsparse.schedule import Schedule
-    from diffsparse.site import Site
+    from diffsparse.seam.patch import Handle, apply, remove
+    from diffsparse.site.place import Site
+    from diffsparse.site.report import Report
     from diffsparse.strategies import GNA, PARO, AdaSpa, Compensated, Dense, Digest, Random, SparseVDiT
 
 __version__ = "0.1.0"
@@ -34,20 +34,20 @@ _HOME = {
     "Digest": "diffsparse.strategies",
     "DiffsparseError": "diffsparse.errors",
     "GNA": "diffsparse.strategies",
-    "GuideHandle": "diffsparse.guidance",
-    "Handle": "diffsparse.patch",
-    "HeadGuidance": "diffsparse.guider",
-    "Layout": "diffsparse.layout",
+    "GuideHandle": "diffsparse.guidance.guide",
+    "Handle": "diffsparse.seam.patch",
+    "HeadGuidance": "diffsparse.guidance.guider",
+    "Layout": "diffsparse.orders.layout",
     "PARO": "diffsparse.strategies",
-    "Preset": "diffsparse.preset",
+    "Preset": "diffsparse.guidance.preset",
     "Random": "diffsparse.strategies",
-    "Report": "diffsparse.report",
+    "Report": "diffsparse.site.report",
     "Schedule": "diffsparse.schedule",
-    "Site": "diffsparse.site",
+    "Site": "diffsparse.site.place",
     "SparseVDiT": "diffsparse.strategies",
-    "apply": "diffsparse.patch",
-    "guide": "diffsparse.guidance",
-    "remove": "diffsparse.patch",
+    "apply": "diffsparse.seam.patch",
+    "guide": "diffsparse.guidance.guide",
+    "remove": "diffsparse.seam.patch",
 }
 
 __all__ = [

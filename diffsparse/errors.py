@@ -1,5 +1,8 @@
 """The exception tree: one root, one child for each way in which input can be wrong."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError, NoKernelError
 
 __all__ = [
@@ -14,6 +17,7 @@ __all__ = [
     "PlanError",
     "UnknownNameError",
     "UnsupportedModelError",
+    "closest",
 ]
 
 
@@ -43,3 +47,10 @@ class PlanError(DiffsparseError, ValueError):
 
 class UnknownNameError(DiffsparseError, LookupError):
     """A name that is in no table: the message lists the known ones, the closest first."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The known names, those that look like `name` first."""
+    rest = sorted(known)
+    near = get_close_matches(name, rest, n=3)
+    return ", ".join(near + [other for other in rest if other not in near])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from diffsparse.errors import ConfigError
-from diffsparse.shares import exact, nearest
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,13 @@ def check_amount(name: str, amount: int | float) -> None:
         raise ConfigError(f"{name} wants a number of steps (int) or a fraction (float), got {amount!r}")
     if amount < 0 or (isinstance(amount, float) and not amount <= 1):
         raise ConfigError(f"{name} wants an int >= 0 or a fraction in [0, 1], got {amount!r}")
+
+
+def exact(share: float | Fraction) -> Fraction:
+    """The number as written: 0.1 is a tenth, so that a fifth of what 0.8 of 50 leaves is 2, not a little less."""
+    return share if isinstance(share, Fraction) else Fraction(str(share))
+
+
+def nearest(number: Fraction) -> int:
+    """The nearest whole number; halves go up, always (`round` sends them to the even one)."""
+    return math.floor(number + Fraction(1, 2))

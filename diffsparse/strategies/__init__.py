@@ -7,22 +7,22 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from diffsparse.errors import ConfigError, UnknownNameError
-from diffsparse.names import closest
-from diffsparse.plan import Planned
-from diffsparse.site import Site
+from diffsparse.errors import ConfigError, UnknownNameError, closest
+from diffsparse.site.place import Site
 from diffsparse.strategies.adaspa import AdaSpa
 from diffsparse.strategies.compensated import Compensated
 from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.digest import Digest
 from diffsparse.strategies.gna import GNA
-from diffsparse.strategies.paro import PARO
+from diffsparse.strategies.paro import PARO, PAROSearch
+from diffsparse.strategies.planned import Planned
 from diffsparse.strategies.random import Random
-from diffsparse.strategies.sparse_vdit import SparseVDiT
+from diffsparse.strategies.sparse_vdit import SparseVDiT, SparseVDiTSearch
 
 __all__ = [
     "GNA",
     "PARO",
+    "SEARCHES",
     "STRATEGIES",
     "AdaSpa",
     "Compensated",
@@ -42,8 +42,8 @@ class Strategy(Protocol):
 
     It may also have `observe(q, k, v, site)`, which is called in place of dense attention on the last of the dense
     first steps, and returns the dense output; `check(models)`, which `apply` calls with the transformers by name
-    before it changes anything; `order`, a token order (`diffsparse.order`); "auto" wants an attribute `block` too; and
-    `expected(run)`, what each step will compute (`diffsparse.work`).
+    before it changes anything; `order`, a token order (`diffsparse.orders`); "auto" wants an attribute `block` too; and
+    `expected(run)`, what each step will compute.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -59,6 +59,8 @@ STRATEGIES: dict[str, type[Any]] = {
     "random": Random,
     "sparse-vdit": SparseVDiT,
 }
+
+SEARCHES: dict[str, type[Any]] = {"paro": PAROSearch, "sparse-vdit": SparseVDiTSearch}
 
 
 def name_of(strategy: object) -> str:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.order import RASTER, check_order
-from diffsparse.shares import exact
-from diffsparse.site import Site
+from diffsparse.orders.order import RASTER, check_order
+from diffsparse.schedule import exact
+from diffsparse.site.place import Site
 from diffsparse.strategies.blocks import keep_count
 from diffsparse.strategies.online import OnlineSearch, recall_of
 from diffsparse_kernels import select_rows
@@ -34,7 +34,7 @@ class AdaSpa(OnlineSearch):
         (3s-1)/2, and leave the rest at s (section 4.3). The mean is s: where others can't be lowered as far (s below
         1/3), or those would keep less than a block, both move by less.
     recall_threshold: retained mass above which a head counts as one that can drop more.
-    order: of the tokens (`diffsparse.order`); raster order is the paper's, "auto" finds each head's own.
+    order: of the tokens (`diffsparse.orders`); raster order is the paper's, "auto" finds each head's own.
 
     The paper leaves open, and here it is decided:
     - Heads are ranked within one layer, sample and search. At most half of them are raised, so that the raised and

@@ -6,8 +6,8 @@ import math
 from fractions import Fraction
 
 from diffsparse.errors import ConfigError
-from diffsparse.layout import Layout
-from diffsparse.shares import exact, nearest
+from diffsparse.orders.layout import Layout
+from diffsparse.schedule import exact, nearest
 
 MOST_BLOCK = 4096  # tokens: a larger one is attention over all of them, at the price of padding
 

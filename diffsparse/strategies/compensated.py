@@ -11,10 +11,10 @@ from torch import Tensor
 
 import diffsparse_kernels as kernels
 from diffsparse.errors import ConfigError
-from diffsparse.order import RASTER
-from diffsparse.site import Site
+from diffsparse.orders.order import RASTER
+from diffsparse.site.place import Site
 from diffsparse.strategies.digest import Digest
-from diffsparse.work import Kind, Outline, Step, expected
+from diffsparse.strategies.work import Kind, Outline, Step, expected
 from diffsparse_kernels import BlockLists
 
 _SPARSE = ("sparse", "refresh")  # kinds of steps that drop blocks
@@ -79,7 +79,7 @@ class Compensated:
         return method
 
     def expected(self, run: Outline) -> list[Step]:
-        """What each step computes (`diffsparse.work`): the strategy's own, and what makes up for the rest."""
+        """What each step computes: the strategy's own, and what makes up for the rest."""
         steps = expected(self.strategy, run)
         return [self._with_means(step) for step in steps] if self.by == "means" else _with_tails(steps)
 

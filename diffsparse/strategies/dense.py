@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffsparse.site import Site
-from diffsparse.work import Outline, Step
+from diffsparse.site.place import Site
+from diffsparse.strategies.work import Outline, Step
 
 
 @dataclass(frozen=True)

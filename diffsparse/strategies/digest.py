@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.order import check_order
-from diffsparse.shares import exact
-from diffsparse.site import Site
+from diffsparse.orders.order import check_order
+from diffsparse.schedule import exact
+from diffsparse.site.place import Site
 from diffsparse.strategies.blocks import with_text
 from diffsparse.strategies.online import OnlineSearch
-from diffsparse.work import MASS_PASS, Outline
+from diffsparse.strategies.work import MASS_PASS, Outline
 from diffsparse_kernels import block_means, select_heads, spread
 
 _LEAST = 1e-3  # of the blocks, beside the best of each row
@@ -45,7 +45,7 @@ class Digest(OnlineSearch):
         as the one key that it is) and the outputs computed to know what is missing all count. The mass passes of its
         searches (half a dense pass each) come on top, as those of every strategy that searches; `Report.work` tells.
     searches: where the work does not suffice for a dense step, these search on the cached log-sum-exp, as AdaSpa's do.
-    order: of the tokens (`diffsparse.order`); "auto" finds each head's own in the first search.
+    order: of the tokens (`diffsparse.orders`); "auto" finds each head's own in the first search.
     memory: GiB that what is missing may take, for each sample of each guidance branch: 2HND bytes a layer. Where that
         is too little, means over as few neighbouring tokens as fit are kept, over a block at most, which helps less.
 

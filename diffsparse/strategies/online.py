@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.schedule import check_amount
-from diffsparse.shares import exact, nearest
-from diffsparse.site import Site
+from diffsparse.schedule import check_amount, exact, nearest
+from diffsparse.site.place import Site
 from diffsparse.strategies.blocks import check_block, check_share, row_density
-from diffsparse.work import MASS_PASS, Outline, Step
+from diffsparse.strategies.work import MASS_PASS, Outline, Step
 from diffsparse_kernels import BlockLists, default_block
 
 _FEW_STEPS = 10
@@ -85,7 +84,7 @@ class OnlineSearch(ABC):
         }
 
     def expected(self, run: Outline) -> list[Step]:
-        """What each step computes (`diffsparse.work`)."""
+        """What each step computes."""
         if run.search is None:
             return run.constant(1.0)
         first, density = run.search, self._sparse_density(run)

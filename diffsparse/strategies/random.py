@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.order import RASTER, check_order
-from diffsparse.site import Site
+from diffsparse.orders.order import RASTER, check_order
+from diffsparse.site.place import Site
 from diffsparse.strategies.blocks import check_block, check_share, keep_count, row_density
-from diffsparse.work import Outline, Step
+from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists, default_block, select_rows
 
 
@@ -22,7 +22,7 @@ class Random:
     sparsity: share of blocks dropped, in [0, 1). Blocks that hold text are always kept.
     seed: which blocks; they differ by layer and head, and stay the same over steps, branches and runs.
     block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
-    order: of the tokens (`diffsparse.order`).
+    order: of the tokens (`diffsparse.orders`).
     """
 
     sparsity: float = 0.8
@@ -44,7 +44,7 @@ class Random:
         return site.sparse(q, k, v, site.memory["lists"])
 
     def expected(self, run: Outline) -> list[Step]:
-        """What each step computes (`diffsparse.work`)."""
+        """What each step computes."""
         return run.constant(row_density(self.sparsity, self.block, run.layout))
 
     def _draw(self, q: Tensor, site: Site) -> BlockLists:

@@ -15,7 +15,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     import diffsparse_kernels
-    from diffsparse.models import SPECS
+    from diffsparse.seam.models import SPECS
     from diffsparse_eval import environment
 
     return {
@@ -73,7 +73,7 @@ def _embedded() -> str:
 
 def _measured() -> dict[str, str]:
     """What the break-even on each device rests on."""
-    from diffsparse_kernels.cached import BREAK_EVEN, cache_folder, read_rows
+    from diffsparse_kernels.measured import BREAK_EVEN, cache_folder, read_rows
 
     rows = read_rows(BREAK_EVEN)
     if not rows:

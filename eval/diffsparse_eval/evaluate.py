@@ -13,7 +13,7 @@ from diffsparse_pipelines import options
 from diffsparse_pipelines.prompts import read_prompts, read_seeds
 
 if TYPE_CHECKING:
-    from diffsparse.preset import Preset
+    from diffsparse.guidance.preset import Preset
 
 _RANDOM = "Speed without weights"
 FILES = ("results.json", "results.csv", "report.md", "sheet.png", "tradeoff.png")  # and a video for each row

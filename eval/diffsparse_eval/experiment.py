@@ -16,9 +16,8 @@ import diffsparse
 from diffsparse import Dense, Handle, Preset, Schedule
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.files import folder, locked, read_bytes, write_json
-from diffsparse.plan import Planned
-from diffsparse.search import SEARCHES
-from diffsparse.strategies import Compensated, name_of
+from diffsparse.strategies import SEARCHES, Compensated, name_of
+from diffsparse.strategies.planned import Planned
 from diffsparse_eval import environment, metrics
 from diffsparse_pipelines import media
 from diffsparse_pipelines.generate import Generation, generation

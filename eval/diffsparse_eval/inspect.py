@@ -12,7 +12,7 @@ from diffsparse_pipelines import options
 from diffsparse_pipelines.prompts import read_prompts
 
 if TYPE_CHECKING:
-    from diffsparse.inspection import Inspector, LayerView
+    from diffsparse.insight.inspection import Inspector, LayerView
 
 Row = dict[str, Any]
 FILES = ("inspect.json", "recall.csv", "recall.png", "orders.png")  # and maps-*.png, one a layer
@@ -104,8 +104,8 @@ def _inspect(
     import diffsparse
     from diffsparse import Dense, Schedule
     from diffsparse.files import if_stopped, writable
-    from diffsparse.inspection import Inspector
-    from diffsparse.inspection import looks as steps_to_look_at
+    from diffsparse.insight.inspection import Inspector
+    from diffsparse.insight.inspection import looks as steps_to_look_at
     from diffsparse_eval.experiment import label
     from diffsparse_pipelines import families
     from diffsparse_pipelines.generate import call_arguments, generation

@@ -16,12 +16,12 @@ from torch import nn
 
 import diffsparse
 from diffsparse import Dense, Report, Schedule
-from diffsparse.cost import Estimate, Flops, flops, kinds
 from diffsparse.errors import ConfigError
 from diffsparse.files import write_csv, write_text
-from diffsparse.layout import Layout
-from diffsparse.report import elapsed, mark
-from diffsparse.work import KINDS, Kind
+from diffsparse.insight.cost import Estimate, Flops, flops, kinds
+from diffsparse.orders.layout import Layout
+from diffsparse.site.report import elapsed, mark
+from diffsparse.strategies.work import KINDS, Kind
 from diffsparse_eval import environment
 from diffsparse_eval.experiment import Row, dense_backend, label
 from diffsparse_eval.report import as_markdown, flat, meanings

@@ -6,7 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffsparse_kernels.dispatch import (
+    from diffsparse_kernels.backends.emulated import incoherence, quantise, quantised_attention
+    from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError, NoKernelError
+    from diffsparse_kernels.functional import (
         attention,
         attention_with_mass,
         block_mass,
@@ -15,10 +17,8 @@ if TYPE_CHECKING:
         default_block,
         kernel_for,
     )
-    from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError, NoKernelError
     from diffsparse_kernels.lists import BlockLists, Boxes
     from diffsparse_kernels.means import block_means, means_mass, spread
-    from diffsparse_kernels.quantised import incoherence, quantise, quantised_attention
     from diffsparse_kernels.registry import Choice, backend_for, backends, forget_measurements
     from diffsparse_kernels.select import select_heads, select_mass, select_rows
 
@@ -56,7 +56,7 @@ _HOME = {
     "lists": ("BlockLists", "Boxes"),
     "means": ("block_means", "means_mass", "spread"),
     "registry": ("Choice", "backend_for", "backends", "forget_measurements"),
-    "quantised": ("incoherence", "quantise", "quantised_attention"),
+    "backends.emulated": ("incoherence", "quantise", "quantised_attention"),
     "select": ("select_heads", "select_mass", "select_rows"),
 }
 
@@ -64,7 +64,7 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'diffsparse_kernels' has no attribute {name!r}")
-    home = next((module for module, names in _HOME.items() if name in names), "dispatch")
+    home = next((module for module, names in _HOME.items() if name in names), "functional")
     return getattr(import_module(f"diffsparse_kernels.{home}"), name)
 
 

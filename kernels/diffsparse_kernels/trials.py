@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from diffsparse_kernels.cached import cache_folder, device_name
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.child import Message, run_child
+from diffsparse_kernels.measured import cache_folder, device_name
 
 RIGHT = "right"
 SECONDS = 30.0  # that a trial may be silent: compiling, copying, computing
@@ -102,7 +102,7 @@ def _tried(kernel: str, case: Case, device: torch.device) -> str:
 
 
 def _command(kernel: str, case: Case, device: torch.device) -> list[str]:
-    return ["-m", "diffsparse_kernels.proof", str(device), kernel, *case.words()]
+    return ["-m", "diffsparse_kernels.backends.selftest", str(device), kernel, *case.words()]
 
 
 def _keep(kernel: str, case: Case, device: torch.device, found: str) -> None:
@@ -149,7 +149,7 @@ def driver() -> str:
 def source() -> str:
     """A hash of this package: what a verdict, or a measurement, was made of."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.*")):
+    for path in sorted(Path(__file__).parent.rglob("*.*")):
         if path.suffix in (".py", ".json"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:24]

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsparse.errors import ConfigError, UnknownNameError
-from diffsparse.models import packed_grid, spec_of
-from diffsparse.names import closest
+from diffsparse.errors import ConfigError, UnknownNameError, closest
+from diffsparse.seam.models import packed_grid, spec_of
 from diffsparse_pipelines.preflight import Compression
 
 Inputs = dict[str, Any]

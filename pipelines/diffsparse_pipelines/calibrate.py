@@ -13,7 +13,7 @@ from diffsparse_pipelines import options
 from diffsparse_pipelines.prompts import read_prompts, read_seeds
 
 if TYPE_CHECKING:
-    from diffsparse.plan import Plan
+    from diffsparse.plans.plan import Plan
 
 _SEARCH, _PARO, _VDIT = "Search", "Search of paro", "Search of sparse-vdit"
 
@@ -153,9 +153,8 @@ def calibrate(
 
 
 def _search(name: str, knobs: dict[str, Any]) -> Any:
-    from diffsparse.names import closest
-    from diffsparse.search import SEARCHES
-    from diffsparse.strategies import with_knobs
+    from diffsparse.errors import closest
+    from diffsparse.strategies import SEARCHES, with_knobs
 
     if name not in SEARCHES:
         raise UnknownNameError(f"no search is called {name!r}; known: {closest(name, SEARCHES)}")
@@ -166,7 +165,7 @@ def _search(name: str, knobs: dict[str, Any]) -> Any:
 
 def _check_out(out: Path, overwrite: bool) -> None:
     from diffsparse.files import writable
-    from diffsparse.search.calibrate import partial
+    from diffsparse.insight.calibration import partial
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out wants a .safetensors file; got {out.name!r}")
@@ -184,7 +183,7 @@ def _calibrate(
     loading: dict[str, Any],
     out: Path,
 ) -> None:
-    from diffsparse.search import calibrate as search_over
+    from diffsparse.insight.calibration import calibrate as search_over
     from diffsparse_pipelines import families
     from diffsparse_pipelines.generate import call_arguments, generation
     from diffsparse_pipelines.preflight import check

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffsparse.errors import ConfigError, InputFileError, UnknownNameError
-from diffsparse.names import closest
+from diffsparse.errors import ConfigError, InputFileError, UnknownNameError, closest
 from diffsparse_pipelines import machine
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from rich.progress import Progress
 
-    from diffsparse.preset import Preset
+    from diffsparse.guidance.preset import Preset
 
 
 class Generation(NamedTuple):

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from diffsparse.preset import Preset
-    from diffsparse.search import HeadHunter
-    from diffsparse.search.objectives import Objective
+    from diffsparse.guidance.hunt import HeadHunter
+    from diffsparse.guidance.objectives import Objective
+    from diffsparse.guidance.preset import Preset
 
 _HUNT, _HELD = "Hunt", "Check on prompts that the hunt did not see"
 _PROXY_SHARE, _PROXY_LEAST = 4, 4  # a proxy runs a quarter of the steps, and at least four
@@ -129,8 +129,8 @@ def hunt(
     A hunt that was interrupted goes on where it stopped, and ends with the same heads. The paper hunts without
     classifier-free guidance: --guidance-scale 1.
     """
-    from diffsparse.search import HeadHunter
-    from diffsparse.search.objectives import objective as named
+    from diffsparse.guidance.hunt import HeadHunter
+    from diffsparse.guidance.objectives import objective as named
     from diffsparse_pipelines.machine import place
     from diffsparse_pipelines.preflight import admit
 
@@ -181,8 +181,8 @@ def _pairs(prompts: str, images: int | None, held_out: str, model: str, style: s
 def _begun(out: Path, overwrite: bool, objective: str) -> Preset | None:
     """The preset of a hunt that ended and was stopped in its check, to go on with; None where there is no file."""
     from diffsparse.files import check_outputs
-    from diffsparse.preset import Preset
-    from diffsparse.search.calibrate import partial
+    from diffsparse.guidance.preset import Preset
+    from diffsparse.insight.calibration import partial
 
     if out.suffix != ".json":
         raise ConfigError(f"--out wants a .json file; got {out.name!r}")
@@ -226,8 +226,8 @@ class _Session:
 
     def pool(self, patterns: str) -> list[str]:
         """The names of the heads to try."""
-        from diffsparse.heads import names_of
-        from diffsparse.patch import models_of
+        from diffsparse.guidance.heads import names_of
+        from diffsparse.seam.patch import models_of
 
         first = next(iter(models_of(self.pipe).values()))  # experts of one pipeline are built alike
         return names_of(first, [part.strip() for part in patterns.split(",") if part.strip()])
@@ -282,7 +282,7 @@ class _Session:
         record: dict[str, Any],
     ) -> Preset:
         """Search, with a progress bar; `record` goes into the preset."""
-        from diffsparse.search import hunt as search
+        from diffsparse.guidance.hunt import hunt as search
         from diffsparse_pipelines.progress import bar
 
         about = {
@@ -312,7 +312,7 @@ class _Session:
         """Compare guidance off and on over unseen prompts; into the preset's record, a table and a sheet."""
         import diffsparse
         from diffsparse.files import if_stopped, write_text
-        from diffsparse.search.hunt import checked
+        from diffsparse.guidance.hunt import checked
         from diffsparse_pipelines import media
         from diffsparse_pipelines.progress import bar
 

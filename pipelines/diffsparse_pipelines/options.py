@@ -14,7 +14,7 @@ from diffsparse.errors import ConfigError
 from diffsparse.schedule import Schedule
 
 if TYPE_CHECKING:
-    from diffsparse.preset import Preset
+    from diffsparse.guidance.preset import Preset
 
 _MODEL, _SIZE, _SPARSE, _HEADS = "Model", "Size and sampling", "Strategy", "Head guidance"
 
@@ -253,7 +253,7 @@ def preset(heads: str | None, strength: float | None, scale: float | None) -> Pr
         if strength is not None or scale is not None:
             raise ConfigError("--head-strength and --head-scale want --heads")
         return None
-    from diffsparse.preset import Preset
+    from diffsparse.guidance.preset import Preset
 
     return Preset.read(heads, strength=strength, scale=scale)
 

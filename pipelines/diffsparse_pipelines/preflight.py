@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from diffsparse.cost import Estimate, flops
 from diffsparse.errors import ConfigError
-from diffsparse.layout import Layout
-from diffsparse.models import Grid, packed_grid, patch_of, spec_of
-from diffsparse.patch import attentions, models_of
-from diffsparse.preset import Preset
-from diffsparse.report import Report
+from diffsparse.guidance.preset import Preset
+from diffsparse.insight.cost import Estimate, flops
+from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
+from diffsparse.seam.models import Grid, packed_grid, patch_of, spec_of
+from diffsparse.seam.patch import attentions, models_of
+from diffsparse.site.report import Report
 from diffsparse_pipelines import families, machine
 
 _SMALLER = "lower --height, --width or --frames"

@@ -13,7 +13,7 @@ from diffsparse.errors import ConfigError
 from diffsparse_pipelines import options
 
 if TYPE_CHECKING:
-    from diffsparse.windows import Cells, Tiling
+    from diffsparse.strategies.gna.windows import Cells, Tiling
 
 _MOST_CELLS, _MOST_TOKENS = 1024, 2**21
 _GRID, _WINDOWS, _TILES = "Size and sampling", "Strategy", "Tiles"
@@ -75,7 +75,7 @@ def simulate(
     As in the paper's table: diffsparse simulate --grid 30x48x80 --window 18x24x24 --stride 1x1x1,16x8x8
     --q-tile 4x8x8 --kv-tile 2x8x8 --share 0.607
     """
-    from diffsparse.simulate import simulate as bounds_of
+    from diffsparse.strategies.gna.bounds import bounds_of
 
     for beside, (option, given) in {
         "--window": ("--sparsity", window is not None and sparsity is not None),
@@ -121,19 +121,19 @@ def _check_grid(grid: Cells) -> None:
 
 
 def _tiling(grid: Cells, knobs: dict[str, Any], tile: Cells | None) -> Tiling:
-    from diffsparse.strategies.gna import GNA
+    from diffsparse.strategies.gna.strategy import GNA
 
     return GNA(**{name: value for name, value in knobs.items() if value is not None}).tiling(grid, tile)
 
 
 def _end_to_end(bounds: Any, share: float | None, dense: float) -> dict[str, float]:
-    from diffsparse.simulate import end_to_end
+    from diffsparse.insight.cost import end_to_end
 
     if share is None:
         return {}
     return {
-        "end_to_end_flop_bound": end_to_end(bounds.flop_bound, share, dense),
-        "end_to_end_tile_bound": end_to_end(bounds.tile_bound, share, dense),
+        "end_to_end_flop_bound": end_to_end(share, bounds.flop_bound, dense),
+        "end_to_end_tile_bound": end_to_end(share, bounds.tile_bound, dense),
     }
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 import diffsparse_eval.experiment as experiment_module
 from diffsparse import GNA, AdaSpa, Dense, Digest, Random
 from diffsparse.cli import main
-from diffsparse.search import PAROSearch, SparseVDiTSearch
+from diffsparse.strategies.paro import PAROSearch
+from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
 from diffsparse_eval import evaluate, pictures, report
 from diffsparse_eval.metrics import DEFINITIONS
 from diffsparse_pipelines.prompts import read_prompts, read_seeds

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from diffsparse_eval.gpu import account, compiling, facts, numerics, stage, table
-from diffsparse_kernels import registry, triton
+from diffsparse_kernels import registry
+from diffsparse_kernels.backends.triton import launch as triton
 from diffsparse_kernels.case import Case
 from support import fakes
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from diffsparse import PARO, Dense, Layout, Random
 from diffsparse.cli import main
-from diffsparse.inspection import LayerView
-from diffsparse.plan import Plan
+from diffsparse.insight.inspection import LayerView
+from diffsparse.plans.plan import Plan
 from diffsparse_eval import charts
 from diffsparse_eval.inspect import _measure
 

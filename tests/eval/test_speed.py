@@ -12,8 +12,8 @@ import torch
 
 from diffsparse import GNA, AdaSpa, Compensated, Dense, Random, Report, Schedule
 from diffsparse.cli import main
-from diffsparse.cost import Flops
 from diffsparse.errors import ConfigError
+from diffsparse.insight.cost import Flops
 from diffsparse_eval import speed
 from diffsparse_eval.metrics import DEFINITIONS
 from diffsparse_eval.speed import Pass, Stopwatch, Trial

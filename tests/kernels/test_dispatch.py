@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import BackendError, KernelInputError, NoKernelError, cached, ops, registry, tiles, trials
-from diffsparse_kernels.cached import device_name
+from diffsparse_kernels import BackendError, KernelInputError, NoKernelError, ops, registry, trials
+from diffsparse_kernels import measured as cached
+from diffsparse_kernels.backends.triton import tiles
 from diffsparse_kernels.case import Case
+from diffsparse_kernels.measured import device_name
 from support.cases import Size, random_boxes
 
 SHAPE = (1, 2, 48, 16)

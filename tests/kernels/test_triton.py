@@ -14,9 +14,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from diffsparse_kernels import tiles, triton, triton_kernels
+from diffsparse_kernels.backends.triton import kernels as triton_kernels
+from diffsparse_kernels.backends.triton import launch as triton
+from diffsparse_kernels.backends.triton import tiles
+from diffsparse_kernels.backends.triton.tiles import Tile
 from diffsparse_kernels.case import Case
-from diffsparse_kernels.tiles import Tile
 from support import aot
 
 CHIPS = (80, 90, 100, 120)  # 89 has the kernels of 80 and the memory of 120

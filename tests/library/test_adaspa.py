@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import diffsparse
 from diffsparse import AdaSpa, Layout, Schedule
 from diffsparse.errors import ConfigError
-from diffsparse.report import CallRecord
-from diffsparse.site import Site
+from diffsparse.site.place import Site
+from diffsparse.site.report import CallRecord
 from support.tiny_pipelines import BUILDERS, run
 
 # --- the paper, literally ---------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffsparse
 from diffsparse import GNA, PARO, AdaSpa, Compensated, Dense, Digest, Layout, Random, Schedule, SparseVDiT
-from diffsparse.cost import Estimate, Flops, end_to_end, flops, kinds
-from diffsparse.plan import Plan, fingerprints
+from diffsparse.insight.cost import Estimate, Flops, end_to_end, flops, kinds
+from diffsparse.plans.plan import Plan, fingerprints
 from diffsparse.strategies import parse
-from diffsparse.strategies.paro import pack
-from diffsparse.work import Outline, expected
+from diffsparse.strategies.paro.strategy import pack
+from diffsparse.strategies.work import Outline, expected
 from support import tiny_transformers
 from support.tiny_pipelines import BUILDERS
 
@@ -164,10 +164,13 @@ SCHEDULE = Schedule(2, 1)
 
 def planned(pipe: Any, layout: Layout) -> tuple[PARO, SparseVDiT]:
     """Plans for all layers of a pipeline: random masks and modes in three parts of the run."""
-    models = diffsparse.patch.models_of(pipe)
+    models = diffsparse.seam.patch.models_of(pipe)
     [(name, model)] = models.items()
-    layers = [f"{name}.{layer}" for layer, _ in diffsparse.patch.attentions(model)]
-    heads, blocks = next(module.heads for _, module in diffsparse.patch.attentions(model)), layout.grid.blocks(BLOCK)
+    layers = [f"{name}.{layer}" for layer, _ in diffsparse.seam.patch.attentions(model)]
+    heads, blocks = (
+        next(module.heads for _, module in diffsparse.seam.patch.attentions(model)),
+        layout.grid.blocks(BLOCK),
+    )
     settings: dict[str, Any] = {"sparsity": 0.7, "block": BLOCK, "groups": 3}
     masks = torch.rand(3, heads, blocks, blocks) < 0.4
     masks[..., 0] = True

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffsparse import sealed
 from diffsparse.errors import DiffsparseError, InputFileError, OutputFileError
 from diffsparse.files import folder, if_stopped, locked, read_bytes, whole, writable, write_csv, write_text
+from diffsparse.plans import sealed
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,10 +15,11 @@ from torch import Tensor
 import diffsparse
 from diffsparse import GNA, Layout, Schedule
 from diffsparse.errors import ConfigError
-from diffsparse.simulate import end_to_end, simulate
+from diffsparse.insight.cost import end_to_end
 from diffsparse.strategies import parse
-from diffsparse.strategies.gna import _tiled
-from diffsparse.windows import Axis
+from diffsparse.strategies.gna.bounds import bounds_of
+from diffsparse.strategies.gna.strategy import _tiled
+from diffsparse.strategies.gna.windows import Axis
 from support import exact
 from support.sites import site
 from support.tiny_pipelines import BUILDERS, run
@@ -186,7 +187,7 @@ def test_aligned_windows_are_block_sparse(name: str, heads: int) -> None:
     """No boxes, no gaps, and the computed blocks are just what windows show: the FLOP bound is reached."""
     grid, window, stride = ALIGNED[name]
     gna = GNA(window, stride, block=32)
-    tiled, bounds = _tiled(gna, Layout(*grid), heads, CPU), simulate(gna.tiling(grid))
+    tiled, bounds = _tiled(gna, Layout(*grid), heads, CPU), bounds_of(gna.tiling(grid))
     assert tiled.boxes is None
     assert tiled.orders.filled is None
     assert float(tiled.lists.density()) == pytest.approx(bounds.density, abs=1e-6)
@@ -199,7 +200,7 @@ def test_aligned_windows_are_block_sparse(name: str, heads: int) -> None:
 def test_the_report_says_what_the_simulator_says(grid: tuple[int, int, int], stride: Any) -> None:
     gna, at = GNA((2, 4, 4), stride, block=8), site(Layout(*grid))
     gna.attend(*torch.randn(3, 1, 2, at.layout.tokens, 8), at)
-    assert float(at._record.density) == pytest.approx(simulate(gna.tiling(grid)).density, abs=1e-6)
+    assert float(at._record.density) == pytest.approx(bounds_of(gna.tiling(grid)).density, abs=1e-6)
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
@@ -207,7 +208,7 @@ def test_the_report_says_what_the_simulator_says(grid: tuple[int, int, int], str
 def test_windows_for_a_sparsity(grid: tuple[int, int, int], sparsity: float) -> None:
     """Within the budget, not far below it, with something of each axis."""
     tiling = GNA(sparsity=sparsity).tiling(grid)
-    density = simulate(tiling).density
+    density = bounds_of(tiling).density
     assert 0.75 * (1 - sparsity) <= density <= 1.05 * (1 - sparsity) or grid == (13, 17, 19)
     shares = [size / length for size, length in zip(tiling.window, grid, strict=True)]
     assert min(shares) >= 0.3 * (1 - sparsity) ** (1 / 3)
@@ -283,10 +284,10 @@ FLOP_BOUNDS = {  # end to end, sparsity
 def test_the_simulator_gives_the_published_bounds(name: str) -> None:
     grid, window, q_tile, kv_tile, share = PUBLISHED[name]
     for stride, bound in TILE_BOUNDS[name].items():
-        bounds = simulate(GNA(window, stride).tiling(grid, q_tile), kv_tile)
-        assert end_to_end(bounds.tile_bound, share) == pytest.approx(bound, abs=0.02), stride
+        bounds = bounds_of(GNA(window, stride).tiling(grid, q_tile), kv_tile)
+        assert end_to_end(share, bounds.tile_bound) == pytest.approx(bound, abs=0.02), stride
         flops, sparsity = FLOP_BOUNDS[name]
-        assert end_to_end(bounds.flop_bound, share) == pytest.approx(flops, abs=0.02)
+        assert end_to_end(share, bounds.flop_bound) == pytest.approx(flops, abs=0.02)
         assert bounds.sparsity == pytest.approx(sparsity, abs=0.01)
 
 
@@ -296,8 +297,8 @@ def test_the_simulator_gives_the_published_bounds(name: str) -> None:
 )
 def test_the_bounds_with_dense_steps(name: str, dense: float, bound: float) -> None:
     grid, window, q_tile, _, share = PUBLISHED[name]
-    flops = simulate(GNA(window).tiling(grid, q_tile)).flop_bound
-    assert end_to_end(flops, share, dense) == pytest.approx(bound, abs=0.02)
+    flops = bounds_of(GNA(window).tiling(grid, q_tile)).flop_bound
+    assert end_to_end(share, flops, dense) == pytest.approx(bound, abs=0.02)
 
 
 class Masked:

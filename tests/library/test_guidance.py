@@ -13,9 +13,9 @@ from diffusers.hooks import apply_group_offloading
 import diffsparse
 from diffsparse import AdaSpa, Dense, HeadGuidance, Random, Schedule
 from diffsparse.errors import ConfigError
-from diffsparse.models import argument_names
-from diffsparse.patch import models_of
-from diffsparse.perturb import KINDS
+from diffsparse.guidance.perturb import KINDS
+from diffsparse.seam.models import argument_names
+from diffsparse.seam.patch import models_of
 from support.spy import Spy
 from support.tiny_pipelines import BUILDERS, run
 from support.tiny_transformers import CASES, build, inputs, tensors
@@ -242,7 +242,7 @@ def test_skipped_blocks_change_no_bit(name: str) -> None:
 def test_skipped_blocks_on_every_class(name: str) -> None:
     """Whatever the structure, output and plain output are the same; where it is a chain, blocks are skipped."""
     model, kwargs = build(name), inputs(name)
-    last = diffsparse.heads.names_of(model)[-1]
+    last = diffsparse.guidance.heads.names_of(model)[-1]
     outs = []
     for reuse in (True, False):
         with diffsparse.guide(model, last, reuse=reuse) as handle:
@@ -407,7 +407,7 @@ def test_nothing_is_kept_between_passes() -> None:
     pipe, call = BUILDERS["wan"]()
     with diffsparse.guide(pipe, "1.0", stop=2):
         run(pipe, call)
-        prefix = diffsparse.patch.run_of(pipe.transformer).guidance.prefix  # type: ignore[union-attr]
+        prefix = diffsparse.seam.patch.run_of(pipe.transformer).guidance.prefix  # type: ignore[union-attr]
         assert not prefix._outputs
         assert not prefix._passed
 

@@ -15,10 +15,10 @@ import torch
 import diffsparse
 from diffsparse import Preset
 from diffsparse.errors import ConfigError, InputFileError
-from diffsparse.heads import names_of, resolve
-from diffsparse.patch import models_of, run_of
-from diffsparse.plan import fingerprints
-from diffsparse.search import HeadHunter, hunt
+from diffsparse.guidance.heads import names_of, resolve
+from diffsparse.guidance.hunt import HeadHunter, hunt
+from diffsparse.plans.plan import fingerprints
+from diffsparse.seam.patch import models_of, run_of
 from support.tiny_transformers import build, inputs, tensors
 
 WAN = "WanTransformer3DModel"

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 import diffsparse
-from diffsparse import AdaSpa, Dense, Layout, Random, Schedule, inspection
+from diffsparse import AdaSpa, Dense, Layout, Random, Schedule
 from diffsparse.errors import ConfigError, PlanError
-from diffsparse.inspection import Inspector, best_recall, looks
-from diffsparse.order import AXES, HeadOrders, candidates, most_alike, permutation
-from diffsparse.search import PAROSearch, calibrate
-from diffsparse.site import Site
+from diffsparse.insight import calibration as calibrate
+from diffsparse.insight import inspection
+from diffsparse.insight.inspection import Inspector, best_recall, looks
+from diffsparse.orders.order import AXES, HeadOrders, candidates, most_alike, permutation
+from diffsparse.site.place import Site
 from diffsparse.strategies.blocks import keep_count
+from diffsparse.strategies.paro import PAROSearch
 from diffsparse_kernels import BlockLists
 from support import exact, tiny_transformers
 from support.sites import site

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diffsparse
-from diffsparse import GNA, AdaSpa, Schedule, models
+from diffsparse import GNA, AdaSpa, Schedule
 from diffsparse.errors import DenseFallbackError
-from diffsparse.layout import Layout
-from diffsparse.models import (
+from diffsparse.orders.layout import Layout
+from diffsparse.orders.order import permutation, permutation_on
+from diffsparse.seam import models
+from diffsparse.seam.models import (
     SPECS,
     Geometry,
     Grid,
@@ -27,7 +29,6 @@ from diffsparse.models import (
     spec_of,
     unlisted_grid,
 )
-from diffsparse.order import permutation, permutation_on
 from support.tiny_transformers import Shape, build, inputs, tensors
 
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 import diffsparse
 from diffsparse import AdaSpa, Compensated, Digest, Layout, Random, Schedule
-from diffsparse.masks import Masks
-from diffsparse.order import in_order
-from diffsparse.report import Reading
-from diffsparse.search import PAROSearch, SparseVDiTSearch
-from diffsparse.search.calibrate import Sums
+from diffsparse.orders.order import in_order
+from diffsparse.plans.sums import Sums
+from diffsparse.seam.masks import Masks
+from diffsparse.site.report import Reading
+from diffsparse.strategies.paro import PAROSearch
+from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
 from support import exact
 from support.sites import site
 from support.strategies import BLOCK, HEADS, NAMES, every
@@ -185,7 +186,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Reading], list[Reading]]
             waits.append(self)
             return super().wait()
 
-    monkeypatch.setattr("diffsparse.masks.Reading", Late)
+    monkeypatch.setattr("diffsparse.seam.masks.Reading", Late)
     return waits, here
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from diffsparse.errors import ConfigError, InputFileError, UnknownNameError
-from diffsparse.search.objectives import CHECKPOINTS, PLAIN, Clip, objective
+from diffsparse.guidance.objectives import CHECKPOINTS, PLAIN, Clip, objective
 from support.tiny_pipelines import clip_tokenizer
 
 

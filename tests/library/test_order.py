@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import diffsparse
 from diffsparse import AdaSpa, Layout, Random, Schedule
 from diffsparse.errors import ConfigError
-from diffsparse.order import AXES, candidates, check_order, in_order, most_alike, permutation
+from diffsparse.orders.order import AXES, candidates, check_order, in_order, most_alike, permutation
 from support.sites import site
 from support.tiny_transformers import build, inputs, tensors
 

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 
-from diffsparse.parallel import WHOLE, Shard
+from diffsparse.site.shard import WHOLE, Shard
 from support import ranks
 
 

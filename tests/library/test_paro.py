@@ -15,11 +15,12 @@ from torch import Tensor
 import diffsparse_kernels as dk
 from diffsparse import PARO, Layout
 from diffsparse.errors import ConfigError
-from diffsparse.order import AXES, HeadOrders, permutation
-from diffsparse.plan import Plan
-from diffsparse.search import PAROSearch
-from diffsparse.search.calibrate import Sums
-from diffsparse.strategies.paro import group_of, pack, unpack
+from diffsparse.orders.order import AXES, HeadOrders, permutation
+from diffsparse.plans.plan import Plan
+from diffsparse.plans.sums import Sums
+from diffsparse.strategies.paro import PAROSearch
+from diffsparse.strategies.paro.strategy import pack, unpack
+from diffsparse.strategies.planned import group_of
 from support import exact
 from support.sites import site
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffsparse import Layout
-from diffsparse.perturb import KINDS, perturbed
-from diffsparse.run import Call
+from diffsparse.guidance.perturb import KINDS, perturbed
+from diffsparse.seam.call import Call
 from support.exact import tolerance
 
 LAYOUTS = {

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import diffsparse
-from diffsparse import PARO, AdaSpa, Layout, Schedule, SparseVDiT, sealed
+from diffsparse import PARO, AdaSpa, Layout, Schedule, SparseVDiT
 from diffsparse.errors import ConfigError, InputFileError, PlanError
-from diffsparse.plan import FILE, Plan, fingerprints
+from diffsparse.plans import sealed
+from diffsparse.plans.plan import Plan, fingerprints
 from diffsparse.strategies import parse
-from diffsparse.strategies.paro import pack
+from diffsparse.strategies.paro.strategy import pack
+from diffsparse.strategies.planned import FILE
 from support.tiny_transformers import build, inputs, tensors
 
 LAYOUT = Layout(2, 6, 6)

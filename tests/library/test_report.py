@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffsparse.report import Ledger, Report, nbytes
+from diffsparse.site.report import Ledger, Report, nbytes
 
 
 def ledger() -> Ledger:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import diffsparse
 from diffsparse import AdaSpa, Digest, Random, Schedule
-from diffsparse.clock import MOST_SHAPES, _place, calling_pipeline
+from diffsparse.seam.clock import MOST_SHAPES, _place, calling_pipeline
 from support.spy import Spy
 from support.tiny_pipelines import BUILDERS, run, t5, t5_tokenizer
 from support.tiny_transformers import Shape, build, inputs, tensors

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 import diffsparse
 from diffsparse import Dense
 from diffsparse.errors import ConfigError
-from diffsparse.patch import run_of
 from diffsparse.schedule import Schedule, resolve
+from diffsparse.seam.patch import run_of
 from support.tiny_transformers import build
 
 

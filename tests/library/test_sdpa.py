@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 import diffsparse
 from diffsparse import GNA, AdaSpa, Compensated, Dense, DiffsparseError, Digest, Random, Schedule
 from diffsparse.errors import DenseFallbackError
-from diffsparse.patch import run_of
-from diffsparse.perturb import KINDS
-from diffsparse.run import Call
-from diffsparse.sdpa import OWN
+from diffsparse.guidance.perturb import KINDS
+from diffsparse.seam.call import Call
+from diffsparse.seam.patch import run_of
+from diffsparse.seam.sdpa import OWN
 from support.tiny_transformers import build, inputs, tensors
 
 NAMES = ["WanTransformer3DModel", "SD3Transformer2DModel"]  # by Diffusers' dispatcher, and directly

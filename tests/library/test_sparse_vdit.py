@@ -16,11 +16,12 @@ from torch import Tensor
 import diffsparse
 from diffsparse import Layout, Schedule, SparseVDiT
 from diffsparse.errors import ConfigError
-from diffsparse.order import permutation
-from diffsparse.plan import Plan
-from diffsparse.search import SparseVDiTSearch, calibrate
-from diffsparse.search.calibrate import Sums
-from diffsparse.strategies.sparse_vdit import DIAGONAL, FULL, MODES, MULTI_DIAGONAL, SKIP, STRIPE, head_lists
+from diffsparse.insight import calibration as calibrate
+from diffsparse.orders.order import permutation
+from diffsparse.plans.plan import Plan
+from diffsparse.plans.sums import Sums
+from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
+from diffsparse.strategies.sparse_vdit.strategy import DIAGONAL, FULL, MODES, MULTI_DIAGONAL, SKIP, STRIPE, head_lists
 from diffsparse_eval import metrics
 from diffsparse_pipelines import tiny
 from diffsparse_pipelines.generate import generation
@@ -217,7 +218,7 @@ def test_errors_are_relative_to_the_layer_and_those_of_the_video() -> None:
 
 def test_cost_by_time_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([0.1, 0.4, 0.6, 0.5, 0.5])
-    monkeypatch.setattr("diffsparse.search.sparse_vdit._seconds", lambda *_: next(seconds))
+    monkeypatch.setattr("diffsparse.strategies.sparse_vdit.search._seconds", lambda *_: next(seconds))
     search, sums = SparseVDiTSearch(0.5, block=8, cost="time"), Sums()
     for number in (0, 0, 1):
         search.watcher(number, sums).attend(*qkv(LAYOUT, 2), site(LAYOUT, 1, 2))

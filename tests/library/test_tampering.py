@@ -18,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from diffsparse import PARO, Layout, Preset, SparseVDiT, sealed
+from diffsparse import PARO, Layout, Preset, SparseVDiT
 from diffsparse.errors import PlanError
-from diffsparse.plan import Plan, Planned
-from diffsparse.strategies.paro import pack
+from diffsparse.plans import sealed
+from diffsparse.plans.plan import Plan
+from diffsparse.strategies.paro.strategy import pack
+from diffsparse.strategies.planned import Planned
 from support.sites import site
 
 LAYOUT = Layout(2, 4, 5)

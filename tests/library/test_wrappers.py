@@ -17,9 +17,9 @@ from torch import Tensor
 
 import diffsparse
 from diffsparse import AdaSpa, Dense, Random, Schedule
-from diffsparse.heads import resolve
-from diffsparse.patch import models_of, run_of
-from diffsparse.plan import fingerprints
+from diffsparse.guidance.heads import resolve
+from diffsparse.plans.plan import fingerprints
+from diffsparse.seam.patch import models_of, run_of
 from support.tiny_pipelines import BUILDERS, run
 from support.tiny_transformers import build, inputs, tensors
 

@@ -13,7 +13,7 @@ import torch
 
 from diffsparse.cli import COMMANDS, main
 from diffsparse.errors import ConfigError
-from diffsparse.search import objective
+from diffsparse.guidance.objectives import objective
 from diffsparse.strategies import blocks
 from diffsparse_pipelines import families, machine, options, preflight, prompts, tiny
 from diffsparse_pipelines.generate import generation

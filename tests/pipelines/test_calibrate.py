@@ -9,7 +9,7 @@ import pytest
 
 from diffsparse import PARO, SparseVDiT
 from diffsparse.cli import main
-from diffsparse.plan import Planned
+from diffsparse.strategies.planned import Planned
 
 SMALL = ["--model", "tiny-twin", "--steps", "3"]
 SEARCH = ["calibrate", *SMALL, "--block", "16", "--prompts", "1"]

@@ -14,7 +14,7 @@ from PIL import Image
 from diffsparse import Schedule
 from diffsparse.cli import main
 from diffsparse.errors import ConfigError, DiffsparseError, InputFileError, UnknownNameError
-from diffsparse.search import objective
+from diffsparse.guidance.objectives import objective
 from diffsparse_pipelines import families, media, options
 from diffsparse_pipelines.families import FAMILIES
 from diffsparse_pipelines.generate import call_arguments, generation

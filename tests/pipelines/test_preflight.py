@@ -12,7 +12,7 @@ from torch import Tensor
 import diffsparse
 from diffsparse import GNA, AdaSpa, Layout, Random, Schedule
 from diffsparse.cli import main
-from diffsparse.simulate import simulate
+from diffsparse.strategies.gna.bounds import bounds_of
 from diffsparse_pipelines import tiny
 from diffsparse_pipelines.preflight import Compression, Tokens, announce, layout, preflight, tokens
 from support.tiny_pipelines import BUILDERS, run
@@ -55,7 +55,7 @@ def test_windows_are_estimated_by_the_grid_and_what_is_unknown_is_said_to_be() -
     windows = GNA((3, 4, 4), block=16)
     found = preflight(pipe, call, windows, Schedule(0))
     assert found is not None
-    assert found.attention_speedup == pytest.approx(1 / simulate(windows.tiling((9, 8, 8))).density)
+    assert found.attention_speedup == pytest.approx(1 / bounds_of(windows.tiling((9, 8, 8))).density)
     unknown = preflight(pipe, call, Layouts(), Schedule())
     assert unknown is None
     assert announce(unknown).startswith("expected speed-up: unknown")

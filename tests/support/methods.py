@@ -10,11 +10,11 @@ import torch
 
 import diffsparse
 from diffsparse import GNA, PARO, AdaSpa, Dense, Digest, Layout, Schedule, SparseVDiT
-from diffsparse.order import AXES
-from diffsparse.patch import attentions, models_of
-from diffsparse.plan import Plan, fingerprints
-from diffsparse.strategies.paro import pack
-from diffsparse.strategies.sparse_vdit import MODES
+from diffsparse.orders.order import AXES
+from diffsparse.plans.plan import Plan, fingerprints
+from diffsparse.seam.patch import attentions, models_of
+from diffsparse.strategies.paro.strategy import pack
+from diffsparse.strategies.sparse_vdit.strategy import MODES
 
 BLOCK = 16
 SCHEDULE = Schedule(dense_first=1)

@@ -11,10 +11,10 @@ import torch
 import diffsparse
 from diffsparse import GNA, AdaSpa, Compensated, Dense, Digest, Layout, Random, Schedule
 from diffsparse.errors import UnsupportedModelError
-from diffsparse.parallel import check_alone
-from diffsparse.plan import Plan, fingerprints
-from diffsparse.strategies.paro import PARO, pack
-from diffsparse.strategies.sparse_vdit import MODES, SparseVDiT
+from diffsparse.plans.plan import Plan, fingerprints
+from diffsparse.seam.parallel import check_alone
+from diffsparse.strategies.paro.strategy import PARO, pack
+from diffsparse.strategies.sparse_vdit.strategy import MODES, SparseVDiT
 from support.tiny_transformers import CASES, Inputs, build, inputs, tensors
 
 NAME, HEADS, BLOCK = "WanTransformer3DModel", 4, 16

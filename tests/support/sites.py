@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from diffsparse import Layout, Site
-from diffsparse.report import CallRecord
+from diffsparse.site.report import CallRecord
 
 
 def site(

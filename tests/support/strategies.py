@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from diffsparse import GNA, PARO, AdaSpa, Compensated, Digest, Layout, Random, SparseVDiT
-from diffsparse.order import AXES
-from diffsparse.plan import Plan
-from diffsparse.strategies.paro import pack
-from diffsparse.strategies.sparse_vdit import MODES
+from diffsparse.orders.order import AXES
+from diffsparse.plans.plan import Plan
+from diffsparse.strategies.paro.strategy import pack
+from diffsparse.strategies.sparse_vdit.strategy import MODES
 
 BLOCK, HEADS, LAYER = 8, 3, "transformer.blocks.0.attn1"
 ORDERS = ("FHW", "WHF", "tile2x2x2", "hilbert", "auto")

@@ -12,7 +12,7 @@ from diffsparse_eval import environment
 from diffsparse_eval.gpu.stage import STAGES, Options, Row, Stage, Talk, module_of
 from diffsparse_eval.timing import in_turns
 from diffsparse_kernels import trials
-from diffsparse_kernels.cached import device_name
+from diffsparse_kernels.measured import device_name
 
 _CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 _EDGE, _BYTES = 8192, 2 * 2**30

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from diffsparse_eval.gpu.stage import Options, Row, Talk
-from diffsparse_kernels import registry, triton
+from diffsparse_kernels import registry
+from diffsparse_kernels.backends.selftest import KERNELS, compute, examine, kernel_of, poison, samples
+from diffsparse_kernels.backends.triton import launch as triton
+from diffsparse_kernels.backends.triton.tiles import Copy, tiles_for
 from diffsparse_kernels.case import Case
-from diffsparse_kernels.proof import KERNELS, compute, examine, kernel_of, poison, samples
-from diffsparse_kernels.tiles import Copy, tiles_for
 
 LAUNCHES = 50
 EIGHT_BITS = {"int8": 0.012, "int8-int8": 0.020, "int8-fp8": 0.037, "fp8": 0.052}  # relative errors, as documented
@@ -162,8 +163,8 @@ def _choose(case: Case, device: torch.device) -> Row:
 
 
 def _eight_bits(options: Options, talk: Talk) -> None:
-    from diffsparse_kernels import reference
-    from diffsparse_kernels.eight_bits import block_sparse_attention
+    from diffsparse_kernels.backends import reference
+    from diffsparse_kernels.backends.triton.eight_bits import block_sparse_attention
 
     def measure(precision: str, case: Case) -> Row:
         worst, equal = 0.0, True

@@ -16,10 +16,10 @@ from diffsparse_eval.gpu.stage import Options, Row, Talk, label
 from diffsparse_eval.suites import Case
 from diffsparse_eval.timing import in_turns
 from diffsparse_kernels import BlockLists, select_heads, select_rows
+from diffsparse_kernels.backends.selftest import Sample, kernel_of, spot_check
+from diffsparse_kernels.backends.triton.launch import merge_means
 from diffsparse_kernels.case import Case as KernelCase
 from diffsparse_kernels.case import Kind
-from diffsparse_kernels.proof import Sample, kernel_of, spot_check
-from diffsparse_kernels.triton import merge_means
 
 if TYPE_CHECKING:
     from diffsparse_eval.suites import QKV
@@ -226,8 +226,8 @@ class _Field:
 
     def around(self) -> Iterator[Contestant]:
         """What is done around the kernels: blocks chosen, lists made, tokens put in order and back."""
-        from diffsparse.layout import Layout
-        from diffsparse.order import AXES, HeadOrders
+        from diffsparse.orders.layout import Layout
+        from diffsparse.orders.order import AXES, HeadOrders
 
         case, device = self.case, self.options.device
         blocks = -(-case.tokens // case.block)

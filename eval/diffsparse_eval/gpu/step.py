@@ -40,7 +40,7 @@ class _Layer:
     """One attention module of a model, with all its heads, at a run's steps."""
 
     def __init__(self, shape: Shape, name: str, options: Options) -> None:
-        from diffsparse.layout import Layout
+        from diffsparse.orders.layout import Layout
         from diffsparse.strategies import AdaSpa, Digest
 
         dim, heads = (128, shape.heads) if options.on_gpu else (16, 2)
@@ -62,7 +62,7 @@ class _Layer:
         ]
 
     def _call(self, method: str, step: int) -> Any:
-        from diffsparse.order import in_order
+        from diffsparse.orders.order import in_order
 
         site = self._site(step)
         if method == "dense":
@@ -70,8 +70,8 @@ class _Layer:
         return in_order(self.strategy, getattr(self.strategy, method), self.qkv, site)
 
     def _site(self, step: int) -> Any:
-        from diffsparse.report import CallRecord
-        from diffsparse.site import Site
+        from diffsparse.site.place import Site
+        from diffsparse.site.report import CallRecord
 
         self.records.append(CallRecord("blocks.0", step, "cond"))
         mask = None if self.key_mask is None else self.key_mask[:, None, None]

@@ -29,8 +29,8 @@ import diffsparse
 import diffsparse_kernels as kernels
 from diffsparse import Random, Schedule
 from diffsparse.errors import ConfigError
-from diffsparse.inspection import best_recall, order_masses
-from diffsparse.order import AXES
+from diffsparse.insight.inspection import best_recall, order_masses
+from diffsparse.orders.order import AXES
 from diffsparse.strategies.blocks import keep_count
 from diffsparse_kernels import BlockLists, select_rows
 from diffsparse_pipelines import tiny

@@ -1,0 +1,1 @@
+"""Head-level perturbation guidance: heads, presets, and the hunt for them."""

@@ -1,0 +1,164 @@
+"""What a run costs: kinds of steps, FLOPs of one forward pass, and what sparse attention can save of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from diffsparse.errors import ConfigError
+from diffsparse.orders.layout import Layout
+from diffsparse.schedule import Schedule
+from diffsparse.seam.models import spec_of
+from diffsparse.seam.patch import attentions
+from diffsparse.site.report import Report
+from diffsparse.strategies.work import Kind, Outline, expected
+
+_ONCE = ("norm", "time", "guidance", "modulation", "_mod.", "adaln", "pooled")  # fed with one vector for each sample
+_TEXT = ("add_", "text", "txt", "caption", "image_emb")  # fed with the prompt (or an input image) alone
+_PRODUCTS = nn.Linear | nn.Conv2d | nn.Conv3d
+
+
+def kinds(strategy: Any, schedule: Schedule, steps: int) -> list[Kind]:
+    """What each of the `steps` steps does in the layers that may be sparse."""
+    return [step.kind for step in expected(strategy, Outline.of(schedule, steps))]
+
+
+def end_to_end(share: float, attention_speedup: float, dense: float = 0.0) -> float:
+    """Speed-up of a whole run whose attention takes `share` of a dense step and runs `attention_speedup` times as fast.
+
+    dense: share of the steps that stay dense.
+
+    Raises:
+        ConfigError: a share outside [0, 1].
+    """
+    for name, value in (("share", share), ("dense", dense)):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name} wants a number in [0, 1]; got {value!r}")
+    return 1 / (1 - share + share * (dense + (1 - dense) / attention_speedup))
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one forward pass of one sample, 2 for each multiplication.
+
+    attention: the two products of self-attention over the grid, for each of the model's attention modules in order
+        (0 for those that are never sparse). rest: everything else that multiplies matrices.
+    """
+
+    attention: tuple[float, ...]
+    rest: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return sum(self.attention) + self.rest
+
+    @property
+    def share(self) -> float:
+        """Share of attention."""
+        return sum(self.attention) / self.total
+
+
+def flops(model: nn.Module, video: int, text: int) -> Flops:
+    """Count a pass over `video` grid tokens and `text` prompt tokens, from the shapes of the weights alone.
+
+    Each linear layer costs 2 x weights x rows, each attention 4 x rows x columns x width. Which rows a layer sees is
+    read off its name; an input image is taken for as many tokens as the prompt. Tests hold the count against one of
+    the operations that really run. Works on the meta device.
+    """
+    joint = 0 if spec_of(model).text == "none" else text
+    attention, crossed = [], 0.0
+    for name, module in attentions(model):
+        products = 4.0 * _width(module)
+        if any(part in name for part in spec_of(model).skip):
+            attention.append(0.0)
+            crossed += products * text * text
+        elif name.endswith("attn2") and not joint:
+            attention.append(0.0)
+            image = getattr(module, "add_k_proj", None) is not None  # keys of an input image too
+            crossed += products * video * text * (2 if image else 1)
+        else:
+            attention.append(products * (video + (0 if name.endswith("attn2") else joint)) ** 2)
+    return Flops(tuple(attention), crossed + sum(_linear(model, video, text, joint)))
+
+
+def _linear(model: nn.Module, video: int, text: int, joint: int) -> list[float]:
+    named = [(name, m) for name, m in model.named_modules() if isinstance(m, _PRODUCTS)]
+    two_streams = {_block(name) for name, _ in named if _reads(name, _TEXT)}
+    found = []
+    for name, module in named:
+        if _reads(name, _ONCE):
+            rows = 1
+        elif _reads(name, _TEXT) or (not joint and name.endswith(("attn2.to_k", "attn2.to_v"))):
+            rows = text
+        else:
+            rows = video if _block(name) in two_streams else video + joint
+        found.append(2.0 * _weights(module) * rows)
+    return found
+
+
+def _weights(module: Any) -> int:
+    """Number of weights, also where they are packed by quantisation."""
+    linear = isinstance(module, nn.Linear)
+    return int(module.in_features * module.out_features if linear else module.weight.numel())
+
+
+def _block(name: str) -> str:
+    """ "transformer_blocks.3.ff.net.2" -> "transformer_blocks.3"; layers outside of blocks share one of their own."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if len(parts) > 2 and parts[1].isdecimal() else ""
+
+
+def _reads(name: str, words: tuple[str, ...]) -> bool:
+    return any(word in name for word in words)
+
+
+def _width(module: Any) -> int:
+    """Heads times head size of the queries."""
+    width = getattr(module, "inner_dim", None)
+    return int(width or getattr(module, "heads", None) or module.num_heads) * (1 if width else int(module.head_dim))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """attention_share: of a dense step; attention_speedup, speedup: of the run, dense steps and searches included."""
+
+    attention_share: float
+    attention_speedup: float
+    speedup: float
+
+    @classmethod
+    def before(
+        cls, count: Flops, strategy: Any, schedule: Schedule, steps: int, layout: Layout | None = None
+    ) -> Estimate | None:
+        """From operations alone: as if the machine did all of them equally fast, and nothing else took time.
+
+        None if what the strategy computes is not known before it runs: a stranger's that doesn't tell, and windows
+        without the `layout` of the tokens.
+        """
+        told = [step.work for step in expected(strategy, Outline.of(schedule, steps, layout))]
+        works = [work for work in told if work is not None]
+        if len(works) < len(told):
+            return None
+        mean = sum(works) / steps
+        layers = len(count.attention)
+        fixed = sum(x for i, x in enumerate(count.attention) if schedule.excludes(i, layers)) / sum(count.attention)
+        faster = 1 / (fixed + (1 - fixed) * mean)
+        return cls(count.share, faster, end_to_end(count.share, faster))
+
+    @classmethod
+    def after(cls, report: Report, seconds: float) -> Estimate | None:
+        """From a finished call of `seconds`: its own dense calls tell what a dense run would have taken.
+
+        None if no call was dense, or none was anything else.
+        """
+        dense = [call.seconds for call in report.calls if call.kind == "dense"]
+        if not dense or len(dense) == len(report.calls) or not report.attention_seconds:
+            return None
+        attention = median(dense) * len(report.calls)  # the first calls may have waited for kernels to be built
+        rest = max(seconds - report.attention_seconds, 0.0)
+        whole = attention + rest
+        return cls(attention / whole, attention / report.attention_seconds, whole / seconds)

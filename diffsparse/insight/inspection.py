@@ -1,0 +1,250 @@
+"""What attention looks like: block masses, orders and recall of each head, summed up while a pipeline runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import diffsparse_kernels as kernels
+from diffsparse.insight.cost import kinds
+from diffsparse.orders.order import AUTO, AXES, RASTER, check_order, found_orders, in_order, permutation_on
+from diffsparse.plans.sums import Sums
+from diffsparse.schedule import Schedule
+from diffsparse.site.place import Site
+from diffsparse.strategies.blocks import keep_count
+from diffsparse.strategies.planned import Planned
+
+CELLS = 72  # largest edge of a map that is kept: finer ones are averaged
+
+
+def best_recall(mass: Tensor, sparsity: float) -> Tensor:
+    """Mass in the best blocks of each query row, and all mass: mass [B, H, nQ, nK] -> [2, H], sums over the batch."""
+    best = mass.topk(keep_count(sparsity, mass.shape[-1]), -1).values
+    return torch.stack((best.sum((0, 2, 3)), mass.sum((0, 2, 3))))
+
+
+def order_masses(q: Tensor, k: Tensor, lse: Tensor, site: Site, orders: tuple[str, ...], block: int) -> list[Tensor]:
+    """Softmax mass of the blocks, float32 [B, H, n, n], with the tokens of q, k [B, H, N, D] in each of the orders."""
+    found = []
+    for order in orders:
+        if order == RASTER:
+            found.append(site.block_mass(q, k, lse, block))
+            continue
+        forward, _ = permutation_on(order, site.layout, q.device)
+        keys = None if site.key_mask is None else site.key_mask[:, forward]
+        moved = q.index_select(2, forward), k.index_select(2, forward), lse.index_select(2, forward)
+        found.append(replace(site, key_mask=keys).block_mass(*moved, block))
+    return found
+
+
+def looks(strategy: Any, schedule: Schedule, steps: int, count: int) -> frozenset[int]:
+    """Up to `count` steps, evenly spread over those in which `strategy` has a say; over all if it is always dense."""
+    listed = kinds(strategy, schedule, steps)
+    open_ = [step for step, kind in enumerate(listed) if kind != "dense"] or list(range(steps))
+    return frozenset(open_[(2 * i + 1) * len(open_) // (2 * count)] for i in range(count))
+
+
+class Inspector:
+    """A strategy that lets another one run, and looks at some of its calls.
+
+    At the steps to look at, every layer's attention is computed once more for its log-sum-exp, and once for each order
+    for its block masses. What is kept are sums on the CPU: no map of tokens, and block maps of at most `CELLS` a side.
+
+    strategy: the one that runs. steps: at which to look. orders: candidates; raster order is always among them.
+    sparsity: at which recall is measured. block: edge of a block in tokens, None for the machine's default. layers:
+        which self-attention layers, by number in the order of running; None for all.
+    """
+
+    def __init__(
+        self,
+        strategy: Any,
+        steps: Collection[int],
+        *,
+        orders: tuple[str, ...] = AXES,
+        sparsity: float = 0.8,
+        block: int | None = None,
+        layers: Collection[int] | None = None,
+    ) -> None:
+        self.orders = tuple(dict.fromkeys((RASTER, *orders)))
+        for order in self.orders:
+            check_order(order)
+        self.strategy, self.steps, self.sparsity, self.layers = strategy, steps, sparsity, layers
+        self.block = block or kernels.default_block()
+        self.sums = Sums()
+        self.seen: dict[tuple[str, str], int] = {}  # (model, layer) -> its number
+        self.found: dict[tuple[str, str], tuple[str, ...]] = {}  # (model, layer) -> the orders that its heads picked
+
+    @property
+    def observe(self) -> Callable[..., Tensor] | None:
+        """The strategy's own, watched; None if it has none."""
+        method = getattr(self.strategy, "observe", None)
+        return None if method is None else partial(self._watch, method)
+
+    def check(self, models: dict[str, torch.nn.Module]) -> None:
+        """The strategy's own."""
+        check = getattr(self.strategy, "check", None)
+        if check is not None:
+            check(models)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """What the strategy makes of q, k, v [B, H, N, D]."""
+        return self._watch(self.strategy.attend, q, k, v, site)
+
+    def _watch(self, method: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        number = self.seen.setdefault((site.model, site.layer), len(self.seen))
+        call = partial(in_order, self.strategy, method, (q, k, v))
+        if site.step not in self.steps or (self.layers is not None and number not in self.layers):
+            return call(site)
+        _, lse = kernels.attention(q, k, v, scale=site.scale, key_mask=site.key_mask)
+        aside = replace(site, _record=copy(site._record))  # what is computed to look is no work of the strategy's
+        masses = order_masses(q, k, lse, aside, self.orders, self.block)
+        for i, mass in enumerate(masses):
+            self._add(site, "recall", best_recall(mass, self.sparsity), (len(self.orders), 2, q.shape[1]), i)
+            self._add(site, "mass", _pooled(mass), (len(self.orders), *_pooled(mass).shape), i)
+        rest = torch.ones(q.shape[1], dtype=torch.bool)
+        out = call(replace(site, _look=partial(self._look, site, q, rest)))
+        if getattr(self.strategy, "order", RASTER) == AUTO:
+            self.found[site.model, site.layer] = found_orders(site, self.strategy.block)
+        if site._record.kind != "search":  # which chooses, but does not yet use its choice
+            self._dense(site, masses[self.orders.index(RASTER)], rest)
+        return out
+
+    def _look(
+        self,
+        site: Site,
+        whole: Tensor,
+        rest: Tensor,
+        q: Tensor,
+        k: Tensor,
+        lists: kernels.BlockLists,
+        keys: Tensor | None,
+    ) -> None:
+        """One block-sparse product of some or all heads, their tokens in whatever order the strategy likes."""
+        _, lse = kernels.attention(q, k, k, scale=site.scale, key_mask=keys)
+        mass = kernels.block_mass(
+            q, k, lse, q_block=lists.q_block, kv_block=lists.kv_block, scale=site.scale, key_mask=keys
+        )
+        heads = _heads(q, whole)
+        rest[heads] = False
+        self._chosen(site, mass, lists.to_mask(), heads, len(rest))
+
+    def _dense(self, site: Site, mass: Tensor, rest: Tensor) -> None:
+        """The heads that no block-sparse product was made of."""
+        if rest.any():
+            every = torch.ones_like(mass[:, rest], dtype=torch.bool)
+            self._chosen(site, mass[:, rest], every, rest.nonzero()[:, 0], len(rest))
+
+    def _chosen(self, site: Site, mass: Tensor, mask: Tensor, heads: Tensor, count: int) -> None:
+        held = torch.stack(((mass * mask).sum((0, 2, 3)), mass.sum((0, 2, 3))))
+        kept = mask.float().expand(mass.shape)
+        self._add(site, "held", held, (2, count), (slice(None), heads))
+        self._add(site, "density", kept.mean((0, 2, 3)), (count,), heads)
+        self._add(site, "looks", torch.ones(len(heads)), (count,), heads)
+        for what, x in (("own", mass), ("kept", kept)):
+            self._add(site, what, _pooled(x), (count, *_pooled(x).shape[1:]), heads)
+
+    def _add(self, site: Site, what: str, value: Tensor, shape: tuple[int, ...], at: Any) -> None:
+        self.sums.add(site, what, value, shape, at)
+
+    def views(self) -> list[LayerView]:
+        """What was found, layer by layer."""
+        found = []
+        for model, layer in self.seen:
+            name = f"{model}.{layer}"
+            parts = {what: self.sums.tensors.get(f"{name}.{what}") for what in _PARTS}
+            if parts["mass"] is not None:
+                found.append(_view(self, model, layer, parts))
+        return found
+
+
+_PARTS = ("recall", "mass", "held", "density", "looks", "own", "kept")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerView:
+    """One self-attention layer, means over looks, samples and branches.
+
+    number: in the order of running. orders: candidates. recall: mass in the best blocks of each row, in each order,
+    [orders, H]. mass: block maps in each order, [orders, H, c, c], 1 where attention would be uniform.
+    own_orders: the strategy's order of each head. chosen, density: mass that its blocks hold, and their share of all,
+    [H]; own, kept: block maps in its order, and the share of the time that a block is computed, [H, c, c]. These are
+    None where it never got to run.
+    """
+
+    model: str
+    layer: str
+    number: int
+    orders: tuple[str, ...]
+    recall: Tensor
+    mass: Tensor
+    own_orders: tuple[str, ...]
+    chosen: Tensor | None
+    density: Tensor | None
+    own: Tensor | None
+    kept: Tensor | None
+
+    @property
+    def raster(self) -> Tensor:
+        """Recall in raster order, [H]."""
+        return self.recall[self.orders.index(RASTER)]
+
+    @property
+    def best(self) -> tuple[str, ...]:
+        """The order of most recall for each head."""
+        return tuple(self.orders[int(i)] for i in self.recall.argmax(0))
+
+
+def _view(inspector: Inspector, model: str, layer: str, parts: dict[str, Any]) -> LayerView:
+    recall, mass, ran = parts["recall"], parts["mass"], parts["looks"]
+    heads = mass.shape[1]
+    return LayerView(
+        model,
+        layer,
+        inspector.seen[model, layer],
+        inspector.orders,
+        recall[:, 0] / recall[:, 1],
+        _relative(mass),
+        inspector.found.get((model, layer)) or _own_orders(inspector.strategy, model, layer, heads),
+        None if ran is None else parts["held"][0] / parts["held"][1],
+        None if ran is None else parts["density"] / ran,
+        None if ran is None else _relative(parts["own"]),
+        None if ran is None else parts["kept"] / ran[:, None, None],
+    )
+
+
+def _own_orders(strategy: Any, model: str, layer: str, heads: int) -> tuple[str, ...]:
+    name = f"{model}.{layer}.orders"
+    if isinstance(strategy, Planned) and name in strategy.plan.tensors:
+        return tuple(strategy.plan.settings["orders"][int(i)] for i in strategy.plan.tensors[name])
+    return (getattr(strategy, "order", RASTER),) * heads
+
+
+def _relative(mass: Tensor) -> Tensor:
+    """Maps [..., c, c] in units of uniform attention."""
+    mean: Tensor = mass.mean((-2, -1), keepdim=True)
+    return mass / mean.clamp(min=torch.finfo(mass.dtype).tiny)
+
+
+def _pooled(blocks: Tensor) -> Tensor:
+    """Block maps [B, H, nQ, nK] -> [H, c, c]: means over the batch, and over blocks where there are more than CELLS."""
+    rows, columns = (min(n, CELLS) for n in blocks.shape[-2:])
+    return F.adaptive_avg_pool2d(blocks.mean(0), (rows, columns))
+
+
+def _heads(part: Tensor, whole: Tensor) -> Tensor:
+    """Which heads of `whole` [B, H, N, D] the heads of `part` are, whatever the order of their tokens, int64 [h].
+
+    Told by the sum of the bits of all their numbers, which no reordering changes.
+    """
+    if part.shape[1] == whole.shape[1]:
+        return torch.arange(whole.shape[1])
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.dtype.itemsize]
+    sums, known = (x[0].contiguous().view(bits).long().sum((-2, -1)) for x in (part, whole))
+    return (sums[:, None] == known).int().argmax(1).cpu()

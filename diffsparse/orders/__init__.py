@@ -1,0 +1,1 @@
+"""Where tokens stand: the layout of a sequence, and orders that put related tokens side by side."""

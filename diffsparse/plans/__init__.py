@@ -1,0 +1,1 @@
+"""What offline searches found, and files that keep it."""

@@ -1,0 +1,1 @@
+"""How a Diffusers model is adopted, watched and given back."""

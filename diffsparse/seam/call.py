@@ -1,0 +1,77 @@
+"""One attention product as a model's processor asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor
+
+# Asked here, for the compiler of some releases of torch can't trace the question.
+_AUTOCAST = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention product as the processor asked for it: [B, H, N, D], fewer key heads if `enable_gqa`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd watches this product."""
+        watched = self.query.requires_grad or self.key.requires_grad or self.value.requires_grad
+        return watched and torch.is_grad_enabled()
+
+    def cast(self) -> Call:
+        """The same product in the dtype of a surrounding `torch.autocast`, as SDPA itself would take it."""
+        device = self.query.device.type
+        if not autocasts(device):
+            return self
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (_cast(x, dtype) for x in (self.query, self.key, self.value))
+        mask = None if self.attn_mask is None else _cast(self.attn_mask, dtype)
+        return replace(self, query=query, key=key, value=value, attn_mask=mask)
+
+    def ungrouped(self) -> Call:
+        """The same product with as many key and value heads as query heads."""
+        groups = self.query.shape[1] // self.key.shape[1]
+        if groups == 1:
+            return self
+        key, value = (x.repeat_interleave(groups, 1) for x in (self.key, self.value))
+        return replace(self, key=key, value=value, enable_gqa=False)
+
+    def dense(self, backend: AttentionBackendName) -> Tensor:
+        """The product on one of Diffusers' backends; NATIVE is torch's SDPA, or what the user put in its place.
+
+        That may be a function with fewer arguments: it is given those that say something.
+        """
+        rest = (self.attn_mask, self.dropout_p, self.is_causal)
+        if backend is AttentionBackendName.NATIVE:
+            known = {"attn_mask": self.attn_mask, "dropout_p": self.dropout_p or None, "scale": self.scale}
+            known |= {"is_causal": self.is_causal or None, "enable_gqa": self.enable_gqa or None}
+            given: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
+            return F.scaled_dot_product_attention(self.query, self.key, self.value, **given)
+        q, k, v = (x.transpose(1, 2) for x in (self.query, self.key, self.value))  # [B, N, H, D]
+        out: Tensor = dispatch_attention_fn(q, k, v, *rest, self.scale, self.enable_gqa, backend=backend)
+        return out.transpose(1, 2)
+
+
+def autocasts(device: str) -> bool:
+    """Whether `torch.autocast` is on for this kind of device."""
+    return device in _AUTOCAST and torch.is_autocast_enabled(device)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Autocast changes numbers of any precision but double."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x

@@ -1,0 +1,128 @@
+"""PAROAttention: a token order for each head and static block masks, both found offline (arXiv 2506.16054)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffsparse.orders.layout import Layout
+from diffsparse.orders.order import HeadOrders, check_order
+from diffsparse.site.place import Site
+from diffsparse.strategies.blocks import check_block, check_count, check_number, check_share, with_text
+from diffsparse.strategies.planned import Check, Part, Planned, group_of, list_of, one_of
+from diffsparse.strategies.work import Outline, Step
+from diffsparse_kernels import BlockLists
+
+MOST_ORDERS = 256  # their numbers are bytes
+MEASURED = ("queries", "keys", "map")  # whose incoherence is in the plan
+
+
+@dataclass(frozen=True, repr=False)
+class PARO(Planned):
+    """Pattern-aware reordering with static block masks (arXiv 2506.16054).
+
+    Each head attends with its tokens in the order that gathers its attention in few blocks (section 4.1); the blocks
+    it keeps were found offline for a few groups of steps (section 4.2) and are the same for all prompts.
+    `diffsparse calibrate --strategy paro` makes the plan; `PARO.load(path)` reads it. Text never moves, and blocks
+    that hold text are always kept. Skipped blocks are left out of the softmax, as in the authors' kernel.
+
+    plan: settings `sparsity`, `block`, `orders` (names), `groups`, `bits` (of both products); for each layer `orders`,
+        uint8 [H], and `masks`, bits of bool [groups, H, n, n] over the n blocks of the video. Below 16 bits queries,
+        keys, values and softmax weights are rounded block by block (emulated: exact and slow), and `incoherence`,
+        float32 [raster or own order, `MEASURED`, H], tells how hard that was.
+    """
+
+    needs_grid = True
+    _plan_of = "paro"
+    _needed = frozenset({"sparsity", "block", "orders", "groups"})
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Block-sparse attention over q, k, v [B, H, N, D] in each head's order."""
+        self.plan.check_layout(site.layout)
+        settings = self.plan.settings
+        picked = site.shard.own(self.plan.part(site.model, site.layer, "orders"))
+        orders = HeadOrders.of(tuple(settings["orders"]), picked, site.layout, q.device)
+        group = group_of(site.step, site.steps, settings["groups"])
+        if site.memory.get("group") != group:
+            site.memory.update(group=group, lists=self._lists(site.text_last(), group, q.device))
+        return site.sparse(q, k, v, site.memory["lists"], orders=orders, bits=settings.get("bits", 16))
+
+    def expected(self, run: Outline) -> list[Step]:
+        """What each step computes: by the plan's masks, over all layers."""
+        groups, layout = self.plan.settings["groups"], run.layout or self.plan.layout
+        shares = [with_text(self._kept(group), self.plan.settings["block"], layout) for group in range(groups)]
+        numbers = [group_of(step, run.steps, groups) for step in range(run.steps)]
+
+        def sparse(step: int) -> Step:
+            new = step == run.first or numbers[step] != numbers[step - 1]
+            return Step("sparse", shares[numbers[step]], new=float(new))
+
+        return run.each(sparse)
+
+    def _kept(self, group: int) -> float:
+        """Share of the video's blocks that the masks of a group keep, over layers and heads."""
+        blocks = self.plan.layout.blocks(self.plan.settings["block"])
+        masks = [x[group] for name, x in self.plan.tensors.items() if name.endswith(".masks")]  # [H, bytes] each
+        kept = sum(int.from_bytes(bits.numpy().tobytes()).bit_count() for bits in masks)
+        return kept / (blocks**2 * sum(map(len, masks)))
+
+    @staticmethod
+    def _settings() -> dict[str, Check]:
+        return {
+            "sparsity": check_share,
+            "block": lambda _, block: check_block(block),
+            "orders": list_of(lambda _, order: check_order(order), most=MOST_ORDERS),
+            "groups": check_count,
+            "metric": one_of("recall", "paper"),
+            "alpha": check_number,
+            "bits": one_of(16, 8, 4),
+        }
+
+    def _parts(self, settings: dict[str, Any], layout: Layout) -> dict[str, Part]:
+        bits = layout.blocks(settings["block"]) ** 2
+        return {
+            "orders": Part(torch.uint8, (None,), below=len(settings["orders"])),
+            "masks": Part(torch.uint8, (settings["groups"], None, -(-bits // 8))),
+            "incoherence": Part(torch.float32, (2, len(MEASURED), None), needed=False),
+        }
+
+    def facts(self) -> dict[str, str]:
+        """How many heads have each order; where bits are few, the mean incoherence before and after reordering."""
+        names = self.plan.settings["orders"]
+        counts = Counter(names[int(i)] for name, x in self.plan.tensors.items() if name.endswith(".orders") for i in x)
+        found = {"orders": ", ".join(f"{name} x{count}" for name, count in counts.most_common())}
+        measured = [x.mean(-1) for name, x in self.plan.tensors.items() if name.endswith(".incoherence")]
+        if measured:
+            figures = torch.stack(measured).mean(0).T.tolist()  # [queries, keys and map][raster and own order]
+            parts = (f"{what} {raster:.1f} -> {own:.1f}" for what, (raster, own) in zip(MEASURED, figures, strict=True))
+            found["incoherence"] = ", ".join(parts)
+        return found
+
+    def _lists(self, site: Site, group: int, device: torch.device) -> BlockLists:
+        block, tokens = self.plan.settings["block"], site.layout.tokens
+        masks = site.shard.own(self.plan.part(site.model, site.layer, "masks")[group])
+        video = unpack(masks, site.layout.grid.blocks(block))
+        missing = site.layout.blocks(block) - video.shape[-1]
+        mask = F.pad(video, (0, missing, 0, missing), value=True)[None]
+        sink = site.layout.text_sink(block)
+        mask = mask if sink is None else mask | sink
+        sizes = {"q_block": block, "kv_block": block, "q_len": tokens, "kv_len": tokens}
+        return BlockLists.from_mask(mask, **sizes).to(device)  # made where its width is known without waiting
+
+
+def pack(masks: Tensor) -> Tensor:
+    """bool [..., nQ, nK] to bits, uint8 [..., bytes]."""
+    return torch.from_numpy(np.packbits(masks.flatten(-2).cpu().numpy(), axis=-1))
+
+
+def unpack(bits: Tensor, blocks: int) -> Tensor:
+    """The inverse of `pack` for square masks: bool [..., blocks, blocks]."""
+    flat = np.unpackbits(bits.numpy(), axis=-1, count=blocks * blocks)
+    mask: Tensor = torch.from_numpy(flat).bool()
+    return mask.view(*bits.shape[:-1], blocks, blocks)

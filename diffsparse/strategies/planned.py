@@ -1,0 +1,228 @@
+"""Strategies that run on a plan: how it is checked, loaded, saved and shared."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from diffsparse.errors import ConfigError, InputFileError, PlanError
+from diffsparse.orders.layout import Layout
+from diffsparse.plans.plan import REMEDY, Plan
+from diffsparse.wrappers import plain_path
+
+FILE = "plan.safetensors"
+Check = Callable[[str, Any], None]  # takes a setting's name and value; raises ConfigError
+
+
+def one_of(*known: Any) -> Check:
+    """A check: one of `known`, of the same type."""
+
+    def check(name: str, value: Any) -> None:
+        if not any(type(value) is type(choice) and value == choice for choice in known):
+            raise ConfigError(f"{name} wants one of {', '.join(map(str, known))}; got {value!r}")
+
+    return check
+
+
+def list_of(check_one: Check, most: int) -> Check:
+    """A check: a list of 1 to `most` values that pass `check_one`."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, list) or not 0 < len(value) <= most:
+            raise ConfigError(f"{name} wants a list of 1 to {most} values; got {value!r}")
+        for one in value:
+            check_one(name, one)
+
+    return check
+
+
+def optional(check_one: Check) -> Check:
+    """A check: None, or what passes `check_one`."""
+    return lambda name, value: None if value is None else check_one(name, value)
+
+
+class Part(NamedTuple):
+    """What one tensor of a layer has to be.
+
+    shape: None stands for the heads, which all tensors of a layer have in common, and ... for one or more.
+    below: values are whole numbers below this; without it they are finite numbers from 0 on.
+    needed: by every layer.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int | EllipsisType | None, ...]
+    below: int | None = None
+    needed: bool = True
+
+    def heads(self, tensor: Tensor) -> int:
+        """The number of heads of a tensor that is like this.
+
+        Raises:
+            ValueError: it is not.
+        """
+        fits = tensor.ndim == len(self.shape) and all(
+            have == want if isinstance(want, int) else have > 0
+            for have, want in zip(tensor.shape, self.shape, strict=True)
+        )
+        if tensor.dtype != self.dtype or not fits:
+            sizes = "x".join("heads" if size is None else "any" if size is ... else str(size) for size in self.shape)
+            raise ValueError(
+                f"wants {self.dtype} {sizes}; got {tensor.dtype} {'x'.join(map(str, tensor.shape)) or 'one number'}"
+            )
+        if tensor.numel() and (tensor.min() < 0 or (self.below is not None and tensor.max() >= self.below)):
+            most = "" if self.below is None else f" to {self.below - 1}"
+            raise ValueError(f"wants numbers from 0{most}; got {tensor.min()} to {tensor.max()}")
+        return tensor.shape[self.shape.index(None)]
+
+
+@dataclass(frozen=True, repr=False)
+class Planned(ABC):
+    """A strategy that is a plan: how it is loaded, checked, saved and shared.
+
+    Subclasses say whose plans they read in `_plan_of`, which settings these need in `_needed`, what settings have to be
+    in `_settings`, and what tensors, in `_parts`.
+    """
+
+    plan: Plan
+
+    _plan_of: ClassVar[str]
+    _needed: ClassVar[frozenset[str]]
+
+    def __post_init__(self) -> None:
+        if self.plan.strategy != self._plan_of:
+            raise PlanError(f"wanted a plan of strategy {self._plan_of!r}; got one of {self.plan.strategy!r}")
+        self._check_settings()
+        self._check_tensors()
+
+    def _check_settings(self) -> None:
+        """All settings that are needed are there, none is strange, and each makes sense."""
+        settings, known = self.plan.settings, self._settings()
+        missing, strange = self._needed - settings.keys(), settings.keys() - known.keys()
+        for trouble, names in (("lacks", missing), ("has the strange", strange)):
+            if names:
+                raise PlanError(f"the plan {trouble} settings {', '.join(map(repr, sorted(names)))}; {REMEDY}")
+        for name, value in settings.items():
+            try:
+                known[name](name, value)
+            except ConfigError as error:
+                raise PlanError(f"the plan's settings make no sense: {error}; {REMEDY}") from error
+
+    def _check_tensors(self) -> None:
+        """Every tensor is a known part of a layer, every layer has the parts it needs, and all of them fit together."""
+        parts, layers = self._parts(self.plan.settings, self.plan.layout), dict[str, dict[str, int]]()
+        for name, tensor in self.plan.tensors.items():
+            layer, _, what = name.rpartition(".")
+            if not layer or what not in parts:
+                raise PlanError(f"the plan's tensor {name!r} is none of {', '.join(parts)} of a layer; {REMEDY}")
+            try:
+                layers.setdefault(layer, {})[what] = parts[what].heads(tensor)
+            except ValueError as error:
+                raise PlanError(f"the plan's tensor {name!r} {error}; {REMEDY}") from error
+        if not layers:
+            raise PlanError(f"the plan holds no tensors; {REMEDY}")
+        for layer, found in layers.items():
+            missing = [what for what, part in parts.items() if part.needed and what not in found]
+            if missing:
+                raise PlanError(f"the plan lacks {', '.join(missing)} of {layer!r}; {REMEDY}")
+            if len(set(found.values())) > 1:
+                raise PlanError(f"the plan's tensors of {layer!r} differ in their heads; {REMEDY}")
+
+    @staticmethod
+    @abstractmethod
+    def _settings() -> dict[str, Check]:
+        """What each setting has to be, by its name."""
+
+    @abstractmethod
+    def _parts(self, settings: dict[str, Any], layout: Layout) -> dict[str, Part]:
+        """The tensors of a layer, by the end of their names."""
+
+    @property
+    def sparsity(self) -> float:
+        """Share of blocks that the search was asked to drop."""
+        return float(self.plan.settings["sparsity"])
+
+    @property
+    def block(self) -> int:
+        """Edge of a block in tokens."""
+        return int(self.plan.settings["block"])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.plan.settings}, plan {self.plan.digest})"
+
+    def check(self, models: dict[str, torch.nn.Module]) -> None:
+        """Called by `diffsparse.apply`: raise PlanError if the plan is another model's, or of other heads."""
+        self.plan.check_models(models)
+        modules = {
+            f"{name}.{plain_path(path)}": x for name, model in models.items() for path, x in model.named_modules()
+        }
+        parts = self._parts(self.plan.settings, self.plan.layout)
+        for name, tensor in self.plan.tensors.items():
+            layer, _, what = name.rpartition(".")
+            have, want = parts[what].heads(tensor), _heads_of(modules.get(layer))
+            if want is not None and have != want:
+                raise PlanError(f"the plan has {have} heads in {layer!r}, where the model has {want}; {REMEDY}")
+
+    @abstractmethod
+    def facts(self) -> dict[str, str]:
+        """What the search found, in a few words by name."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The strategy of a plan file.
+
+        Raises:
+            InputFileError: no such file. PlanError: it is no plan that makes sense, or another strategy's.
+        """
+        return cls(Plan.load(path))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the plan as `plan.safetensors` into a folder."""
+        self.plan.save(Path(folder) / FILE)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **download: Any) -> Self:
+        """Read a plan from a folder, or else from a repository of the Hugging Face hub.
+
+        Args:
+            name: folder, or repository such as "someone/wan-plan".
+            download: for `huggingface_hub.hf_hub_download`: revision, token, cache_dir, ...
+
+        Raises:
+            InputFileError: there is no plan.
+        """
+        if Path(name).is_dir():
+            return cls.load(Path(name) / FILE)
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            return cls.load(hf_hub_download(str(name), FILE, **download))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            if isinstance(error, InputFileError):
+                raise
+            raise InputFileError(f"no folder {str(name)!r}, and no such plan on the hub: {error}") from error
+
+    def push_to_hub(self, name: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the plan to a repository of the hub, made if it is missing; returns the address of the commit."""
+        from huggingface_hub import HfApi
+
+        hub = HfApi(token=token)
+        repository = hub.create_repo(name, private=private, exist_ok=True).repo_id
+        return str(hub.upload_file(path_or_fileobj=self.plan.to_bytes(), path_in_repo=FILE, repo_id=repository))
+
+
+def group_of(step: int, steps: int | None, groups: int) -> int:
+    """The group, out of `groups` equal parts of the run, that a step belongs to; the first if nobody knows `steps`."""
+    return min(step * groups // steps, groups - 1) if steps else 0
+
+
+def _heads_of(attention: torch.nn.Module | None) -> int | None:
+    counts = (getattr(attention, name, None) for name in ("heads", "num_heads", "n_heads"))
+    return next((count for count in counts if type(count) is int), None)

@@ -1,0 +1,92 @@
+"""What the steps of a run compute, told before it runs. The unit of work is one dense pass of attention.
+
+AdaSpa's run (arXiv 2502.21079) of T steps, of which w are dense, is w + 1/2 + (T - w) d + r/2: the pass that sums
+masses has one product of two, and each of r later searches needs one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffsparse.orders.layout import Layout
+from diffsparse.schedule import Schedule
+
+# search: dense, with what a search computes beside it; refresh: sparse, with a search on a cached log-sum-exp;
+# tail: dense beside sparse, to keep what the dropped blocks gave
+Kind = Literal["dense", "search", "refresh", "tail", "sparse"]
+KINDS: tuple[Kind, ...] = ("dense", "search", "refresh", "tail", "sparse")
+
+MASS_PASS = 0.5  # a second pass over the keys that sums the mass of blocks: one product of attention's two
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step in the layers that may be sparse.
+
+    density: share of attention computed by blocks and means, as a report counts it; None if only the run will show.
+    beside: what is computed beside that, in dense passes: mass passes, and products that are only compared.
+    new: share of the layers whose blocks are new.
+    """
+
+    kind: Kind = "dense"
+    density: float | None = 1.0
+    beside: float = 0.0
+    new: float = 0.0
+
+    @property
+    def work(self) -> float | None:
+        """All of it, in dense passes."""
+        return None if self.density is None else self.density + self.beside
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A run before it starts: `steps` long, sparse from step `first` until before `end`, both 0-based.
+
+    layout: of the tokens, None if it is not known; without it text counts as none, and blocks as shares.
+    """
+
+    steps: int
+    first: int
+    end: int
+    layout: Layout | None = None
+
+    @classmethod
+    def of(cls, schedule: Schedule, steps: int, layout: Layout | None = None) -> Outline:
+        """The run of a schedule."""
+        first, end = schedule.bounds(steps)
+        return cls(steps, first, steps if end is None else end, layout)
+
+    @property
+    def search(self) -> int | None:
+        """Step of the first search: the last dense one at the start, or the first of all; None if there is neither."""
+        if self.first:
+            return self.first - 1 if self.first <= self.steps else None
+        return 0 if self.end > 0 else None
+
+    def each(self, sparse: Callable[[int], Step]) -> list[Step]:
+        """All steps: dense where the schedule says so, `sparse(step)` elsewhere."""
+        return [sparse(step) if self.first <= step < self.end else Step() for step in range(self.steps)]
+
+    def constant(self, density: float | None) -> list[Step]:
+        """All steps of a strategy that chooses its blocks once, without a search."""
+        return self.each(lambda step: Step("sparse", density, new=float(step == self.first)))
+
+
+def expected(strategy: Any, run: Outline) -> list[Step]:
+    """What each step of `run` computes, by the strategy's own `expected(run)`.
+
+    Of a strategy without that method, its `sparsity` is taken at its word; its density is unknown where it has none, or
+    None, and so is what its `observe` does.
+    """
+    if hasattr(strategy, "expected"):
+        steps: list[Step] = strategy.expected(run)
+    else:
+        sparsity = getattr(strategy, "sparsity", None)
+        steps = run.constant(None if sparsity is None else 1.0 - sparsity)
+        if getattr(strategy, "observe", None) is not None and run.search is not None:
+            steps[run.search] = Step("search", None)
+    whole = (step.kind == "sparse" and step.density is not None and step.density >= 1 for step in steps)
+    return [Step() if dense else step for dense, step in zip(whole, steps, strict=True)]

@@ -1,0 +1,1 @@
+"""Implementations of the kernels, each ignorant of the others."""

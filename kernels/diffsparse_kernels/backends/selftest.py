@@ -1,0 +1,311 @@
+"""A kernel beside the reference in float64 on this device: `python -m diffsparse_kernels.backends.selftest`.
+
+Run by `trials.py` in a process of its own, for what it tries may hang or crash. Tolerances come from the data: twice
+the error of the same computation in plain torch with every step rounded to the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffsparse_kernels import means
+from diffsparse_kernels.backends import reference
+from diffsparse_kernels.case import Case
+from diffsparse_kernels.child import follow_parent, say
+from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
+from diffsparse_kernels.registry import load
+
+_MANY = 40_000  # keys: more than 16 bits count
+# Of the machine as it is, and no fault of a kernel.
+_PASSING = ("out of memory", "ALLOC_FAILED", "No space left", "C compiler", "busy or unavailable")
+_SUMS = 1e-3  # relative: sums of products in float32, in whatever order, are better than that
+_FAST = 2.0**-18  # what a GPU's fast exponent and logarithm may be off by, relatively
+REPEATS = 3  # there are no atomics, so a difference between two runs is a race
+KERNELS = {  # name -> backend, and the kind of tiles, where there are several
+    "cpu": ("cpu", ""),
+    "reference": ("reference", ""),
+    "gluon": ("gluon", ""),
+    "triton": ("triton", "pointers"),
+    "triton-tma": ("triton", "tma"),
+    "triton-specialised": ("triton", "specialised"),
+    "flash-attn-4": ("flash-attn-4", ""),
+}
+_WITH_TILES = ("attention", "attention_with_mass", "block_sparse_attention", "block_mass")
+_RESULTS = {"attend": ("output", "LSE"), "means": ("output", "LSE"), "mass": ("mass",)}
+_RESULTS["fused"] = (*_RESULTS["attend"], *_RESULTS["mass"])
+
+
+class Sample(NamedTuple):
+    """One call: q, k, v [B, H, N, D], the lists (None: dense), and what hides keys."""
+
+    name: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lists: BlockLists | None = None
+    key_mask: Tensor | None = None
+    boxes: Boxes | None = None
+    scale: float = 0.1
+
+    def double(self) -> Sample:
+        """The same in float64."""
+        q, k, v = (x.double() for x in (self.q, self.k, self.v))
+        return self._replace(q=q, k=k, v=v)
+
+    def seen(self) -> Tensor:
+        """Which keys each query sees: bool, broadcastable to [B, H, N_q, N_kv]."""
+        n_q, n_kv = self.q.shape[2], self.k.shape[2]
+        seen = torch.ones(1, 1, n_q, n_kv, dtype=torch.bool, device=self.q.device)
+        if self.lists is not None:
+            rows = self.lists.to_mask().repeat_interleave(self.lists.q_block, 2)[:, :, :n_q]
+            seen = rows.repeat_interleave(self.lists.kv_block, 3)[..., :n_kv]
+        seen = seen if self.key_mask is None else seen & self.key_mask[:, None, None]
+        return seen if self.boxes is None else seen & self.boxes.visible()
+
+
+# --- small calls of a case ----------------------------------------------------------------------------------------
+
+
+def samples(case: Case, device: torch.device, long: bool = True) -> Iterator[Sample]:
+    """Ragged lengths, both layouts of memory, an empty list, lists for each sample and for all, a prefix and holes.
+
+    long: one with more keys than 16 bits count, too, for which a CPU takes seconds.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n_q, n_kv = 3 * case.q_block - 9, 6 * case.kv_block - case.kv_block // 2 - 4
+
+    def normal(length: int, dim: int, token_major: bool) -> Tensor:
+        shape = (2, length, 2, dim) if token_major else (2, 2, length, dim)
+        x = torch.randn(*shape, generator=generator).to(device, case.dtype)
+        x = x if case.copyable else torch.stack((x, x), -1)[..., 0]
+        return x.transpose(1, 2) if token_major else x
+
+    def make(name: str, mask: Tensor | None, keys: Tensor, token_major: bool, n_q: int = n_q) -> Sample:
+        n_kv = keys.shape[1]
+        dims = (n_q, case.head_dim), (n_kv, case.head_dim), (n_kv, case.value_dim)
+        q, k, v = (normal(*size, token_major) for size in dims)
+        sizes = {"q_block": case.q_block, "kv_block": case.kv_block, "q_len": n_q, "kv_len": n_kv}
+        lists = None if mask is None else BlockLists.from_mask(mask.to(device), **sizes)
+        boxes = _boxes(case.axes, n_q, n_kv, generator, device) if case.axes else None
+        return Sample(name, q, k, v, lists, keys.to(device) if case.masked else None, boxes)
+
+    mask = torch.rand(2, 2, 3, 6, generator=generator) < 0.7
+    mask[0, 0, 0] = False
+    prefix = torch.arange(n_kv) < torch.tensor([[n_kv - case.kv_block // 3], [n_kv]])
+    holes = torch.rand(2, n_kv, generator=generator) < 0.8
+    holes[0, : case.kv_block] = False
+    if case.kind in ("attend", "means"):
+        yield make("lists", mask, prefix, False)
+        yield make("one set of lists for all, token-major", mask[1:], holes, True)
+    if case.kind in ("fused", "mass"):
+        yield make("dense", None, prefix, False)
+    if case.kind != "means" and not case.axes:
+        yield make("dense, token-major", None, holes, True)
+    if long and case.kind == "attend" and not case.axes:
+        mask = torch.rand(2, 2, 1, blocks_of(_MANY, case.kv_block), generator=generator) < 0.02
+        mask[..., -1] = True
+        keys = torch.arange(_MANY) < torch.tensor([[_MANY - 1], [_MANY - 1000]])
+        yield make(f"{_MANY} keys", mask, keys, False, case.q_block)
+
+
+def _boxes(axes: int, n_q: int, n_kv: int, generator: torch.Generator, device: torch.device) -> Boxes:
+    place, low = (torch.randint(0, 6, (axes, n), generator=generator, dtype=torch.int32) for n in (n_kv, n_q))
+    place[0, ::7] = -1
+    return Boxes(*(x.to(device) for x in (place, low, low + 3)))
+
+
+# --- a result and what to make of it ------------------------------------------------------------------------------
+
+
+def compute(case: Case, kernel: Any, sample: Sample) -> tuple[Tensor, ...]:
+    """What a kernel gives for one call of a case. kernel: a backend's module, or whatever has its functions."""
+    q, k, v, lists, key_mask, boxes, scale = sample[1:]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.linspace(3, 6, q.shape[2], device=q.device).to(wide).expand(q.shape[:3])
+    tiles = lse, case.q_block, case.kv_block, scale, key_mask
+    if case.kind == "mass":
+        return (kernel.block_mass(q, k, *tiles),)
+    if case.kind == "fused":
+        return tuple(kernel.attention_with_mass(q, k, v, *tiles))
+    if lists is None:
+        return tuple(kernel.attention(q, k, v, scale, key_mask))
+    if case.kind == "attend":
+        return tuple(kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes))
+    merged = q.new_ones(*q.shape[:3], v.shape[3]), lse.clone()
+    kernel.merge_means(q, k, v, lists, scale, key_mask, *merged)
+    return merged
+
+
+def exact(case: Case, sample: Sample) -> tuple[Tensor, ...]:
+    """The same by the reference, in float64."""
+    return compute(case, SimpleNamespace(**vars(reference), merge_means=means.merge_means), sample.double())
+
+
+def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
+    """The same in plain torch, every step rounded to the inputs' dtype."""
+    if case.kind == "means":
+        out, lse = compute(case, means, sample)
+        return out, lse.to(out.dtype)
+    scores, out, lse = rounded_attention(sample)
+    attended = out, lse
+
+    def block_mass(q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, *_: Any) -> Tensor:
+        return reference.tile_sums((scores - lse[..., None].to(scores.dtype)).exp(), q_block, kv_block)
+
+    mass = compute(case._replace(kind="mass"), SimpleNamespace(block_mass=block_mass), sample)
+    return {"attend": attended, "mass": mass, "fused": (*attended, *mass)}[case.kind]
+
+
+def rounded_attention(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores and output in plain torch, every step rounded to the inputs' dtype; the LSE in float32, as kernels do."""
+    wide, hidden = torch.promote_types(sample.q.dtype, torch.float32), ~sample.seen()
+    scores = (sample.q @ sample.k.mT * sample.scale).masked_fill(hidden, -torch.inf)
+    whole = (sample.q.to(wide) @ sample.k.to(wide).mT * sample.scale).masked_fill(hidden, -torch.inf)
+    return scores, scores.softmax(-1).nan_to_num(0.0) @ sample.v, whole.logsumexp(-1)
+
+
+def some_rows(sample: Sample, head: int, blocks: int = 6) -> tuple[Sample, Tensor]:
+    """A part of a large call that float64 can follow: one head, a few query blocks, the last too -> it, its rows."""
+    lists = sample.lists
+    assert lists is not None
+    picked = torch.linspace(0, lists.q_blocks - 1, min(blocks, lists.q_blocks), device=lists.idx.device).round().long()
+    rows = (picked[:, None] * lists.q_block + torch.arange(lists.q_block, device=picked.device)).flatten()
+    rows = rows[rows < lists.q_len]
+    idx, cnt = (x[:1, head : head + 1, picked] for x in (lists.idx, lists.cnt))
+    few = BlockLists(idx, cnt, lists.q_block, lists.kv_block, len(rows), lists.kv_len)
+    one = slice(head, head + 1)
+    q, k, v = sample.q[:1, one, rows], sample.k[:1, one], sample.v[:1, one]
+    keys = None if sample.key_mask is None else sample.key_mask[:1]
+    return sample._replace(q=q, k=k, v=v, lists=few, key_mask=keys), rows
+
+
+def difference(got: Tensor, want: Tensor, low: Tensor, least: float = _FAST) -> tuple[float, float]:
+    """The largest error of `got`, infinite if it isn't finite where it should be, and the largest that is explained.
+
+    want: float64. low: the same in plain torch, as rounded as it may be: twice its error is explained, and one rounding
+    more, of `least` or of its dtype.
+    """
+    alive = want.isfinite()
+    if not torch.equal(got.isfinite(), alive) or not torch.equal(got[~alive].double(), want[~alive]):
+        return float("inf"), 0.0
+    if not bool(alive.any()):
+        return 0.0, 0.0
+    largest = max(1.0, want[alive].abs().max().item())
+    error, explained = ((x - want)[alive].abs().max().item() for x in (got, low))
+    return error, 2 * explained + max(torch.finfo(low.dtype).eps, least) * largest
+
+
+def distance(got: Tensor, want: Tensor, low: Tensor) -> tuple[float, float]:
+    """The same of the whole: L2 norm of the error over that of `want`. A scale that is off shows here."""
+    norm = want.norm().clamp(min=1e-30)
+    error, explained = (((x - want).norm() / norm).item() for x in (got.double(), low.double()))
+    return error, 2 * explained + _SUMS
+
+
+class Finding(NamedTuple):
+    """What came of one call: what is wrong (empty: nothing), the largest error of the output, bits alike each time."""
+
+    problem: str
+    error: float
+    equal: bool
+
+
+def examine(case: Case, kernel: Any, sample: Sample, repeats: int = REPEATS) -> Finding:
+    """Compare a kernel's results for one call with the exact ones, and with those of the same call again."""
+    results = [compute(case, kernel, sample) for _ in range(repeats)]
+    equal = all(torch.equal(x, y) for again in results[1:] for x, y in zip(again, results[0], strict=True))
+    parts = results[0], exact(case, sample), rounded(case, sample)
+    wrong, errors = "" if equal else f"wrong: not the same twice ({sample.name})", []
+    for name, got, want, low in zip(_RESULTS[case.kind], *parts, strict=True):
+        least = _SUMS if name == "LSE" else _FAST
+        found = [difference(got, want, low, least), *([distance(got, want, low)] if name == "output" else [])]
+        errors.append(found[0][0])
+        off = next((pair for pair in found if not pair[0] <= pair[1]), None)
+        if off is not None:
+            wrong = f"wrong: the {name} is off by {off[0]:.2e}, {off[1]:.2e} is explained ({sample.name})"
+            break
+    return Finding(wrong, errors[0], equal)
+
+
+def spot_check(out: Tensor, sample: Sample) -> tuple[float, float]:
+    """Error of an output and what of it is explained, where it is worst, in a part of a call that is large.
+
+    That is a few query blocks of the first and of the last head.
+    """
+    found: list[tuple[float, float]] = []
+    for head in {0, sample.q.shape[1] - 1}:
+        part, rows = some_rows(sample, head)
+        attend = Case.of("attend", *sample[1:4], (part.lists.q_block, part.lists.kv_block))  # type: ignore[union-attr]
+        compared = out[:1, head : head + 1, rows], exact(attend, part)[0], rounded_attention(part)[1]
+        found += [difference(*compared), distance(*compared)]
+    return max(found, key=lambda pair: pair[0] - pair[1])
+
+
+# --- the child ----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> None:
+    """Try one kernel with one case: a message before each call, the verdict last."""
+    place, name, words = arguments[0], arguments[1], arguments[2:]
+    try:
+        device = torch.zeros(1, device=place).device
+    except Exception as error:  # a device that is full or busy says nothing of the kernel
+        return say(untried=_line(error))
+    say(trying="the first call")
+    try:
+        say(verdict=_verdict(name, Case.read(words), device))
+    except Exception as error:
+        told = _line(error)
+        passing = isinstance(error, torch.OutOfMemoryError) or any(sign in told for sign in _PASSING)
+        say(**({"untried": told} if passing else {"verdict": f"raised {told}"}))
+
+
+def _verdict(name: str, case: Case, device: torch.device) -> str:
+    kernel = kernel_of(name)
+    poison()
+    for sample in samples(case, device, long=device.type != "cpu"):
+        say(trying=sample.name)
+        found = examine(case, kernel, sample)
+        if found.problem:
+            return found.problem
+    return "right"
+
+
+def kernel_of(name: str) -> Any:
+    """The functions of a kernel: a backend's module, or those of one kind of its tiles.
+
+    name: one of `KERNELS`, or "module:attribute" for a kernel of one's own.
+    """
+    if ":" in name:
+        place, attribute = name.split(":")
+        return getattr(import_module(place), attribute)
+    backend, kind = KERNELS[name]
+    module = load(backend)
+    if not kind:
+        return module
+    only = {function: partial(getattr(module, function), copy=kind) for function in _WITH_TILES}
+    return SimpleNamespace(**only, merge_means=module.merge_means)
+
+
+def poison() -> None:
+    """From now on `torch.empty` gives NaN: what no kernel wrote must not pass for a result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+if __name__ == "__main__":
+    follow_parent()
+    main(sys.argv[1:])
