@@ -207,7 +207,7 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: BlockLists, 
         WrongResultError: it is over twice the error of a plain eager computation in the same number format.
     """
     from diffsparse_kernels import block_sparse_attention
-    from diffsparse_kernels.backends.selftest import Sample, spot_check
+    from diffsparse_kernels.backend.selftest import Sample, spot_check
 
     out, _ = block_sparse_attention(q, k, v, lists, backend=backend)
     error, limit = spot_check(out, Sample("", q, k, v, lists, scale=q.shape[-1] ** -0.5))

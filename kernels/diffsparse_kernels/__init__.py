@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffsparse_kernels.backends.emulated import incoherence, quantise, quantised_attention
+    from diffsparse_kernels.backend.emulated import incoherence, quantise, quantised_attention
     from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError, NoKernelError
     from diffsparse_kernels.functional import (
         attention,
@@ -56,7 +56,7 @@ _HOME = {
     "lists": ("BlockLists", "Boxes"),
     "means": ("block_means", "means_mass", "spread"),
     "registry": ("Choice", "backend_for", "backends", "forget_measurements"),
-    "backends.emulated": ("incoherence", "quantise", "quantised_attention"),
+    "backend.emulated": ("incoherence", "quantise", "quantised_attention"),
     "select": ("select_heads", "select_mass", "select_rows"),
 }
 

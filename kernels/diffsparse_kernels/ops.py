@@ -161,7 +161,7 @@ def eight_bit_attention(
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention in eight bits -> out, lse."""
     check_named("triton", q.device)
-    from diffsparse_kernels.backends.triton.eight_bits import block_sparse_attention as rounded
+    from diffsparse_kernels.backend.triton.eight_bits import block_sparse_attention as rounded
 
     lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
     return rounded(q, k, v, lists, scale, key_mask, precision)

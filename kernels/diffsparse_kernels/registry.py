@@ -12,7 +12,7 @@ import torch
 
 from diffsparse_kernels import measured as cached
 from diffsparse_kernels import trials
-from diffsparse_kernels.backends.triton import tiles
+from diffsparse_kernels.backend.triton import tiles
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.errors import BackendError, NoKernelError
 from diffsparse_kernels.measured import device_name, measured_backend
@@ -28,12 +28,12 @@ class Backend(NamedTuple):
 
 # In this order they are asked. The reference is exact and slow: on a GPU dense attention is the better answer.
 BACKENDS = {
-    "cpu": Backend("diffsparse_kernels.backends.cpu", ("cpu",), ("cpu",)),
-    "gluon": Backend("diffsparse_kernels.backends.gluon.launch", ("cuda",), ("cuda",)),
-    "triton": Backend("diffsparse_kernels.backends.triton.launch", ("cuda", "cpu"), ("cuda", "cpu")),
-    "reference": Backend("diffsparse_kernels.backends.reference", ("cpu", "cuda", "mps", "xpu"), ("cpu", "mps", "xpu")),
-    "flex": Backend("diffsparse_kernels.backends.flex", ("cuda", "cpu")),
-    "flash-attn-4": Backend("diffsparse_kernels.backends.flash4", ("cuda",)),
+    "cpu": Backend("diffsparse_kernels.backend.cpu", ("cpu",), ("cpu",)),
+    "gluon": Backend("diffsparse_kernels.backend.gluon.launch", ("cuda",), ("cuda",)),
+    "triton": Backend("diffsparse_kernels.backend.triton.launch", ("cuda", "cpu"), ("cuda", "cpu")),
+    "reference": Backend("diffsparse_kernels.backend.reference", ("cpu", "cuda", "mps", "xpu"), ("cpu", "mps", "xpu")),
+    "flex": Backend("diffsparse_kernels.backend.flex", ("cuda", "cpu")),
+    "flash-attn-4": Backend("diffsparse_kernels.backend.flash4", ("cuda",)),
 }
 _YOUNG = ("gluon", "triton", "flash-attn-4")  # tried in a process of their own before they are trusted
 _BESIDE = {"gluon": "triton", "flash-attn-4": "triton"}  # who does what these can't

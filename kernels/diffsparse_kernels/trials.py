@@ -102,7 +102,7 @@ def _tried(kernel: str, case: Case, device: torch.device) -> str:
 
 
 def _command(kernel: str, case: Case, device: torch.device) -> list[str]:
-    return ["-m", "diffsparse_kernels.backends.selftest", str(device), kernel, *case.words()]
+    return ["-m", "diffsparse_kernels.backend.selftest", str(device), kernel, *case.words()]
 
 
 def _keep(kernel: str, case: Case, device: torch.device, found: str) -> None:

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import diffsparse_kernels as dk
-import diffsparse_kernels.backends.cpu
+import diffsparse_kernels.backend.cpu
 from diffsparse.cli import main
 from diffsparse_eval import bench, doctor, environment, suites, tune
 from diffsparse_kernels import measured as cached
 from diffsparse_pipelines import progress
 
 CASE = suites.Case(tokens=200, heads=2, head_dim=16, dtype="float32", block=32, sparsities=(0.6,))
-RIGHT = diffsparse_kernels.backends.cpu.block_sparse_attention
+RIGHT = diffsparse_kernels.backend.cpu.block_sparse_attention
 
 
 def run(*arguments: str) -> int:
@@ -58,7 +58,7 @@ def test_a_wrong_kernel_is_not_timed(dtype: str, monkeypatch: pytest.MonkeyPatch
     troubles = bench.Troubles()
     bench.measure(case, "cpu", ["cpu"], 1, troubles)
     assert troubles == bench.Troubles()
-    monkeypatch.setattr(diffsparse_kernels.backends.cpu, "block_sparse_attention", wrong)
+    monkeypatch.setattr(diffsparse_kernels.backend.cpu, "block_sparse_attention", wrong)
     rows = bench.measure(case, "cpu", ["cpu"], 1, troubles)
     assert [row["kind"] for row in rows] == ["dense", "mass"]
     ((entry, reason),) = troubles.failed.items()
@@ -88,7 +88,7 @@ def test_a_wrong_or_broken_backend_costs_its_own_rows_only(
 ) -> None:
     """The first case of two; the other backend and the other case are measured, and the end is an error."""
     out, calls = tmp_path / "rows.csv", iter([kernel])
-    monkeypatch.setattr(diffsparse_kernels.backends.cpu, "block_sparse_attention", lambda *x: next(calls, RIGHT)(*x))  # type: ignore[operator]
+    monkeypatch.setattr(diffsparse_kernels.backend.cpu, "block_sparse_attention", lambda *x: next(calls, RIGHT)(*x))  # type: ignore[operator]
     chosen = ["--backend", "cpu,reference", "--tokens", "100,130", "--out", str(out)]
     assert run("bench", *SMALL, *chosen) == 2
     sparse = [row for row in csv.DictReader(out.read_text().splitlines()) if row["kind"] == "sparse"]
@@ -106,7 +106,7 @@ def test_a_wrong_or_broken_backend_costs_its_own_rows_only(
 
 @pytest.mark.parametrize("name", ["attention", "block_mass"])
 def test_a_backend_without_its_mass_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diffsparse_kernels.backends.cpu, name, broken)
+    monkeypatch.setattr(diffsparse_kernels.backend.cpu, name, broken)
     troubles = bench.Troubles()
     rows = bench.measure(CASE, "cpu", ["cpu"], 1, troubles)
     assert [row["kind"] for row in rows] == ["dense", "sparse", "means"]
@@ -236,7 +236,7 @@ def test_ragged_lists_are_ragged_and_of_the_density_asked_for() -> None:
 
 
 def test_a_foreign_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffsparse_kernels.backends import flex
+    from diffsparse_kernels.backend import flex
 
     monkeypatch.setattr(flex, "_flex", broken)
     troubles = bench.Troubles()
@@ -275,7 +275,7 @@ def test_tuning_and_the_suite_in_the_interpreter(tmp_path: Path) -> None:
 import json, sys
 from diffsparse.cli import main
 from diffsparse_eval import suites, tune
-from diffsparse_kernels.backends.triton.tiles import Tile, tiles_for
+from diffsparse_kernels.backend.triton.tiles import Tile, tiles_for
 suites.SUITES["gpu"] = lambda: [suites.Case(60, 9, 32, "bfloat16", 32, (0.5,), "ragged", "small")]
 tune.HEAD_DIMS = (64,)
 tune.candidates = lambda device, head_dim, block: [Tile(64, 4, 2, "tma"), Tile(32, 4, 2)]

@@ -16,7 +16,7 @@ import torch
 
 from diffsparse_eval.gpu import account, compiling, facts, numerics, stage, table
 from diffsparse_kernels import registry
-from diffsparse_kernels.backends.triton import launch as triton
+from diffsparse_kernels.backend.triton import launch as triton
 from diffsparse_kernels.case import Case
 from support import fakes
 

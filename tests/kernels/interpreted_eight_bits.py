@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import diffsparse_kernels as dk
-from diffsparse_kernels.backends.triton import eight_bits
-from diffsparse_kernels.backends.triton import launch as triton
+from diffsparse_kernels.backend.triton import eight_bits
+from diffsparse_kernels.backend.triton import launch as triton
 from support import exact
 from support.cases import Size
 from support.places import Place

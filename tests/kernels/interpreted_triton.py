@@ -7,7 +7,7 @@ import torch
 
 import diffsparse_kernels as dk
 from diffsparse_kernels import KernelInputError, means
-from diffsparse_kernels.backends.triton import launch as triton
+from diffsparse_kernels.backend.triton import launch as triton
 from support import exact
 from support.cases import KEY_MASKS, MASKS, Size, assert_attention, prefixes, random_boxes, random_mask, seen
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffsparse_kernels as dk
-from diffsparse_kernels.backends import cpu
+from diffsparse_kernels.backend import cpu
 from support import exact
 from support.cases import MASKS, Size, assert_attention, random_boxes, random_mask, seen, uniform_mask
 from support.places import EXACT, Place, places

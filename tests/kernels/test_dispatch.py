@@ -17,7 +17,7 @@ from torch import Tensor
 import diffsparse_kernels as dk
 from diffsparse_kernels import BackendError, KernelInputError, NoKernelError, ops, registry, trials
 from diffsparse_kernels import measured as cached
-from diffsparse_kernels.backends.triton import tiles
+from diffsparse_kernels.backend.triton import tiles
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.measured import device_name
 from support.cases import Size, random_boxes

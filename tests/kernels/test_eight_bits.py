@@ -15,9 +15,9 @@ import torch
 pytest.importorskip("triton")
 
 import diffsparse_kernels as dk
-from diffsparse_kernels.backends.triton import eight_bits
-from diffsparse_kernels.backends.triton import kernels as triton_kernels
-from diffsparse_kernels.backends.triton import launch as triton
+from diffsparse_kernels.backend.triton import eight_bits
+from diffsparse_kernels.backend.triton import kernels as triton_kernels
+from diffsparse_kernels.backend.triton import launch as triton
 from support import aot
 from support.cases import Size, random_boxes, random_mask
 from support.places import Place, gpu_obstacle, moved, repeated

@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("triton")
 
 import diffsparse_kernels as dk
-from diffsparse_kernels.backends.gluon import kernels as gluon_kernels
-from diffsparse_kernels.backends.gluon import launch as gluon
-from diffsparse_kernels.backends.triton import launch as triton
+from diffsparse_kernels.backend.gluon import kernels as gluon_kernels
+from diffsparse_kernels.backend.gluon import launch as gluon
+from diffsparse_kernels.backend.triton import launch as triton
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import mask_pointers

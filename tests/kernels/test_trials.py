@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from diffsparse_kernels import child, means, trials
-from diffsparse_kernels.backends import cpu, reference
-from diffsparse_kernels.backends import selftest as proof
+from diffsparse_kernels.backend import cpu, reference
+from diffsparse_kernels.backend import selftest as proof
 from diffsparse_kernels.case import Case
 from support import trial
 
@@ -100,7 +100,7 @@ def test_the_right_one_is_tried_once_for_each_case(monkeypatch: pytest.MonkeyPat
     for thread in threads:
         thread.join()
     assert trials.verdict("gluon", CASE, CPU) == ""
-    assert ran == [["-m", "diffsparse_kernels.backends.selftest", "cpu", "gluon", *CASE.words()]]
+    assert ran == [["-m", "diffsparse_kernels.backend.selftest", "cpu", "gluon", *CASE.words()]]
     assert trials.verdict("gluon", CASE._replace(masked=True), CPU) == ""
     assert len(ran) == 2
     monkeypatch.setattr(trials, "driver", lambda: "another")

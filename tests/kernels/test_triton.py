@@ -14,10 +14,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from diffsparse_kernels.backends.triton import kernels as triton_kernels
-from diffsparse_kernels.backends.triton import launch as triton
-from diffsparse_kernels.backends.triton import tiles
-from diffsparse_kernels.backends.triton.tiles import Tile
+from diffsparse_kernels.backend.triton import kernels as triton_kernels
+from diffsparse_kernels.backend.triton import launch as triton
+from diffsparse_kernels.backend.triton import tiles
+from diffsparse_kernels.backend.triton.tiles import Tile
 from diffsparse_kernels.case import Case
 from support import aot
 

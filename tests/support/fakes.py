@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from diffsparse_kernels.backends import reference
+from diffsparse_kernels.backend import reference
 from support import trial
 
 hangs, wrong, raises = (

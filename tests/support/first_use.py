@@ -16,7 +16,7 @@ import diffsparse
 import diffsparse_kernels as dk
 from diffsparse_kernels import measured as cached
 from diffsparse_kernels import registry, trials
-from diffsparse_kernels.backends.gluon import launch as gluon
+from diffsparse_kernels.backend.gluon import launch as gluon
 from diffsparse_kernels.case import Case
 from support import tiny_transformers, trial
 

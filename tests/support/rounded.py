@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import diffsparse_kernels as dk
-from diffsparse_kernels.backends.triton import eight_bits
+from diffsparse_kernels.backend.triton import eight_bits
 from support import exact
 from support.cases import Size, random_mask
 from support.places import Place

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsparse_kernels.backends import reference
-from diffsparse_kernels.backends import selftest as proof
+from diffsparse_kernels.backend import reference
+from diffsparse_kernels.backend import selftest as proof
 
 right = reference.block_sparse_attention
 

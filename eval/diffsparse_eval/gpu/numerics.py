@@ -13,9 +13,9 @@ from torch import Tensor
 
 from diffsparse_eval.gpu.stage import Options, Row, Talk
 from diffsparse_kernels import registry
-from diffsparse_kernels.backends.selftest import KERNELS, compute, examine, kernel_of, poison, samples
-from diffsparse_kernels.backends.triton import launch as triton
-from diffsparse_kernels.backends.triton.tiles import Copy, tiles_for
+from diffsparse_kernels.backend.selftest import KERNELS, compute, examine, kernel_of, poison, samples
+from diffsparse_kernels.backend.triton import launch as triton
+from diffsparse_kernels.backend.triton.tiles import Copy, tiles_for
 from diffsparse_kernels.case import Case
 
 LAUNCHES = 50
@@ -163,8 +163,8 @@ def _choose(case: Case, device: torch.device) -> Row:
 
 
 def _eight_bits(options: Options, talk: Talk) -> None:
-    from diffsparse_kernels.backends import reference
-    from diffsparse_kernels.backends.triton.eight_bits import block_sparse_attention
+    from diffsparse_kernels.backend import reference
+    from diffsparse_kernels.backend.triton.eight_bits import block_sparse_attention
 
     def measure(precision: str, case: Case) -> Row:
         worst, equal = 0.0, True

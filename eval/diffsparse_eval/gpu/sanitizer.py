@@ -25,7 +25,7 @@ def run(job: str, options: Options, talk: Talk) -> None:
         return talk.row(kernel="all", shape="", verdict="left out", why="compute-sanitizer is not installed")
     kernel, *words = job.split("|")
     for tool in _TOOLS:
-        command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m", "diffsparse_kernels.backends.selftest"]
+        command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m", "diffsparse_kernels.backend.selftest"]
         command += [options.device, kernel, *words]
         with talk.patience(talk.left):
             talk.attempt(f"{kernel}, {tool}", " ".join(words), partial(_run, command, talk))

@@ -16,8 +16,8 @@ from diffsparse_eval.gpu.stage import Options, Row, Talk, label
 from diffsparse_eval.suites import Case
 from diffsparse_eval.timing import in_turns
 from diffsparse_kernels import BlockLists, select_heads, select_rows
-from diffsparse_kernels.backends.selftest import Sample, kernel_of, spot_check
-from diffsparse_kernels.backends.triton.launch import merge_means
+from diffsparse_kernels.backend.selftest import Sample, kernel_of, spot_check
+from diffsparse_kernels.backend.triton.launch import merge_means
 from diffsparse_kernels.case import Case as KernelCase
 from diffsparse_kernels.case import Kind
 

@@ -9,9 +9,9 @@ from functools import partial
 from diffsparse_eval.gpu.stage import Options, Row, Talk
 from diffsparse_eval.suites import Case
 from diffsparse_eval.timing import in_turns
-from diffsparse_kernels.backends.selftest import Sample, spot_check
-from diffsparse_kernels.backends.triton import launch as triton
-from diffsparse_kernels.backends.triton.tiles import HEAD_DIMS, Tile, tiles_for
+from diffsparse_kernels.backend.selftest import Sample, spot_check
+from diffsparse_kernels.backend.triton import launch as triton
+from diffsparse_kernels.backend.triton.tiles import HEAD_DIMS, Tile, tiles_for
 
 _SHAPE = (8192, 8)  # tokens, heads
 _DENSITY = 0.3

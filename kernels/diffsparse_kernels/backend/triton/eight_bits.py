@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsparse_kernels.backends.triton import kernels
-from diffsparse_kernels.backends.triton import launch as triton
-from diffsparse_kernels.backends.triton.tiles import Tile, tiles_for
+from diffsparse_kernels.backend.triton import kernels
+from diffsparse_kernels.backend.triton import launch as triton
+from diffsparse_kernels.backend.triton.tiles import Tile, tiles_for
 from diffsparse_kernels.case import copyable
 from diffsparse_kernels.errors import BackendError
 from diffsparse_kernels.lists import BlockLists, blocks_of

@@ -16,8 +16,8 @@ import triton
 from torch import Tensor
 
 from diffsparse_kernels import trials
-from diffsparse_kernels.backends.triton import kernels
-from diffsparse_kernels.backends.triton.tiles import HEAD_DIMS, Copy, Tile, tiles_for
+from diffsparse_kernels.backend.triton import kernels
+from diffsparse_kernels.backend.triton.tiles import HEAD_DIMS, Copy, Tile, tiles_for
 from diffsparse_kernels.case import DENSE_BLOCKS, Case
 from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of

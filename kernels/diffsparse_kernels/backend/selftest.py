@@ -1,4 +1,4 @@
-"""A kernel beside the reference in float64 on this device: `python -m diffsparse_kernels.backends.selftest`.
+"""A kernel beside the reference in float64 on this device: `python -m diffsparse_kernels.backend.selftest`.
 
 Run by `trials.py` in a process of its own, for what it tries may hang or crash. Tolerances come from the data: twice
 the error of the same computation in plain torch with every step rounded to the inputs' dtype.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffsparse_kernels import means
-from diffsparse_kernels.backends import reference
+from diffsparse_kernels.backend import reference
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.child import follow_parent, say
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of

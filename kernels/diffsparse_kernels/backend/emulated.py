@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffsparse_kernels.backends.reference import _join, _strips
+from diffsparse_kernels.backend.reference import _join, _strips
 from diffsparse_kernels.errors import KernelInputError
 from diffsparse_kernels.functional import _check, _check_lists, _scale
 from diffsparse_kernels.lists import BlockLists, blocks_of

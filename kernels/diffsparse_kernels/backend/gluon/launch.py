@@ -16,9 +16,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from diffsparse_kernels.backends.gluon import kernels
-from diffsparse_kernels.backends.triton import launch as triton
-from diffsparse_kernels.backends.triton.tiles import HEAD_DIMS
+from diffsparse_kernels.backend.gluon import kernels
+from diffsparse_kernels.backend.triton import launch as triton
+from diffsparse_kernels.backend.triton.tiles import HEAD_DIMS
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
 from diffsparse_kernels.masks import mask_pointers
