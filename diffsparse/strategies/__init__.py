@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from diffsparse.errors import ConfigError, UnknownNameError, closest
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Site
 from diffsparse.strategies.adaspa import AdaSpa
 from diffsparse.strategies.compensated import Compensated
 from diffsparse.strategies.dense import Dense

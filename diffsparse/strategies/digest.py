@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.orders.order import check_order
+from diffsparse.orders.named import check_order
 from diffsparse.schedule import exact
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Blocks, Site
+from diffsparse.site.record import MASS_PASS
 from diffsparse.strategies.blocks import with_text
 from diffsparse.strategies.online import OnlineSearch
-from diffsparse.strategies.work import MASS_PASS, Outline
+from diffsparse.strategies.work import Outline
 from diffsparse_kernels import block_means, select_heads, spread
 
 _LEAST = 1e-3  # of the blocks, beside the best of each row
@@ -69,7 +70,7 @@ class Digest(OnlineSearch):
         lasts = self._lasts(site.steps, site.memory["first"])
         site.memory.pop("missing", None)
         if lasts:
-            missing = (out - site.product(q, k, v, site.memory["lists"], means=True)).bfloat16()
+            missing = (out - site.compare(q, k, v, Blocks(site.memory["lists"], means=True))).bfloat16()
             site.memory["missing"] = _Missing(*self._affordable(missing, site), site.step + lasts)
         return out
 
@@ -79,8 +80,8 @@ class Digest(OnlineSearch):
         if missing is not None and site.step > missing.until:
             missing = None
             del site.memory["missing"]
-        plus = None if missing is None else missing.rows_of(q.shape[2])
-        return site.sparse(q, k, v, site.memory["lists"], means=True, plus=plus)
+        residual = None if missing is None else missing.rows_of(q.shape[2])
+        return site.sparse(q, k, v, Blocks(site.memory["lists"], means=True, residual=residual))
 
     def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The blocks of the layer whose means lack the most, bool [B, H, nQ, nK]."""
@@ -128,7 +129,7 @@ class Digest(OnlineSearch):
         group = math.ceil(min(wanted / self.memory, self.block)) if self.memory else self.block
         if group <= 1:
             return missing, 1
-        site.note(
+        site.record.note = (
             f"Digest keeps what is missing as means over {group} tokens: all of it wants {wanted:.1f} GiB a sample"
         )
         return block_means(missing, group), group

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.orders.order import RASTER, check_order
-from diffsparse.site.place import Site
+from diffsparse.orders.named import RASTER, check_order
+from diffsparse.site.compute import Site
+from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_share, keep_count, row_density
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists, default_block, select_rows
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Strategy):
     """Random key blocks, as many in each query row as the sparsity allows: what every method must beat.
 
     sparsity: share of blocks dropped, in [0, 1). Blocks that hold text are always kept.

@@ -103,7 +103,7 @@ def test_means_count_as_work(sparsity: float) -> None:
     strategy = Digest(sparsity, block=BLOCK)
     strategy.observe(q, k, v, here)
     strategy.attend(q, k, v, here)
-    assert float(here._record.density) == pytest.approx(1 - sparsity, abs=0.01)
+    assert float(here.record.density) == pytest.approx(1 - sparsity, abs=0.01)
 
 
 def apart(x: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def test_what_is_missing_is_added_until_it_is_old() -> None:
     torch.testing.assert_close(later, other + (dense - plain).bfloat16())
     last = site(layout, 8, steps=15, memory=memory)
     torch.testing.assert_close(strategy.attend(q + 1, k, v, last), exact_attention(q + 1, k, v))
-    assert last._record.kind == "search", "dense again"
+    assert last.record.kind == "search", "dense again"
 
 
 def test_what_is_missing_outlives_a_search_and_is_dropped_when_old() -> None:
@@ -227,7 +227,7 @@ def test_a_dense_step_that_a_step_cache_skipped_comes_with_the_next_call() -> No
     for step, kind in ((7, "sparse"), (10, "search"), (11, "sparse")):
         here = site(layout, step, steps=15, memory=memory)
         strategy.attend(q, k, v, here)
-        assert here._record.kind == kind
+        assert here.record.kind == kind
 
 
 def test_on_the_twin_it_is_closer_to_dense_than_adaspa_at_equal_work() -> None:
@@ -251,7 +251,7 @@ def test_little_memory_keeps_means_over_neighbours(share: float, group: int) -> 
     strategy = Digest(0.8, block=BLOCK, memory=share * 2 * q.numel() / 2**30)
     here = site(layout, 2, steps=15, memory=memory)
     dense = strategy.observe(q, k, v, here)
-    assert (f"means over {group} tokens" in here._record.note) == (group > 1)
+    assert (f"means over {group} tokens" in here.record.note) == (group > 1)
     plain, _ = kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)
     got = strategy.attend(q, k, v, site(layout, 3, steps=15, memory=memory))
     want = torch.cat([part.mean(2, keepdim=True).expand_as(part) for part in (dense - plain).split(group, 2)], 2)
