@@ -9,7 +9,7 @@ from torch import Tensor
 def place_on_curve(cells: Tensor) -> Tensor:
     """Position of each cell [M, 3] on the Hilbert curve through the smallest cube of a power of two, int64 [M].
 
-    Skilling, "Programming the Hilbert curve" (2004). Cells of a box that is no such cube keep the curve's order, with
+    Skilling, "Programming the Hilbert curve" (2004). Cells of any other box keep the curve's order, with
     jumps where it leaves the box.
     """
     bits = max(int(cells.max()).bit_length(), 1)

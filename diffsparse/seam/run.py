@@ -374,8 +374,8 @@ class Run(ModelHook):  # type: ignore[misc]
         """The strategy's answer, or dense attention where the schedule, the model or the kernels leave no choice."""
         q, k, v = call.query, call.key, call.value
         if self.schedule.is_dense(site.step, site.steps, layer.index, len(self.layers)):
-            last_dense = site.step == self.schedule.bounds(site.steps)[0] - 1
-            if not (self.strategy.observes and last_dense) or self.schedule.excludes(layer.index, len(self.layers)):
+            last_dense = site.step == self.schedule.last_dense(site.steps)
+            if not (last_dense and self.strategy.observes) or self.schedule.excludes(layer.index, len(self.layers)):
                 return site.dense(q, k, v, reason="schedule")
             method = self.strategy.observe
         else:

@@ -53,10 +53,10 @@ class DenseBackend(NamedTuple):
 
 def multiply(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site) -> tuple[Tensor, Tensor]:
     """Output [B, H, N, D] and LSE [B, H, N] of a sparse product, tokens as the lists count them."""
-    rest: dict[str, Any] = {"scale": site.scale, "key_mask": site.key_mask, "means": blocks.means}
+    lists, scale, keys, means = blocks.lists, site.scale, site.key_mask, blocks.means
     if blocks.bits < 16:
-        return kernels.quantised_attention(q, k, v, blocks.lists, bits=blocks.bits, **rest)
-    return kernels.block_sparse_attention(q, k, v, blocks.lists, boxes=blocks.boxes, **rest)
+        return kernels.quantised_attention(q, k, v, lists, bits=blocks.bits, scale=scale, key_mask=keys, means=means)
+    return kernels.block_sparse_attention(q, k, v, lists, scale=scale, key_mask=keys, boxes=blocks.boxes, means=means)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Site(Place):
     key_mask: which tokens may be attended to: bool [B, N], or [B, H, N] where the tokens' order differs by head.
     strict: raise instead of falling back to dense attention.
     means: dropped blocks stand as their means in every product, whatever its `Blocks` say.
-    product: computes sparse products; whoever wraps a strategy may put a function of its own here.
+    product: computes sparse products; a wrapper may put a function of its own here.
     """
 
     memory: dict[str, Any]

@@ -18,7 +18,7 @@ _NO_HOLDERS = (type, ModuleType, FunctionType, torch.nn.Module)  # their tensors
 
 @dataclass
 class Sums:
-    """What a report adds up over calls. Some sums stay on the device, where the numbers are: nobody waits for them."""
+    """What a report adds up over calls. Some sums stay on the device, where the numbers are: no call waits for them."""
 
     calls: int = 0
     density: Number = 0.0

@@ -18,15 +18,24 @@ _NONE_YET = "no self-attention call yet"
 class Report:
     """Summary of the last pipeline call; of its last window, if the pipeline makes a long video in windows.
 
-    density counts every self-attention call (dense = 1), sparse_density the sparse ones alone; work counts every pass
-    over the keys: density, and what searches compute beside it, a mass pass as half a dense one. recall is the mean
-    softmax mass that the chosen blocks held when they were chosen; attention_seconds is the time inside
-    self-attention; memory_bytes is what the strategy keeps between steps (masks, LSE), or kept at the end; fallbacks
-    are the dense calls that nobody planned, by reason, and passed_over the calls that a faster backend of this device
-    did not take, by the reason. Where a strategy chooses by head, modes is the share of heads in each mode, over
-    all calls in which it chose, and heads the modes of a layer's heads, by layer and step. notes is what
-    else the strategy has to say. calls lists single calls: of a loop whose length is unknown the last ones alone, as do
-    heads and `table`, and all other numbers count the whole run.
+    strategy: as Python writes it.
+    modules: attention modules that were adopted.
+    steps, dense_steps: denoising steps, and those without any sparse call.
+    density: mean over all self-attention calls, dense ones as 1.
+    sparse_density: mean over the sparse calls; None if there was none.
+    dense_calls, sparse_calls: their numbers.
+    recall: mean softmax mass that the chosen blocks held when they were chosen; None if none were.
+    backends: calls by what computed them.
+    fallbacks: dense calls that were not planned, by reason.
+    attention_seconds: time inside self-attention.
+    memory_bytes: what the strategy keeps between steps (masks, LSE), or kept at the end.
+    modes: share of heads in each mode over all calls, where a strategy chooses by head.
+    heads: modes of a layer's heads, by layer and step.
+    notes: what else the user should know.
+    passed_over: calls that a faster back end of this device did not take, by reason.
+    work: every pass over the keys: density, and what searches compute beside it, a mass pass as half a dense one.
+    calls: the single calls. Of a loop of unknown length the last ones alone, as in `heads` and `table`; all other
+        numbers count the whole run.
     """
 
     strategy: str

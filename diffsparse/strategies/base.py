@@ -127,7 +127,7 @@ class Attending(Protocol):
 
 
 class Foreign(Strategy):
-    """An object that is no `Strategy` but has `attend`. What else it has of a strategy is used, the rest is default."""
+    """Makes a strategy of an object that has `attend`. What else it has of a strategy is used, the rest is default."""
 
     def __init__(self, inner: Attending) -> None:
         self.inner = inner

@@ -1,4 +1,4 @@
-"""The control: blocks drawn by lot."""
+"""The control: random blocks."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class Random(Strategy):
     def _draw(self, q: Tensor, site: Site) -> BlockLists:
         n = site.layout.blocks(self.block)
         # Drawn on the CPU, so that every device gets the same blocks.
-        lot = torch.Generator().manual_seed(self.seed * 1_000_003 + site.index)
-        scores = torch.rand(1, q.shape[1] * site.shard.degree, n, n, generator=lot)  # of all ranks, so that each
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + site.index)
+        scores = torch.rand(1, q.shape[1] * site.shard.degree, n, n, generator=generator)  # of all ranks, so that each
         scores = site.shard.own(scores, 1).to(q.device)  # head gets its own, [1, H, nQ, nK]
         mask = select_rows(scores, keep_count(self.sparsity, n), site.layout.text_sink(self.block, q.device))
         tokens = site.layout.tokens

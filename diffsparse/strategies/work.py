@@ -1,4 +1,4 @@
-"""What the steps of a run compute, told before it runs. The unit of work is one dense pass of attention.
+"""What the steps of a run compute, known before it runs. The unit of work is one dense pass of attention.
 
 AdaSpa's run (arXiv 2502.21079) of T steps, of which w are dense, is w + 1/2 + (T - w) d + r/2: the pass that sums
 masses has one product of two, and each of r later searches needs one.

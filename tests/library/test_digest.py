@@ -185,7 +185,7 @@ def test_counts_are_those_of_exact_arithmetic(percent: int) -> None:
         assert keep_count(sparsity, steps) == max(1, ((100 - percent) * steps + 50) // 100)
 
 
-def test_what_is_missing_is_added_until_it_is_old() -> None:
+def test_the_residual_is_added_until_it_is_old() -> None:
     layout, memory = Layout(4, 4, 5), {}
     q, k, v = (torch.randn(1, 2, layout.tokens, 16) for _ in range(3))
     strategy = Digest(0.8, block=BLOCK)
@@ -202,20 +202,20 @@ def test_what_is_missing_is_added_until_it_is_old() -> None:
     assert last.record.kind == "search", "dense again"
 
 
-def test_what_is_missing_outlives_a_search_and_is_dropped_when_old() -> None:
+def test_the_residual_outlives_a_search_and_is_dropped_when_old() -> None:
     layout, memory = Layout(4, 4, 5), {}
     q, k, v = (torch.randn(1, 2, layout.tokens, 16) for _ in range(3))
     strategy = Digest(0.9, block=4)
     assert strategy.search_steps(15, 2) == {5: False}
     dense = strategy.observe(q, k, v, site(layout, 2, steps=15, memory=memory))
-    missing = (dense - kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)[0]).bfloat16()
-    assert memory["missing"].nbytes == 2 * q.numel()
+    residual = (dense - kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)[0]).bfloat16()
+    assert memory["residual"].nbytes == 2 * q.numel()
     for step in (5, 8, 9):
         out = strategy.attend(2 * q, k, v, site(layout, step, steps=15, memory=memory))
         plain, _ = kernels.block_sparse_attention(2 * q, k, v, memory["lists"], means=True)
-        torch.testing.assert_close(out, plain + missing if step < 9 else plain)
+        torch.testing.assert_close(out, plain + residual if step < 9 else plain)
     assert memory["searched"] == 5
-    assert "missing" not in memory
+    assert "residual" not in memory
 
 
 def test_a_dense_step_that_a_step_cache_skipped_comes_with_the_next_call() -> None:
@@ -256,7 +256,7 @@ def test_little_memory_keeps_means_over_neighbours(share: float, group: int) -> 
     got = strategy.attend(q, k, v, site(layout, 3, steps=15, memory=memory))
     want = torch.cat([part.mean(2, keepdim=True).expand_as(part) for part in (dense - plain).split(group, 2)], 2)
     torch.testing.assert_close(got, plain + want, atol=2**-8 * float(want.abs().max()), rtol=0)
-    assert memory["missing"].nbytes == 2 * 2 * math.ceil(layout.tokens / group) * 16
+    assert memory["residual"].nbytes == 2 * 2 * math.ceil(layout.tokens / group) * 16
 
 
 def test_a_call_that_falls_back_to_dense_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

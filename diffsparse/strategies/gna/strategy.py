@@ -21,7 +21,7 @@ from diffsparse.strategies.gna.windows import Cells, Flags, Tiling, fit, fit_spa
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists, Boxes, default_block
 
-_EVERYWHERE = 2**31 - 1  # up to here, for who sees all
+_EVERYWHERE = 2**31 - 1  # the upper end of a box that hides nothing
 
 
 @dataclass(frozen=True)

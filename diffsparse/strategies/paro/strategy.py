@@ -36,7 +36,7 @@ class PARO(Planned):
     plan: settings `sparsity`, `block`, `orders` (names), `groups`, `bits` (of both products); for each layer `orders`,
         uint8 [H], and `masks`, bits of bool [groups, H, n, n] over the n blocks of the video. Below 16 bits queries,
         keys, values and softmax weights are rounded block by block (emulated: exact and slow), and `incoherence`,
-        float32 [raster or own order, `MEASURED`, H], tells how hard that was.
+        float32 [raster or own order, `MEASURED`, H], how hard that was.
     """
 
     needs_grid = True
