@@ -12,7 +12,7 @@ from torch import Tensor
 import diffsparse
 from diffsparse import AdaSpa, Dense, Layout, Random, Schedule
 from diffsparse.errors import ConfigError, PlanError
-from diffsparse.insight import calibration as calibrate
+from diffsparse.insight.calibration import calibrate
 from diffsparse.insight import inspection
 from diffsparse.insight.inspection import Inspector, best_recall, looks
 from diffsparse.orders.choice import candidates, most_alike

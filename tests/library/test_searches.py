@@ -11,7 +11,7 @@ import torch
 import diffsparse
 from diffsparse import PARO, Schedule, SparseVDiT
 from diffsparse.errors import ConfigError, PlanError
-from diffsparse.insight import calibration as calibrate
+from diffsparse.insight.calibration import calibrate
 from diffsparse.strategies.paro import PAROSearch
 from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
 from support.tiny_pipelines import BUILDERS, ODD, run
