@@ -22,9 +22,11 @@ from diffsparse.guidance.preset import Preset
 from diffsparse.orders.layout import Layout
 from diffsparse.seam.call import Call
 from diffsparse.seam.clock import Moment
+from diffsparse.seam.hooks import run_of
 from diffsparse.seam.models import argument_names, spec_of
-from diffsparse.seam.patch import attach, detach, entrances_of, models_of, run_of
+from diffsparse.seam.patch import attach, detach
 from diffsparse.seam.run import Layer, Run
+from diffsparse.seam.targets import entrances_of, models_of
 
 _ASIDE = "+perturbed"  # what the branch of an extra pass is called, after that of the pass it repeats
 
@@ -342,14 +344,14 @@ class Guide:
     def _aside(self, model: torch.nn.Module, moment: Moment) -> Iterator[None]:
         """Within: heads are perturbed, the clock stands still, and each cache sees a branch of its own."""
         context = self.run.context.current
-        self.busy, self.run.aside = True, moment._replace(branch=moment.branch + _ASIDE)
+        self.busy, self.run.extra_pass = True, moment._replace(branch=moment.branch + _ASIDE)
         if context is not None:
             _set_context(model, _renamed(context))
         try:
             with _own_states(model, self.tally.states):
                 yield
         finally:
-            self.busy, self.run.aside = False, None
+            self.busy, self.run.extra_pass = False, None
             if context is not None:
                 _set_context(model, context)
 

@@ -17,7 +17,7 @@ from diffsparse.guidance.objectives import Frames, Objective
 from diffsparse.guidance.preset import Preset
 from diffsparse.insight.calibration import partial
 from diffsparse.plans.plan import fingerprints
-from diffsparse.seam.patch import models_of
+from diffsparse.seam.targets import models_of
 
 Pair = tuple[str, int]  # prompt and seed
 Render = Callable[[Sequence[Pair]], Sequence[Frames]]

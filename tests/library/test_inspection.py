@@ -12,8 +12,8 @@ from torch import Tensor
 import diffsparse
 from diffsparse import AdaSpa, Dense, Layout, Random, Schedule
 from diffsparse.errors import ConfigError, PlanError
-from diffsparse.insight.calibration import calibrate
 from diffsparse.insight import inspection
+from diffsparse.insight.calibration import calibrate
 from diffsparse.insight.inspection import Inspector, best_recall, looks
 from diffsparse.orders.choice import candidates, most_alike
 from diffsparse.orders.named import AXES, permutation
