@@ -18,7 +18,7 @@ from diffsparse.seam.models import Inputs, argument_names, patch_of, spec_of
 from diffsparse.seam.parallel import shard_of
 from diffsparse.seam.run import Run
 from diffsparse.seam.targets import all_attentions, attentions, bound_processors
-from diffsparse.strategies import Strategy
+from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.dense import Dense
 from diffsparse.wrappers import class_of, unwrapped
 

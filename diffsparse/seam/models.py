@@ -1,7 +1,7 @@
 """The table of model classes: where text stands, and how to read the token grid. Add a model here, by a row of `SPECS`.
 
 A transformer of Diffusers that ends in scaled-dot-product attention needs no row if its self-attention is over the
-tokens of one latent alone, and the latent's axes can't be confused. Any other needs one `ModelSpec` under its class's
+tokens of one latent alone, and the latent's axes can't be confused. Others need one `ModelSpec` under its class's
 name: the side of its text, and which of the readers below (or a new one) fits the arguments of its `forward`.
 """
 
