@@ -52,14 +52,30 @@ def looks(strategy: Any, schedule: Schedule, steps: int, count: int) -> frozense
 
 
 class Inspector:
-    """A strategy that lets another one run, and looks at some of its calls.
+    """A strategy that lets another one run, and measures some of its calls.
 
-    At the steps to look at, every layer's attention is computed once more for its log-sum-exp, and once for each order
+    At the sampled steps, every layer's attention is computed once more for its log-sum-exp, and once for each order
     for its block masses. What is kept are sums on the CPU: no map of tokens, and block maps of at most `CELLS` a side.
 
-    strategy: the one that runs. steps: at which to look. orders: candidates; raster order is always among them.
-    sparsity: at which recall is measured. block: edge of a block in tokens, None for the machine's default. layers:
-        which self-attention layers, by number in the order of running; None for all.
+    >>> from diffsparse import AdaSpa, Inspector, apply
+    >>> inspector = Inspector(AdaSpa(sparsity=0.8), steps={1, 3})
+    >>> with apply(pipe, inspector):
+    ...     video = pipe("a red ball").frames[0]
+    >>> for view in inspector.views():
+    ...     print(view.layer, view.best)  # the order of most recall for each head
+    blocks.0.attn1 (...)
+    blocks.1.attn1 (...)
+
+    Args:
+        strategy: the one that runs.
+        steps: sampled ones, from 0.
+        orders: candidates; raster order is always among them.
+        sparsity: at which recall is measured.
+        block: edge of a block in tokens, None for the machine's default.
+        layers: which self-attention layers, by number in the order of running; None for all.
+
+    Raises:
+        ConfigError: an order that is none.
     """
 
     def __init__(
@@ -151,7 +167,7 @@ class Inspector:
             self._add(site, what, _pooled(x), (count, *_pooled(x).shape[1:]), heads)
 
     def _add(self, site: Site, what: str, value: Tensor, shape: tuple[int, ...], at: Any) -> None:
-        self.sums.add(site, what, value, shape, at)
+        self.sums.layer(site.model, site.layer, site.layout).add(what, value, shape, at)
 
     def views(self) -> list[LayerView]:
         """What was found, layer by layer."""
@@ -169,13 +185,19 @@ _PARTS = ("recall", "mass", "held", "density", "looks", "own", "kept")
 
 @dataclass(frozen=True, eq=False)
 class LayerView:
-    """One self-attention layer, means over looks, samples and branches.
+    """One self-attention layer: means over sampled steps, samples and branches.
 
-    number: in the order of running. orders: candidates. recall: mass in the best blocks of each row, in each order,
-    [orders, H]. mass: block maps in each order, [orders, H, c, c], 1 where attention would be uniform.
-    own_orders: the strategy's order of each head. chosen, density: mass that its blocks hold, and their share of all,
-    [H]; own, kept: block maps in its order, and the share of the time that a block is computed, [H, c, c]. These are
-    None where it never got to run.
+    model: name of the transformer in the pipeline.
+    layer: name of the attention module in the transformer.
+    number: of the layer, in the order of running.
+    orders: candidates.
+    recall: mass in the best blocks of each row, in each order, [orders, H].
+    mass: block maps in each order, [orders, H, c, c], 1 where attention would be uniform.
+    own_orders: the strategy's order of each head.
+    chosen: mass that the strategy's blocks hold, [H]; None, as all that follows, if it didn't choose at these steps.
+    density: their share of all blocks, [H].
+    own: block maps in the strategy's order, [H, c, c].
+    kept: share of the calls in which a block is computed, [H, c, c].
     """
 
     model: str

@@ -12,8 +12,8 @@ from torch import Tensor
 import diffsparse
 from diffsparse import AdaSpa, Dense, Layout, Random, Schedule
 from diffsparse.errors import ConfigError, PlanError
-from diffsparse.insight import calibration as calibrate
 from diffsparse.insight import inspection
+from diffsparse.insight.calibration import calibrate
 from diffsparse.insight.inspection import Inspector, best_recall, looks
 from diffsparse.orders.order import AXES, HeadOrders, candidates, most_alike, permutation
 from diffsparse.site.place import Site

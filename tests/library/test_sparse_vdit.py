@@ -16,7 +16,7 @@ from torch import Tensor
 import diffsparse
 from diffsparse import Layout, Schedule, SparseVDiT
 from diffsparse.errors import ConfigError
-from diffsparse.insight import calibration as calibrate
+from diffsparse.insight.calibration import calibrate
 from diffsparse.orders.order import permutation
 from diffsparse.plans.plan import Plan
 from diffsparse.plans.sums import Sums
