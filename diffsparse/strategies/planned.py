@@ -17,6 +17,7 @@ from diffsparse.orders.layout import Layout
 from diffsparse.plans.hub import Shared
 from diffsparse.plans.plan import REMEDY, Plan
 from diffsparse.plans.sealed import Values
+from diffsparse.strategies.base import Models, Strategy
 from diffsparse.wrappers import plain_path
 
 FILE = "plan.safetensors"
@@ -86,7 +87,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Planned(Shared):
+class Planned(Strategy, Shared):
     """A strategy that is a plan: how it is loaded, checked, saved and shared.
 
     Subclasses say whose plans they read in `_plan_of`, which settings these need in `_needed`, what settings have to be
@@ -105,6 +106,8 @@ class Planned(Shared):
             raise PlanError(f"wanted a plan of strategy {self._plan_of!r}; got one of {self.plan.strategy!r}")
         self._check_settings()
         self._check_tensors()
+        object.__setattr__(self, "sparsity", float(self.plan.settings["sparsity"]))
+        object.__setattr__(self, "block", int(self.plan.settings["block"]))
 
     def _check_settings(self) -> None:
         """All settings that are needed are there, none is unknown, and each makes sense."""
@@ -148,20 +151,10 @@ class Planned(Shared):
     def _parts(self, settings: Values, layout: Layout) -> dict[str, Part]:
         """The tensors of a layer, by the end of their names."""
 
-    @property
-    def sparsity(self) -> float:
-        """Share of blocks that the search was asked to drop."""
-        return float(self.plan.settings["sparsity"])
-
-    @property
-    def block(self) -> int:
-        """Edge of a block in tokens."""
-        return int(self.plan.settings["block"])
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.plan.settings}, plan {self.plan.digest})"
 
-    def check(self, models: dict[str, torch.nn.Module]) -> None:
+    def check(self, models: Models) -> None:
         """Called by `diffsparse.apply`: raise PlanError if the plan is another model's, or of other heads."""
         self.plan.check_models(models)
         modules = {
@@ -173,10 +166,6 @@ class Planned(Shared):
             have, want = parts[what].heads(tensor), _heads_of(modules.get(layer))
             if want is not None and have != want:
                 raise PlanError(f"the plan has {have} heads in {layer!r}, where the model has {want}; {REMEDY}")
-
-    @abstractmethod
-    def facts(self) -> dict[str, str]:
-        """What the search found, in a few words by name."""
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffsparse.plans.sealed import Values
 from diffsparse.plans.sums import LayerSums, Sums
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Site
+from diffsparse.strategies.base import Strategy
 
 
 class Search(Protocol):
@@ -23,7 +24,7 @@ class Search(Protocol):
     strategy: ClassVar[str]
     passes: ClassVar[int]
 
-    def watcher(self, number: int, sums: Sums) -> object:
+    def watcher(self, number: int, sums: Sums) -> Strategy:
         """The strategy that runs in pass `number`; it adds to `sums` what it sees."""
 
     def plan(self, sums: Sums) -> tuple[Values, dict[str, Tensor]]:
@@ -31,7 +32,7 @@ class Search(Protocol):
 
 
 @dataclass(frozen=True)
-class Watcher:
+class Watcher(Strategy):
     """Runs dense and shows each call to `watch(q, k, lse, site)`."""
 
     watch: Callable[[Tensor, Tensor, Tensor, Site], None]

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.orders.order import AXES, HeadOrders, check_order
+from diffsparse.orders.named import AXES, check_order
+from diffsparse.orders.per_head import HeadOrders
 from diffsparse.plans.sealed import Values
 from diffsparse.plans.sums import Sums
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Site
+from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_count, check_share, keep_count
 from diffsparse.strategies.paro.strategy import MOST_ORDERS, pack
 from diffsparse.strategies.planned import group_of
@@ -89,7 +91,7 @@ class PAROSearch:
         for name in ("groups", "looks"):
             check_count(name, getattr(self, name))
 
-    def watcher(self, number: int, sums: Sums) -> Watcher:
+    def watcher(self, number: int, sums: Sums) -> Strategy:
         """Scores orders in the first pass, sums masses in the second."""
         if number == 0:
             return Watcher(partial(self._score, sums))

@@ -16,7 +16,8 @@ from torch import Tensor
 from diffsparse.errors import ConfigError
 from diffsparse.plans.sealed import Values
 from diffsparse.plans.sums import Sums
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Site
+from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_count, check_number, check_share, keep_count
 from diffsparse.strategies.planned import group_of
 from diffsparse.strategies.search import Watcher, is_sampled, sums_of
@@ -92,7 +93,7 @@ class SparseVDiTSearch:
         if self.groups is not None:
             check_count("groups", self.groups)
 
-    def watcher(self, number: int, sums: Sums) -> Watcher | _Follower:
+    def watcher(self, number: int, sums: Sums) -> Strategy:
         """Sums up the mass of key blocks in the first pass, chooses and follows in the second."""
         if number == 0:
             return Watcher(partial(self._sum, sums))
@@ -151,7 +152,7 @@ class SparseVDiTSearch:
 
 
 @dataclass(frozen=True)
-class _Follower:
+class _Follower(Strategy):
     """Computes every mode at every call, chooses for each head, and goes on with what it chose."""
 
     search: SparseVDiTSearch
@@ -171,7 +172,7 @@ class _Follower:
         """All heads in one mode."""
         modes = torch.full((q.shape[1],), mode)
         columns = sums_of(self.sums, site).get("columns")
-        orders, layout = head_orders(modes, site.layout, q.device), site.text_last().layout
+        orders, layout = head_orders(modes, site.layout, q.device), site.layout.text_last()
         lists = head_lists(modes, columns, layout, self.search.sparsity, self.search.block, q.device)
         q, k, v, keys = *(orders.apply(x) for x in (q, k, v)), orders.keys(site.key_mask)
         return orders.undo(block_sparse_attention(q, k, v, lists, scale=site.scale, key_mask=keys)[0])
