@@ -12,7 +12,9 @@ import torch
 
 from diffsparse.guidance.hooks import Guide
 from diffsparse.guidance.preset import Preset
-from diffsparse.seam.patch import attach, detach, entrances_of, models_of, run_of
+from diffsparse.seam.hooks import run_of
+from diffsparse.seam.patch import attach, detach
+from diffsparse.seam.targets import entrances_of, models_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

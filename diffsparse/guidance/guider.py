@@ -17,8 +17,10 @@ from diffsparse.orders.layout import Layout
 from diffsparse.plans.sealed import Values
 from diffsparse.seam.call import Call
 from diffsparse.seam.clock import Moment
-from diffsparse.seam.patch import BARE, attach, detach, run_of
+from diffsparse.seam.hooks import run_of
+from diffsparse.seam.patch import attach, detach
 from diffsparse.seam.run import Layer, Perturber, Run
+from diffsparse.seam.targets import DEFAULT_NAME
 from diffsparse.wrappers import unwrapped
 
 _FIRST_NAMES = {"strength": "head_strength", "perturbed_guidance_scale": "head_scale"}
@@ -96,10 +98,10 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
         before = getattr(run_of(denoiser), "guidance", None)
         heads = resolve(self.preset.heads, unwrapped(denoiser))
         perturbing = _Pass(self.preset, heads, lambda: self.cleanup_models(denoiser))
-        attach(BARE, denoiser, perturbing, None)
+        attach(DEFAULT_NAME, denoiser, perturbing, None)
         run = perturbing.run
         now = run.clock.now or Moment(0, 0, None, "#0")
-        run.aside = now._replace(step=self._step, steps=self._num_inference_steps, branch="#0+perturbed")
+        run.extra_pass = now._replace(step=self._step, steps=self._num_inference_steps, branch="#0+perturbed")
         self._pass = perturbing, before
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
@@ -107,11 +109,11 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
         if self._pass is None:
             return
         (perturbing, before), self._pass = self._pass, None
-        perturbing.run.aside = None
+        perturbing.run.extra_pass = None
         if before is None:
             detach(denoiser, perturbing)
         elif perturbing.run.guidance is perturbing:  # back on the same run, whose clock goes on
-            attach(BARE, denoiser, before, None)
+            attach(DEFAULT_NAME, denoiser, before, None)
 
     @property
     def is_conditional(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelError, closest
 from diffsparse.seam.models import spec_of
-from diffsparse.seam.patch import attentions
+from diffsparse.seam.targets import attentions
 
 Heads = dict[str, tuple[int, ...]]  # attention module -> its heads, ascending; modules in the model's order
 

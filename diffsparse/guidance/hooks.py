@@ -280,14 +280,14 @@ class Guide:
     def _perturbing(self, model: torch.nn.Module, moment: Moment) -> Iterator[None]:
         """Within: heads are perturbed, the clock stands still, and each cache sees a branch of its own."""
         context = self.run.context.current
-        self.busy, self.run.aside = True, moment._replace(branch=moment.branch + PERTURBED)
+        self.busy, self.run.extra_pass = True, moment._replace(branch=moment.branch + PERTURBED)
         if context is not None:
             set_context(model, perturbed_name(context))
         try:
             with own_states(model, self.tally.states):
                 yield
         finally:
-            self.busy, self.run.aside = False, None
+            self.busy, self.run.extra_pass = False, None
             if context is not None:
                 set_context(model, context)
 

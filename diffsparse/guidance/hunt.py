@@ -17,7 +17,7 @@ from diffsparse.guidance.preset import Preset
 from diffsparse.plans.plan import fingerprints
 from diffsparse.plans.sealed import Values
 from diffsparse.plans.store import Store
-from diffsparse.seam.patch import models_of
+from diffsparse.seam.targets import models_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

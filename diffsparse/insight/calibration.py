@@ -17,7 +17,8 @@ from diffsparse.plans.store import Store
 from diffsparse.plans.sums import Sums
 from diffsparse.schedule import Schedule
 from diffsparse.seam.parallel import check_alone
-from diffsparse.seam.patch import apply, models_of
+from diffsparse.seam.patch import apply
+from diffsparse.seam.targets import models_of
 from diffsparse.strategies.search import Search
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from diffsparse.errors import ConfigError
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
 from diffsparse.seam.models import spec_of
-from diffsparse.seam.patch import attentions
+from diffsparse.seam.targets import attentions
 from diffsparse.site.report import Report
 from diffsparse.strategies.base import Attending, Strategy, as_strategy
 from diffsparse.strategies.work import Outline

@@ -227,7 +227,7 @@ class _Session:
     def pool(self, patterns: str) -> list[str]:
         """The names of the heads to try."""
         from diffsparse.guidance.heads import names_of
-        from diffsparse.seam.patch import models_of
+        from diffsparse.seam.targets import models_of
 
         first = next(iter(models_of(self.pipe).values()))  # experts of one pipeline are built alike
         return names_of(first, [part.strip() for part in patterns.split(",") if part.strip()])

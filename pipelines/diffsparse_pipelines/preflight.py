@@ -12,8 +12,9 @@ from diffsparse.guidance.preset import Preset
 from diffsparse.insight.cost import Estimate, flops
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
-from diffsparse.seam.models import Grid, packed_grid, patch_of, spec_of
-from diffsparse.seam.patch import attentions, models_of
+from diffsparse.seam.geometry import Grid
+from diffsparse.seam.models import packed_grid, patch_of, spec_of
+from diffsparse.seam.targets import attentions, models_of
 from diffsparse.site.report import Report
 from diffsparse_pipelines import families, machine
 

@@ -15,7 +15,7 @@ from diffsparse import AdaSpa, Dense, HeadGuidance, Random, Schedule
 from diffsparse.errors import ConfigError
 from diffsparse.guidance.perturb import KINDS
 from diffsparse.seam.models import argument_names
-from diffsparse.seam.patch import models_of
+from diffsparse.seam.targets import models_of
 from support.spy import Spy
 from support.tiny_pipelines import BUILDERS, run
 from support.tiny_transformers import CASES, build, inputs, tensors
@@ -412,7 +412,7 @@ def test_nothing_is_kept_between_passes() -> None:
     pipe, call = BUILDERS["wan"]()
     with diffsparse.guide(pipe, "1.0", stop=2):
         run(pipe, call)
-        prefix = diffsparse.seam.patch.run_of(pipe.transformer).guidance.prefix  # type: ignore[union-attr]
+        prefix = diffsparse.seam.hooks.run_of(pipe.transformer).guidance.prefix  # type: ignore[union-attr]
         assert not prefix._outputs
         assert not prefix._passed
 

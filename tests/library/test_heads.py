@@ -14,7 +14,7 @@ from diffsparse.errors import ConfigError, DiffsparseError, InputFileError, Plan
 from diffsparse.guidance.heads import names_of, resolve
 from diffsparse.plans import sealed
 from diffsparse.plans.plan import fingerprints
-from diffsparse.seam.patch import models_of
+from diffsparse.seam.targets import models_of
 from support.tiny_transformers import CASES, build
 
 WAN, FLUX = build("WanTransformer3DModel"), build("FluxTransformer2DModel")

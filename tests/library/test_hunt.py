@@ -19,7 +19,8 @@ from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.guidance.heads import names_of, resolve
 from diffsparse.guidance.hunt import HeadHunter, hunt
 from diffsparse.plans.plan import fingerprints
-from diffsparse.seam.patch import models_of, run_of
+from diffsparse.seam.hooks import run_of
+from diffsparse.seam.targets import models_of
 from support.tiny_transformers import build, inputs, tensors
 
 WAN = "WanTransformer3DModel"

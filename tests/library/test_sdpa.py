@@ -20,7 +20,7 @@ from diffsparse import GNA, AdaSpa, Compensated, Dense, DiffsparseError, Digest,
 from diffsparse.errors import DenseFallbackError
 from diffsparse.guidance.perturb import KINDS
 from diffsparse.seam.call import Call
-from diffsparse.seam.patch import run_of
+from diffsparse.seam.hooks import run_of
 from diffsparse.seam.sdpa import OWN
 from support.tiny_transformers import build, inputs, tensors
 

@@ -16,7 +16,7 @@ from diffsparse.errors import ConfigError, PlanError
 from diffsparse.insight.calibration import calibrate
 from diffsparse.plans import sealed
 from diffsparse.plans.plan import fingerprints
-from diffsparse.seam.patch import models_of
+from diffsparse.seam.targets import models_of
 from diffsparse.strategies.paro import PAROSearch
 from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
 from support.tiny_pipelines import BUILDERS, ODD, run

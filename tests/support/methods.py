@@ -12,7 +12,7 @@ import diffsparse
 from diffsparse import GNA, PARO, AdaSpa, Dense, Digest, Layout, Schedule, SparseVDiT
 from diffsparse.orders.named import AXES
 from diffsparse.plans.plan import Plan, fingerprints
-from diffsparse.seam.patch import attentions, models_of
+from diffsparse.seam.targets import attentions, models_of
 from diffsparse.strategies.paro.strategy import pack
 from diffsparse.strategies.sparse_vdit.strategy import MODES
 
