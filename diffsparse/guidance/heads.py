@@ -19,7 +19,7 @@ _SPAN = r"\*|\d{1,6}(?:-\d{1,6})?"
 _SHORT = re.compile(rf"(?:(?P<stack>[A-Za-z_]\w*)\.)?(?P<block>{_SPAN})\.(?P<head>{_SPAN})")
 _LONG = re.compile(rf"(?P<module>[^:]+):(?P<head>{_SPAN})")
 _PATH = re.compile(r"(?P<stack>.+?)\.(?P<block>\d+)\..+")
-_MAIN = ("transformer_blocks", "blocks", "layers")  # the stack that a bare block number means
+_MAIN = ("transformer_blocks", "blocks", "layers")  # the stack that a block number alone means
 _COUNTS = ("heads", "num_heads", "n_heads")
 
 _FORMS = (

@@ -111,7 +111,7 @@ def hunt(
     A hunt that was stopped goes on after the last trial that it finished, and ends with the same heads. Equal scores
     are decided by the order of the pool.
 
-    >>> from diffsparse import HeadHunter, guide, hunt
+    >>> from diffsparse import HeadHunter, hunt
     >>> from diffsparse.guidance.heads import names_of
     >>> def render(pairs):
     ...     return [pipe(prompt, generator=torch.manual_seed(seed)).frames[0] for prompt, seed in pairs]
@@ -120,8 +120,6 @@ def hunt(
     >>> pool = names_of(pipe.transformer, ["1.*"])
     >>> pairs = [("a red ball", 0), ("a quiet sea", 1)]
     >>> preset = hunt(pipe, HeadHunter(k=1, rounds=1), pool, pairs, render, contrast, folder / "heads.json")
-    >>> with guide(pipe, preset):
-    ...     clips = render(pairs)
 
     Args:
         pipe: a Diffusers pipeline, or a transformer.

@@ -30,7 +30,7 @@ class Store:
 
     path: of the file.
     what: the work's name in messages, such as "search".
-    key: tells this work from work with other settings, which it doesn't continue.
+    key: a digest of the settings; work with others is not continued.
     tensors: whether tensors are kept beside plain values: a safetensors file instead of JSON.
     """
 
@@ -56,7 +56,7 @@ class Store:
 
         Args:
             restore: takes over the values and tensors that were kept; not called if there are none.
-            done: what is done so far, such as "3 of 8 runs", for the note to whoever stops the work.
+            done: what is done so far, such as "3 of 8 runs", for the note when the work is stopped.
 
         Raises:
             OutputFileError: another process is at the same work.
