@@ -257,7 +257,7 @@ def label(strategy: Any) -> str:
         return f"{label(strategy.strategy)} +{strategy.by}"
     if isinstance(strategy, Guided):
         preset = strategy.preset
-        return f"{label(strategy.strategy)} {_HEADS} {preset.strength:g}x{preset.scale:g}"
+        return f"{label(strategy.strategy)} {_HEADS} {preset.head_strength:g}x{preset.head_scale:g}"
     parts = [name_of(strategy)]
     for name, value, default in _knobs(strategy):
         if value is None:

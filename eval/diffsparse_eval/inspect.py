@@ -104,8 +104,7 @@ def _inspect(
     import diffsparse
     from diffsparse import Dense, Schedule
     from diffsparse.files import if_stopped, writable
-    from diffsparse.insight.inspection import Inspector
-    from diffsparse.insight.inspection import looks as steps_to_look_at
+    from diffsparse.insight.inspection import Inspector, sampled_steps
     from diffsparse_eval.experiment import label
     from diffsparse_pipelines import families
     from diffsparse_pipelines.generate import call_arguments, generation
@@ -123,7 +122,7 @@ def _inspect(
     count = argument(pipe, arguments, "num_inference_steps")
     if count is None:
         raise ConfigError(f"{type(pipe).__name__} has no number of steps of its own; say --steps")
-    steps = steps_to_look_at(strategy, schedule, count, looks)
+    steps = sampled_steps(strategy, schedule, count, looks)
     inspector = Inspector(strategy, steps, **settings)
     with diffsparse.apply(pipe, inspector, schedule=schedule), bar(console) as progress:
         task = progress.add_task("runs", total=len(texts))

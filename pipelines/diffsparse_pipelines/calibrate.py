@@ -165,12 +165,12 @@ def _search(name: str, knobs: dict[str, Any]) -> Any:
 
 def _check_out(out: Path, overwrite: bool) -> None:
     from diffsparse.files import writable
-    from diffsparse.insight.calibration import partial
+    from diffsparse.plans.store import partial_path
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out wants a .safetensors file; got {out.name!r}")
     writable(out)
-    writable(partial(out))
+    writable(partial_path(out))
     if out.exists() and not overwrite:
         raise OutputFileError(f"{out} exists; choose another --out or use --overwrite")
 

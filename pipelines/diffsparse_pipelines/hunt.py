@@ -182,12 +182,12 @@ def _begun(out: Path, overwrite: bool, objective: str) -> Preset | None:
     """The preset of a hunt that ended and was stopped in its check, to go on with; None where there is no file."""
     from diffsparse.files import check_outputs
     from diffsparse.guidance.preset import Preset
-    from diffsparse.insight.calibration import partial
+    from diffsparse.plans.store import partial_path
 
     if out.suffix != ".json":
         raise ConfigError(f"--out wants a .json file; got {out.name!r}")
     picture = {"--objective": Path(objective.removeprefix("look:"))} if objective.startswith("look:") else {}
-    files = [out, out.with_suffix(".md"), out.with_suffix(".png"), partial(out)]
+    files = [out, out.with_suffix(".md"), out.with_suffix(".png"), partial_path(out)]
     check_outputs({f"--out, which writes {path.name}": path for path in files}, picture)
     if overwrite or not out.exists():
         return None
@@ -406,7 +406,7 @@ def markdown(preset: Preset) -> str:
     line = (
         f"{about['model']}: {kind} for `{about['objective']}` over {about['pool']} heads, {about['rounds']} rounds for "
         f"{about['k']} each, {about['images']} images a trial, {about['steps']} steps; {preset.kind}, strength "
-        f"{preset.strength:g}, scale {preset.scale:g}"
+        f"{preset.head_strength:g}, scale {preset.head_scale:g}"
     )
     chosen = ", ".join(f"{head} ({score:.4f})" for head, score in about["score"]["when chosen"].items())
     cells = [list(_HEADINGS), ["---", *["---:"] * (len(_HEADINGS) - 1)], *_rows(about)]

@@ -255,7 +255,7 @@ def preset(heads: str | None, strength: float | None, scale: float | None) -> Pr
         return None
     from diffsparse.guidance.preset import Preset
 
-    return Preset.read(heads, strength=strength, scale=scale)
+    return Preset.read(heads, head_strength=strength, head_scale=scale)
 
 
 def strategies(listed: str, sparsities: Iterable[float | None], knobs: dict[str, Any]) -> list[Any]:
