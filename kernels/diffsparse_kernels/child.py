@@ -15,12 +15,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any, NamedTuple
 
-Message = dict[str, Any]
-_PATIENCE = 5.0  # seconds for a killed process to go; one stuck in a driver never does
+Message = dict[str, Any]  # as JSON has it
+_PATIENCE = 5.0  # seconds for a killed process to end; one stuck in a driver never does
 
 
 class Ending(NamedTuple):
-    """How a child ended: "done", "crash", or killed: "hang" or "late"; and what is known of why."""
+    """How a child ended.
+
+    how: "done" or "crash"; "hang" or "late" where it was killed.
+    why: what is known of the reason.
+    """
 
     how: str
     why: str = ""
@@ -38,8 +42,11 @@ def run_child(
     """Run `python arguments` on this process's paths, and pass each JSON line of its output to `hear` as it comes.
 
     Args:
-        start: seconds to its first line. silence: seconds without a line, from then on, after which it counts as
-            hanging. seconds: that it may take in all.
+        arguments: of the Python interpreter.
+        hear: called with each message.
+        start: seconds to its first line.
+        silence: seconds without a line, from then on, after which it counts as hanging.
+        seconds: that it may take in all.
         environment: what differs from this process's.
 
     Raises:
@@ -66,9 +73,9 @@ def run_child(
             _kill(process)
 
 
-def say(**message: Any) -> None:
+def say(**message: object) -> None:
     """Called in a child: one message to the process that runs it."""
-    sys.stdout.write(json.dumps(message) + "\n")  # one write, for threads may talk, too
+    sys.stdout.write(json.dumps(message) + "\n")  # one write, since threads may talk too
     sys.stdout.flush()
 
 

@@ -17,13 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffsparse_kernels.lists import BlockLists, Boxes
+from diffsparse_kernels.case import Case
+from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.strips import strips
 
 _GATHER_BYTES = 4 * 2**20  # keys and values gathered at a time, about what caches hold
 _LOG2_E = math.log2(math.e)
 _NEVER = 1e30  # subtracted from the scores of keys that are not seen
 _STRIP_BYTES = 16 * 2**20  # scores of one strip of query rows
 SEES_WHOLE_ROWS = True  # so `attention_with_mass` can do without a cached LSE
+
+
+def capability(device: torch.device, case: Case | None = None) -> str | None:
+    """Why it can't run on `device`, or compute `case` there; None, for on a CPU it can all."""
+    return None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -333,11 +341,8 @@ def _cut(x: Tensor, block: int) -> Tensor:
 
 
 def _strips(q: Tensor, k: Tensor, multiple: int) -> Iterator[slice]:
-    """Row ranges whose scores fit the budget, each but the last a multiple of `multiple` rows."""
     batch, heads, length, _ = q.shape
-    rows = max(_STRIP_BYTES // (batch * heads * k.shape[2] * 4) // multiple, 1) * multiple
-    for start in range(0, length, rows):
-        yield slice(start, min(start + rows, length))
+    return strips(length, batch * heads * k.shape[2] * 4, _STRIP_BYTES, multiple)
 
 
 def _scores(q: Tensor, keys: Tensor, scale: float, key_mask: Tensor | None, scratch: _Scratch) -> Tensor:
