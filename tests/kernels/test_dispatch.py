@@ -55,6 +55,7 @@ def test_ops_obey_the_rules_of_custom_ops(dtype: torch.dtype, masked: bool) -> N
     boxes = random_boxes(Size(q_len=48, kv_len=48)) if masked else (None,) * 3
     arguments = (q, k, v, blocks.idx, blocks.cnt, blocks.ordered().order, 16, 16, 0.25, keys, *boxes, not masked, "cpu")
     check(ops.block_sparse_attention, arguments, test_utils=tests)
+    check(ops.quantised_attention, (*arguments[:10], masked, 8), test_utils=tests)
 
 
 def test_fullgraph_compile_gives_the_eager_result() -> None:

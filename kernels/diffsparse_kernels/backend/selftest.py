@@ -32,14 +32,14 @@ _SUMS = 1e-3  # relative: sums of products in float32, in whatever order, are be
 _FAST = 2.0**-18  # what a GPU's fast exponent and logarithm may be off by, relatively
 REPEATS = 3  # there are no atomics, so a difference between two runs is a race
 Kernel = ModuleType | SimpleNamespace  # whatever has the functions of a back end
-KERNELS = {  # name -> back end, and the kind of tiles, where there are several
+KERNELS = {  # name -> back end, and which of its kernels, where there are several
     "cpu": ("cpu", ""),
     "reference": ("reference", ""),
     "gluon": ("gluon", ""),
     "triton": ("triton", "pointers"),
     "triton-tma": ("triton", "tma"),
     "triton-specialised": ("triton", "specialised"),
-    f"triton-{INTEGERS}": (f"triton {INTEGERS}", ""),
+    f"triton-{INTEGERS}": (f"triton {INTEGERS}", "eight bits"),
     "flash-attn-4": ("flash-attn-4", ""),
 }
 _WITH_TILES = ("attention", "attention_with_mass", "block_sparse_attention", "block_mass")
@@ -157,9 +157,7 @@ def compute(case: Case, kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
     if lists is None:
         return tuple(kernel.attention(q, k, v, scale, key_mask))
     if case.kind == "attend":
-        # Those that compute in eight bits take no boxes, but the precision in their place.
-        extra = boxes if case.precision is None else case.precision
-        return tuple(kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, extra))
+        return tuple(kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes))
     merged = q.new_ones(*q.shape[:3], v.shape[3]), lse.clone()
     kernel.merge_means(q, k, v, lists, scale, key_mask, *merged)
     return merged
@@ -327,6 +325,8 @@ def kernel_of(name: str) -> Kernel:
         return stranger
     backend, kind = KERNELS[name]
     module = load(backend)
+    if kind == "eight bits":  # without boxes
+        return SimpleNamespace(block_sparse_attention=lambda *call: module.quantised_attention(*call[:-1], 8))
     if not kind:
         return module
     only = {function: partial(getattr(module, function), copy=kind) for function in _WITH_TILES}
