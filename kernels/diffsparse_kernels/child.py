@@ -56,19 +56,19 @@ def run_child(
     paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
     world = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **(environment or {})}
     end = time.monotonic() + seconds
-    with tempfile.TemporaryFile() as complaints:
+    with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-P", *arguments],
             stdin=subprocess.PIPE,  # closed when this process is gone, which `follow_parent` notices
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=errors,
             text=True,
             errors="replace",
             env=world,
             start_new_session=True,
         )
         try:
-            return _listen(process, complaints, hear, (start, silence, end))
+            return _listen(process, errors, hear, (start, silence, end))
         finally:
             _kill(process)
 
@@ -91,7 +91,7 @@ def follow_parent() -> None:
 
 def _listen(
     process: subprocess.Popen[str],
-    complaints: IO[bytes],
+    errors: IO[bytes],
     hear: Callable[[Message], None],
     limits: tuple[float, float, float],
 ) -> Ending:
@@ -118,7 +118,7 @@ def _listen(
         code = process.wait(_PATIENCE)
     except subprocess.TimeoutExpired:
         return Ending("hang", "it closed its output and did not end")
-    return Ending("done") if code == 0 else Ending("crash", _reason(code, complaints))
+    return Ending("done") if code == 0 else Ending("crash", _reason(code, errors))
 
 
 def _forward(output: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
@@ -141,10 +141,10 @@ def _kill(process: subprocess.Popen[str]) -> None:
         process.wait(_PATIENCE)
 
 
-def _reason(code: int, complaints: IO[bytes]) -> str:
-    """The signal that ended a process, or the last line of its complaints."""
+def _reason(code: int, errors: IO[bytes]) -> str:
+    """The signal that ended a process, or the last line of its error output."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
-    complaints.seek(0)
-    lines = complaints.read().decode(errors="replace").strip().splitlines()
+    errors.seek(0)
+    lines = errors.read().decode(errors="replace").strip().splitlines()
     return f"exit code {code}" + (f": {lines[-1][:200]}" if lines else "")

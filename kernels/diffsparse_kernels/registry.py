@@ -56,7 +56,7 @@ def record() -> Iterator[list[Choice]]:
 
         with record() as ran:
             out, lse = block_sparse_attention(q, k, v, lists)
-        ran[0].name  # "triton", say
+        ran[0].name  # such as "triton"
 
     One entry a call: of `attention_with_mass`, what gives the output. Calls of other threads are not recorded. Code
     made by `torch.compile` is recorded when it runs; open the block outside of it.

@@ -1,6 +1,6 @@
 """Attention by FlashAttention-4 (arXiv 2603.05451), Hopper and Blackwell: our lists are its lists of full blocks.
 
-Wants the package `flash-attn-4`. It takes bfloat16 and float16, blocks of 128 by 128, no key mask, no boxes, no mass;
+Needs the package `flash-attn-4`. It takes bfloat16 and float16, blocks of 128 by 128, no key mask, no boxes, no mass;
 all else is the triton backend's. The error is that of its kernel, which is tried on the device before it is used.
 """
 

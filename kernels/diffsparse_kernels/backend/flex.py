@@ -66,7 +66,7 @@ def block_sparse_attention(
     """Attention over the listed blocks.
 
     Raises:
-        KernelInputError: boxes, which FlexAttention would have to be compiled for anew.
+        KernelInputError: boxes, which FlexAttention would have to be compiled for again.
     """
     if boxes is not None:
         raise KernelInputError("the flex backend takes no boxes; got some. Use backend='triton', or 'cpu' on the CPU")

@@ -197,7 +197,7 @@ def rounded_attention(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def some_rows(sample: Sample, head: int, blocks: int = 6) -> tuple[Sample, Tensor]:
-    """A part of a large call that float64 can follow: one head, a few query blocks, the last too -> it, its rows."""
+    """A part of a large call that float64 can compute: one head, a few query blocks, the last too -> it, its rows."""
     lists = sample.lists
     assert lists is not None
     picked = torch.linspace(0, lists.q_blocks - 1, min(blocks, lists.q_blocks), device=lists.idx.device).round().long()
@@ -214,8 +214,9 @@ def some_rows(sample: Sample, head: int, blocks: int = 6) -> tuple[Sample, Tenso
 def difference(got: Tensor, want: Tensor, low: Tensor, least: float = _FAST) -> tuple[float, float]:
     """The largest error of `got`, infinite if it isn't finite where it should be, and the largest that is explained.
 
-    want: float64. low: the same in plain torch, as rounded as it may be: twice its error is explained, and one rounding
-    more, of `least` or of its dtype.
+    want: float64.
+    low: the same in plain torch, as rounded as it may be: twice its error is explained, and one rounding more.
+    least: relative size of that rounding, if its dtype has a smaller one.
     """
     alive = want.isfinite()
     if not torch.equal(got.isfinite(), alive) or not torch.equal(got[~alive].double(), want[~alive]):
@@ -292,7 +293,7 @@ def main(arguments: list[str]) -> None:
     place, name, words = arguments[0], arguments[1], arguments[2:]
     try:
         device = torch.zeros(1, device=place).device
-    except Exception as error:  # a device that is full or busy says nothing of the kernel
+    except Exception as error:  # of a device that is full or busy, not of the kernel
         return say(untried=_line(error))
     say(trying="the first call")
     try:
@@ -321,8 +322,8 @@ def kernel_of(name: str) -> Kernel:
     """
     if ":" in name:
         module_name, attribute = name.split(":")
-        stranger: Kernel = getattr(import_module(module_name), attribute)
-        return stranger
+        kernel: Kernel = getattr(import_module(module_name), attribute)
+        return kernel
     backend, kind = KERNELS[name]
     module = load(backend)
     if kind == "eight bits":  # without boxes
