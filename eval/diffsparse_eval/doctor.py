@@ -73,7 +73,8 @@ def _embedded() -> str:
 
 def _measured() -> dict[str, str]:
     """What the break-even on each device rests on."""
-    from diffsparse_kernels.measured import BREAK_EVEN, cache_folder, read_rows
+    from diffsparse_kernels.machine import cache_folder
+    from diffsparse_kernels.measured import BREAK_EVEN, read_rows
 
     rows = read_rows(BREAK_EVEN)
     if not rows:

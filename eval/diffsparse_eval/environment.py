@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from diffsparse_kernels.measured import device_name, processor
+from diffsparse_kernels.machine import device_name, processor
 
 __all__ = ["commit", "device_name", "system", "versions"]
 _PACKAGES = ("diffsparse", "torch", "diffusers", "transformers", "accelerate", "triton", "numpy")

@@ -16,8 +16,8 @@ from diffsparse.files import folder, locked, write_json
 from diffsparse_eval.suites import Case
 from diffsparse_eval.timing import seconds_of
 from diffsparse_kernels import BlockLists, backends, block_sparse_attention, forget_measurements
-from diffsparse_kernels.backend.triton.tiles import HEAD_DIMS, TUNED, Tile, tiles_for
-from diffsparse_kernels.measured import BREAK_EVEN, cache_folder, device_name, read_rows
+from diffsparse_kernels.machine import cache_folder, device_name
+from diffsparse_kernels.measured import BREAK_EVEN, HEAD_DIMS, TUNED, Tile, read_rows, tiles_for
 from diffsparse_pipelines.progress import track
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _best_tiles(case: Case, device: str, rounds: int) -> Row:
 
 def candidates(device: str, head_dim: int, block: int) -> list[Tile]:
     """Tiles worth a try: the table's, and their neighbours of the same kind."""
-    from diffsparse_kernels.backend.triton.launch import chip
+    from diffsparse_kernels.backend.nvidia import chip
 
     table = tiles_for(chip(torch.device(device)), head_dim, block, block)
     near = (

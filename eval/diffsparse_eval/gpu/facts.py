@@ -12,7 +12,7 @@ from diffsparse_eval import environment
 from diffsparse_eval.gpu.stage import STAGES, Options, Row, Stage, Talk, module_of
 from diffsparse_eval.timing import in_turns
 from diffsparse_kernels import trials
-from diffsparse_kernels.measured import device_name
+from diffsparse_kernels.machine import device_name, driver
 
 _CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 _EDGE, _BYTES = 8192, 2 * 2**30
@@ -30,7 +30,7 @@ def run(job: str, options: Options, talk: Talk) -> None:
         return talk.missing(obstacle)
     talk.facts(
         device=device_name(options.device),
-        driver=trials.driver() if options.on_gpu else "",
+        driver=driver() if options.on_gpu else "",
         versions={**environment.versions(), "torch": torch.__version__},
         commit=environment.commit(),
         source=trials.source(),  # says which kernels these were where there is no checkout to ask

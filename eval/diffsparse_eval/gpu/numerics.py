@@ -13,10 +13,11 @@ from torch import Tensor
 
 from diffsparse_eval.gpu.stage import Options, Row, Talk
 from diffsparse_kernels import registry
+from diffsparse_kernels.backend.nvidia import chip
 from diffsparse_kernels.backend.selftest import KERNELS, compute, examine, kernel_of, poison, samples
 from diffsparse_kernels.backend.triton import launch as triton
-from diffsparse_kernels.backend.triton.tiles import Copy, tiles_for
 from diffsparse_kernels.case import Case
+from diffsparse_kernels.measured import Copy, tiles_for
 
 LAUNCHES = 50
 EIGHT_BITS = {"int8": 0.012, "int8-int8": 0.020, "int8-fp8": 0.037, "fp8": 0.052}  # relative errors, as documented
@@ -59,7 +60,7 @@ def kernels(options: Options) -> list[str]:
     device, found = torch.device(options.device), ["triton"]
     major, minor = torch.cuda.get_device_capability(device)
     found += [f"triton-{kind}" for kind in ("tma", "specialised") if kind in _kinds_of_tiles(10 * major + minor)]
-    found += [name for name in ("gluon", "flash-attn-4") if not registry.obstacle(name, device)]
+    found += [name for name in ("gluon", "flash-attn-4") if registry.capability(name, device) is None]
     return [*found, *options.strangers]
 
 
@@ -84,12 +85,12 @@ def does(kernel: str, case: Case, device: torch.device) -> bool:
     if kernel not in KERNELS:
         return case.kind == "attend"
     backend, kind = KERNELS[kernel]
-    if registry.refusal(backend, case):
+    if registry.capability(backend, device, case) is not None:
         return False
     if kind in ("", "pointers"):
         return True
     if case.kind in ("mass", "means"):
-        return case.kind == "mass" and triton.measure_tile(triton.chip(device), case.kv_block, 2, True).copy == kind
+        return case.kind == "mass" and triton.measure_tile(chip(device), case.kv_block, 2, True).copy == kind
     flags = triton.flags_of(True, True, case.masked, None, case.kind == "fused") | {"AXES": case.axes}
     return triton.attend_tile(case, device, flags, cast(Copy, kind)).copy == kind
 

@@ -9,9 +9,10 @@ from functools import partial
 from diffsparse_eval.gpu.stage import Options, Row, Talk
 from diffsparse_eval.suites import Case
 from diffsparse_eval.timing import in_turns
+from diffsparse_kernels.backend.nvidia import chip
 from diffsparse_kernels.backend.selftest import Sample, spot_check
 from diffsparse_kernels.backend.triton import launch as triton
-from diffsparse_kernels.backend.triton.tiles import HEAD_DIMS, Tile, tiles_for
+from diffsparse_kernels.measured import HEAD_DIMS, Tile, tiles_for
 
 _SHAPE = (8192, 8)  # tokens, heads
 _DENSITY = 0.3
@@ -39,7 +40,7 @@ def run(job: str, options: Options, talk: Talk) -> None:
 def _tune(head_dim: int, block: int, options: Options, talk: Talk) -> None:
     case = Case(*_SHAPE, head_dim, "bfloat16", block, ())
     qkv, lists = case.tensors(options.device), case.lists(1 - _DENSITY, options.device)
-    listed = tiles_for(triton.chip(qkv[0].device), head_dim, block, block)
+    listed = tiles_for(chip(qkv[0].device), head_dim, block, block)
     tiles = dict.fromkeys([*listed, *(tile for tile in _HAND_PICKED if tile.keys <= block)])
 
     sample = Sample("", *qkv, lists, scale=head_dim**-0.5)
