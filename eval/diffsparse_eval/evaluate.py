@@ -109,14 +109,14 @@ def evaluate(
             raise ConfigError(
                 "--random-weights times a bare transformer: leave out --heads, --offload and --vae-tiling"
             )
-        admit(model, loading, chosen)
+        admit(model, chosen, device=device, dtype=dtype)
         return _foretell(model, compared, chosen, plan, strict, layers, dtype, device, out, overwrite)
     preset = options.preset(heads, head_strength, head_scale)
     if preset is not None:
         compared = guided(compared, preset)
     texts = read_prompts(prompts, model)
     numbers = read_seeds(seeds)
-    admit(model, loading, chosen, texts)
+    admit(model, chosen, texts, device=device, dtype=dtype, offload=offload)
     _evaluate(model, compared, preset, texts, numbers, chosen, plan, strict, loading, out, overwrite)
 
 
@@ -138,7 +138,7 @@ def _evaluate(
     from diffsparse_eval.experiment import Experiment, Results, run
     from diffsparse_eval.pictures import write_sheet, write_tradeoff
     from diffsparse_pipelines import families
-    from diffsparse_pipelines.generate import call_arguments
+    from diffsparse_pipelines.generation import call_arguments
     from diffsparse_pipelines.preflight import check
     from diffsparse_pipelines.progress import bar, terminal
 

@@ -20,7 +20,7 @@ from diffsparse.strategies import SEARCHES, Compensated, name_of
 from diffsparse.strategies.planned import Planned
 from diffsparse_eval import environment, metrics
 from diffsparse_pipelines import media
-from diffsparse_pipelines.generate import Generation, generation
+from diffsparse_pipelines.generation import Generation, generation
 
 if TYPE_CHECKING:
     from rich.progress import Progress

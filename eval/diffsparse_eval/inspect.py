@@ -85,7 +85,7 @@ def inspect(
     settings |= _measure(made, knobs)
     loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
     texts = read_prompts(prompts, model)
-    admit(model, loading, chosen, texts)
+    admit(model, chosen, texts, device=device, dtype=dtype, offload=offload)
     _inspect(model, made, settings, looks, texts, seed, chosen, plan, loading, out)
 
 
@@ -108,7 +108,7 @@ def _inspect(
     from diffsparse.insight.inspection import looks as steps_to_look_at
     from diffsparse_eval.experiment import label
     from diffsparse_pipelines import families
-    from diffsparse_pipelines.generate import call_arguments, generation
+    from diffsparse_pipelines.generation import call_arguments, generation
     from diffsparse_pipelines.preflight import argument, check
     from diffsparse_pipelines.progress import bar, terminal
 

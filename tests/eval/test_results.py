@@ -17,8 +17,8 @@ import diffsparse_eval.inspect as inspect_module
 from diffsparse import Dense, Random
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse_eval.experiment import RESULTS, Experiment, Results, run
-from diffsparse_pipelines import generate
-from diffsparse_pipelines.generate import Generation
+from diffsparse_pipelines import generation
+from diffsparse_pipelines.generation import Generation
 from support.stops import full_disk, interrupted, status
 
 SETTINGS = {"model": "tiny"}
@@ -187,7 +187,7 @@ def test_a_folder_in_a_files_place_is_seen_before_any_work(
 def test_a_stopped_inspection(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "generation", interrupted(generate.generation, 0))
+    monkeypatch.setattr(generation, "generation", interrupted(generation.generation, 0))
     command = ["inspect", "--model", "tiny-twin", "--steps", "3", "--block", "16", "--out", str(tmp_path)]
     assert status(command) == 130
     assert capsys.readouterr().err == "stopped: nothing was written\n"
