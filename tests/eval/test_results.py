@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import diffsparse_eval.bench as bench_module
+import diffsparse_eval.attention as attention_module
+import diffsparse_eval.commands.bench as bench_module
 import diffsparse_eval.experiment as experiment_module
-import diffsparse_eval.inspect as inspect_module
 from diffsparse import Dense, Random
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse_eval.experiment import RESULTS, Experiment, Results, run
@@ -68,13 +68,13 @@ def test_a_second_seed_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     frames = Generation(np.zeros((1, 8, 8, 3), np.float32), None, 1.0)
     ran: list[int] = []
 
-    def fake(experiment: Any, pipe: Any, call: Any, seed: int, strategy: Any, *_: Any) -> tuple[dict[str, Any], Any]:
-        ran.append(seed)
-        return {**row(seed, strategy, call["prompt"]), "label": "x", "attention_seconds": None}, frames
+    def fake(experiment: Any, pipe: Any, strategy: Any, reference: Any, *_: Any) -> tuple[dict[str, Any], Any]:
+        ran.append(reference.seed)
+        return {**row(reference.seed, strategy, reference.prompt), "label": "x", "attention_seconds": None}, frames
 
     monkeypatch.setattr(experiment_module, "generation", lambda *_: frames)
     monkeypatch.setattr(experiment_module, "_warm_up", lambda *_: None)
-    monkeypatch.setattr(experiment_module, "_row", fake)
+    monkeypatch.setattr(experiment_module, "_compare", fake)
 
     class Silent:
         def add_task(self, *_: Any, **__: Any) -> None: ...
@@ -192,7 +192,7 @@ def test_a_stopped_inspection(
     assert status(command) == 130
     assert capsys.readouterr().err == "stopped: nothing was written\n"
     monkeypatch.undo()
-    monkeypatch.setattr(inspect_module, "write", interrupted(lambda: None, 0))
+    monkeypatch.setattr(attention_module, "write", interrupted(lambda: None, 0))
     assert status(command) == 130
     assert capsys.readouterr().err == f"stopped: what is drawn so far is in {tmp_path}\n"
 
