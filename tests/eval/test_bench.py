@@ -18,6 +18,7 @@ import diffsparse_kernels.backend.cpu
 from diffsparse.cli import main
 from diffsparse_eval import bench, doctor, environment, suites, tune
 from diffsparse_eval.commands.bench import _HEADINGS
+from diffsparse_eval.rows import SCHEMA
 from diffsparse_kernels import measured as cached
 from diffsparse_pipelines import progress
 
@@ -179,6 +180,7 @@ def test_the_command_writes_rows(suffix: str, tmp_path: Path, capsys: pytest.Cap
     assert run("bench", *SMALL, "--tokens", "100", "--out", str(out)) == 0
     text = out.read_text()
     rows = json.loads(text)["rows"] if suffix == "json" else list(csv.DictReader(text.splitlines()))
+    assert suffix != "json" or json.loads(text)["schema"] == SCHEMA
     wanted = {
         "device",
         "backend",

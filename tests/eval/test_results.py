@@ -16,7 +16,10 @@ import diffsparse_eval.commands.bench as bench_module
 import diffsparse_eval.experiment as experiment_module
 from diffsparse import Dense, Random
 from diffsparse.errors import ConfigError, InputFileError
+from diffsparse_eval import report
 from diffsparse_eval.experiment import RESULTS, Experiment, Results, run
+from diffsparse_eval.gpu import table
+from diffsparse_eval.rows import SCHEMA, check_schema
 from diffsparse_pipelines import generation
 from diffsparse_pipelines.generation import Generation
 from support.stops import full_disk, interrupted, status
@@ -138,6 +141,31 @@ def test_results_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_text(text)
     with pytest.raises(InputFileError, match="choose another --out or use --overwrite"):
         Results(tmp_path, SETTINGS)
+
+
+def test_files_without_a_schema_go_on_and_those_of_later_releases_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / RESULTS
+    old = {"settings": SETTINGS, "definitions": {}, "rows": [row(0)]}
+    file.write_text(json.dumps(old))
+    results = Results(tmp_path, SETTINGS)
+    assert results.find("a", 0, Dense()) == row(0)
+    results.add(row(1))
+    kept = json.loads(file.read_text())
+    assert (kept["schema"], kept["rows"]) == (SCHEMA, [row(0), row(1)])
+    assert Results(tmp_path, SETTINGS).rows == kept["rows"]
+    for schema in (SCHEMA + 1, 0, "1"):
+        file.write_text(json.dumps({**old, "schema": schema}))
+        with pytest.raises(InputFileError, match=f"this release reads up to {SCHEMA}"):
+            Results(tmp_path, SETTINGS)
+
+
+def test_committed_rows_of_earlier_releases_are_read() -> None:
+    folder = Path(__file__).parents[2] / "eval/results"
+    kept = json.loads((folder / "tiny-sparse-vdit.json").read_text())
+    check_schema(kept)
+    lines = report.markdown(kept["rows"]).splitlines()
+    assert len(lines) == 2 + len({row["label"] for row in kept["rows"]})
+    assert all(row.keys() >= {"stage", "kernel", "verdict"} for rows in table.read().values() for row in rows)
 
 
 def test_long_labels_are_names_of_files_too(tmp_path: Path) -> None:
