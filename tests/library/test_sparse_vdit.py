@@ -24,7 +24,7 @@ from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
 from diffsparse.strategies.sparse_vdit.strategy import DIAGONAL, FULL, MODES, MULTI_DIAGONAL, SKIP, STRIPE, head_lists
 from diffsparse_eval import metrics
 from diffsparse_pipelines import tiny
-from diffsparse_pipelines.generate import generation
+from diffsparse_pipelines.generation import generation
 from support import exact
 from support.sites import site
 
