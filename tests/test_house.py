@@ -34,7 +34,9 @@ Arrows = dict[tuple[str, str], str]  # (importing module, imported module) -> wh
 def sources(packages: dict[str, Path] = PACKAGES) -> Iterator[tuple[str, Path]]:
     """Dotted name and file of every module; a package goes by its own name."""
     for package, folder in packages.items():
-        for file in sorted(folder.rglob("*.py")):
+        for file in sorted(folder.rglob("*.py*")):
+            if file.suffix not in (".py", ".pyi"):
+                continue
             parts = (package, *file.relative_to(folder).with_suffix("").parts)
             yield ".".join(parts).removesuffix(".__init__"), file
 
