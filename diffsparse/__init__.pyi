@@ -20,7 +20,7 @@ from .insight.inspection import Inspector as Inspector
 from .orders.layout import Layout as Layout
 from .schedule import Schedule as Schedule
 from .seam.patch import Handle as Handle, apply as apply, remove as remove
-from .site.place import Site as Site
+from .site.compute import Site as Site
 from .site.report import Report as Report
 from .strategies import (
     GNA as GNA,

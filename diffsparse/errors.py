@@ -1,5 +1,7 @@
 """The exception tree: one root, one child for each way in which input can be wrong."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -31,6 +33,11 @@ class UnsupportedModelError(DiffsparseError, TypeError):
 
 class DenseFallbackError(DiffsparseError, RuntimeError):
     """With `strict=True`: a call that should have been sparse would have run dense."""
+
+    @classmethod
+    def of(cls, layer: str, step: int, happened: str) -> DenseFallbackError:
+        """Of a layer at a step, where something `happened`: "would run dense (some reason)"."""
+        return cls(f"layer {layer!r} at step {step} {happened}; apply with strict=False to allow it")
 
 
 class InputFileError(DiffsparseError, OSError):

@@ -14,16 +14,12 @@ from diffsparse.schedule import Schedule
 from diffsparse.seam.models import spec_of
 from diffsparse.seam.patch import attentions
 from diffsparse.site.report import Report
-from diffsparse.strategies.work import Kind, Outline, expected
+from diffsparse.strategies.base import Attending, Strategy, as_strategy
+from diffsparse.strategies.work import Outline
 
 _ONCE = ("norm", "time", "guidance", "modulation", "_mod.", "adaln", "pooled")  # fed with one vector for each sample
 _TEXT = ("add_", "text", "txt", "caption", "image_emb")  # fed with the prompt (or an input image) alone
 _PRODUCTS = nn.Linear | nn.Conv2d | nn.Conv3d
-
-
-def kinds(strategy: Any, schedule: Schedule, steps: int) -> list[Kind]:
-    """What each of the `steps` steps does in the layers that may be sparse."""
-    return [step.kind for step in expected(strategy, Outline.of(schedule, steps))]
 
 
 def end_to_end(share: float, attention_speedup: float, dense: float = 0.0) -> float:
@@ -132,14 +128,14 @@ class Estimate:
 
     @classmethod
     def before(
-        cls, count: Flops, strategy: Any, schedule: Schedule, steps: int, layout: Layout | None = None
+        cls, count: Flops, strategy: Strategy | Attending, schedule: Schedule, steps: int, layout: Layout | None = None
     ) -> Estimate | None:
         """From operations alone: as if the machine did all of them equally fast, and nothing else took time.
 
         None if what the strategy computes is not known before it runs: a stranger's that doesn't tell, and windows
         without the `layout` of the tokens.
         """
-        told = [step.work for step in expected(strategy, Outline.of(schedule, steps, layout))]
+        told = [step.work for step in as_strategy(strategy).steps(Outline.of(schedule, steps, layout))]
         works = [work for work in told if work is not None]
         if len(works) < len(told):
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import diffsparse_kernels as kernels
-from diffsparse.insight.cost import kinds
-from diffsparse.orders.order import AUTO, AXES, RASTER, check_order, found_orders, in_order, permutation_on
+from diffsparse.orders.named import AUTO, AXES, RASTER, check_order, permutation_on
 from diffsparse.plans.sums import Sums
 from diffsparse.schedule import Schedule
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Blocks, Method, Site
+from diffsparse.strategies.base import Attending, Strategy, Wrapper, as_strategy, found_orders, in_order
 from diffsparse.strategies.blocks import keep_count
 from diffsparse.strategies.planned import Planned
 
@@ -44,14 +44,14 @@ def order_masses(q: Tensor, k: Tensor, lse: Tensor, site: Site, orders: tuple[st
     return found
 
 
-def looks(strategy: Any, schedule: Schedule, steps: int, count: int) -> frozenset[int]:
+def looks(strategy: Strategy, schedule: Schedule, steps: int, count: int) -> frozenset[int]:
     """Up to `count` steps, evenly spread over those in which `strategy` has a say; over all if it is always dense."""
-    listed = kinds(strategy, schedule, steps)
+    listed = strategy.kinds(schedule, steps)
     open_ = [step for step, kind in enumerate(listed) if kind != "dense"] or list(range(steps))
     return frozenset(open_[(2 * i + 1) * len(open_) // (2 * count)] for i in range(count))
 
 
-class Inspector:
+class Inspector(Wrapper):
     """A strategy that lets another one run, and looks at some of its calls.
 
     At the steps to look at, every layer's attention is computed once more for its log-sum-exp, and once for each order
@@ -62,9 +62,12 @@ class Inspector:
         which self-attention layers, by number in the order of running; None for all.
     """
 
+    sparsity: float
+    block: int
+
     def __init__(
         self,
-        strategy: Any,
+        strategy: Strategy | Attending,
         steps: Collection[int],
         *,
         orders: tuple[str, ...] = AXES,
@@ -75,65 +78,50 @@ class Inspector:
         self.orders = tuple(dict.fromkeys((RASTER, *orders)))
         for order in self.orders:
             check_order(order)
-        self.strategy, self.steps, self.sparsity, self.layers = strategy, steps, sparsity, layers
-        self.block = block or kernels.default_block()
+        self.strategy, self.probed, self.sparsity, self.layers = as_strategy(strategy), steps, sparsity, layers
+        self.block, self.needs_grid = block or kernels.default_block(), self.strategy.wants_grid
         self.sums = Sums()
         self.seen: dict[tuple[str, str], int] = {}  # (model, layer) -> its number
         self.found: dict[tuple[str, str], tuple[str, ...]] = {}  # (model, layer) -> the orders that its heads picked
 
-    @property
-    def observe(self) -> Callable[..., Tensor] | None:
-        """The strategy's own, watched; None if it has none."""
-        method = getattr(self.strategy, "observe", None)
-        return None if method is None else partial(self._watch, method)
-
-    def check(self, models: dict[str, torch.nn.Module]) -> None:
-        """The strategy's own."""
-        check = getattr(self.strategy, "check", None)
-        if check is not None:
-            check(models)
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """What the strategy makes of q, k, v [B, H, N, D] in the last dense step."""
+        return self._watch(self.strategy.observe, q, k, v, site)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """What the strategy makes of q, k, v [B, H, N, D]."""
         return self._watch(self.strategy.attend, q, k, v, site)
 
-    def _watch(self, method: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+    def _watch(self, method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         number = self.seen.setdefault((site.model, site.layer), len(self.seen))
         call = partial(in_order, self.strategy, method, (q, k, v))
-        if site.step not in self.steps or (self.layers is not None and number not in self.layers):
+        if site.step not in self.probed or (self.layers is not None and number not in self.layers):
             return call(site)
         _, lse = kernels.attention(q, k, v, scale=site.scale, key_mask=site.key_mask)
-        aside = replace(site, _record=copy(site._record))  # what is computed to look is no work of the strategy's
+        aside = replace(site, record=copy(site.record))  # what is computed to look is no work of the strategy's
         masses = order_masses(q, k, lse, aside, self.orders, self.block)
         for i, mass in enumerate(masses):
             self._add(site, "recall", best_recall(mass, self.sparsity), (len(self.orders), 2, q.shape[1]), i)
             self._add(site, "mass", _pooled(mass), (len(self.orders), *_pooled(mass).shape), i)
         rest = torch.ones(q.shape[1], dtype=torch.bool)
-        out = call(replace(site, _look=partial(self._look, site, q, rest)))
-        if getattr(self.strategy, "order", RASTER) == AUTO:
-            self.found[site.model, site.layer] = found_orders(site, self.strategy.block)
-        if site._record.kind != "search":  # which chooses, but does not yet use its choice
+        out = call(replace(site, product=partial(self._product, site, q, rest)))
+        if self.strategy.order == AUTO:
+            self.found[site.model, site.layer] = found_orders(self.strategy, site)
+        if site.record.kind != "search":  # which chooses, but does not yet use its choice
             self._dense(site, masses[self.orders.index(RASTER)], rest)
         return out
 
-    def _look(
-        self,
-        site: Site,
-        whole: Tensor,
-        rest: Tensor,
-        q: Tensor,
-        k: Tensor,
-        lists: kernels.BlockLists,
-        keys: Tensor | None,
-    ) -> None:
-        """One block-sparse product of some or all heads, their tokens in whatever order the strategy likes."""
-        _, lse = kernels.attention(q, k, k, scale=site.scale, key_mask=keys)
-        mass = kernels.block_mass(
-            q, k, lse, q_block=lists.q_block, kv_block=lists.kv_block, scale=site.scale, key_mask=keys
-        )
-        heads = _heads(q, whole)
+    def _product(
+        self, whole: Site, all_heads: Tensor, rest: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site
+    ) -> tuple[Tensor, Tensor]:
+        """One block-sparse product of some or all heads, its tokens in whatever order the strategy likes."""
+        lists, scale, keys = blocks.lists, site.scale, site.key_mask
+        _, lse = kernels.attention(q, k, k, scale=scale, key_mask=keys)
+        mass = kernels.block_mass(q, k, lse, q_block=lists.q_block, kv_block=lists.kv_block, scale=scale, key_mask=keys)
+        heads = _heads(q, all_heads)
         rest[heads] = False
-        self._chosen(site, mass, lists.to_mask(), heads, len(rest))
+        self._chosen(whole, mass, lists.to_mask(), heads, len(rest))
+        return whole.product(q, k, v, blocks, site)
 
     def _dense(self, site: Site, mass: Tensor, rest: Tensor) -> None:
         """The heads that no block-sparse product was made of."""
@@ -219,11 +207,11 @@ def _view(inspector: Inspector, model: str, layer: str, parts: dict[str, Any]) -
     )
 
 
-def _own_orders(strategy: Any, model: str, layer: str, heads: int) -> tuple[str, ...]:
+def _own_orders(strategy: Strategy, model: str, layer: str, heads: int) -> tuple[str, ...]:
     name = f"{model}.{layer}.orders"
     if isinstance(strategy, Planned) and name in strategy.plan.tensors:
         return tuple(strategy.plan.settings["orders"][int(i)] for i in strategy.plan.tensors[name])
-    return (getattr(strategy, "order", RASTER),) * heads
+    return (strategy.order,) * heads
 
 
 def _relative(mass: Tensor) -> Tensor:

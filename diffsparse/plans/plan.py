@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,7 +109,7 @@ class Plan:
         except TypeError as error:
             raise PlanError(f"{path}: the plan's layout makes no sense ({error}); {REMEDY}") from error
 
-    def check_models(self, models: dict[str, torch.nn.Module]) -> None:
+    def check_models(self, models: Mapping[str, torch.nn.Module]) -> None:
         """Raise PlanError unless the plan was made for models of the same classes and configurations."""
         found = fingerprints(models)
         if found != self.models:
@@ -136,7 +137,7 @@ class Plan:
         return self.tensors[name]
 
 
-def fingerprints(models: dict[str, torch.nn.Module]) -> dict[str, str]:
+def fingerprints(models: Mapping[str, torch.nn.Module]) -> dict[str, str]:
     """Class and a digest of the configuration of each model; weights, LoRAs and dtypes don't count."""
     return {name: _fingerprint(model) for name, model in models.items()}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffsparse.errors import PlanError
 from diffsparse.orders.layout import Layout
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Site
 
 
 class Sums:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffsparse.orders.layout import Layout
-from diffsparse.site.report import Reading
+from diffsparse.site.timing import Reading
 
 if TYPE_CHECKING:
     from diffusers.models.attention_dispatch import AttentionBackendName

@@ -32,6 +32,7 @@ from diffsparse.seam.parallel import shard_of
 from diffsparse.seam.run import Layer, Perturber, Run
 from diffsparse.seam.sdpa import OWN, STAND_IN, named
 from diffsparse.site.report import Report
+from diffsparse.strategies.base import Attending, Strategy, as_strategy
 from diffsparse.strategies.dense import Dense
 from diffsparse.wrappers import class_of, plain_path, unwrapped
 
@@ -125,7 +126,7 @@ class Handle:
     """What `apply` gives back: `report()` tells what happened, `remove()` or leaving a `with` block undoes it."""
 
     def __init__(
-        self, strategy: Any, models: dict[str, torch.nn.Module], runs: list[Run], notes: tuple[str, ...] = ()
+        self, strategy: Strategy, models: dict[str, torch.nn.Module], runs: list[Run], notes: tuple[str, ...] = ()
     ) -> None:
         self.strategy = strategy
         self._models, self._runs, self._notes = models, runs, notes
@@ -160,7 +161,9 @@ class Handle:
         return f"Handle({self.strategy!r} on attention modules of {names})"
 
 
-def apply(target: Any, strategy: Any, *, schedule: Schedule | None = None, strict: bool = False) -> Handle:
+def apply(
+    target: Any, strategy: Strategy | Attending, *, schedule: Schedule | None = None, strict: bool = False
+) -> Handle:
     """Run the self-attention of `target` by `strategy` until the handle is removed. Applying again replaces.
 
     Args:
@@ -173,27 +176,22 @@ def apply(target: Any, strategy: Any, *, schedule: Schedule | None = None, stric
         UnsupportedModelError: `target` holds no attention that can be redirected.
         ConfigError: `strategy` is no strategy, or `schedule` no `Schedule`.
     """
-    if not callable(getattr(strategy, "attend", None)) or isinstance(strategy, type):
-        raise ConfigError(
-            f"a strategy is an object with a method attend(q, k, v, site), such as AdaSpa(); got {strategy!r}"
-        )
+    asked = as_strategy(strategy)
     if not isinstance(schedule, Schedule | None):
         raise ConfigError(f"schedule wants a Schedule, such as Schedule(dense_first=0.2); got {schedule!r}")
     pipe = None if isinstance(target, torch.nn.Module) else target
     models = models_of(target)
     for model in models.values():
         shard_of(model, spec_of(model), not isinstance(strategy, Dense))
-    check = getattr(strategy, "check", None)
-    if check is not None:
-        check(models)
+    asked.check(models)
     schedule = Schedule() if schedule is None else schedule
     runs = []
     for name, model in models.items():
         guidance = getattr(run_of(model), "guidance", None)
         _remove(model)
-        runs.append(_apply(name, model, strategy, schedule, strict, pipe))
+        runs.append(_apply(name, model, asked, schedule, strict, pipe))
         _guided(runs[-1], guidance)
-    return Handle(strategy, models, runs, tuple(_notes_on(target)))
+    return Handle(asked, models, runs, tuple(_notes_on(target)))
 
 
 def remove(target: Any) -> None:
@@ -312,7 +310,7 @@ def _notes_on(target: Any) -> Iterator[str]:
             yield f"{name} ({class_of(unwrapped(module)).__name__}) runs dense: only transformers are made sparse"
 
 
-def _apply(name: str, model: torch.nn.Module, strategy: Any, schedule: Schedule, strict: bool, pipe: Any) -> Run:
+def _apply(name: str, model: torch.nn.Module, strategy: Strategy, schedule: Schedule, strict: bool, pipe: Any) -> Run:
     run = Run(name, spec_of(model), strategy, schedule, strict, pipe)
     modules = dict(attentions(model))
     for path, module in modules.items():

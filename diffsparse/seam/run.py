@@ -21,15 +21,16 @@ from torch import Tensor
 
 from diffsparse.errors import ConfigError, DenseFallbackError, NoKernelError
 from diffsparse.orders.layout import Layout, kept
-from diffsparse.orders.order import AUTO, RASTER, in_order
 from diffsparse.schedule import Schedule
 from diffsparse.seam.call import Call, autocasts
 from diffsparse.seam.clock import MOST_SHAPES, Clock, Moment
 from diffsparse.seam.masks import KeyMask, Masks
 from diffsparse.seam.models import Geometry, Grid, ModelSpec
-from diffsparse.site.place import Site
-from diffsparse.site.report import CallRecord, Ledger
+from diffsparse.site.compute import DenseBackend, Site
+from diffsparse.site.ledger import Ledger
+from diffsparse.site.record import CallRecord
 from diffsparse.site.shard import WHOLE
+from diffsparse.strategies.base import Strategy, in_order
 
 _KEPT_PASSES = 16  # of a loop whose length is unknown: how many passes keep the record of each call
 _MOST_BRANCHES = 8  # guidance branches of a run, at most, for the number of its calls
@@ -245,7 +246,9 @@ class Run(ModelHook):  # type: ignore[misc]
 
     _is_stateful = True
 
-    def __init__(self, name: str, spec: ModelSpec, strategy: Any, schedule: Schedule, strict: bool, pipe: Any) -> None:
+    def __init__(
+        self, name: str, spec: ModelSpec, strategy: Strategy, schedule: Schedule, strict: bool, pipe: Any
+    ) -> None:
         super().__init__()
         self.name, self.spec, self.strategy, self.schedule, self.strict = name, spec, strategy, schedule, strict
         self.context = _Context()
@@ -305,9 +308,7 @@ class Run(ModelHook):  # type: ignore[misc]
         moment = self.aside or self.clock.read(layer)
         self._open(layer, moment).ran_dense(reason, planned=False, backend="unknown")
         if self.strict:
-            raise DenseFallbackError(
-                f"layer {layer.name!r} at step {moment.step} ran dense ({reason}); apply with strict=False to allow it"
-            )
+            raise DenseFallbackError.of(layer.name, moment.step, f"ran dense ({reason})")
 
     def attend(self, layer: Layer, call: Call, layout: Layout, number: int = 0, obstacle: str | None = None) -> Tensor:
         """One self-attention call: dense where the schedule or the call itself demands it, else the strategy's.
@@ -370,25 +371,24 @@ class Run(ModelHook):  # type: ignore[misc]
         return self._memories.setdefault((shape, layer.index, number), {})
 
     def _choose(self, layer: Layer, call: Call, site: Site) -> Tensor:
-        qkv = call.query, call.key, call.value
+        """The strategy's answer, or dense attention where the schedule, the model or the kernels leave no choice."""
+        q, k, v = call.query, call.key, call.value
         if self.schedule.is_dense(site.step, site.steps, layer.index, len(self.layers)):
-            observe = getattr(self.strategy, "observe", None)
-            last_dense = site.step == self.schedule.bounds(site.steps)[0] - 1
-            if observe is None or not last_dense or self.schedule.excludes(layer.index, len(self.layers)):
-                return site.dense(*qkv, reason="schedule")
-            method = observe
+            last_dense = site.step == self.schedule.last_dense(site.steps)
+            if not (last_dense and self.strategy.observes) or self.schedule.excludes(layer.index, len(self.layers)):
+                return site.dense(q, k, v, reason="schedule")
+            method = self.strategy.observe
         else:
             method = self.strategy.attend
-        if self.grid is not None and not self.grid.known and needs_grid(self.strategy):
-            return site.fall_back(*qkv, "no geometry")
+        if self.grid is not None and not self.grid.known and self.strategy.wants_grid:
+            return site.fall_back(q, k, v, "no geometry")
         if _OBSTACLE in site.memory:
-            return site.fall_back(*qkv, site.memory[_OBSTACLE])
+            return site.fall_back(q, k, v, site.memory[_OBSTACLE])
         try:
-            out = in_order(self.strategy, method, qkv, site)
+            return in_order(self.strategy, method, (q, k, v), site)
         except NoKernelError as error:  # the same in all steps, so nothing is moved for it again
             site.memory[_OBSTACLE] = error.reason
-            return site.fall_back(*qkv, error.reason)
-        return out
+            return site.fall_back(q, k, v, error.reason)
 
     def _site(
         self,
@@ -401,23 +401,26 @@ class Run(ModelHook):  # type: ignore[misc]
         mask: KeyMask | None,
     ) -> Site:
         backend = layer.user_backend()
+
+        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return replace(call, query=q, key=k, value=v).dense(backend)
+
         return Site(
-            self.name,
-            layer.name,
-            layer.index,
-            moment.step,
-            moment.steps,
-            moment.branch,
-            layout,
-            self._memory(layer, call, layout, moment, number),
-            call.scale,
-            None if mask is None else mask.keys,
-            self.strict,
-            len(self.layers),
-            self.shard,
-            _dense=lambda q, k, v: replace(call, query=q, key=k, value=v).dense(backend),
-            _backend=backend.value,
-            _record=record,
+            model=self.name,
+            layer=layer.name,
+            index=layer.index,
+            step=moment.step,
+            steps=moment.steps,
+            branch=moment.branch,
+            layout=layout,
+            layers=len(self.layers),
+            shard=self.shard,
+            memory=self._memory(layer, call, layout, moment, number),
+            dense_backend=DenseBackend(backend.value, dense),
+            record=record,
+            scale=call.scale,
+            key_mask=None if mask is None else mask.keys,
+            strict=self.strict,
         )
 
     def _examine(
@@ -446,8 +449,3 @@ def _own_ways(device: str) -> ExitStack:
     if torch.get_default_device().type != "cpu":
         ways.enter_context(torch.device("cpu"))
     return ways
-
-
-def needs_grid(strategy: Any) -> bool:
-    """Whether a strategy means something else, or nothing, where the tokens' places are not known."""
-    return getattr(strategy, "order", RASTER) not in (RASTER, AUTO) or getattr(strategy, "needs_grid", False)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from diffsparse.errors import ConfigError, UnknownNameError, closest
-from diffsparse.site.place import Site
 from diffsparse.strategies.adaspa import AdaSpa
+from diffsparse.strategies.base import Foreign, Strategy, as_strategy
 from diffsparse.strategies.compensated import Compensated
 from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.digest import Digest
@@ -31,23 +29,11 @@ __all__ = [
     "Random",
     "SparseVDiT",
     "Strategy",
+    "as_strategy",
     "name_of",
     "parse",
     "with_knobs",
 ]
-
-
-class Strategy(Protocol):
-    """Anything with this method is a strategy.
-
-    It may also have `observe(q, k, v, site)`, which is called in place of dense attention on the last of the dense
-    first steps, and returns the dense output; `check(models)`, which `apply` calls with the transformers by name
-    before it changes anything; `order`, a token order (`diffsparse.orders`); "auto" wants an attribute `block` too; and
-    `expected(run)`, what each step will compute.
-    """
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Attention over q, k, v [B, H, N, D] -> [B, H, N, D]."""
 
 
 STRATEGIES: dict[str, type[Any]] = {
@@ -64,14 +50,14 @@ SEARCHES: dict[str, type[Any]] = {"paro": PAROSearch, "sparse-vdit": SparseVDiTS
 
 
 def name_of(strategy: object) -> str:
-    """The name under which `parse` knows the strategy; of a stranger's, that of its class in small letters."""
+    """The name under which `parse` knows the strategy; of others, that of the class in small letters."""
     if isinstance(strategy, Compensated):
         return f"{name_of(strategy.strategy)}+{strategy.by}"
-    cls = type(strategy)
+    cls = type(strategy.inner if isinstance(strategy, Foreign) else strategy)
     return next((name for name, known in STRATEGIES.items() if known is cls), cls.__name__.lower())
 
 
-def parse(names: str, **knobs: Any) -> list[Any]:
+def parse(names: str, **knobs: object) -> list[Strategy]:
     """Strategies from a comma-separated list such as "adaspa,random+means,paro:plan.safetensors".
 
     Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon. `+means` or
@@ -88,7 +74,7 @@ def parse(names: str, **knobs: Any) -> list[Any]:
     return [_make(name, knobs) for name in listed]
 
 
-def _make(text: str, knobs: dict[str, Any]) -> Any:
+def _make(text: str, knobs: dict[str, object]) -> Strategy:
     name, colon, plan = text.partition(":")
     name, plus, by = name.lower().partition("+")
     if plus:
@@ -105,7 +91,8 @@ def _make(text: str, knobs: dict[str, Any]) -> Any:
     return with_knobs(cls, knobs)
 
 
-def with_knobs(cls: type[Any], knobs: dict[str, Any]) -> Any:
+def with_knobs(cls: type[Any], knobs: dict[str, object]) -> Strategy:
     """The dataclass with those of the knobs that it has; its own default for those that are None."""
     own = {field.name for field in fields(cls)}
-    return cls(**{key: value for key, value in knobs.items() if key in own and value is not None})
+    made: Strategy = cls(**{key: value for key, value in knobs.items() if key in own and value is not None})
+    return made

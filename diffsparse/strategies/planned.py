@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from diffsparse.errors import ConfigError, InputFileError, PlanError
 from diffsparse.orders.layout import Layout
 from diffsparse.plans.plan import REMEDY, Plan
+from diffsparse.strategies.base import Models, Strategy
 from diffsparse.wrappers import plain_path
 
 FILE = "plan.safetensors"
@@ -83,7 +84,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Planned(ABC):
+class Planned(Strategy):
     """A strategy that is a plan: how it is loaded, checked, saved and shared.
 
     Subclasses say whose plans they read in `_plan_of`, which settings these need in `_needed`, what settings have to be
@@ -100,6 +101,8 @@ class Planned(ABC):
             raise PlanError(f"wanted a plan of strategy {self._plan_of!r}; got one of {self.plan.strategy!r}")
         self._check_settings()
         self._check_tensors()
+        object.__setattr__(self, "sparsity", float(self.plan.settings["sparsity"]))
+        object.__setattr__(self, "block", int(self.plan.settings["block"]))
 
     def _check_settings(self) -> None:
         """All settings that are needed are there, none is strange, and each makes sense."""
@@ -143,20 +146,10 @@ class Planned(ABC):
     def _parts(self, settings: dict[str, Any], layout: Layout) -> dict[str, Part]:
         """The tensors of a layer, by the end of their names."""
 
-    @property
-    def sparsity(self) -> float:
-        """Share of blocks that the search was asked to drop."""
-        return float(self.plan.settings["sparsity"])
-
-    @property
-    def block(self) -> int:
-        """Edge of a block in tokens."""
-        return int(self.plan.settings["block"])
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.plan.settings}, plan {self.plan.digest})"
 
-    def check(self, models: dict[str, torch.nn.Module]) -> None:
+    def check(self, models: Models) -> None:
         """Called by `diffsparse.apply`: raise PlanError if the plan is another model's, or of other heads."""
         self.plan.check_models(models)
         modules = {
@@ -168,10 +161,6 @@ class Planned(ABC):
             have, want = parts[what].heads(tensor), _heads_of(modules.get(layer))
             if want is not None and have != want:
                 raise PlanError(f"the plan has {have} heads in {layer!r}, where the model has {want}; {REMEDY}")
-
-    @abstractmethod
-    def facts(self) -> dict[str, str]:
-        """What the search found, in a few words by name."""
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from diffsparse.plans.sums import Sums
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Site
 
 
 class Search(Protocol):

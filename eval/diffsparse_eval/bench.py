@@ -163,7 +163,8 @@ def _variants(case: Case, lists: BlockLists, backend: str) -> dict[Any, Callable
     import torch
 
     from diffsparse import Layout
-    from diffsparse.orders.order import AXES, HeadOrders
+    from diffsparse.orders.named import AXES
+    from diffsparse.orders.per_head import HeadOrders
     from diffsparse_kernels import block_sparse_attention
 
     kernel = partial(block_sparse_attention, lists=lists, backend=backend)

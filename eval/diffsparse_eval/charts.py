@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from diffsparse.files import whole
 from diffsparse.insight.inspection import LayerView
-from diffsparse.orders.order import RASTER
+from diffsparse.orders.named import RASTER
 
 _INK, _PAPER, _SKIPPED = "#222222", "white", "#d9d9d9"
 _PALETTE = ("#4477aa", "#c8702a", "#228833", "#7b5aa6", "#d1495b", "#2a8c9e", "#7a7a7a", "#8a7a1f", "#6b4a2b")

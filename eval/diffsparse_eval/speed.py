@@ -18,9 +18,9 @@ import diffsparse
 from diffsparse import Dense, Report, Schedule
 from diffsparse.errors import ConfigError
 from diffsparse.files import write_csv, write_text
-from diffsparse.insight.cost import Estimate, Flops, flops, kinds
+from diffsparse.insight.cost import Estimate, Flops, flops
 from diffsparse.orders.layout import Layout
-from diffsparse.site.report import elapsed, mark
+from diffsparse.site.timing import elapsed, mark
 from diffsparse.strategies.work import KINDS, Kind
 from diffsparse_eval import environment
 from diffsparse_eval.experiment import Row, dense_backend, label
@@ -158,7 +158,7 @@ def run(trial: Trial, missing: list[Any], advance: Callable[[], None]) -> Iterat
 
 def looks(trial: Trial, strategy: Any) -> dict[Kind, int]:
     """The first step of each kind: those that are run. Dense steps are the same for all strategies."""
-    listed = kinds(strategy, trial.schedule, trial.steps)
+    listed = strategy.kinds(trial.schedule, trial.steps)
     wanted = [kind for kind in KINDS if kind in listed and (kind != "dense" or strategy == Dense())]
     return {kind: listed.index(kind) for kind in sorted(wanted, key=listed.index)}
 
@@ -195,7 +195,7 @@ def _middle(passes: list[Pass], rest: float) -> Pass:
 def _row(
     trial: Trial, strategy: Any, typical: dict[Kind, Pass], report: Report, count: Flops, seen: Layout | None = None
 ) -> Row:
-    many = Counter(kinds(strategy, trial.schedule, trial.steps))
+    many = Counter(strategy.kinds(trial.schedule, trial.steps))
     dense = typical["dense"]
     seconds = trial.passes * sum(n * typical[kind].seconds for kind, n in many.items())
     attention = trial.passes * sum(n * typical[kind].attention for kind, n in many.items())

@@ -15,8 +15,10 @@ from diffsparse.errors import ConfigError, PlanError
 from diffsparse.insight import calibration as calibrate
 from diffsparse.insight import inspection
 from diffsparse.insight.inspection import Inspector, best_recall, looks
-from diffsparse.orders.order import AXES, HeadOrders, candidates, most_alike, permutation
-from diffsparse.site.place import Site
+from diffsparse.orders.choice import candidates, most_alike
+from diffsparse.orders.named import AXES, permutation
+from diffsparse.orders.per_head import HeadOrders
+from diffsparse.site.compute import Site
 from diffsparse.strategies.blocks import keep_count
 from diffsparse.strategies.paro import PAROSearch
 from diffsparse_kernels import BlockLists
@@ -107,7 +109,7 @@ def test_chosen_is_the_mass_inside_the_strategys_blocks(order: str) -> None:
     torch.testing.assert_close(view.density, mask.float().mean((0, 2, 3)))
     assert torch.equal(view.kept, mask.float().mean(0))
     assert view.own_orders == (order,) * 3
-    assert place._record.beside == 0, "looking is no work of the strategy's"
+    assert place.record.beside == 0, "looking is no work of the strategy's"
 
 
 @dataclass(frozen=True)

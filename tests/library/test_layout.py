@@ -12,7 +12,7 @@ import diffsparse
 from diffsparse import GNA, AdaSpa, Schedule
 from diffsparse.errors import DenseFallbackError
 from diffsparse.orders.layout import Layout
-from diffsparse.orders.order import permutation, permutation_on
+from diffsparse.orders.named import permutation, permutation_on
 from diffsparse.seam import models
 from diffsparse.seam.models import (
     SPECS,

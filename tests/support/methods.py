@@ -10,7 +10,7 @@ import torch
 
 import diffsparse
 from diffsparse import GNA, PARO, AdaSpa, Dense, Digest, Layout, Schedule, SparseVDiT
-from diffsparse.orders.order import AXES
+from diffsparse.orders.named import AXES
 from diffsparse.plans.plan import Plan, fingerprints
 from diffsparse.seam.patch import attentions, models_of
 from diffsparse.strategies.paro.strategy import pack

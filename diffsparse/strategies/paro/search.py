@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.orders.order import AXES, HeadOrders, check_order
+from diffsparse.orders.named import AXES, check_order
+from diffsparse.orders.per_head import HeadOrders
 from diffsparse.plans.sums import Sums
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Site
 from diffsparse.strategies.blocks import check_block, check_count, check_share, keep_count
 from diffsparse.strategies.paro.strategy import MOST_ORDERS, pack
 from diffsparse.strategies.planned import group_of

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.plans.sums import Sums
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Site
 from diffsparse.strategies.blocks import check_block, check_count, check_number, check_share, keep_count
 from diffsparse.strategies.planned import group_of
 from diffsparse.strategies.search import Watcher, is_look
@@ -158,7 +158,7 @@ class _Follower:
         """All heads in one mode."""
         modes = torch.full((q.shape[1],), mode)
         columns = self.sums.of("columns")[f"{site.model}.{site.layer}"]
-        orders, layout = head_orders(modes, site.layout, q.device), site.text_last().layout
+        orders, layout = head_orders(modes, site.layout, q.device), site.layout.text_last()
         lists = head_lists(modes, columns, layout, self.search.sparsity, self.search.block, q.device)
         q, k, v, keys = *(orders.apply(x) for x in (q, k, v)), orders.keys(site.key_mask)
         return orders.undo(block_sparse_attention(q, k, v, lists, scale=site.scale, key_mask=keys)[0])

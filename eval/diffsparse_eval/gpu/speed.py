@@ -227,7 +227,8 @@ class _Field:
     def around(self) -> Iterator[Contestant]:
         """What is done around the kernels: blocks chosen, lists made, tokens put in order and back."""
         from diffsparse.orders.layout import Layout
-        from diffsparse.orders.order import AXES, HeadOrders
+        from diffsparse.orders.named import AXES
+        from diffsparse.orders.per_head import HeadOrders
 
         case, device = self.case, self.options.device
         blocks = -(-case.tokens // case.block)

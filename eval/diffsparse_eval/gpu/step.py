@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from diffsparse_eval.gpu.speed import SHAPES, Shape
 from diffsparse_eval.gpu.stage import Options, Row, Talk
@@ -48,7 +49,8 @@ class _Layer:
         self.strategy: Any = {"digest": Digest, "adaspa": AdaSpa}[name](sparsity=0.8, block=block)
         case = Case(shape.tokens, heads, dim, "bfloat16", block, ())
         tensors = case.tensors(options.device)
-        self.qkv = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors)  # as models have them
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors)  # as models have them
+        self.qkv = q, k, v
         self.layout, self.memory, self.options = Layout(*shape.grid, 0, shape.text), dict[str, Any](), options
         self.key_mask = shape.key_mask(options.device)
         self.records: list[Any] = []
@@ -62,7 +64,7 @@ class _Layer:
         ]
 
     def _call(self, method: str, step: int) -> Any:
-        from diffsparse.orders.order import in_order
+        from diffsparse.strategies.base import in_order
 
         site = self._site(step)
         if method == "dense":
@@ -70,17 +72,24 @@ class _Layer:
         return in_order(self.strategy, getattr(self.strategy, method), self.qkv, site)
 
     def _site(self, step: int) -> Any:
-        from diffsparse.site.place import Site
-        from diffsparse.site.report import CallRecord
+        from diffsparse.site.compute import DenseBackend, Site
+        from diffsparse.site.record import CallRecord
 
         self.records.append(CallRecord("blocks.0", step, "cond"))
         mask = None if self.key_mask is None else self.key_mask[:, None, None]
         return Site(
-            "transformer", "blocks.0", 0, step, STEPS, "cond", self.layout, self.memory, None, self.key_mask,
-            _dense=lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, mask),
-            _backend="native",
-            _record=self.records[-1],
-        )  # fmt: skip
+            model="transformer",
+            layer="blocks.0",
+            index=0,
+            step=step,
+            steps=STEPS,
+            branch="cond",
+            layout=self.layout,
+            memory=self.memory,
+            dense_backend=DenseBackend("native", partial(F.scaled_dot_product_attention, attn_mask=mask)),
+            record=self.records[-1],
+            key_mask=self.key_mask,
+        )
 
     def measure(self, call: Callable[[], Any], talk: Talk) -> Row:
         """Milliseconds of the device and of the host, peak memory."""
