@@ -26,7 +26,7 @@ from diffsparse_eval import environment
 from diffsparse_eval.experiment import Row, dense_backend, label
 from diffsparse_eval.report import as_markdown, flat, meanings
 from diffsparse_pipelines import machine
-from diffsparse_pipelines.architectures import Architecture, Rig, inputs
+from diffsparse_pipelines.architectures import Architecture, MinimalPipeline, inputs
 from diffsparse_pipelines.preflight import grid_tokens, layout
 
 
@@ -136,7 +136,7 @@ def run(trial: Trial, missing: list[Any], advance: Callable[[], None]) -> Iterat
     count = flops(whole, grid_tokens(whole, trial.latent), trial.architecture.text)
     _check_memory(trial)
     model = trial.architecture.build(trial.layers, dtype=trial.dtype, device=trial.device)
-    rig, watch = Rig(model, trial.steps), Stopwatch(model, whole)
+    rig, watch = MinimalPipeline(model, trial.steps), Stopwatch(model, whole)
     arguments = inputs(model, trial.latent, trial.architecture.text)
     contestants = [Dense(), *(strategy for strategy in missing if strategy != Dense())]
     found: list[dict[Kind, list[Pass]]] = [{} for _ in contestants]
@@ -170,7 +170,12 @@ def count_passes(trial: Trial, missing: list[Any]) -> int:
 
 
 def _passes(
-    trial: Trial, strategy: Any, rig: Rig, watch: Stopwatch, arguments: dict[str, Any], advance: Callable[[], None]
+    trial: Trial,
+    strategy: Any,
+    rig: MinimalPipeline,
+    watch: Stopwatch,
+    arguments: dict[str, Any],
+    advance: Callable[[], None],
 ) -> tuple[dict[Kind, Pass], Report]:
     rig.begin()
     steps, seconds = looks(trial, strategy), {}

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import imageio.v3 as imageio
 import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image, ImageDraw, ImageSequence
 
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.files import whole
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 Frames = np.ndarray
 VIDEO = (".mp4", ".gif")
 IMAGE = (".png", ".jpg", ".jpeg", ".webp")
-_VISIBLE = 256  # pixels: smaller frames are enlarged in files, where people look at them
+_VISIBLE = 256  # pixels: smaller frames are enlarged in files
 
 
 def check_suffix(path: Path, frames: int | None = None) -> None:
-    """Raise ConfigError unless `path` ends in a format that can hold so many frames; None: nobody knows how many."""
+    """Raise ConfigError unless `path` ends in a format that holds so many frames; None if their number is unknown."""
     kinds = {None: (*VIDEO, *IMAGE), 1: IMAGE}
     known = kinds.get(frames, (*VIDEO, ".png"))
     if path.suffix.lower() not in known:
@@ -68,8 +67,6 @@ def side_by_side(pixels: Frames, most: int = 8) -> Frames:
 
 def sheet(rows: dict[str, Frames], path: str | Path) -> Path:
     """Write a picture with one labelled row of frames for each entry of `rows`."""
-    from PIL import Image, ImageDraw
-
     strips = {label: side_by_side(_enlarged(to_bytes(frames), 96)) for label, frames in rows.items()}
     width, label_height = max(strip.shape[1] for strip in strips.values()), 16
     height = sum(strip.shape[0] + label_height for strip in strips.values())
@@ -90,8 +87,6 @@ def read(path: str | Path) -> Frames:
     Raises:
         InputFileError: the file can't be read.
     """
-    import imageio.v3 as imageio
-
     try:
         plugin = "FFMPEG" if Path(path).suffix.lower() == ".mp4" else "pillow"
         pixels = np.asarray(imageio.imread(path, plugin=plugin))
@@ -100,18 +95,21 @@ def read(path: str | Path) -> Frames:
     return (pixels if pixels.ndim == 4 else pixels[None]).astype(np.float32) / 255
 
 
-def read_image(path: str | Path) -> Image:
+def read_image(path: str | Path) -> Image.Image:
     """An RGB image from a file.
 
     Raises:
         InputFileError: no such file, or not an image.
     """
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # broken in a stranger's way
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # PIL raises all of them
         raise InputFileError(f"can't read the image {path}: {error}") from error
 
 
@@ -127,8 +125,6 @@ def _even(pixels: Frames) -> Frames:
 
 
 def _write_mp4(pixels: Frames, path: Path, fps: int) -> None:
-    from imageio_ffmpeg import get_ffmpeg_exe
-
     _, height, width, _ = pixels.shape
     raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
     command = [get_ffmpeg_exe(), "-y", "-v", "error", *raw, "-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p"]
@@ -141,8 +137,6 @@ def _write_mp4(pixels: Frames, path: Path, fps: int) -> None:
 
 def _frames_of_mp4(path: Path) -> int:
     """The frames of a video that can be decoded from end to end."""
-    from imageio_ffmpeg import get_ffmpeg_exe
-
     command = [get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", str(path)]
     done = subprocess.run([*command, "-f", "framehash", "-"], capture_output=True, check=False)
     if done.returncode or done.stderr:
@@ -157,8 +151,6 @@ def _why(done: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def _write_gif(pixels: Frames, path: Path, fps: int) -> None:
-    from PIL import Image, ImageSequence
-
     first, *rest = [Image.fromarray(frame) for frame in pixels]
     duration = 10 * max(1, round(100 / fps))  # milliseconds; the format counts hundredths of a second
     first.save(path, save_all=True, append_images=rest, duration=duration, loop=0)
@@ -168,8 +160,6 @@ def _write_gif(pixels: Frames, path: Path, fps: int) -> None:
 
 
 def _write_image(pixels: Frames, path: Path) -> None:
-    from PIL import Image
-
     Image.fromarray(pixels).save(path)
     with Image.open(path) as written:
         written.load()

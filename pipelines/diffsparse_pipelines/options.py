@@ -393,7 +393,7 @@ def sampling(
     frames: int | None,
     guidance_scale: float | None,
     negative_prompt: str | None,
-) -> dict[str, Any]:
+) -> Any:
     """Call arguments that were given."""
     given = {
         "num_inference_steps": steps,
