@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffsparse.orders.layout import Layout
     from diffsparse.schedule import Schedule
     from diffsparse.seam.patch import Handle, apply, remove
-    from diffsparse.site.place import Site
+    from diffsparse.site.compute import Site
     from diffsparse.site.report import Report
     from diffsparse.strategies import GNA, PARO, AdaSpa, Compensated, Dense, Digest, Random, SparseVDiT
 
@@ -43,7 +43,7 @@ _HOME = {
     "Random": "diffsparse.strategies",
     "Report": "diffsparse.site.report",
     "Schedule": "diffsparse.schedule",
-    "Site": "diffsparse.site.place",
+    "Site": "diffsparse.site.compute",
     "SparseVDiT": "diffsparse.strategies",
     "apply": "diffsparse.seam.patch",
     "guide": "diffsparse.guidance.guide",

@@ -1,5 +1,7 @@
 """The exception tree: one root, one child for each way in which input can be wrong."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -31,6 +33,19 @@ class UnsupportedModelError(DiffsparseError, TypeError):
 
 class DenseFallbackError(DiffsparseError, RuntimeError):
     """With `strict=True`: a call that should have been sparse would have run dense."""
+
+    @classmethod
+    def of(cls, layer: str, step: int, reason: str, *, ran: bool = False) -> DenseFallbackError:
+        """The error of one attention call.
+
+        Args:
+            layer: name of the attention module.
+            step: denoising step.
+            reason: why it can't be sparse.
+            ran: the call has already run.
+        """
+        did = "ran" if ran else "would run"
+        return cls(f"layer {layer!r} at step {step} {did} dense ({reason}); apply with strict=False to allow it")
 
 
 class InputFileError(DiffsparseError, OSError):

@@ -38,6 +38,11 @@ class Schedule:
         first = resolve(self.dense_first, steps)
         return first, None if steps is None else steps - resolve(self.dense_last, steps)
 
+    def last_dense(self, steps: int | None) -> int | None:
+        """The last of the dense first steps, from which strategies learn; None if there is none."""
+        first, _ = self.bounds(steps)
+        return first - 1 if first else None
+
     def is_dense(self, step: int, steps: int | None, layer: int, layers: int) -> bool:
         """Whether `layer` (of `layers`) runs dense at `step` (of `steps`); all numbers 0-based."""
         first, end = self.bounds(steps)

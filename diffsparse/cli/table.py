@@ -11,7 +11,10 @@ RICH = find_spec("rich") is not None
 # name -> (module:function, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("diffsparse_pipelines.commands.generate:generate", "Generate a video or an image from a prompt."),
-    "evaluate": ("diffsparse_eval.evaluate:evaluate", "Compare strategies with dense attention: fidelity and speed."),
+    "evaluate": (
+        "diffsparse_eval.commands.evaluate:evaluate",
+        "Compare strategies with dense attention: fidelity and speed.",
+    ),
     "calibrate": (
         "diffsparse_pipelines.commands.calibrate:calibrate",
         "Search a plan offline, for strategies that run on one.",
@@ -24,9 +27,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "diffsparse_pipelines.commands.simulate:simulate",
         "Tell what windowed attention can save, without running.",
     ),
-    "inspect": ("diffsparse_eval.inspect:inspect", "Draw attention, chosen blocks, orders and recall by head."),
-    "bench": ("diffsparse_eval.bench:bench", "Time the attention kernels beside torch's, in one process."),
-    "doctor": ("diffsparse_eval.doctor:doctor", "Show versions, devices, and which backends run here."),
+    "inspect": (
+        "diffsparse_eval.commands.inspect:inspect",
+        "Draw attention, chosen blocks, orders and recall by head.",
+    ),
+    "bench": ("diffsparse_eval.commands.bench:bench", "Time the attention kernels beside torch's, in one process."),
+    "doctor": ("diffsparse_eval.commands.doctor:doctor", "Show versions, devices, and which backends run here."),
 }
 
 # package that an installation without extras may lack -> the extra that it comes with

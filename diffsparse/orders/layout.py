@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
@@ -65,6 +65,10 @@ class Layout:
     def grid(self) -> Layout:
         """The video without the text."""
         return Layout(self.frames, self.height, self.width)
+
+    def text_last(self) -> Layout:
+        """The same tokens with all text behind the video, as `HeadOrders` puts them."""
+        return replace(self.grid, text_after=self.tokens - self.video)
 
     @property
     def has_text(self) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any, Protocol
-
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from inspect import signature
+from typing import Any, TypeVar
 
 from diffsparse.errors import ConfigError, UnknownNameError, closest
-from diffsparse.site.place import Site
+from diffsparse.plans.plan import Plan
 from diffsparse.strategies.adaspa import AdaSpa
+from diffsparse.strategies.base import Foreign, Strategy, as_strategy
 from diffsparse.strategies.compensated import Compensated
 from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.digest import Digest
@@ -17,6 +18,7 @@ from diffsparse.strategies.gna import GNA
 from diffsparse.strategies.paro import PARO, PAROSearch
 from diffsparse.strategies.planned import Planned
 from diffsparse.strategies.random import Random
+from diffsparse.strategies.search import Search
 from diffsparse.strategies.sparse_vdit import SparseVDiT, SparseVDiTSearch
 
 __all__ = [
@@ -31,26 +33,18 @@ __all__ = [
     "Random",
     "SparseVDiT",
     "Strategy",
+    "as_strategy",
+    "knobs_of",
     "name_of",
+    "of_plan",
     "parse",
     "with_knobs",
 ]
 
 
-class Strategy(Protocol):
-    """Anything with this method is a strategy.
+T = TypeVar("T")
 
-    It may also have `observe(q, k, v, site)`, which is called in place of dense attention on the last of the dense
-    first steps, and returns the dense output; `check(models)`, which `apply` calls with the transformers by name
-    before it changes anything; `order`, a token order (`diffsparse.orders`); "auto" wants an attribute `block` too; and
-    `expected(run)`, what each step will compute.
-    """
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Attention over q, k, v [B, H, N, D] -> [B, H, N, D]."""
-
-
-STRATEGIES: dict[str, type[Any]] = {
+STRATEGIES: dict[str, type[Strategy]] = {
     "adaspa": AdaSpa,
     "dense": Dense,
     "digest": Digest,
@@ -60,18 +54,38 @@ STRATEGIES: dict[str, type[Any]] = {
     "sparse-vdit": SparseVDiT,
 }
 
-SEARCHES: dict[str, type[Any]] = {"paro": PAROSearch, "sparse-vdit": SparseVDiTSearch}
+SEARCHES: dict[str, type[Search]] = {"paro": PAROSearch, "sparse-vdit": SparseVDiTSearch}
 
 
 def name_of(strategy: object) -> str:
-    """The name under which `parse` knows the strategy; of a stranger's, that of its class in small letters."""
+    """The name under which `parse` knows the strategy; of others, that of the class in small letters."""
     if isinstance(strategy, Compensated):
         return f"{name_of(strategy.strategy)}+{strategy.by}"
-    cls = type(strategy)
+    cls = type(strategy.inner if isinstance(strategy, Foreign) else strategy)
     return next((name for name, known in STRATEGIES.items() if known is cls), cls.__name__.lower())
 
 
-def parse(names: str, **knobs: Any) -> list[Any]:
+def knobs_of(cls: type) -> dict[str, object]:
+    """The knobs of a strategy or of a search, with their defaults; None where there is none."""
+    if not is_dataclass(cls):
+        return {}
+    made = {knob.name: knob.default_factory for knob in fields(cls) if knob.default_factory is not MISSING}
+    return {knob.name: None if knob.default is MISSING else knob.default for knob in fields(cls)} | {
+        name: make() for name, make in made.items()
+    }
+
+
+def of_plan(plan: Plan) -> Planned:
+    """The strategy that runs on a plan.
+
+    Raises:
+        PlanError: its values make no sense.
+    """
+    planned: dict[str, type[Planned]] = {"paro": PARO, "sparse-vdit": SparseVDiT}
+    return planned[plan.strategy](plan)
+
+
+def parse(names: str, **knobs: Any) -> list[Strategy]:
     """Strategies from a comma-separated list such as "adaspa,random+means,paro:plan.safetensors".
 
     Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon. `+means` or
@@ -88,7 +102,7 @@ def parse(names: str, **knobs: Any) -> list[Any]:
     return [_make(name, knobs) for name in listed]
 
 
-def _make(text: str, knobs: dict[str, Any]) -> Any:
+def _make(text: str, knobs: dict[str, Any]) -> Strategy:
     name, colon, plan = text.partition(":")
     name, plus, by = name.lower().partition("+")
     if plus:
@@ -105,7 +119,7 @@ def _make(text: str, knobs: dict[str, Any]) -> Any:
     return with_knobs(cls, knobs)
 
 
-def with_knobs(cls: type[Any], knobs: dict[str, Any]) -> Any:
-    """The dataclass with those of the knobs that it has; its own default for those that are None."""
-    own = {field.name for field in fields(cls)}
-    return cls(**{key: value for key, value in knobs.items() if key in own and value is not None})
+def with_knobs(make: Callable[..., T], knobs: dict[str, Any]) -> T:
+    """A strategy or search with those of the knobs that it has; its own default for those that are None."""
+    own = signature(make).parameters
+    return make(**{key: value for key, value in knobs.items() if key in own and value is not None})

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.orders.order import RASTER, check_order
+from diffsparse.orders.named import RASTER, check_order
 from diffsparse.schedule import exact
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Site
 from diffsparse.strategies.blocks import keep_count
 from diffsparse.strategies.online import OnlineSearch, recall_of
 from diffsparse_kernels import select_rows

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-import diffsparse_kernels as kernels
 from diffsparse.errors import ConfigError
-from diffsparse.orders.order import RASTER
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Blocks, Product, Site
+from diffsparse.strategies.base import Attending, Strategy, Wrapper, as_strategy
 from diffsparse.strategies.digest import Digest
-from diffsparse.strategies.work import Kind, Outline, Step, expected
+from diffsparse.strategies.work import Kind, Outline, Step
 from diffsparse_kernels import BlockLists
 
+_WAYS = ("means", "tail")
 _SPARSE = ("sparse", "refresh")  # kinds of steps that drop blocks
 
 
 @dataclass(frozen=True)
-class Compensated:
+class Compensated(Wrapper):
     """Any block-sparse strategy with its dropped blocks made up for; on the command line `adaspa+means`.
 
     by: "means": each dropped block stands in the same softmax as its mean key and mean value, weighted by its number of
@@ -34,66 +34,36 @@ class Compensated:
     budget: GiB that all tails together may take.
     """
 
-    strategy: Any
+    strategy: Strategy
     by: Literal["means", "tail"] = "means"
     budget: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.by not in _SITES:
-            raise ConfigError(f"compensation wants one of {', '.join(_SITES)}; got {self.by!r}")
-        if isinstance(self.strategy, Compensated | Digest) or not hasattr(self.strategy, "attend"):
+        if self.by not in _WAYS:
+            raise ConfigError(f"compensation wants one of {', '.join(_WAYS)}; got {self.by!r}")
+        if isinstance(self.strategy, Compensated | Digest) or not isinstance(self.strategy, Attending):
             raise ConfigError(f"wanted a strategy that is not compensated yet; got {self.strategy!r}")
         if not isinstance(self.budget, int | float) or not self.budget > 0:
             raise ConfigError(f"budget wants a positive number of GiB; got {self.budget!r}")
-
-    @property
-    def order(self) -> str:
-        """The strategy's own token order."""
-        return str(getattr(self.strategy, "order", RASTER))
-
-    @property
-    def needs_grid(self) -> bool:
-        """Whether the strategy does."""
-        return bool(getattr(self.strategy, "needs_grid", False))
-
-    @property
-    def block(self) -> int:
-        """The strategy's own edge of a block."""
-        return int(self.strategy.block)
-
-    @property
-    def sparsity(self) -> float | None:
-        """The strategy's own sparsity; None if it has none."""
-        sparsity: float | None = getattr(self.strategy, "sparsity", None)
-        return sparsity
-
-    def check(self, models: dict[str, torch.nn.Module]) -> None:
-        """Called by `diffsparse.apply`: whatever the strategy checks."""
-        if hasattr(self.strategy, "check"):
-            self.strategy.check(models)
-
-    @property
-    def observe(self) -> Callable[..., Tensor] | None:
-        """The strategy's own; None if it has none."""
-        method: Callable[..., Tensor] | None = getattr(self.strategy, "observe", None)
-        return method
+        object.__setattr__(self, "strategy", as_strategy(self.strategy))
+        super().__post_init__()
 
     def expected(self, run: Outline) -> list[Step]:
         """What each step computes: the strategy's own, and what makes up for the rest."""
-        steps = expected(self.strategy, run)
+        steps = self.strategy.steps(run)
         return [self._with_means(step) for step in steps] if self.by == "means" else _with_tails(steps)
 
     def _with_means(self, step: Step) -> Step:
-        if step.kind not in _SPARSE or step.density is None:
+        if step.kind not in _SPARSE or step.density is None or self.block is None:
             return step
         return replace(step, density=step.density + (1 - step.density) / self.block)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The strategy's attention over q, k, v [B, H, N, D], each sparse product compensated."""
-        ours = _SITES[self.by](**vars(site))
-        if isinstance(ours, _TailSite):
-            ours.budget = self.budget
-        return self.strategy.attend(q, k, v, ours)  # type: ignore[no-any-return]
+        if self.by == "means":
+            return self.strategy.attend(q, k, v, replace(site, means=True))
+        product = partial(_with_kept_tail, site.product, self.budget)
+        return self.strategy.attend(q, k, v, replace(site, product=product))
 
 
 def _with_tails(steps: list[Step]) -> list[Step]:
@@ -116,13 +86,6 @@ def _with_tail(step: Step, new: float) -> Step:
     return replace(
         step, kind=kind, density=step.density + new * (1 - step.density), beside=step.beside + new * step.density
     )
-
-
-class _MeansSite(Site):
-    """Lets dropped blocks stand as their means."""
-
-    def sparse(self, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, **rest: Any) -> Tensor:
-        return super().sparse(q, k, v, lists, **{**rest, "means": True})
 
 
 @dataclass(frozen=True)
@@ -156,32 +119,30 @@ class _Tail:
         return int(self.out.nbytes + self.lse.nbytes)
 
 
-class _TailSite(Site):
-    """Keeps what dropped blocks gave at the first product with each choice of blocks, and adds it to later ones."""
+def _with_kept_tail(
+    product: Product, budget: float, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site
+) -> tuple[Tensor, Tensor]:
+    """A sparse product with the tail of its blocks, which the first product with these blocks finds, in a dense call.
 
-    budget: float
-
-    def _product(self, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, **rest: Any) -> tuple[Tensor, Tensor]:
-        sparse = super()._product(q, k, v, lists, **rest)
-        tail = self.memory.get("tail")
-        if tail is not None and tail.lists is lists:
-            return tail.merged(*sparse)  # type: ignore[no-any-return]
-        self._afford(q, v)
-        self._record.beside += self._record.density
-        self._ran_search(q, k, v, rest["key_mask"], "tail")
-        dense = kernels.attention(q, k, v, scale=self.scale, key_mask=rest["key_mask"])
-        self.memory["tail"] = _Tail.of(lists, dense, sparse)
-        return dense
-
-    def _afford(self, q: Tensor, v: Tensor) -> None:
-        """Refuse tails that would not fit, before the first of them is made."""
-        rows = q.shape[0] * q.shape[1] * q.shape[2]
-        wanted = self.layers * rows * (2 * v.shape[-1] + 4) / 2**30
-        if wanted > self.budget:
-            raise ConfigError(
-                f"the tails of {self.layers} layers want {wanted:.1f} GiB for each guidance branch; the budget is "
-                f"{self.budget:g} GiB. Give a larger budget, or compensate by means, which keeps nothing"
-            )
+    Raises:
+        ConfigError: the tails of all layers want more than `budget` GiB.
+    """
+    sparse, tail = product(q, k, v, blocks, site), site.memory.get("tail")
+    if isinstance(tail, _Tail) and tail.lists is blocks.lists:
+        return tail.merged(*sparse)
+    _check_budget(budget, q, v, site)
+    site.record.beside += site.record.density
+    dense = site.dense_with_lse(q, k, v, reason="tail")
+    site.memory["tail"] = _Tail.of(blocks.lists, dense, sparse)
+    return dense
 
 
-_SITES: dict[str, type[Any]] = {"means": _MeansSite, "tail": _TailSite}
+def _check_budget(budget: float, q: Tensor, v: Tensor, site: Site) -> None:
+    """Refuse tails that would not fit, before the first of them is made."""
+    rows = q.shape[0] * q.shape[1] * q.shape[2]
+    wanted = site.layers * rows * (2 * v.shape[-1] + 4) / 2**30
+    if wanted > budget:
+        raise ConfigError(
+            f"the tails of {site.layers} layers want {wanted:.1f} GiB for each guidance branch; the budget is "
+            f"{budget:g} GiB. Give a larger budget, or compensate by means, which keeps nothing"
+        )

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Site
+from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.work import Outline, Step
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Strategy):
     """Every call on the user's own backend: bit-identical to an untouched pipeline, but timed and reported."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

@@ -1,4 +1,4 @@
-"""Digest: blocks where their means fail, the means of all the others, and what both miss. Ours, of known parts."""
+"""Digest: blocks where their means fail, the means of all others, and the residual of both. Ours, of known parts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.orders.order import check_order
+from diffsparse.orders.named import check_order
 from diffsparse.schedule import exact
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Blocks, Site
+from diffsparse.site.record import MASS_PASS
 from diffsparse.strategies.blocks import with_text
 from diffsparse.strategies.online import OnlineSearch
-from diffsparse.strategies.work import MASS_PASS, Outline
+from diffsparse.strategies.work import Outline
 from diffsparse_kernels import block_means, select_heads, spread
 
 _LEAST = 1e-3  # of the blocks, beside the best of each row
@@ -23,16 +24,17 @@ _LEAST = 1e-3  # of the blocks, beside the best of each row
 
 @dataclass(frozen=True)
 class Digest(OnlineSearch):
-    """Compute the blocks that a summary would get wrong, summarise the rest, and remember what the summary misses.
+    """Compute the blocks that a summary would get wrong, summarise the rest, and keep the residual of the summary.
 
     1. Each head has its tokens in the order that puts the most similar ones into a block.
     2. A block of n keys that is not computed counts as n keys at its mean, in the same softmax, with its mean value.
-    3. exp is convex: the means never have more mass than the block. What they lack, mass - means' mass, is what a block
-       must be computed for, and not its mass: a heavy block of equal weights is summed up exactly. It tells the more,
-       the further the values of the block lie apart.
-    4. One threshold for all heads and rows of a layer spends the blocks where they tell most; every row keeps its best.
-    5. What is missing still, the dense output less that of blocks and means, changes slowly from step to step. A dense
-       step that searches knows it; it is kept, and added to the outputs of the steps that follow.
+    3. exp is convex: the means never have more mass than the block. Their shortfall, mass - means' mass, is why a block
+       must be computed, and not its mass: a heavy block of equal weights is summarised exactly. The shortfall matters
+       more the further the values of the block lie apart.
+    4. One threshold for all heads and rows of a layer spends the blocks where the shortfall is largest; every row keeps
+       its best.
+    5. The residual, the dense output less that of blocks and means, changes slowly from step to step. A dense step
+       that searches knows it; it is kept, and added to the outputs of the steps that follow.
     6. Half of the work goes to such dense steps, evenly spread, the other half to the blocks between them.
 
     Means of dropped blocks in the softmax are PISA's (arXiv 2602.01077), Sol-Attn's (2607.24027) and SVG-EAR's
@@ -42,15 +44,15 @@ class Digest(OnlineSearch):
     orders of heads that take no attention to find, a residual of what even the means miss, and one budget for all.
 
     sparsity: share of the attention dropped after the first search, in [0, 1): dense steps, blocks, means (each counts
-        as the one key that it is) and the outputs computed to know what is missing all count. The mass passes of its
-        searches (half a dense pass each) come on top, as those of every strategy that searches; `Report.work` tells.
+        as the one key that it is) and the outputs computed to find the residual all count. The mass passes of its
+        searches (half a dense pass each) come on top, as those of every strategy that searches (see `Report.work`).
     searches: where the work does not suffice for a dense step, these search on the cached log-sum-exp, as AdaSpa's do.
     order: of the tokens (`diffsparse.orders`); "auto" finds each head's own in the first search.
-    memory: GiB that what is missing may take, for each sample of each guidance branch: 2HND bytes a layer. Where that
+    memory: GiB that the residual may take, for each sample of each guidance branch: 2HND bytes a layer. Where that
         is too little, means over as few neighbouring tokens as fit are kept, over a block at most, which helps less.
 
-    Blocks that hold text are always computed. Where nobody knows the length of the run, nothing missing is added and no
-    step is dense again. The rest of the memory between steps is AdaSpa's.
+    Blocks that hold text are always computed. Where the length of the run is unknown, no residual is added and no step
+    is dense again. The rest of the memory between steps is AdaSpa's.
     """
 
     searches: tuple[int | float, ...] = (0.4,)
@@ -64,33 +66,33 @@ class Digest(OnlineSearch):
             raise ConfigError(f"memory wants a number of GiB, at least 0; got {self.memory!r}")
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Dense attention over q, k, v [B, H, N, D] with a search; keeps what the chosen blocks and means miss."""
+        """Dense attention over q, k, v [B, H, N, D] with a search; keeps the residual of blocks and means."""
         out = super().observe(q, k, v, site)
-        lasts = self._lasts(site.steps, site.memory["first"])
-        site.memory.pop("missing", None)
-        if lasts:
-            missing = (out - site.product(q, k, v, site.memory["lists"], means=True)).bfloat16()
-            site.memory["missing"] = _Missing(*self._affordable(missing, site), site.step + lasts)
+        lifetime = self._lifetime(site.steps, site.memory["first"])
+        site.memory.pop("residual", None)
+        if lifetime:
+            residual = (out - site.compare(q, k, v, Blocks(site.memory["lists"], means=True))).bfloat16()
+            site.memory["residual"] = _Residual(*self._affordable(residual, site), site.step + lifetime)
         return out
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Blocks and means, and what such missed in the last dense step unless that is long ago."""
-        missing: _Missing | None = site.memory.get("missing")
-        if missing is not None and site.step > missing.until:
-            missing = None
-            del site.memory["missing"]
-        plus = None if missing is None else missing.rows_of(q.shape[2])
-        return site.sparse(q, k, v, site.memory["lists"], means=True, plus=plus)
+        """Blocks and means, and their residual of the last dense step unless that is long ago."""
+        kept: _Residual | None = site.memory.get("residual")
+        if kept is not None and site.step > kept.until:
+            kept = None
+            del site.memory["residual"]
+        residual = None if kept is None else kept.rows_of(q.shape[2])
+        return site.sparse(q, k, v, Blocks(site.memory["lists"], means=True, residual=residual))
 
     def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """The blocks of the layer whose means lack the most, bool [B, H, nQ, nK]."""
-        lacking = (mass - site.means_mass(q, k, site.memory["lse"], self.block)).clamp(min=0)
+        """The blocks of the layer with the largest shortfall of their means, bool [B, H, nQ, nK]."""
+        shortfall = (mass - site.means_mass(q, k, site.memory["lse"], self.block)).clamp(min=0)
         rows = (q.shape[2] - self.block * torch.arange(mass.shape[2], device=q.device)).clamp(max=self.block)
-        lacking *= rows[:, None] / mass.sum(-1, keepdim=True).clamp(min=1e-30)  # 1, but for the drift of the LSE
-        lacking *= spread(v, self.block, site.key_mask)[:, :, None]
+        shortfall *= rows[:, None] / mass.sum(-1, keepdim=True).clamp(min=1e-30)  # 1, but for the drift of the LSE
+        shortfall *= spread(v, self.block, site.key_mask)[:, :, None]
         share = self._share(self.density(site.steps, site.memory["first"]))
-        lacking = site.shard.all_heads(lacking)  # one threshold for the heads of all ranks
-        mask = site.shard.own(select_heads(lacking.flatten(1, 2)[:, None], share).view_as(lacking), 1)
+        shortfall = site.shard.all_heads(shortfall)  # one threshold for the heads of all ranks
+        mask = site.shard.own(select_heads(shortfall.flatten(1, 2)[:, None], share).view_as(shortfall), 1)
         sink = site.layout.text_sink(self.block, q.device)
         return mask if sink is None else mask | sink
 
@@ -117,28 +119,28 @@ class Digest(OnlineSearch):
         return share + (1 - share) / self.block
 
     def _beside(self, run: Outline) -> tuple[float, float]:
-        """Masses of blocks and of means; and in dense searches the product that tells what is missing."""
+        """Masses of blocks and of means; and in dense searches the product that gives the residual."""
         masses = MASS_PASS * (1 + 1 / self.block)
-        compared = self._sparse_density(run) if self._lasts(run.steps, run.search or 0) else 0.0
+        compared = self._sparse_density(run) if self._lifetime(run.steps, run.search or 0) else 0.0
         return masses + compared, masses
 
-    def _affordable(self, missing: Tensor, site: Site) -> tuple[Tensor, int]:
+    def _affordable(self, residual: Tensor, site: Site) -> tuple[Tensor, int]:
         """Means over groups of as few tokens as the memory allows, and how many those are."""
-        wanted = site.layers * missing[0].nbytes / 2**30
+        wanted = site.layers * residual[0].nbytes / 2**30
         group = math.ceil(min(wanted / self.memory, self.block)) if self.memory else self.block
         if group <= 1:
-            return missing, 1
-        site.note(
-            f"Digest keeps what is missing as means over {group} tokens: all of it wants {wanted:.1f} GiB a sample"
+            return residual, 1
+        site.record.note = (
+            f"Digest keeps its residual as means over {group} tokens: all of it wants {wanted:.1f} GiB a sample"
         )
-        return block_means(missing, group), group
+        return block_means(residual, group), group
 
     def _dense_steps(self, steps: int | None, first: int) -> int:
         """How many, after the first search."""
         return int((1 - exact(self.sparsity)) * _left(steps, first) / 2) if self.sparsity else 0
 
-    def _lasts(self, steps: int | None, first: int) -> int:
-        """How many steps later what is missing is still added: until the next dense one, or for half of the run."""
+    def _lifetime(self, steps: int | None, first: int) -> int:
+        """How many steps later the residual is still added: until the next dense one, or for half of the run."""
         return -(-_left(steps, first) // max(2, self._dense_steps(steps, first) + 1))
 
     def _share(self, density: float) -> float:
@@ -148,13 +150,13 @@ class Digest(OnlineSearch):
 
 
 def _left(steps: int | None, first: int) -> int:
-    """Steps of the run after the first search; 0 if nobody knows its length."""
+    """Steps of the run after the first search; 0 if its length is unknown."""
     return 0 if steps is None else max(steps - 1 - first, 0)
 
 
 @dataclass(frozen=True)
-class _Missing:
-    """What blocks and means missed: bfloat16 [B, H, N / group, D], means over groups of tokens in a row."""
+class _Residual:
+    """What blocks and means left out: bfloat16 [B, H, N / group, D], means over groups of consecutive tokens."""
 
     rows: Tensor
     group: int

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.schedule import check_amount, exact, nearest
-from diffsparse.site.place import Site
+from diffsparse.site.compute import Site
+from diffsparse.site.record import MASS_PASS
+from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_share, row_density
-from diffsparse.strategies.work import MASS_PASS, Outline, Step
+from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists, default_block
 
 _FEW_STEPS = 10
 
 
 @dataclass(frozen=True)
-class OnlineSearch(ABC):
+class OnlineSearch(Strategy):
     """Blocks chosen from their softmax mass in the last dense step, and again in later steps on the cached LSE.
 
     The first search is a dense step with a second pass over its keys that sums the softmax weights of each block
@@ -109,7 +111,7 @@ class OnlineSearch(ABC):
 
     def _search(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> None:
         mask = self.choose(mass, q, k, v, site)
-        site.found(recall_of(mass, mask))
+        site.record.searched(recall_of(mass, mask))
         n = site.layout.tokens
         lists = BlockLists.from_mask(mask, q_block=self.block, kv_block=self.block, q_len=n, kv_len=n)
         site.memory.update(lists=lists, searched=site.step)

@@ -1,4 +1,4 @@
-"""The control: blocks drawn by lot."""
+"""The control: random blocks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.orders.order import RASTER, check_order
-from diffsparse.site.place import Site
+from diffsparse.orders.named import RASTER, check_order
+from diffsparse.site.compute import Site
+from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_share, keep_count, row_density
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists, default_block, select_rows
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Strategy):
     """Random key blocks, as many in each query row as the sparsity allows: what every method must beat.
 
     sparsity: share of blocks dropped, in [0, 1). Blocks that hold text are always kept.
@@ -50,8 +51,8 @@ class Random:
     def _draw(self, q: Tensor, site: Site) -> BlockLists:
         n = site.layout.blocks(self.block)
         # Drawn on the CPU, so that every device gets the same blocks.
-        lot = torch.Generator().manual_seed(self.seed * 1_000_003 + site.index)
-        scores = torch.rand(1, q.shape[1] * site.shard.degree, n, n, generator=lot)  # of all ranks, so that each
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + site.index)
+        scores = torch.rand(1, q.shape[1] * site.shard.degree, n, n, generator=generator)  # of all ranks, so that each
         scores = site.shard.own(scores, 1).to(q.device)  # head gets its own, [1, H, nQ, nK]
         mask = select_rows(scores, keep_count(self.sparsity, n), site.layout.text_sink(self.block, q.device))
         tokens = site.layout.tokens

@@ -1,4 +1,4 @@
-"""What the steps of a run compute, told before it runs. The unit of work is one dense pass of attention.
+"""What the steps of a run compute, known before it runs. The unit of work is one dense pass of attention.
 
 AdaSpa's run (arXiv 2502.21079) of T steps, of which w are dense, is w + 1/2 + (T - w) d + r/2: the pass that sums
 masses has one product of two, and each of r later searches needs one.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
@@ -17,8 +17,6 @@ from diffsparse.schedule import Schedule
 # tail: dense beside sparse, to keep what the dropped blocks gave
 Kind = Literal["dense", "search", "refresh", "tail", "sparse"]
 KINDS: tuple[Kind, ...] = ("dense", "search", "refresh", "tail", "sparse")
-
-MASS_PASS = 0.5  # a second pass over the keys that sums the mass of blocks: one product of attention's two
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,11 @@ class Step:
     density: float | None = 1.0
     beside: float = 0.0
     new: float = 0.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a sparse step computes everything."""
+        return self.kind == "sparse" and self.density is not None and self.density >= 1
 
     @property
     def work(self) -> float | None:
@@ -73,20 +76,3 @@ class Outline:
     def constant(self, density: float | None) -> list[Step]:
         """All steps of a strategy that chooses its blocks once, without a search."""
         return self.each(lambda step: Step("sparse", density, new=float(step == self.first)))
-
-
-def expected(strategy: Any, run: Outline) -> list[Step]:
-    """What each step of `run` computes, by the strategy's own `expected(run)`.
-
-    Of a strategy without that method, its `sparsity` is taken at its word; its density is unknown where it has none, or
-    None, and so is what its `observe` does.
-    """
-    if hasattr(strategy, "expected"):
-        steps: list[Step] = strategy.expected(run)
-    else:
-        sparsity = getattr(strategy, "sparsity", None)
-        steps = run.constant(None if sparsity is None else 1.0 - sparsity)
-        if getattr(strategy, "observe", None) is not None and run.search is not None:
-            steps[run.search] = Step("search", None)
-    whole = (step.kind == "sparse" and step.density is not None and step.density >= 1 for step in steps)
-    return [Step() if dense else step for dense, step in zip(whole, steps, strict=True)]

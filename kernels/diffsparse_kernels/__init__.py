@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffsparse_kernels.backend.emulated import incoherence, quantise, quantised_attention
+    from diffsparse_kernels.backend.emulated import incoherence, quantise
     from diffsparse_kernels.errors import BackendError, DiffsparseError, KernelInputError, NoKernelError
     from diffsparse_kernels.functional import (
         attention,
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
         break_even,
         default_block,
         kernel_for,
+        quantised_attention,
     )
-    from diffsparse_kernels.lists import BlockLists, Boxes
+    from diffsparse_kernels.lists import BlockLists
+    from diffsparse_kernels.masks import Boxes
     from diffsparse_kernels.means import block_means, means_mass, spread
-    from diffsparse_kernels.registry import Choice, backend_for, backends, forget_measurements
+    from diffsparse_kernels.merge import merge_attention
+    from diffsparse_kernels.registry import Choice, backend_for, backends, forget_measurements, record
     from diffsparse_kernels.select import select_heads, select_mass, select_rows
 
 __all__ = [
@@ -43,8 +46,10 @@ __all__ = [
     "incoherence",
     "kernel_for",
     "means_mass",
+    "merge_attention",
     "quantise",
     "quantised_attention",
+    "record",
     "select_heads",
     "select_mass",
     "select_rows",
@@ -53,15 +58,17 @@ __all__ = [
 
 _HOME = {
     "errors": ("BackendError", "DiffsparseError", "KernelInputError", "NoKernelError"),
-    "lists": ("BlockLists", "Boxes"),
+    "lists": ("BlockLists",),
+    "masks": ("Boxes",),
     "means": ("block_means", "means_mass", "spread"),
-    "registry": ("Choice", "backend_for", "backends", "forget_measurements"),
-    "backend.emulated": ("incoherence", "quantise", "quantised_attention"),
+    "merge": ("merge_attention",),
+    "registry": ("Choice", "backend_for", "backends", "forget_measurements", "record"),
+    "backend.emulated": ("incoherence", "quantise"),
     "select": ("select_heads", "select_mass", "select_rows"),
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'diffsparse_kernels' has no attribute {name!r}")
     home = next((module for module, names in _HOME.items() if name in names), "functional")

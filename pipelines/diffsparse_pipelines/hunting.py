@@ -19,7 +19,7 @@ from diffsparse.guidance.heads import names_of
 from diffsparse.guidance.hunt import HeadHunter, checked
 from diffsparse.guidance.objectives import Objective
 from diffsparse.guidance.preset import Preset
-from diffsparse.seam.patch import models_of
+from diffsparse.seam.targets import models_of
 from diffsparse_pipelines import generation, media
 from diffsparse_pipelines.progress import bar, say, show_table, terminal
 
@@ -210,7 +210,7 @@ def markdown(preset: Preset) -> str:
     line = (
         f"{about['model']}: {kind} for `{about['objective']}` over {about['pool']} heads, {about['rounds']} rounds for "
         f"{about['k']} each, {about['images']} images a trial, {about['steps']} steps; {preset.kind}, strength "
-        f"{preset.strength:g}, scale {preset.scale:g}"
+        f"{preset.head_strength:g}, scale {preset.head_scale:g}"
     )
     chosen = ", ".join(f"{head} ({score:.4f})" for head, score in about["score"]["when chosen"].items())
     cells = [list(_HEADINGS), ["---", *["---:"] * (len(_HEADINGS) - 1)], *_rows(preset)]

@@ -12,8 +12,9 @@ from diffsparse.guidance.preset import Preset
 from diffsparse.insight.cost import Estimate, flops
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
-from diffsparse.seam.models import Grid, packed_grid, patch_of, spec_of
-from diffsparse.seam.patch import attentions, models_of
+from diffsparse.seam.geometry import Grid
+from diffsparse.seam.models import packed_grid, patch_of, spec_of
+from diffsparse.seam.targets import attentions, models_of
 from diffsparse.site.report import Report
 from diffsparse_pipelines import families, machine
 
@@ -145,7 +146,7 @@ def check(
     arguments: Mapping[str, object],
     schedule: Schedule | None = None,
     preset: Preset | None = None,
-    searches: Sequence[int | float] = (),
+    searches: Sequence[int | float] | None = None,
 ) -> None:
     """Refuse, before a loaded pipeline runs, what it can't do: sizes, searches, dense steps and layers, heads.
 
@@ -154,7 +155,7 @@ def check(
     """
     if preset is not None:
         preset.of(models_of(pipe))
-    _check_searches(searches, argument(pipe, arguments, "num_inference_steps"))
+    _check_searches(searches or (), argument(pipe, arguments, "num_inference_steps"))
     model: ModelMixin
     for model in models_of(pipe).values():
         if schedule is not None:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import diffsparse
 from diffsparse import AdaSpa, Layout, Schedule
 from diffsparse.errors import ConfigError
-from diffsparse.site.place import Site
-from diffsparse.site.report import CallRecord
+from diffsparse.site.compute import DenseBackend, Site
+from diffsparse.site.record import CallRecord
 from support.tiny_pipelines import BUILDERS, run
 
 # --- the paper, literally ---------------------------------------------------------------------------------------
@@ -124,8 +124,8 @@ def make_site(layout, memory, step, steps, key_mask=None, scale=None):
 
     record = CallRecord("blocks.0.attn1", step, "cond")
     return Site(
-        "transformer", "blocks.0.attn1", 0, step, steps, "cond", layout, memory, scale, key_mask,
-        _dense=sdpa, _backend="native", _record=record,
+        model="transformer", layer="blocks.0.attn1", index=0, step=step, steps=steps, branch="cond", layout=layout,
+        memory=memory, dense_backend=DenseBackend("native", sdpa), record=record, scale=scale, key_mask=key_mask,
     )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_tails_equal_the_formula(place: str) -> None:
     here: dict[str, Any] = {"key_mask": keys, "memory": memory}
     at = site(layout, 2, **here)
     dense = tailed.attend(*first, at)
-    assert (at._record.kind, at._record.density) == ("search", 1.0), "it ran dense, and says so"
+    assert (at.record.kind, at.record.density) == ("search", 1.0), "it ran dense, and says so"
     want, _ = exact.softmax_attention(*first, real[:, None, None], SCALE)
     torch.testing.assert_close(dense.double(), want, atol=1e-5, rtol=0)
     out = tailed.attend(*later, site(layout, 3, **here))

@@ -299,7 +299,7 @@ def test_padded_text_is_masked(name: str) -> None:
             mask = torch.ones(1, q.shape[1], edge, edge, dtype=torch.bool)
             lists = dk.BlockLists.from_mask(mask, q_block=8, kv_block=8, q_len=n, kv_len=n)
             out, _ = dk.block_sparse_attention(q, k, v, lists, scale=site.scale, key_mask=site.key_mask)
-            site._record.ran_sparse(lists.density(), "cpu")
+            site.record.ran_sparse(lists.density(), "cpu")
             return out
 
     with diffsparse.apply(model, All(), schedule=ALWAYS) as handle:

@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffsparse
 from diffsparse import GNA, PARO, AdaSpa, Compensated, Dense, Digest, Layout, Random, Schedule, SparseVDiT
-from diffsparse.insight.cost import Estimate, Flops, end_to_end, flops, kinds
+from diffsparse.insight.cost import Estimate, Flops, end_to_end, flops
 from diffsparse.plans.plan import Plan, fingerprints
 from diffsparse.strategies import parse
+from diffsparse.strategies.base import as_strategy
 from diffsparse.strategies.paro.strategy import pack
-from diffsparse.strategies.work import Outline, expected
+from diffsparse.strategies.work import Outline
 from support import tiny_transformers
 from support.tiny_pipelines import BUILDERS
 
@@ -39,7 +40,7 @@ COUNTED = (
 
 def test_the_papers_run_costs_19_of_50_passes() -> None:
     """t_w + 1/2 + (T - t_w) d + r/2 with ten dense steps of 50, one later search, 80 % sparsity."""
-    steps = expected(AdaSpa(), Outline.of(Schedule(), 50))
+    steps = AdaSpa().steps(Outline.of(Schedule(), 50))
     assert sum(step.work or 0 for step in steps) == pytest.approx(19)
     assert end_to_end(0.83, 50 / 19) == pytest.approx(2.07, abs=0.01)
     share = Flops((0.83,), 0.17)
@@ -51,16 +52,23 @@ def test_the_papers_run_costs_19_of_50_passes() -> None:
 
 def test_kinds_follow_the_schedule() -> None:
     dense, search, sparse, refresh, tail = "dense", "search", "sparse", "refresh", "tail"
-    assert kinds(AdaSpa(searches=(3,)), Schedule(2, 1), 6) == [dense, search, sparse, refresh, sparse, dense]
-    assert kinds(AdaSpa(searches=()), Schedule(0), 3) == [search, sparse, sparse]
-    assert kinds(Random(), Schedule(1), 3) == [dense, sparse, sparse]
-    assert kinds(Dense(), Schedule(), 3) == [dense] * 3
-    assert kinds(Random(0.0), Schedule(), 3) == [dense] * 3
-    assert kinds(AdaSpa(), Schedule(1.0), 3) == [dense, dense, search]
-    assert kinds(AdaSpa(), Schedule(9), 3) == kinds(AdaSpa(), Schedule(0, 1.0), 3) == [dense] * 3
+    assert AdaSpa(searches=(3,)).kinds(Schedule(2, 1), 6) == [
+        dense,
+        search,
+        sparse,
+        refresh,
+        sparse,
+        dense,
+    ]
+    assert AdaSpa(searches=()).kinds(Schedule(0), 3) == [search, sparse, sparse]
+    assert Random().kinds(Schedule(1), 3) == [dense, sparse, sparse]
+    assert Dense().kinds(Schedule(), 3) == [dense] * 3
+    assert Random(0.0).kinds(Schedule(), 3) == [dense] * 3
+    assert AdaSpa().kinds(Schedule(1.0), 3) == [dense, dense, search]
+    assert AdaSpa().kinds(Schedule(9), 3) == AdaSpa().kinds(Schedule(0, 1.0), 3) == [dense] * 3
     tailed = Compensated(AdaSpa(searches=(4,)), "tail")
-    assert kinds(tailed, Schedule(2), 6) == [dense, search, tail, sparse, refresh, sparse]
-    assert kinds(Compensated(Random(), "tail"), Schedule(1), 4) == [dense, tail, sparse, sparse]
+    assert tailed.kinds(Schedule(2), 6) == [dense, search, tail, sparse, refresh, sparse]
+    assert Compensated(Random(), "tail").kinds(Schedule(1), 4) == [dense, tail, sparse, sparse]
 
 
 @given(st.integers(1, 60), st.integers(0, 20), st.integers(0, 20), st.floats(0.01, 0.99))
@@ -101,9 +109,9 @@ def before(strategy: object, schedule: Schedule, steps: int = 3) -> Estimate | N
 def test_what_is_not_known_is_not_estimated() -> None:
     for strategy in (Stranger(), Windows(), GNA((2, 2, 2)), Compensated(Stranger()), Compensated(GNA(), "tail")):
         wanted = "tail" if isinstance(strategy, Compensated) and strategy.by == "tail" else "sparse"
-        assert kinds(strategy, Schedule(1), 3) == ["dense", wanted, "sparse"]
+        assert as_strategy(strategy).kinds(Schedule(1), 3) == ["dense", wanted, "sparse"]
         assert before(strategy, Schedule(1)) is None
-    assert kinds(Searching(), Schedule(2), 3) == ["dense", "search", "sparse"]
+    assert as_strategy(Searching()).kinds(Schedule(2), 3) == ["dense", "search", "sparse"]
     assert before(Searching(), Schedule(2)) is None
     told = before(Telling(), Schedule(0))
     assert told is not None
@@ -151,7 +159,7 @@ def test_the_readme_tells_the_work_of_its_table(sparsity: float, works: dict[str
     run = Outline.of(Schedule(), 15, Layout(17, 16, 16))
     for name, work in works.items():
         [strategy] = parse(name, sparsity=sparsity, block=64)
-        steps = expected(strategy, run)
+        steps = as_strategy(strategy).steps(run)
         assert sum(step.work or 0 for step in steps) / 15 == pytest.approx(work, abs=0.005)
         masses = {"random": 0, "adaspa": 2, "digest": 4 if sparsity == 0.5 else 2}[name] * 0.5 / 15
         budget = (3 + 12 * (1 - sparsity)) / 15
@@ -164,11 +172,11 @@ SCHEDULE = Schedule(2, 1)
 
 def planned(pipe: Any, layout: Layout) -> tuple[PARO, SparseVDiT]:
     """Plans for all layers of a pipeline: random masks and modes in three parts of the run."""
-    models = diffsparse.seam.patch.models_of(pipe)
+    models = diffsparse.seam.targets.models_of(pipe)
     [(name, model)] = models.items()
-    layers = [f"{name}.{layer}" for layer, _ in diffsparse.seam.patch.attentions(model)]
+    layers = [f"{name}.{layer}" for layer, _ in diffsparse.seam.targets.attentions(model)]
     heads, blocks = (
-        next(module.heads for _, module in diffsparse.seam.patch.attentions(model)),
+        next(module.heads for _, module in diffsparse.seam.targets.attentions(model)),
         layout.grid.blocks(BLOCK),
     )
     settings: dict[str, Any] = {"sparsity": 0.7, "block": BLOCK, "groups": 3}
@@ -229,7 +237,7 @@ def test_what_is_expected_is_what_runs(name: str, monkeypatch: pytest.MonkeyPatc
     for label, (strategy, open_) in compared(pipe, seen.layout).items():
         if seen.layout.has_text and label.endswith("+tail"):
             continue
-        steps = expected(strategy, Outline.of(SCHEDULE, STEPS, seen.layout))
+        steps = as_strategy(strategy).steps(Outline.of(SCHEDULE, STEPS, seen.layout))
         with diffsparse.apply(pipe, strategy, schedule=SCHEDULE) as handle:
             pipe(**call)
         report = handle.report()

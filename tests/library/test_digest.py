@@ -103,7 +103,7 @@ def test_means_count_as_work(sparsity: float) -> None:
     strategy = Digest(sparsity, block=BLOCK)
     strategy.observe(q, k, v, here)
     strategy.attend(q, k, v, here)
-    assert float(here._record.density) == pytest.approx(1 - sparsity, abs=0.01)
+    assert float(here.record.density) == pytest.approx(1 - sparsity, abs=0.01)
 
 
 def apart(x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def test_counts_are_those_of_exact_arithmetic(percent: int) -> None:
         assert keep_count(sparsity, steps) == max(1, ((100 - percent) * steps + 50) // 100)
 
 
-def test_what_is_missing_is_added_until_it_is_old() -> None:
+def test_the_residual_is_added_until_it_is_old() -> None:
     layout, memory = Layout(4, 4, 5), {}
     q, k, v = (torch.randn(1, 2, layout.tokens, 16) for _ in range(3))
     strategy = Digest(0.8, block=BLOCK)
@@ -199,23 +199,23 @@ def test_what_is_missing_is_added_until_it_is_old() -> None:
     torch.testing.assert_close(later, other + (dense - plain).bfloat16())
     last = site(layout, 8, steps=15, memory=memory)
     torch.testing.assert_close(strategy.attend(q + 1, k, v, last), exact_attention(q + 1, k, v))
-    assert last._record.kind == "search", "dense again"
+    assert last.record.kind == "search", "dense again"
 
 
-def test_what_is_missing_outlives_a_search_and_is_dropped_when_old() -> None:
+def test_the_residual_outlives_a_search_and_is_dropped_when_old() -> None:
     layout, memory = Layout(4, 4, 5), {}
     q, k, v = (torch.randn(1, 2, layout.tokens, 16) for _ in range(3))
     strategy = Digest(0.9, block=4)
     assert strategy.search_steps(15, 2) == {5: False}
     dense = strategy.observe(q, k, v, site(layout, 2, steps=15, memory=memory))
-    missing = (dense - kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)[0]).bfloat16()
-    assert memory["missing"].nbytes == 2 * q.numel()
+    residual = (dense - kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)[0]).bfloat16()
+    assert memory["residual"].nbytes == 2 * q.numel()
     for step in (5, 8, 9):
         out = strategy.attend(2 * q, k, v, site(layout, step, steps=15, memory=memory))
         plain, _ = kernels.block_sparse_attention(2 * q, k, v, memory["lists"], means=True)
-        torch.testing.assert_close(out, plain + missing if step < 9 else plain)
+        torch.testing.assert_close(out, plain + residual if step < 9 else plain)
     assert memory["searched"] == 5
-    assert "missing" not in memory
+    assert "residual" not in memory
 
 
 def test_a_dense_step_that_a_step_cache_skipped_comes_with_the_next_call() -> None:
@@ -227,7 +227,7 @@ def test_a_dense_step_that_a_step_cache_skipped_comes_with_the_next_call() -> No
     for step, kind in ((7, "sparse"), (10, "search"), (11, "sparse")):
         here = site(layout, step, steps=15, memory=memory)
         strategy.attend(q, k, v, here)
-        assert here._record.kind == kind
+        assert here.record.kind == kind
 
 
 def test_on_the_twin_it_is_closer_to_dense_than_adaspa_at_equal_work() -> None:
@@ -251,12 +251,12 @@ def test_little_memory_keeps_means_over_neighbours(share: float, group: int) -> 
     strategy = Digest(0.8, block=BLOCK, memory=share * 2 * q.numel() / 2**30)
     here = site(layout, 2, steps=15, memory=memory)
     dense = strategy.observe(q, k, v, here)
-    assert (f"means over {group} tokens" in here._record.note) == (group > 1)
+    assert (f"means over {group} tokens" in here.record.note) == (group > 1)
     plain, _ = kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)
     got = strategy.attend(q, k, v, site(layout, 3, steps=15, memory=memory))
     want = torch.cat([part.mean(2, keepdim=True).expand_as(part) for part in (dense - plain).split(group, 2)], 2)
     torch.testing.assert_close(got, plain + want, atol=2**-8 * float(want.abs().max()), rtol=0)
-    assert memory["missing"].nbytes == 2 * 2 * math.ceil(layout.tokens / group) * 16
+    assert memory["residual"].nbytes == 2 * 2 * math.ceil(layout.tokens / group) * 16
 
 
 def test_a_call_that_falls_back_to_dense_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_references_are_further_frames(name: str, window: tuple[int, int, int]) 
     q, k, v = torch.randn(3, 2, 3, layout.tokens, 16)
     here = site(layout)
     got = gna.attend(q, k, v, here)
-    assert here._record.kind == "sparse"
+    assert here.record.kind == "sparse"
     want, _ = exact.softmax_attention(q, k, v, allowed, 0.25)
     assert (got.double() - want).abs().max().item() <= exact.tolerance(want, exact.eager(q, k, v, allowed, 0.25))
 
@@ -200,7 +200,7 @@ def test_aligned_windows_are_block_sparse(name: str, heads: int) -> None:
 def test_the_report_says_what_the_simulator_says(grid: tuple[int, int, int], stride: Any) -> None:
     gna, at = GNA((2, 4, 4), stride, block=8), site(Layout(*grid))
     gna.attend(*torch.randn(3, 1, 2, at.layout.tokens, 8), at)
-    assert float(at._record.density) == pytest.approx(bounds_of(gna.tiling(grid)).density, abs=1e-6)
+    assert float(at.record.density) == pytest.approx(bounds_of(gna.tiling(grid)).density, abs=1e-6)
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
@@ -221,8 +221,8 @@ def test_windows_as_large_as_the_grid_are_dense() -> None:
         at = site(Layout(3, 4, 5, text_after=2))
         q, k, v = torch.randn(3, 1, 2, 62, 8)
         assert torch.equal(gna.attend(q, k, v, at), torch.nn.functional.scaled_dot_product_attention(q, k, v))
-        assert at._record.planned
-        assert at._record.reason == "windows that touch every block"
+        assert at.record.planned
+        assert at.record.reason == "windows that touch every block"
 
 
 def test_a_dense_answer_is_that_of_the_unmoved_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +230,7 @@ def test_a_dense_answer_is_that_of_the_unmoved_tokens(monkeypatch: pytest.Monkey
     at = site(Layout(4, 8, 8, text_before=3))
     q, k, v = torch.randn(3, 1, 2, 259, 8)
     assert torch.equal(GNA().attend(q, k, v, at), torch.nn.functional.scaled_dot_product_attention(q, k, v))
-    assert "break-even" in at._record.reason
+    assert "break-even" in at.record.reason
 
 
 def test_calls_share_what_was_made_for_the_first() -> None:
@@ -314,7 +314,7 @@ class Masked:
         allowed[inside, inside] = brute(layout.grid, self.gna)
         if site.key_mask is not None:
             allowed = allowed & site.key_mask[:, None, None]
-        site._record.ran_sparse(allowed.float().mean(), "masked")  # so that rows of padded text are repaired alike
+        site.record.ran_sparse(allowed.float().mean(), "masked")  # so that rows of padded text are repaired alike
         scale = q.shape[-1] ** -0.5 if site.scale is None else site.scale
         return exact.eager(*(x.to(self.dtype) for x in (q, k, v)), allowed, scale).to(q.dtype)
 

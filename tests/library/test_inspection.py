@@ -12,11 +12,13 @@ from torch import Tensor
 import diffsparse
 from diffsparse import AdaSpa, Dense, Layout, Random, Schedule
 from diffsparse.errors import ConfigError, PlanError
-from diffsparse.insight import calibration as calibrate
 from diffsparse.insight import inspection
-from diffsparse.insight.inspection import Inspector, best_recall, looks
-from diffsparse.orders.order import AXES, HeadOrders, candidates, most_alike, permutation
-from diffsparse.site.place import Site
+from diffsparse.insight.calibration import calibrate
+from diffsparse.insight.inspection import Inspector, best_recall, sampled_steps
+from diffsparse.orders.choice import candidates, most_alike
+from diffsparse.orders.named import AXES, permutation
+from diffsparse.orders.per_head import HeadOrders
+from diffsparse.site.compute import Site
 from diffsparse.strategies.blocks import keep_count
 from diffsparse.strategies.paro import PAROSearch
 from diffsparse_kernels import BlockLists
@@ -107,7 +109,7 @@ def test_chosen_is_the_mass_inside_the_strategys_blocks(order: str) -> None:
     torch.testing.assert_close(view.density, mask.float().mean((0, 2, 3)))
     assert torch.equal(view.kept, mask.float().mean(0))
     assert view.own_orders == (order,) * 3
-    assert place._record.beside == 0, "looking is no work of the strategy's"
+    assert place.record.beside == 0, "looking is no work of the strategy's"
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,9 @@ def test_the_best_blocks_of_uniform_attention_hold_their_share() -> None:
 
 
 def test_looks_fall_where_the_strategy_has_a_say() -> None:
-    assert looks(AdaSpa(), Schedule(5), 15, 3) == {5, 9, 13}
-    assert looks(Random(), Schedule(5), 15, 20) == set(range(5, 15))
-    assert looks(Dense(), Schedule(0), 9, 3) == {1, 4, 7}
+    assert sampled_steps(AdaSpa(), Schedule(5), 15, 3) == {5, 9, 13}
+    assert sampled_steps(Random(), Schedule(5), 15, 20) == set(range(5, 15))
+    assert sampled_steps(Dense(), Schedule(0), 9, 3) == {1, 4, 7}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

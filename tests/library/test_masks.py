@@ -16,10 +16,11 @@ from torch import Tensor
 
 import diffsparse
 from diffsparse import AdaSpa, Compensated, Digest, Layout, Random, Schedule
-from diffsparse.orders.order import in_order
 from diffsparse.plans.sums import Sums
 from diffsparse.seam.masks import Masks
-from diffsparse.site.report import Reading
+from diffsparse.site.compute import DenseBackend
+from diffsparse.site.timing import Reading
+from diffsparse.strategies.base import in_order
 from diffsparse.strategies.paro import PAROSearch
 from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
 from support import exact
@@ -37,7 +38,7 @@ def run(strategy: Any, qkv: tuple[Tensor, ...], layout: Layout, keys: Tensor, st
     outs = []
     for step in range(steps):
         masked = partial(F.scaled_dot_product_attention, attn_mask=keys[:, None, None])
-        here = replace(site(layout, step, steps, memory, key_mask=keys), _dense=masked)
+        here = replace(site(layout, step, steps, memory, key_mask=keys), dense_backend=DenseBackend("native", masked))
         method = getattr(strategy, "observe", None) if step == 0 else None
         outs.append(in_order(strategy, method or strategy.attend, qkv, here))
     return outs
@@ -254,7 +255,7 @@ def test_no_step_but_the_first_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(waits) == 3
     assert step(1, PADDING) == [None] * 3
     assert step(2, CAUSAL) == [None] * 3, "not known yet"
-    here += [reading for *_, reading in masks._open]
+    here += [reading for *_, reading in masks._pending]
     with pytest.warns(UserWarning, match=f"changed its kind .* from padding to {DIFFERS}"):
         assert step(3, CAUSAL) == [DIFFERS] * 3
     assert len(waits) == 3

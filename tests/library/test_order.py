@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 import diffsparse
 from diffsparse import AdaSpa, Layout, Random, Schedule
 from diffsparse.errors import ConfigError
-from diffsparse.orders.order import AXES, candidates, check_order, in_order, most_alike, permutation
+from diffsparse.orders.choice import candidates, most_alike
+from diffsparse.orders.named import AXES, check_order, permutation
+from diffsparse.strategies.base import in_order
 from support.sites import site
 from support.tiny_transformers import build, inputs, tensors
 

@@ -15,9 +15,11 @@ from torch import Tensor
 import diffsparse_kernels as dk
 from diffsparse import PARO, Layout
 from diffsparse.errors import ConfigError
-from diffsparse.orders.order import AXES, HeadOrders, permutation
+from diffsparse.orders.named import AXES, permutation
+from diffsparse.orders.per_head import HeadOrders
 from diffsparse.plans.plan import Plan
 from diffsparse.plans.sums import Sums
+from diffsparse.site.compute import DenseBackend
 from diffsparse.strategies.paro import PAROSearch
 from diffsparse.strategies.paro.strategy import pack, unpack
 from diffsparse.strategies.planned import group_of
@@ -106,9 +108,9 @@ def test_what_falls_back_keeps_the_mask_of_padded_text(monkeypatch: pytest.Monke
     keys = torch.ones(2, LAYOUT.tokens, dtype=torch.bool)
     keys[:, 1:3] = False  # before the video
     masked = partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=keys[:, None, None])
-    here = replace(site(LAYOUT, key_mask=keys), _dense=masked)
+    here = replace(site(LAYOUT, key_mask=keys), dense_backend=DenseBackend("native", masked))
     assert torch.equal(strategy.attend(q, k, v, here), masked(q, k, v))
-    assert here._record.reason == "density above the break-even of 0.10"
+    assert here.record.reason == "density above the break-even of 0.10"
 
 
 def column_heads(layout: Layout, axis: str) -> tuple[Tensor, Tensor]:
@@ -207,8 +209,8 @@ def test_few_bits_are_rounded_within_the_blocks_of_each_heads_order(bits: int) -
         moved = (x[:, head : head + 1, place.argsort()] for x in (q, k, v))
         want, _ = dk.quantised_attention(*moved, lists, bits=bits)
         torch.testing.assert_close(out[:, head : head + 1], want[:, :, place])
-    assert here._record.kind == "sparse"
-    assert here._record.backend == f"int{bits} emulated"
+    assert here.record.kind == "sparse"
+    assert here.record.backend == f"int{bits} emulated"
 
 
 def test_incoherence_is_recorded_before_and_after_reordering() -> None:

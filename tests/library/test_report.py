@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffsparse.site.report import Ledger, Report, nbytes
+from diffsparse.site.ledger import Ledger, nbytes
+from diffsparse.site.report import Report
 
 
 def ledger() -> Ledger:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import diffsparse
 from diffsparse import AdaSpa, Compensated, Digest, Layout, Schedule
-from diffsparse.orders.order import in_order
+from diffsparse.strategies.base import in_order
 from diffsparse_kernels import BlockLists
 from support.sites import site
 from support.strategies import BLOCK, HEADS, NAMES, every

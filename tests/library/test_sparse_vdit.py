@@ -16,8 +16,8 @@ from torch import Tensor
 import diffsparse
 from diffsparse import Layout, Schedule, SparseVDiT
 from diffsparse.errors import ConfigError
-from diffsparse.insight import calibration as calibrate
-from diffsparse.orders.order import permutation
+from diffsparse.insight.calibration import calibrate
+from diffsparse.orders.named import permutation
 from diffsparse.plans.plan import Plan
 from diffsparse.plans.sums import Sums
 from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
@@ -112,8 +112,8 @@ def test_it_attends_as_masked_softmax_does_token_by_token() -> None:
         want, _ = exact.softmax_attention(q, k, v, allowed, 16**-0.5)
         low = exact.eager(q, k, v, allowed, 16**-0.5)
         torch.testing.assert_close(out.double(), want, atol=exact.tolerance(want, low), rtol=0)
-        assert here._record.heads == tuple(MODES[mode] for mode in modes[group])
-        assert here._record.kind == ("dense" if group == 2 else "sparse")
+        assert here.record.heads == tuple(MODES[mode] for mode in modes[group])
+        assert here.record.kind == ("dense" if group == 2 else "sparse")
 
 
 def test_density_counts_full_heads_and_skipped_ones() -> None:
@@ -121,7 +121,7 @@ def test_density_counts_full_heads_and_skipped_ones() -> None:
     here = site(layout)
     plan = make_plan(torch.tensor([[FULL, SKIP, DIAGONAL, STRIPE]]), torch.rand(4, 8), layout, sparsity=0.75)
     SparseVDiT(plan).attend(*qkv(layout, 4), here)
-    assert float(here._record.density) == pytest.approx((1 + 0 + 0.25 + 0.25) / 4)
+    assert float(here.record.density) == pytest.approx((1 + 0 + 0.25 + 0.25) / 4)
     lists = here.memory["lists"]
     SparseVDiT(plan).attend(*qkv(layout, 4), here)
     assert here.memory["lists"] is lists, "made once for equal modes"

@@ -7,7 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 
 from diffsparse import Layout, Site
-from diffsparse.site.report import CallRecord
+from diffsparse.site.compute import DenseBackend
+from diffsparse.site.record import CallRecord
 
 
 def site(
@@ -20,17 +21,16 @@ def site(
     scale: float | None = None,
 ) -> Site:
     return Site(
-        "transformer",
-        layer,
-        0,
-        step,
-        steps,
-        "cond",
-        layout,
-        {} if memory is None else memory,
-        scale,
-        key_mask,
-        _dense=lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=scale),
-        _backend="native",
-        _record=CallRecord(layer, step, "cond"),
+        model="transformer",
+        layer=layer,
+        index=0,
+        step=step,
+        steps=steps,
+        branch="cond",
+        layout=layout,
+        memory={} if memory is None else memory,
+        dense_backend=DenseBackend("native", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=scale)),
+        record=CallRecord(layer, step, "cond"),
+        scale=scale,
+        key_mask=key_mask,
     )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from diffsparse import GNA, PARO, AdaSpa, Compensated, Digest, Layout, Random, SparseVDiT
-from diffsparse.orders.order import AXES
+from diffsparse.orders.named import AXES
 from diffsparse.plans.plan import Plan
 from diffsparse.strategies.paro.strategy import pack
 from diffsparse.strategies.sparse_vdit.strategy import MODES

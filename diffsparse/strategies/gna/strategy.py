@@ -13,18 +13,19 @@ from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.orders.layout import Layout, kept
-from diffsparse.orders.order import HeadOrders
-from diffsparse.site.place import Site
+from diffsparse.orders.per_head import HeadOrders
+from diffsparse.site.compute import Blocks, Site
+from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_share
 from diffsparse.strategies.gna.windows import Cells, Flags, Tiling, fit, fit_sparsity, tiles_of
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists, Boxes, default_block
 
-_EVERYWHERE = 2**31 - 1  # up to here, for who sees all
+_EVERYWHERE = 2**31 - 1  # the upper end of a box that hides nothing
 
 
 @dataclass(frozen=True)
-class GNA:
+class GNA(Strategy):
     """Generalized Neighborhood Attention (arXiv 2504.16922): each query sees a window of the grid around it.
 
     Tokens are moved into tiles of frames x rows x columns, one block each, so that a window is few blocks; blocks that
@@ -77,7 +78,7 @@ class GNA:
         tiled: Tiled = site.memory["tiled"]
         if tiled.share >= 1:
             return site.dense(q, k, v, reason="windows that touch every block")
-        return site.sparse(q, k, v, tiled.lists, orders=tiled.orders, boxes=tiled.boxes)
+        return site.sparse(q, k, v, Blocks(tiled.lists, tiled.orders, tiled.boxes))
 
     def expected(self, run: Outline) -> list[Step]:
         """What each step computes: by the tiles that the windows touch, so it wants the layout."""

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.orders.layout import Layout
-from diffsparse.orders.order import HeadOrders, check_order
-from diffsparse.site.place import Site
+from diffsparse.orders.named import check_order
+from diffsparse.orders.per_head import HeadOrders
+from diffsparse.site.compute import Blocks, Site
 from diffsparse.strategies.blocks import check_block, check_count, check_number, check_share, with_text
 from diffsparse.strategies.planned import Check, Part, Planned, group_of, list_of, one_of
 from diffsparse.strategies.work import Outline, Step
@@ -35,7 +36,7 @@ class PARO(Planned):
     plan: settings `sparsity`, `block`, `orders` (names), `groups`, `bits` (of both products); for each layer `orders`,
         uint8 [H], and `masks`, bits of bool [groups, H, n, n] over the n blocks of the video. Below 16 bits queries,
         keys, values and softmax weights are rounded block by block (emulated: exact and slow), and `incoherence`,
-        float32 [raster or own order, `MEASURED`, H], tells how hard that was.
+        float32 [raster or own order, `MEASURED`, H], how hard that was.
     """
 
     needs_grid = True
@@ -50,8 +51,8 @@ class PARO(Planned):
         orders = HeadOrders.of(tuple(settings["orders"]), picked, site.layout, q.device)
         group = group_of(site.step, site.steps, settings["groups"])
         if site.memory.get("group") != group:
-            site.memory.update(group=group, lists=self._lists(site.text_last(), group, q.device))
-        return site.sparse(q, k, v, site.memory["lists"], orders=orders, bits=settings.get("bits", 16))
+            site.memory.update(group=group, lists=self._lists(site, group, q.device))
+        return site.sparse(q, k, v, Blocks(site.memory["lists"], orders, bits=settings.get("bits", 16)))
 
     def expected(self, run: Outline) -> list[Step]:
         """What each step computes: by the plan's masks, over all layers."""
@@ -105,14 +106,14 @@ class PARO(Planned):
         return found
 
     def _lists(self, site: Site, group: int, device: torch.device) -> BlockLists:
-        block, tokens = self.plan.settings["block"], site.layout.tokens
+        block, layout = self.plan.settings["block"], site.layout.text_last()
         masks = site.shard.own(self.plan.part(site.model, site.layer, "masks")[group])
-        video = unpack(masks, site.layout.grid.blocks(block))
-        missing = site.layout.blocks(block) - video.shape[-1]
-        mask = F.pad(video, (0, missing, 0, missing), value=True)[None]
-        sink = site.layout.text_sink(block)
+        video = unpack(masks, layout.grid.blocks(block))
+        rest = layout.blocks(block) - video.shape[-1]
+        mask = F.pad(video, (0, rest, 0, rest), value=True)[None]
+        sink = layout.text_sink(block)
         mask = mask if sink is None else mask | sink
-        sizes = {"q_block": block, "kv_block": block, "q_len": tokens, "kv_len": tokens}
+        sizes = {"q_block": block, "kv_block": block, "q_len": layout.tokens, "kv_len": layout.tokens}
         return BlockLists.from_mask(mask, **sizes).to(device)  # made where its width is known without waiting
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.orders.layout import Layout
-from diffsparse.orders.order import RASTER, HeadOrders
-from diffsparse.site.place import Site
+from diffsparse.orders.named import RASTER
+from diffsparse.orders.per_head import HeadOrders
+from diffsparse.site.compute import Blocks, Site
 from diffsparse.strategies.blocks import check_block, check_count, check_number, check_share, keep_count, with_text
 from diffsparse.strategies.planned import Check, Part, Planned, group_of, list_of, one_of, optional
 from diffsparse.strategies.work import Outline, Step
@@ -55,9 +56,9 @@ class SparseVDiT(Planned):
         """Attention over q, k, v [B, H, N, D], each head by its mode."""
         table = site.shard.own(self.plan.part(site.model, site.layer, "modes"), -1)
         modes = table[group_of(site.step, site.steps, len(table))]  # [H], on the CPU
-        site.chose([MODES[mode] for mode in modes])
+        site.record.heads = tuple(MODES[mode] for mode in modes)
         if site.layout.grid != self.plan.layout:
-            site.note(f"a plan of {self.plan.layout} serves {site.layout.grid}")
+            site.record.note = f"a plan of {self.plan.layout} serves {site.layout.grid}"
         full, sparse = ((modes == FULL) == wanted for wanted in (True, False))
         if not sparse.any():
             return site.dense(q, k, v, reason="all heads full")
@@ -75,10 +76,10 @@ class SparseVDiT(Planned):
         orders = head_orders(modes[sparse], site.layout, q.device)
         if site.memory.get("modes") != (chosen := tuple(modes.tolist())):
             columns = site.shard.own(self.plan.part(site.model, site.layer, "columns"))[sparse]
-            layout = site.text_last().layout
+            layout = site.layout.text_last()
             lists = head_lists(modes[sparse], columns, layout, settings["sparsity"], settings["block"], q.device)
             site.memory.update(modes=chosen, lists=lists)
-        return site.sparse(q, k, v, site.memory["lists"], orders=orders, heads=len(modes))
+        return site.sparse(q, k, v, Blocks(site.memory["lists"], orders, heads=len(modes)))
 
     def expected(self, run: Outline) -> list[Step]:
         """What each step computes: by the modes of the plan's layers."""

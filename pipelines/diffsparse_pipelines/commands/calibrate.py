@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -134,14 +134,14 @@ class SearchOptions:
             UnknownNameError: no such search. ConfigError: a knob that it doesn't have, or out of range.
         """
         from diffsparse.errors import closest
-        from diffsparse.strategies import SEARCHES, with_knobs
+        from diffsparse.strategies import SEARCHES, knobs_of, with_knobs
 
         if self.strategy not in SEARCHES:
             raise UnknownNameError(f"no search is called {self.strategy!r}; known: {closest(self.strategy, SEARCHES)}")
         knobs = {name: value for name, value in vars(self).items() if name != "strategy"}
         for name in ("orders", "modes"):
             knobs[name] = knobs[name] and values.names(knobs[name])
-        known = {key: {knob.name for knob in fields(cls)} for key, cls in SEARCHES.items()}
+        known = {key: set(knobs_of(cls)) for key, cls in SEARCHES.items()}
         check_knobs(knobs, {self.strategy: known[self.strategy]}, known)
         search: Search = with_knobs(SEARCHES[self.strategy], knobs)
         return search
@@ -182,23 +182,23 @@ def calibrate(
 
 def _check_out(out: Path, overwrite: bool) -> None:
     from diffsparse.files import writable
-    from diffsparse.insight.calibration import partial
+    from diffsparse.plans.store import partial_path
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out wants a .safetensors file; got {out.name!r}")
     writable(out)
-    writable(partial(out))
+    writable(partial_path(out))
     if out.exists() and not overwrite:
         raise OutputFileError(f"{out} exists; choose another --out or use --overwrite")
 
 
 def _kept(out: Path) -> str:
     """What is kept of an earlier attempt, in a search that is stopped before its first run."""
-    from diffsparse.insight.calibration import partial
+    from diffsparse.plans.store import partial_path
 
-    if not partial(out).exists():
+    if not partial_path(out).exists():
         return "nothing was written"
-    return f"the runs of an earlier attempt are kept in {partial(out)}; the same command goes on with the next"
+    return f"the runs of an earlier attempt are kept in {partial_path(out)}; the same command goes on with the next"
 
 
 def _calibrate(
@@ -222,10 +222,10 @@ def _calibrate(
 
 def summary(plan: Plan) -> str:
     """A few lines on what a plan holds."""
-    from diffsparse.strategies import STRATEGIES
+    from diffsparse.strategies import of_plan
 
     rows = [("strategy", plan.strategy), ("layout", str(plan.layout)), ("models", ", ".join(plan.models.values()))]
-    facts = STRATEGIES[plan.strategy](plan).facts()
+    facts = of_plan(plan).facts()
     rows += [(name, str(value)) for name, value in plan.settings.items() if name not in facts]
     rows += facts.items()
     return "\n".join(f"{name:<10} {value}" for name, value in rows)

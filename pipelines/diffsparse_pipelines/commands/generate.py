@@ -70,7 +70,7 @@ def generate(
     model.admit(call, [prompt])
     pipe = model.load(with_image=image is not None)
     arguments = model.call_arguments(pipe, call)
-    check(pipe, arguments, schedule, preset, sparsity.later_searches or ())
+    check(pipe, arguments, schedule, preset, sparsity.later_searches)
     _Run(pipe, arguments, seed, strategy, schedule, sparsity.strict, preset).write(out, family.fps, compare)
 
 

@@ -190,12 +190,12 @@ def _begun(out: Path, overwrite: bool, objective: str) -> Preset | None:
     """The preset of a hunt that was stopped in its check, to go on with; None if there is no file."""
     from diffsparse.files import check_outputs
     from diffsparse.guidance.preset import Preset
-    from diffsparse.insight.calibration import partial
+    from diffsparse.plans.store import partial_path
 
     if out.suffix != ".json":
         raise ConfigError(f"--out wants a .json file; got {out.name!r}")
     picture = {"--objective": Path(objective.removeprefix("look:"))} if objective.startswith("look:") else {}
-    files = [out, out.with_suffix(".md"), out.with_suffix(".png"), partial(out)]
+    files = [out, out.with_suffix(".md"), out.with_suffix(".png"), partial_path(out)]
     check_outputs({f"--out, which writes {path.name}": path for path in files}, picture)
     if overwrite or not out.exists():
         return None

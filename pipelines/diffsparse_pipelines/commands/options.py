@@ -8,7 +8,7 @@ that wants other defaults, or not all of the options, subclasses: a field withou
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -354,8 +354,9 @@ MODEL, SAMPLING, SPARSITY, GUIDANCE = ModelOptions(), SamplingOptions(), Sparsit
 def _check_strategies(listed: str, given: dict[str, object]) -> None:
     """Raise ConfigError for a knob that was given and that none of the listed strategies has."""
     from diffsparse.strategies import STRATEGIES as KNOWN
+    from diffsparse.strategies import knobs_of
 
-    known = {name: {field.name for field in fields(cls)} for name, cls in KNOWN.items()}
+    known = {name: set(knobs_of(cls)) for name, cls in KNOWN.items()}
     asked = [part.partition(":")[0].partition("+")[0].lower() for part in values.names(listed)]
     own = {name: set(known[name]) for name in asked if name in known}
     if given.get("window") is not None and "gna" in own:

@@ -30,7 +30,7 @@ import diffsparse_kernels as kernels
 from diffsparse import Random, Schedule
 from diffsparse.errors import ConfigError
 from diffsparse.insight.inspection import best_recall, order_masses
-from diffsparse.orders.order import AXES
+from diffsparse.orders.named import AXES
 from diffsparse.strategies.blocks import keep_count
 from diffsparse_kernels import BlockLists, select_rows
 from diffsparse_pipelines import tiny

@@ -1,0 +1,205 @@
+"""One attention call as a strategy sees it: its place, what it may remember, and how it computes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+import diffsparse_kernels as kernels
+from diffsparse.errors import DenseFallbackError
+from diffsparse.orders.per_head import HeadOrders
+from diffsparse.site.place import Place
+from diffsparse.site.record import MASS_PASS, CallRecord
+from diffsparse.site.timing import Reading
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a sparse product, and what they stand for.
+
+    lists: which key blocks each query block visits.
+    orders: the order of the tokens that the lists count in; None if they count q, k, v as these stand.
+    boxes: hide keys token by token within the listed blocks; they count the tokens as the lists do.
+    means: dropped blocks stand as their mean keys and values.
+    residual: [B, H, N, D], added to the output of the tokens as the lists count them, unless the call runs dense.
+    bits: of the numbers multiplied: 16 leaves them as they are; 8 and 4 are emulated where no kernel does them.
+    heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
+    """
+
+    lists: kernels.BlockLists
+    orders: HeadOrders | None = None
+    boxes: kernels.Boxes | None = None
+    means: bool = False
+    residual: Tensor | None = None
+    bits: int = 16
+    heads: int | None = None
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Method = Callable[[Tensor, Tensor, Tensor, "Site"], Tensor]
+Product = Callable[[Tensor, Tensor, Tensor, Blocks, "Site"], tuple[Tensor, Tensor]]
+
+
+class DenseBackend(NamedTuple):
+    """The user's own dense attention, and its name."""
+
+    name: str
+    attend: Attend
+
+
+def multiply(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site) -> tuple[Tensor, Tensor]:
+    """Output [B, H, N, D] and LSE [B, H, N] of a sparse product, tokens as the lists count them."""
+    lists, scale, keys, means = blocks.lists, site.scale, site.key_mask, blocks.means
+    if blocks.bits < 16:
+        return kernels.quantised_attention(q, k, v, lists, bits=blocks.bits, scale=scale, key_mask=keys, means=means)
+    return kernels.block_sparse_attention(q, k, v, lists, scale=scale, key_mask=keys, boxes=blocks.boxes, means=means)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site(Place):
+    """One self-attention call, given to `Strategy.attend(q, k, v, site)`; q, k, v are [B, H, N, D] after rotary
+    embedding.
+
+    memory: starts empty for each run x layer x branch and lasts to the end of the run.
+    dense_backend: the user's own dense attention.
+    record: what is reported of this call. A strategy with a kernel of its own says so by `record.ran_sparse`.
+    scale: of the scores; None is 1/sqrt(D).
+    key_mask: which tokens may be attended to: bool [B, N], or [B, H, N] where the tokens' order differs by head.
+    strict: raise instead of falling back to dense attention.
+    means: dropped blocks stand as their means in every product, whatever its `Blocks` say.
+    product: computes sparse products; a wrapper may put a function of its own here.
+    """
+
+    memory: dict[str, Any]
+    dense_backend: DenseBackend
+    record: CallRecord
+    scale: float | None = None
+    key_mask: Tensor | None = None
+    strict: bool = False
+    means: bool = False
+    product: Product = field(default=multiply, repr=False)
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, *, reason: str = "strategy") -> Tensor:
+        """Dense attention on the user's own backend; `reason` goes into the report as a planned dense call."""
+        self.record.ran_dense(reason, planned=True, backend=self.dense_backend.name)
+        return self.dense_backend.attend(q, k, v)
+
+    def fall_back(self, q: Tensor, k: Tensor, v: Tensor, reason: str) -> Tensor:
+        """Dense attention that was not planned: counted by reason.
+
+        Raises:
+            DenseFallbackError: under `strict=True`.
+        """
+        if self.strict:
+            raise DenseFallbackError.of(self.layer, self.step, reason)
+        self.record.ran_dense(reason, planned=False, backend=self.dense_backend.name)
+        return self.dense_backend.attend(q, k, v)
+
+    def dense_with_lse(self, q: Tensor, k: Tensor, v: Tensor, *, reason: str = "search") -> tuple[Tensor, Tensor]:
+        """Dense attention on our own kernels, and its log-sum-exp, float32 [B, H, N]."""
+        self._runs_search(q, k, v, reason)
+        return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)
+
+    def dense_with_mass(self, q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Dense attention, its log-sum-exp and the `block_mass` that goes with it: a fused search."""
+        self._runs_search(q, k, v, "search")
+        self.record.beside += MASS_PASS
+        return kernels.attention_with_mass(
+            q, k, v, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask
+        )
+
+    def block_mass(self, q: Tensor, k: Tensor, lse: Tensor, block: int) -> Tensor:
+        """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK]; `lse` may be of an earlier step."""
+        self.record.beside += MASS_PASS
+        return kernels.block_mass(q, k, lse, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask)
+
+    def means_mass(self, q: Tensor, k: Tensor, lse: Tensor, block: int) -> Tensor:
+        """`block_mass` by the mean keys of the blocks alone: never more, but for rounding."""
+        self.record.beside += MASS_PASS / block
+        return kernels.means_mass(q, k, lse, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask)
+
+    def sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | kernels.BlockLists) -> Tensor:
+        """Block-sparse attention [B, H, N, D]; dense, with the reason reported, where that is faster."""
+        blocks = Blocks(blocks) if isinstance(blocks, kernels.BlockLists) else blocks
+        lists, limit = blocks.lists, self._break_even(q, blocks.lists)
+        known = self._known_density(lists)
+        if blocks.bits == 16 and known is not None and known > limit:
+            return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
+        blocks = replace(blocks, means=True) if self.means and not blocks.means else blocks
+
+        def product(q: Tensor, k: Tensor, v: Tensor, here: Site) -> Tensor:
+            return here._sparse(q, k, v, blocks)
+
+        return product(q, k, v, self) if blocks.orders is None else self.in_order(blocks.orders, product, q, k, v)
+
+    def compare(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+        """What `sparse` would give, for comparison: never dense, and counted as work beside the call's."""
+        self.record.beside += self._computed(blocks.lists, blocks.means)
+        return self.product(q, k, v, blocks, self)[0]
+
+    def in_order(self, orders: HeadOrders, method: Method, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Call `method(q, k, v, site)` with the tokens and their mask in another order; its output as q stands.
+
+        The one place where tokens are moved. Dense attention with a mask of its own gets them as they stood.
+        """
+        here, keys = self, orders.keys(self.key_mask)
+        if keys is not None:
+            here = replace(self, key_mask=keys)
+        if self.key_mask is not None:
+            here = replace(here, dense_backend=self.dense_backend._replace(attend=_moved_back(orders, self)))
+        return orders.undo(method(orders.apply(q), orders.apply(k), orders.apply(v), here))
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+        """The product, with tokens as the lists count them."""
+        self._runs_sparse(q, k, v, blocks)
+        here = self
+        if self.key_mask is not None:
+            here = replace(self, key_mask=self.key_mask.expand(len(q), *self.key_mask.shape[1:]))
+        out, _ = self.product(q, k, v, blocks, here)
+        return out if blocks.residual is None else out.add_(blocks.residual)
+
+    def _runs_sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> None:
+        computed = self._computed(blocks.lists, blocks.means)
+        overall = computed if blocks.heads is None else 1 - (1 - computed) * q.shape[1] / blocks.heads
+        if blocks.bits < 16:
+            kernel = kernels.Choice(f"int{blocks.bits} emulated")
+        else:
+            kernel = kernels.kernel_for(q, k, v, blocks.lists, key_mask=self.key_mask, boxes=blocks.boxes)
+        self.record.ran_sparse(overall, kernel.name, kernel.passed_over)
+
+    def _runs_search(self, q: Tensor, k: Tensor, v: Tensor, reason: str) -> None:
+        """Note a dense call that our own kernel answers."""
+        kernel = kernels.kernel_for(q, k, v, key_mask=self.key_mask)
+        self.record.ran_dense(reason, planned=True, backend=kernel.name, kind="search", passed_over=kernel.passed_over)
+
+    def _break_even(self, q: Tensor, lists: kernels.BlockLists) -> float:
+        """Density above which dense attention is faster."""
+        masked = self.key_mask is not None
+        return kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block, q.shape[2], masked)
+
+    def _computed(self, lists: kernels.BlockLists, means: bool = False) -> Tensor:
+        """Share of dense attention that a product over `lists` computes: 0-dim, on their device."""
+        density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
+        return density + (1 - density) / lists.kv_block if means else density  # a mean counts as one key
+
+    def _known_density(self, lists: kernels.BlockLists) -> float | None:
+        """The density as a number; on a device only from the next call with these lists on: no call waits for it."""
+        of, reading = self.memory.get("density", (lambda: None, None))
+        if of() is not lists:
+            reading = Reading(self._computed(lists))
+            self.memory["density"] = weakref.ref(lists), reading  # strategies may make new lists at each call
+        number: float | None = reading.value()
+        return number
+
+
+def _moved_back(orders: HeadOrders, site: Site) -> Attend:
+    """The site's dense attention for moved tokens."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return orders.apply(site.dense_backend.attend(orders.undo(q), orders.undo(k), orders.undo(v)))
+
+    return attend

@@ -1,0 +1,170 @@
+"""The calls of one run of one transformer, and what they add up to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from types import FunctionType, ModuleType
+
+import torch
+
+from diffsparse.site.record import CallRecord, Kind
+
+Number = float | torch.Tensor  # a tensor of one element stays where it is: no step waits for it
+
+_NO_HOLDERS = (type, ModuleType, FunctionType, torch.nn.Module)  # their tensors are no strategy's memory
+
+
+@dataclass
+class Sums:
+    """What a report adds up over calls. Some sums stay on the device, where the numbers are: no call waits for them."""
+
+    calls: int = 0
+    density: Number = 0.0
+    work: Number = 0.0
+    sparse: int = 0
+    sparse_density: Number = 0.0
+    recalls: int = 0
+    recall: Number = 0.0
+    seconds: float = 0.0
+    backends: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, calls: list[CallRecord]) -> Sums:
+        """Of some calls."""
+        sparse = [call.density for call in calls if call.kind == "sparse"]
+        recalls = [call.recall for call in calls if call.recall is not None]
+        return cls(
+            calls=len(calls),
+            density=_sum(call.density for call in calls),
+            work=_plus(_sum(call.density for call in calls), _sum(call.beside for call in calls)),
+            sparse=len(sparse),
+            sparse_density=_sum(sparse),
+            recalls=len(recalls),
+            recall=_sum(recalls),
+            seconds=sum(call.seconds for call in calls),
+            backends=Counter(call.backend for call in calls),
+            fallbacks=Counter(c.reason for c in calls if c.kind == "dense" and not c.planned),
+            modes=Counter(mode for call in calls for mode in call.heads),
+            passed_over=Counter(reason for call in calls for reason in call.passed_over),
+            notes={call.note: None for call in calls if call.note},
+        )
+
+    def add(self, other: Sums) -> None:
+        """Add others' sums to these."""
+        for name, theirs in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(mine, dict):
+                mine.update(theirs)  # a Counter adds
+            else:
+                setattr(self, name, _plus(mine, theirs))
+
+
+@dataclass
+class Ledger:
+    """The calls of one run of one transformer, and what its strategy keeps between steps.
+
+    calls: all of them, or the last ones where `bound` moved earlier ones into `sums`. notes: about the whole run.
+    memories: any nesting of containers and objects with tensors, as it stands; its size is kept when it is `close`d.
+    """
+
+    calls: list[CallRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    memories: object = field(default_factory=dict, repr=False)
+    sums: Sums = field(default_factory=Sums, repr=False)
+    steps: int = 0  # in the sums, and how many of them had a sparse call
+    sparse_steps: int = 0
+    _last_step: int = -1  # of those in the sums
+    _settled: int = 0  # calls whose events are gone
+    _held: int | None = None
+
+    def open(self, layer: str, step: int, branch: str) -> CallRecord:
+        """Begin the record of one call."""
+        while self._settled < len(self.calls) and self.calls[self._settled].settle():
+            self._settled += 1
+        self.calls.append(CallRecord(layer, step, branch))
+        return self.calls[-1]
+
+    def bound(self, most: int) -> None:
+        """Move the oldest step's calls into the sums if there are more than `most`, and the device is through them."""
+        if len(self.calls) <= most:
+            return
+        first = self.calls[0].step
+        cut = next((i for i, call in enumerate(self.calls) if call.step != first), len(self.calls) - most)
+        if cut > self._settled:
+            return
+        folded = self.calls[:cut]
+        self.sums.add(Sums.of(folded))
+        if first > self._last_step:
+            self._last_step, self.steps = first, self.steps + 1
+            self.sparse_steps += any(call.kind == "sparse" for call in folded)
+        self._settled -= cut
+        del self.calls[:cut]
+
+    def listed_steps(self, kind: Kind | None = None) -> set[int]:
+        """Steps of the listed calls (of one kind) that are not in the sums."""
+        return {c.step for c in self.calls if c.step > self._last_step and kind in (None, c.kind)}
+
+    def note(self, text: str) -> None:
+        """Note what the user should know about the run; equal notes are shown once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def close(self) -> None:
+        """The run is over, and its memories are about to go."""
+        self._held, self.memories = self.memory_bytes, {}
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the tensors in the memories, each storage once; of a run that is over, at its end."""
+        return nbytes(self.memories) if self._held is None else self._held
+
+
+def nbytes(kept: object) -> int:
+    """Bytes of all tensors in a nesting of containers and objects, each storage once."""
+    storages = (x.untyped_storage() for x in _tensors(kept, set()))
+    return sum({(str(s.device), s.data_ptr()): s.nbytes() for s in storages}.values())
+
+
+def _tensors(kept: object, seen: set[int]) -> Iterator[torch.Tensor]:
+    if id(kept) in seen:
+        return
+    seen.add(id(kept))
+    if torch.is_tensor(kept):
+        yield kept
+        return
+    parts: Iterable[object] = ()
+    if isinstance(kept, Mapping):
+        parts = kept.values()
+    elif isinstance(kept, list | tuple | set | frozenset):
+        parts = kept
+    elif hasattr(kept, "__dict__") and not isinstance(kept, _NO_HOLDERS):
+        parts = vars(kept).values()
+    elif is_dataclass(kept) and not isinstance(kept, type):  # with slots
+        parts = [getattr(kept, f.name) for f in fields(kept)]
+    for part in parts:
+        yield from _tensors(part, seen)
+
+
+def _sum(numbers: Iterable[Number]) -> Number:
+    """Sum of numbers and tensors of one element, in double precision; on the device if any of them is there."""
+    whole: Number = 0.0
+    tensors: dict[torch.device, list[torch.Tensor]] = {}
+    for x in numbers:
+        if torch.is_tensor(x):
+            tensors.setdefault(x.device, []).append(x.detach())
+        else:
+            whole += x
+    for device, several in tensors.items():
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        whole = _plus(whole, torch.stack(several).sum(dtype=wide))
+    return whole
+
+
+def _plus(a: Number, b: Number) -> Number:
+    return a + b.to(a.device, non_blocking=True) if torch.is_tensor(a) and torch.is_tensor(b) else a + b
