@@ -6,15 +6,17 @@ Files are written whole or not at all: what was written is read back before it t
 from __future__ import annotations
 
 import subprocess
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import imageio.v3 as imageio
 import numpy as np
-from imageio_ffmpeg import get_ffmpeg_exe
-from PIL import Image, ImageDraw, ImageSequence
 
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.files import whole
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Frames = np.ndarray
 VIDEO = (".mp4", ".gif")
@@ -23,12 +25,21 @@ _VISIBLE = 256  # pixels: smaller frames are enlarged in files
 
 
 def check_suffix(path: Path, frames: int | None = None) -> None:
-    """Raise ConfigError unless `path` ends in a format that holds so many frames; None if their number is unknown."""
+    """Check, before any work, that a file can hold so many frames, and that what writes it is installed.
+
+    Args:
+        path: the file.
+        frames: how many; None if unknown.
+
+    Raises:
+        ConfigError: it ends in no such format. ModuleNotFoundError: a package is missing.
+    """
     kinds = {None: (*VIDEO, *IMAGE), 1: IMAGE}
     known = kinds.get(frames, (*VIDEO, ".png"))
     if path.suffix.lower() not in known:
         what = {None: "frames", 1: "an image"}.get(frames, "a video")
         raise ConfigError(f"can't write {what} to {path.name!r}; wanted a name that ends in {', '.join(known)}")
+    import_module("imageio_ffmpeg" if path.suffix.lower() == ".mp4" else "PIL")
 
 
 def save(frames: Frames, path: str | Path, fps: int = 16) -> Path:
@@ -67,6 +78,8 @@ def side_by_side(pixels: Frames, most: int = 8) -> Frames:
 
 def sheet(rows: dict[str, Frames], path: str | Path) -> Path:
     """Write a picture with one labelled row of frames for each entry of `rows`."""
+    from PIL import Image, ImageDraw
+
     strips = {label: side_by_side(_enlarged(to_bytes(frames), 96)) for label, frames in rows.items()}
     width, label_height = max(strip.shape[1] for strip in strips.values()), 16
     height = sum(strip.shape[0] + label_height for strip in strips.values())
@@ -87,6 +100,8 @@ def read(path: str | Path) -> Frames:
     Raises:
         InputFileError: the file can't be read.
     """
+    import imageio.v3 as imageio
+
     try:
         plugin = "FFMPEG" if Path(path).suffix.lower() == ".mp4" else "pillow"
         pixels = np.asarray(imageio.imread(path, plugin=plugin))
@@ -95,21 +110,18 @@ def read(path: str | Path) -> Frames:
     return (pixels if pixels.ndim == 4 else pixels[None]).astype(np.float32) / 255
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path) -> Image:
     """An RGB image from a file.
 
     Raises:
         InputFileError: no such file, or not an image.
     """
+    from PIL import Image
+
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # PIL raises all of them
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of them
         raise InputFileError(f"can't read the image {path}: {error}") from error
 
 
@@ -125,6 +137,8 @@ def _even(pixels: Frames) -> Frames:
 
 
 def _write_mp4(pixels: Frames, path: Path, fps: int) -> None:
+    from imageio_ffmpeg import get_ffmpeg_exe
+
     _, height, width, _ = pixels.shape
     raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
     command = [get_ffmpeg_exe(), "-y", "-v", "error", *raw, "-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p"]
@@ -137,6 +151,8 @@ def _write_mp4(pixels: Frames, path: Path, fps: int) -> None:
 
 def _frames_of_mp4(path: Path) -> int:
     """The frames of a video that can be decoded from end to end."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
     command = [get_ffmpeg_exe(), "-v", "error", "-xerror", "-i", str(path)]
     done = subprocess.run([*command, "-f", "framehash", "-"], capture_output=True, check=False)
     if done.returncode or done.stderr:
@@ -151,6 +167,8 @@ def _why(done: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def _write_gif(pixels: Frames, path: Path, fps: int) -> None:
+    from PIL import Image, ImageSequence
+
     first, *rest = [Image.fromarray(frame) for frame in pixels]
     duration = 10 * max(1, round(100 / fps))  # milliseconds; the format counts hundredths of a second
     first.save(path, save_all=True, append_images=rest, duration=duration, loop=0)
@@ -160,6 +178,8 @@ def _write_gif(pixels: Frames, path: Path, fps: int) -> None:
 
 
 def _write_image(pixels: Frames, path: Path) -> None:
+    from PIL import Image
+
     Image.fromarray(pixels).save(path)
     with Image.open(path) as written:
         written.load()

@@ -72,7 +72,6 @@ def test_shells_complete_commands_and_options(
 WITHOUT = [
     ("--help", "typer", "cli"),
     ("simulate", "typer", "cli"),
-    ("simulate", "rich", "cli"),
     ("generate", "imageio_ffmpeg", "cli"),
     ("generate", "transformers", "cli"),
     ("hunt --out a.json --objective contrast", "scipy", "eval"),
