@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from diffsparse_eval import charts
 from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.report import groups
 from diffsparse_pipelines import media
@@ -33,10 +35,6 @@ def write_tradeoff(rows: list[ResultRow], out: Path) -> None:
 
     One line for each strategy, through its sparsities.
     """
-    from matplotlib.figure import Figure
-
-    from diffsparse_eval import charts
-
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     panels = {"density": "share of attention computed, dense steps included", "speedup": "speed-up, end to end"}
     axes = figure.subplots(1, len(panels), sharey=True)

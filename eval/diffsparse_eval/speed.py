@@ -26,7 +26,7 @@ from diffsparse_eval.rows import SPEED_DEFINITIONS, SpeedRow, StepSeconds, flat,
 from diffsparse_eval.tables import markdown_table
 from diffsparse_eval.timing import Stopwatch
 from diffsparse_pipelines import machine
-from diffsparse_pipelines.architectures import Architecture, Rig, inputs
+from diffsparse_pipelines.architectures import Architecture, MinimalPipeline, inputs
 from diffsparse_pipelines.preflight import grid_tokens, layout
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class _Timer:
     def __init__(self, test: SpeedTest, whole: torch.nn.Module, advance: Callable[[], None]) -> None:
         self.test, self.advance = test, advance
         model = test.architecture.build(test.layers, dtype=test.dtype, device=test.device)
-        self.pipe, self.watch = Rig(model, test.steps), Stopwatch(model, whole)
+        self.pipe, self.watch = MinimalPipeline(model, test.steps), Stopwatch(model, whole)
         self.arguments = inputs(model, test.latent, test.architecture.text)
 
     def rounds(self, compared: list[Strategy]) -> tuple[list[dict[Kind, list[Pass]]], list[Report]]:

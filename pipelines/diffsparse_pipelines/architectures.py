@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,11 @@ from diffsparse.errors import ConfigError, UnknownNameError, closest
 from diffsparse.seam.models import packed_grid, spec_of
 from diffsparse_pipelines.preflight import Compression
 
-Inputs = dict[str, Any]
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from diffusers.configuration_utils import FrozenDict
+
+Inputs = dict[str, object]
 _COUNTS = ("num_layers", "num_single_layers")
 
 
@@ -24,12 +28,15 @@ _COUNTS = ("num_layers", "num_single_layers")
 class Architecture:
     """A transformer without weights.
 
-    transformer: class of Diffusers. config: what differs from the defaults of that class. compression: of the VAE.
-    text: tokens of a padded prompt. guided: two passes a step, with and without the prompt.
+    transformer: class of Diffusers.
+    config: what differs from the defaults of that class.
+    compression: of the VAE.
+    text: tokens of a padded prompt.
+    guided: two passes a step, with and without the prompt.
     """
 
     transformer: str
-    config: dict[str, Any]
+    config: Mapping[str, object]
     compression: Compression
     text: int
     guided: bool = True
@@ -41,7 +48,7 @@ class Architecture:
         """
         import diffusers
 
-        cls: Any = getattr(diffusers, self.transformer)
+        cls: type[ModelMixin] = getattr(diffusers, self.transformer)
         with torch.random.fork_rng(devices=[]), _default(dtype), torch.device(device):
             torch.manual_seed(0)
             model: nn.Module = cls(**self.cut(layers)).eval().requires_grad_(False)
@@ -51,11 +58,11 @@ class Architecture:
                 parameter.data = parameter.data.float()
         return model
 
-    def cut(self, layers: int | None) -> dict[str, Any]:
+    def cut(self, layers: int | None) -> Mapping[str, object]:
         """The configuration with at most `layers` blocks of each kind."""
         if layers is None:
             return self.config
-        whole: Any = self.build(device="meta")
+        whole: ModelMixin = self.build(device="meta")
         return {**self.config, **{name: min(layers, whole.config[name]) for name in _COUNTS if name in whole.config}}
 
 
@@ -177,9 +184,15 @@ def architecture(name: str) -> Architecture:
 
 @dataclass(frozen=True)
 class _Draw:
-    """Random inputs for one model: `size` is the latent's frames, height and width, `text` the prompt's tokens."""
+    """Random inputs for one model.
 
-    config: Any
+    config: of the model.
+    size: the latent's frames, height and width.
+    text: the prompt's tokens.
+    dtype, device: of the inputs.
+    """
+
+    config: FrozenDict
     size: tuple[int, int, int]
     text: int
     dtype: torch.dtype
@@ -306,7 +319,7 @@ _INPUTS: dict[str, Callable[[_Draw], Inputs]] = {
 }
 
 
-def inputs(model: Any, size: tuple[int, int, int], text: int) -> Inputs:
+def inputs(model: ModelMixin, size: tuple[int, int, int], text: int) -> Inputs:
     """Random arguments of one forward pass of one sample, on the model's device.
 
     Args:
@@ -322,8 +335,8 @@ def inputs(model: Any, size: tuple[int, int, int], text: int) -> Inputs:
         return _INPUTS[type(model).__name__](draw)
 
 
-class Rig:
-    """The least of a pipeline: a transformer, and a scheduler that stands at whatever step is wanted."""
+class MinimalPipeline:
+    """What of a pipeline `apply` looks at: a transformer, and a scheduler that can be set to any step."""
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         self.components = {"transformer": model}
@@ -331,7 +344,7 @@ class Rig:
         self.scheduler = SimpleNamespace(timesteps=torch.arange(steps), step_index=0)
 
     def begin(self) -> None:
-        """Start another run: strategies forget what they remember."""
+        """Start another run, for which strategies keep nothing of the one before."""
         self.scheduler.timesteps = self.scheduler.timesteps.clone()
 
     @torch.inference_mode()

@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from diffsparse.errors import ConfigError, InputFileError, UnknownNameError, closest
 from diffsparse_pipelines import machine
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline, ModelMixin
+    from PIL.Image import Image
 
 Offload = Literal["none", "model", "sequential", "group"]
 OFFLOADS: tuple[str, ...] = ("none", "model", "sequential", "group")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+class Call(TypedDict, total=False):
+    """Arguments of a pipeline call, by the names that Diffusers has for them."""
+
+    prompt: str
+    negative_prompt: str
+    image: Image
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    true_cfg_scale: float
+    max_sequence_length: int
+
+
 @dataclass(frozen=True)
 class Family:
     """A model that can be loaded by name.
 
-    hub, image_hub: checkpoints for text and for image input; image_class: the pipeline class of the latter, if not the
-    one that the checkpoint names. defaults: call arguments. flow_shift: of the scheduler, where it depends on the size.
-    float32_vae: keep the VAE in float32, as the model's authors do. token: frames, rows and columns of pixels that
-    one token stands for. multiple: pixels of which height and width are multiples, where a token is no measure.
+    hub: checkpoint for text input.
+    defaults: call arguments.
+    image_hub: checkpoint for image input.
+    image_class: its pipeline class, if not the one that the checkpoint names.
+    fps: frames in a second.
+    dtype: number format of the weights on a GPU.
+    output: what it makes.
+    flow_shift: of the scheduler, where it depends on the size.
+    float32_vae: keep the VAE in float32, as the model's authors do.
+    token: frames, rows and columns of pixels that one token stands for.
+    multiple: pixels of which height and width are multiples; 0 if that is the token's.
     """
 
     hub: str
-    defaults: dict[str, Any] = field(default_factory=dict)
+    defaults: Call = field(default_factory=Call)
     image_hub: str = ""
     image_class: str = ""
     fps: int = 16
@@ -42,26 +65,25 @@ class Family:
     multiple: int = 0
 
 
-def _size(height: int, width: int, frames: int | None, steps: int, guidance: float | None) -> dict[str, Any]:
-    named = {
-        "height": height,
-        "width": width,
-        "num_frames": frames,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-    }
-    return {name: value for name, value in named.items() if value is not None}
+def _call(height: int, width: int, frames: int | None, steps: int, guidance: float | None) -> Call:
+    call = Call(height=height, width=width)
+    if frames is not None:
+        call["num_frames"] = frames
+    call["num_inference_steps"] = steps
+    if guidance is not None:
+        call["guidance_scale"] = guidance
+    return call
 
 
 FAMILIES: dict[str, Family] = {
     "tiny": Family("", fps=8, dtype="float32", token=(1, 4, 4), multiple=16),
     "tiny-twin": Family("", fps=8, dtype="float32", token=(1, 4, 4), multiple=16),
     "wan2.1-1.3b": Family(
-        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _size(480, 832, 81, 50, 5.0), flow_shift=3.0, fps=16, float32_vae=True
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _call(480, 832, 81, 50, 5.0), flow_shift=3.0, fps=16, float32_vae=True
     ),
     "wan2.1-14b": Family(
         "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-        _size(720, 1280, 81, 50, 5.0),
+        _call(720, 1280, 81, 50, 5.0),
         image_hub="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
         flow_shift=5.0,
         fps=16,
@@ -69,14 +91,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "wan2.2-a14b": Family(
         "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-        _size(720, 1280, 81, 40, 4.0),
+        _call(720, 1280, 81, 40, 4.0),
         image_hub="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
         fps=16,
         float32_vae=True,
     ),
     "wan2.2-5b": Family(
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-        _size(704, 1280, 121, 50, 5.0),
+        _call(704, 1280, 121, 50, 5.0),
         image_hub="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
         image_class="WanImageToVideoPipeline",
         fps=24,
@@ -85,39 +107,39 @@ FAMILIES: dict[str, Family] = {
     ),
     "hunyuan-video": Family(
         "hunyuanvideo-community/HunyuanVideo",
-        _size(720, 1280, 129, 50, 6.0),
+        _call(720, 1280, 129, 50, 6.0),
         image_hub="hunyuanvideo-community/HunyuanVideo-I2V",
         fps=24,
     ),
     "hunyuan-video-1.5": Family(
         "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
-        _size(480, 832, 121, 50, None),
+        _call(480, 832, 121, 50, None),
         image_hub="hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v",
         fps=24,
     ),
     "cogvideox1.5-5b": Family(
         "THUDM/CogVideoX1.5-5B",
-        _size(768, 1360, 81, 50, 6.0),
+        _call(768, 1360, 81, 50, 6.0),
         image_hub="THUDM/CogVideoX1.5-5B-I2V",
         fps=16,
         token=(8, 16, 16),
     ),
     "ltx-video": Family(
         "Lightricks/LTX-Video",
-        _size(480, 704, 161, 50, 3.0),
+        _call(480, 704, 161, 50, 3.0),
         image_hub="Lightricks/LTX-Video",
         image_class="LTXImageToVideoPipeline",
         fps=24,
         token=(8, 32, 32),
     ),
-    "mochi": Family("genmo/mochi-1-preview", _size(480, 848, 85, 64, 4.5), fps=30, token=(6, 16, 16)),
-    "flux": Family("black-forest-labs/FLUX.1-dev", _size(1024, 1024, None, 28, 3.5), output="image", token=(1, 16, 16)),
+    "mochi": Family("genmo/mochi-1-preview", _call(480, 848, 85, 64, 4.5), fps=30, token=(6, 16, 16)),
+    "flux": Family("black-forest-labs/FLUX.1-dev", _call(1024, 1024, None, 28, 3.5), output="image", token=(1, 16, 16)),
     "sd3.5": Family(
-        "stabilityai/stable-diffusion-3.5-large", _size(1024, 1024, None, 28, 4.5), output="image", token=(1, 16, 16)
+        "stabilityai/stable-diffusion-3.5-large", _call(1024, 1024, None, 28, 4.5), output="image", token=(1, 16, 16)
     ),
     "qwen-image": Family(
         "Qwen/Qwen-Image",
-        {**_size(1024, 1024, None, 50, None), "true_cfg_scale": 4.0},
+        {**_call(1024, 1024, None, 50, None), "true_cfg_scale": 4.0},
         output="image",
         token=(1, 16, 16),
     ),
@@ -156,7 +178,7 @@ def load(
     offload: str = "none",
     vae_tiling: bool = False,
     with_image: bool = False,
-) -> Any:
+) -> DiffusionPipeline:
     """Load a pipeline, ready to be called.
 
     Args:
@@ -197,16 +219,16 @@ def target(name: str, device: str = "auto", dtype: str = "auto", offload: str = 
     return device, _dtype(dtype, resolve(name)[1], device)
 
 
-def defaults(name: str) -> dict[str, Any]:
-    """Call arguments for `name`: the family's, the embedded model's own, or none for a strange pipeline."""
+def defaults(name: str) -> Call:
+    """Call arguments for `name`: the family's, the embedded model's own, or none for an unknown pipeline."""
     if embedded := variant(name):
         from diffsparse_pipelines import tiny
 
-        return tiny.defaults(embedded)
-    return dict(FAMILIES[name].defaults) if name in FAMILIES else {}
+        return cast("Call", tiny.defaults(embedded))
+    return FAMILIES[name].defaults.copy() if name in FAMILIES else {}
 
 
-def grid(name: str, size: dict[str, Any]) -> tuple[int, int, int]:
+def grid(name: str, size: Call) -> tuple[int, int, int]:
     """Tokens of a known model along frames, rows and columns, at the size given in pixels or else at its own.
 
     Raises:
@@ -216,12 +238,12 @@ def grid(name: str, size: dict[str, Any]) -> tuple[int, int, int]:
         raise UnknownNameError(f"no known model is called {name!r}; known: {closest(name, FAMILIES)}")
     family = FAMILIES[name]
     check_size(name, size)
-    pixels = {"num_frames": 1, **defaults(name), **size}
+    pixels: Call = {"num_frames": 1, **defaults(name), **size}
     frames, rows, columns = family.token
     return -(-(pixels["num_frames"] - 1) // frames) + 1, pixels["height"] // rows, pixels["width"] // columns
 
 
-def check_size(name: str, size: Mapping[str, Any]) -> None:
+def check_size(name: str, size: Call) -> None:
     """Refuse a size in pixels that a known model can't make; of others, nothing is known before they are loaded.
 
     Raises:
@@ -232,8 +254,9 @@ def check_size(name: str, size: Mapping[str, Any]) -> None:
         return
     if family.output == "image" and "num_frames" in size:
         raise ConfigError(f"model {name!r} makes images; leave out --frames")
-    for side, edge in zip(("height", "width"), family.token[1:], strict=True):
-        edge, pixels = family.multiple or edge, size.get(side, 0)
+    sides = {"height": size.get("height", 0), "width": size.get("width", 0)}
+    for (side, pixels), token in zip(sides.items(), family.token[1:], strict=True):
+        edge = family.multiple or token
         if pixels % edge:
             near = max(edge, pixels // edge * edge)
             raise ConfigError(f"--{side} of {name!r} wants a multiple of {edge}, such as {near}; got {pixels}")
@@ -251,7 +274,7 @@ def variant(name: str) -> str | None:
     return next((key for key, sizes in VARIANTS.items() if sizes.heads == heads), "default")
 
 
-def _config(folder: str, file: str) -> dict[str, Any]:
+def _config(folder: str, file: str) -> dict[str, object]:
     """A file of a saved pipeline; empty where there is none that can be read."""
     try:
         found = json.loads((Path(folder) / file).read_text(encoding="utf-8"))
@@ -260,7 +283,7 @@ def _config(folder: str, file: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _tiny(name: str, dtype: torch.dtype) -> Any:
+def _tiny(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     from diffsparse_pipelines import tiny
 
     return tiny.load(variant(name) or "default", dtype=dtype)
@@ -272,16 +295,16 @@ def _dtype(asked: str, family: Family, device: str) -> torch.dtype:
     if asked == "auto":
         named = "bfloat16" if family.dtype == "auto" else family.dtype
         asked = "float32" if device == "cpu" else named
-    return getattr(torch, asked)  # type: ignore[no-any-return]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked]
 
 
-def _pretrained(source: str, family: Family, dtype: torch.dtype) -> Any:
+def _pretrained(source: str, family: Family, dtype: torch.dtype) -> DiffusionPipeline:
     import diffusers
     import torch
 
     from diffsparse_pipelines.loading import from_pretrained
 
-    options: dict[str, Any] = {}
+    parts: dict[str, ModelMixin] = {}
     cls = getattr(diffusers, family.image_class) if family.image_class and source == family.image_hub else None
     if variant(source):
         from diffsparse_pipelines.tiny import TinyPipeline as cls  # noqa: N813 - Diffusers doesn't know it by name
@@ -291,11 +314,11 @@ def _pretrained(source: str, family: Family, dtype: torch.dtype) -> Any:
     try:
         if family.float32_vae:
             vae = diffusers.AutoencoderKLWan
-            options["vae"] = from_pretrained(vae, source, torch.float32, subfolder="vae")
-        return from_pretrained(cls, source, dtype, **options)
-    except MemoryError:
+            parts["vae"] = from_pretrained(vae, source, torch.float32, subfolder="vae")
+        return from_pretrained(cls, source, dtype, **parts)
+    except (MemoryError, ImportError):
         raise
-    except Exception as error:  # files of strangers fail in every way
+    except Exception as error:  # broken files raise errors of any kind
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputFileError(
             f"can't load {source!r}: {reason} Wanted a folder written by save_pretrained, or a hub id and a connection "
@@ -303,14 +326,14 @@ def _pretrained(source: str, family: Family, dtype: torch.dtype) -> Any:
         ) from error
 
 
-def _tile(pipe: Any) -> None:
+def _tile(pipe: DiffusionPipeline) -> None:
     enable = getattr(getattr(pipe, "vae", None), "enable_tiling", None)
     if enable is None:
         raise ConfigError(f"{type(pipe).__name__} has no VAE that can decode in tiles; leave out --vae-tiling")
     enable()
 
 
-def _place(pipe: Any, device: str, offload: str) -> None:
+def _place(pipe: DiffusionPipeline, device: str, offload: str) -> None:
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":

@@ -1,18 +1,23 @@
-"""`from_pretrained` as every supported Diffusers release takes it, quiet where there is nothing to say."""
+"""`from_pretrained` as every supported Diffusers release takes it, without warnings that no user can act on."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import diffusers.utils.logging as diffusers_logging
 import torch
 import transformers.utils.logging as transformers_logging
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
-def from_pretrained(cls: Any, source: str, dtype: torch.dtype, **options: Any) -> Any:
+
+def from_pretrained(
+    cls: type[DiffusionPipeline | ModelMixin], source: str, dtype: torch.dtype, **options: object
+) -> DiffusionPipeline | ModelMixin:
     """`cls.from_pretrained(source)` with its weights as `dtype`.
 
     The argument is called `torch_dtype` up to Diffusers 0.41 and `dtype` later; the old name works in all of them.
@@ -24,7 +29,7 @@ def from_pretrained(cls: Any, source: str, dtype: torch.dtype, **options: Any) -
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Load without progress bars: for models that take less time than reading their names."""
+    """Within: loading shows no progress bars, for models that load in no time."""
     enabled = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()

@@ -1,19 +1,22 @@
-"""What this machine has: devices and memory, asked before any work starts."""
+"""Devices and memory of this machine, checked before any work starts."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from diffsparse.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def place(asked: str = "auto") -> str:
     """A device that is there, as torch names it; "auto" takes a CUDA device if there is one.
 
     Raises:
-        ConfigError: no device's name, or one that this machine lacks.
+        ConfigError: not the name of a device, or of none that this machine has.
     """
     import torch
 
@@ -25,16 +28,16 @@ def place(asked: str = "auto") -> str:
         raise ConfigError(f"--device wants cpu, cuda, cuda:1, ... or auto; got {asked!r}") from None
     if device.type == "cpu":
         return "cpu"
-    module: Any = getattr(torch, device.type, None)
-    count = module.device_count() if hasattr(module, "is_available") and module.is_available() else 0
+    available = getattr(getattr(torch, device.type, None), "is_available", None)
+    count = getattr(torch, device.type).device_count() if available is not None and available() else 0
     if (device.index or 0) >= count:
         have = f"{count} of that kind" if count else f"no {device.type} device that torch can use"
         raise ConfigError(f"--device {asked} is not there: this machine has {have}; try --device auto")
     return asked
 
 
-def memory(device: Any) -> int | None:
-    """Bytes of memory that a device has in all, on a CPU no more than its control group may use; None: nobody tells."""
+def memory(device: str | torch.device) -> int | None:
+    """Bytes of memory that a device has in all, on a CPU no more than its control group may use; None if unknown."""
     import torch
 
     device = torch.device(device)
@@ -49,8 +52,14 @@ def memory(device: Any) -> int | None:
         return have
 
 
-def hold(need: int, device: Any, what: str, remedy: str) -> None:
-    """Refuse what takes more memory than `device` has in all; `need`, in bytes, is to be what it takes at least.
+def hold(need: int, device: str | torch.device, what: str, remedy: str) -> None:
+    """Refuse what takes more memory than `device` has in all.
+
+    Args:
+        need: bytes that it takes at least.
+        device: where.
+        what: what takes them, for the message.
+        remedy: what to do about it, for the message.
 
     Raises:
         ConfigError: it takes more.

@@ -6,6 +6,7 @@ Files are written whole or not at all: what was written is read back before it t
 from __future__ import annotations
 
 import subprocess
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,16 +21,25 @@ if TYPE_CHECKING:
 Frames = np.ndarray
 VIDEO = (".mp4", ".gif")
 IMAGE = (".png", ".jpg", ".jpeg", ".webp")
-_VISIBLE = 256  # pixels: smaller frames are enlarged in files, where people look at them
+_VISIBLE = 256  # pixels: smaller frames are enlarged in files
 
 
 def check_suffix(path: Path, frames: int | None = None) -> None:
-    """Raise ConfigError unless `path` ends in a format that can hold so many frames; None: nobody knows how many."""
+    """Check, before any work, that a file can hold so many frames, and that what writes it is installed.
+
+    Args:
+        path: the file.
+        frames: how many; None if unknown.
+
+    Raises:
+        ConfigError: it ends in no such format. ModuleNotFoundError: a package is missing.
+    """
     kinds = {None: (*VIDEO, *IMAGE), 1: IMAGE}
     known = kinds.get(frames, (*VIDEO, ".png"))
     if path.suffix.lower() not in known:
         what = {None: "frames", 1: "an image"}.get(frames, "a video")
         raise ConfigError(f"can't write {what} to {path.name!r}; wanted a name that ends in {', '.join(known)}")
+    import_module("imageio_ffmpeg" if path.suffix.lower() == ".mp4" else "PIL")
 
 
 def save(frames: Frames, path: str | Path, fps: int = 16) -> Path:
@@ -111,7 +121,7 @@ def read_image(path: str | Path) -> Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # broken in a stranger's way
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of them
         raise InputFileError(f"can't read the image {path}: {error}") from error
 
 

@@ -1,11 +1,11 @@
-"""What a pipeline call will cost, and whether it can run at all, told before it runs; and the cost found afterwards."""
+"""Whether a pipeline call can run and what it will cost, before it runs; and the cost found afterwards."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from diffsparse.errors import ConfigError
 from diffsparse.guidance.preset import Preset
@@ -18,6 +18,11 @@ from diffsparse.seam.targets import attentions, models_of
 from diffsparse.site.report import Report
 from diffsparse_pipelines import families, machine
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
+
+    from diffsparse.strategies import Strategy
+
 _SMALLER = "lower --height, --width or --frames"
 _PIXEL = 24  # bytes: three channels in float32, as the VAE gives them and as an array
 _ACTIVATIONS = 6  # as large as the hidden states, alive together in an attention: input, normed, q, k, v, output
@@ -26,21 +31,29 @@ _TIME = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_tem
 
 
 class Tokens(NamedTuple):
-    """Tokens of one sample: on the grid, and of the prompt."""
+    """Tokens of one sample.
+
+    video: on the grid.
+    text: of the prompt.
+    """
 
     video: int
     text: int
 
 
 class Compression(NamedTuple):
-    """Pixels that make one latent cell, along time, and along height and width."""
+    """Pixels that make one latent cell.
+
+    time: along frames.
+    space: along height and width.
+    """
 
     time: int
     space: int
 
     @classmethod
-    def of(cls, pipe: Any) -> Compression | None:
-        """As the pipeline's VAE has it; None where it doesn't say."""
+    def of(cls, pipe: DiffusionPipeline) -> Compression | None:
+        """As the pipeline's VAE has it; None if it doesn't say."""
         space = next((getattr(pipe, name) for name in _SPACE if getattr(pipe, name, None)), None)
         time = next((getattr(pipe, name) for name in _TIME if getattr(pipe, name, None)), 1)
         return None if space is None else cls(time, space)
@@ -50,7 +63,7 @@ class Compression(NamedTuple):
         return (frames - 1) // self.time + 1, height // self.space, width // self.space
 
 
-def grid(model: Any, latent: tuple[int, int, int]) -> Grid:
+def grid(model: ModelMixin, latent: tuple[int, int, int]) -> Grid:
     """The token grid that `model` makes of a latent of frames x height x width cells."""
     patch = patch_of(model)
     space = 2 if spec_of(model).grid is packed_grid else patch.space  # pipelines of packed images pack 2 x 2 cells
@@ -58,19 +71,19 @@ def grid(model: Any, latent: tuple[int, int, int]) -> Grid:
     return Grid(-(-frames // patch.time), height // space, width // space)
 
 
-def grid_tokens(model: Any, latent: tuple[int, int, int]) -> int:
+def grid_tokens(model: ModelMixin, latent: tuple[int, int, int]) -> int:
     """Tokens of that grid."""
     return math.prod(grid(model, latent)[:3])
 
 
-def layout(model: Any, latent: tuple[int, int, int], text: int) -> Layout | None:
+def layout(model: ModelMixin, latent: tuple[int, int, int], text: int) -> Layout | None:
     """What self-attention of `model` sees of a latent and `text` tokens of the prompt."""
     spec = spec_of(model)
     return spec.layout(grid(model, latent), grid_tokens(model, latent) + (0 if spec.text == "none" else text))
 
 
-def tokens(pipe: Any, arguments: dict[str, Any]) -> Tokens | None:
-    """Tokens of a call of `pipe`; None where sizes are left to the pipeline."""
+def tokens(pipe: DiffusionPipeline, arguments: Mapping[str, object]) -> Tokens | None:
+    """Tokens of a call of `pipe`; None if sizes are left to the pipeline."""
     latent = _latent(pipe, arguments)
     if latent is None:
         return None
@@ -78,8 +91,8 @@ def tokens(pipe: Any, arguments: dict[str, Any]) -> Tokens | None:
     return Tokens(grid_tokens(model, latent), argument(pipe, arguments, "max_sequence_length") or 0)
 
 
-def _latent(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int, int] | None:
-    """Latent cells of a call of `pipe` along frames, height and width; None where sizes are left to the pipeline."""
+def _latent(pipe: DiffusionPipeline, arguments: Mapping[str, object]) -> tuple[int, int, int] | None:
+    """Latent cells of a call of `pipe` along frames, height and width; None if sizes are left to the pipeline."""
     frames, height, width = (argument(pipe, arguments, name) for name in ("num_frames", "height", "width"))
     compression = Compression.of(pipe)
     if compression is None or not height or not width:
@@ -89,7 +102,7 @@ def _latent(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int, int] | None
 
 def admit(
     model: str,
-    chosen: Mapping[str, object],
+    chosen: families.Call,
     texts: Iterable[str] = (),
     *,
     device: str = "auto",
@@ -109,41 +122,41 @@ def admit(
     """
     families.target(model, device, dtype, offload)
     families.check_size(model, chosen)
-    call = {"num_frames": 1, **families.defaults(model), **chosen}
+    call: families.Call = {"num_frames": 1, **families.defaults(model), **chosen}
     frames, height, width = call["num_frames"], call.get("height", 0), call.get("width", 0)
     what = f"{width}x{height}x{frames} pixels"
     machine.hold(frames * height * width * _PIXEL, "cpu", what, _SMALLER)
     if families.variant(model):
-        _read([*texts, call.get("negative_prompt") or ""])
+        _check_words([*texts, call.get("negative_prompt") or ""])
 
 
-def _read(texts: list[str]) -> None:
+def _check_words(texts: list[str]) -> None:
     from diffsparse_pipelines import tiny
 
-    strange = tiny.strange_words(texts)
-    if strange:
+    unknown = tiny.strange_words(texts)
+    if unknown:
         raise ConfigError(
-            f"the embedded model doesn't know {', '.join(map(repr, strange[:8]))}; it was trained on: "
+            f"the embedded model doesn't know {', '.join(map(repr, unknown[:8]))}; it was trained on: "
             f"{tiny.known_words()}"
         )
 
 
 def check(
-    pipe: Any,
-    arguments: dict[str, Any],
+    pipe: DiffusionPipeline,
+    arguments: Mapping[str, object],
     schedule: Schedule | None = None,
     preset: Preset | None = None,
-    searches: Sequence[int | float] = (),
+    searches: Sequence[int | float] | None = None,
 ) -> None:
-    """Refuse, before a loaded pipeline runs, a size that it can't do or hold, and steps, layers, heads that it lacks.
+    """Refuse, before a loaded pipeline runs, what it can't do: sizes, searches, dense steps and layers, heads.
 
     Raises:
         ConfigError: what is wrong, and the remedy. UnknownNameError, PlanError: of the preset's heads.
     """
     if preset is not None:
         preset.of(models_of(pipe))
-    _check_searches(searches, argument(pipe, arguments, "num_inference_steps"))
-    model: Any
+    _check_searches(searches or (), argument(pipe, arguments, "num_inference_steps"))
+    model: ModelMixin
     for model in models_of(pipe).values():
         if schedule is not None:
             _check_schedule(model, schedule, argument(pipe, arguments, "num_inference_steps"))
@@ -152,7 +165,7 @@ def check(
             _check_sides(model, grid(model, latent))
             count = grid_tokens(model, latent)
             heads, dim = (model.config.get(name) for name in ("num_attention_heads", "attention_head_dim"))
-            width = heads * dim if isinstance(heads, int) and isinstance(dim, int) else 0  # not known of all
+            width = heads * dim if isinstance(heads, int) and isinstance(dim, int) else 0  # unknown for some
             need = count * width * model.dtype.itemsize * _ACTIVATIONS
             machine.hold(need, pipe._execution_device, f"{count} tokens of {type(model).__name__}", _SMALLER)
 
@@ -163,7 +176,7 @@ def _check_searches(searches: Sequence[int | float], steps: int | None) -> None:
         raise ConfigError(f"--searches wants steps before the run's {steps}, counted from 0; got {late[0]}")
 
 
-def _check_schedule(model: Any, schedule: Schedule, steps: int | None) -> None:
+def _check_schedule(model: ModelMixin, schedule: Schedule, steps: int | None) -> None:
     count = sum(1 for _ in attentions(model))
     wrong = [layer for layer in schedule.dense_layers if not -count <= layer < count]
     if wrong:
@@ -177,7 +190,7 @@ def _check_schedule(model: Any, schedule: Schedule, steps: int | None) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} wants at most the run's {steps} steps; got {dense}")
 
 
-def _check_sides(model: Any, made: Grid) -> None:
+def _check_sides(model: ModelMixin, made: Grid) -> None:
     most = model.config.get("rope_max_seq_len", math.inf)
     for option, cells in zip(("--frames", "--height", "--width"), made[:3], strict=True):
         if not 1 <= cells <= most:
@@ -187,17 +200,19 @@ def _check_sides(model: Any, made: Grid) -> None:
             )
 
 
-def argument(pipe: Any, arguments: dict[str, Any], name: str) -> int | None:
-    """A whole number that `pipe` is called with: the one given, or else its own default; None where it has none."""
+def argument(pipe: DiffusionPipeline, arguments: Mapping[str, object], name: str) -> int | None:
+    """A whole number that `pipe` is called with: the one given, or else its own default; None if it has none."""
     known = inspect.signature(type(pipe).__call__).parameters
     value = arguments.get(name, known[name].default if name in known else None)
     return value if isinstance(value, int) else None
 
 
-def preflight(pipe: Any, arguments: dict[str, Any], strategy: Any, schedule: Schedule) -> Estimate | None:
+def preflight(
+    pipe: DiffusionPipeline, arguments: Mapping[str, object], strategy: Strategy, schedule: Schedule
+) -> Estimate | None:
     """What sparse attention can be expected to save of a call.
 
-    None where the call's size or its steps are not known, or what the strategy will compute.
+    None if the call's size, its steps, or what the strategy will compute is unknown.
     """
     latent, steps = _latent(pipe, arguments), argument(pipe, arguments, "num_inference_steps")
     counted = tokens(pipe, arguments)
@@ -219,7 +234,7 @@ def announce(expected: Estimate | None) -> str:
 
 
 def compare(expected: Estimate, report: Report, seconds: float) -> str | None:
-    """The line after it; None where the run has no dense calls to compare with."""
+    """The line after it; None if the run has no dense calls to compare with."""
     found = Estimate.after(report, seconds)
     if found is None:
         return None

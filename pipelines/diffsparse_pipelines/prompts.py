@@ -7,8 +7,8 @@ from pathlib import Path
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse_pipelines import families, values
 
-MOST = 1000  # captions of the embedded models; there are fewer, and they come again
-_DIGITS = 64  # of a number, that are looked at: Python reads none of thousands
+MOST = 1000  # captions of the embedded models: more than there are different ones, the rest repeats
+_DIGITS = 64  # read of a number: Python refuses one of thousands
 PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
@@ -33,7 +33,7 @@ def read_prompts(wanted: str, model: str, option: str = "--prompts") -> tuple[st
 
 
 def _number(text: str) -> int | None:
-    """What is meant as a number, also one that can't be; None for the name of a file."""
+    """The number that a text means, -1 if it is negative; None for the name of a file."""
     digits = text.strip().lstrip("-")
     return (-1 if text.strip() != digits else int(digits[:_DIGITS])) if digits.isdecimal() else None
 

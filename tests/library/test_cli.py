@@ -68,6 +68,34 @@ def test_shells_complete_commands_and_options(
     assert capsys.readouterr().out.split() == [found]
 
 
+# what is asked, a package that it wants, and the extra that brings it
+WITHOUT = [
+    ("--help", "typer", "cli"),
+    ("simulate", "typer", "cli"),
+    ("generate", "imageio_ffmpeg", "cli"),
+    ("generate", "transformers", "cli"),
+    ("hunt --out a.json --objective contrast", "scipy", "eval"),
+    ("evaluate --out results", "matplotlib", "eval"),
+    ("inspect --out pictures", "matplotlib", "eval"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "package", "extra"), WITHOUT)
+def test_without_an_extra_a_command_ends_in_one_line_that_names_it(
+    arguments: str, package: str, extra: str, tmp_path: Path
+) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None\nfrom diffsparse.cli import main; main({arguments.split()!r})"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=tmp_path)
+    wanted = f"error: this command wants the package {package}: pip install 'diffsparse[{extra}]'\n"
+    assert (done.returncode, done.stderr) == (2, wanted)
+
+
+def test_a_package_that_comes_with_no_extra_is_no_users_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffsparse.cli.parser", None)
+    with pytest.raises(ModuleNotFoundError, match="parser"):
+        main(["--help"])
+
+
 BAD = {
     "unknown model": (["generate", "--model", "wan2.1-1.3c"], "known: wan2.1-1.3b"),
     "unknown strategy": (["generate", "--strategy", "adaspar"], "no strategy is called 'adaspar'; known: adaspa"),

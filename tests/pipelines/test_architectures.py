@@ -12,7 +12,7 @@ from torch import Tensor
 import diffsparse
 from diffsparse import Schedule
 from diffsparse.errors import ConfigError, UnknownNameError
-from diffsparse_pipelines.architectures import ARCHITECTURES, Architecture, Rig, architecture, inputs
+from diffsparse_pipelines.architectures import ARCHITECTURES, Architecture, MinimalPipeline, architecture, inputs
 from diffsparse_pipelines.families import FAMILIES
 from diffsparse_pipelines.preflight import Compression, grid_tokens
 from support import tiny_transformers
@@ -75,7 +75,7 @@ class Layouts:
 def test_classes_take_their_inputs_and_steps_may_be_skipped(name: str, dtype: torch.dtype) -> None:
     model = small(name).build(dtype=dtype)
     size = (1 if "2D" in name else 3, 8, 12)
-    rig, watch = Rig(model, 20), Layouts()
+    rig, watch = MinimalPipeline(model, 20), Layouts()
     with diffsparse.apply(rig, watch, schedule=Schedule(0), strict=True):
         for step in (3, 11):
             rig.step(step, inputs(model, size, 6))

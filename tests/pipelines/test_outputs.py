@@ -172,6 +172,20 @@ def test_a_stopped_search_goes_on_under_its_own_seed_only(
     assert names(tmp_path) == [out.name]
 
 
+def test_a_search_that_is_stopped_while_loading(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what an earlier attempt has left."""
+    out = tmp_path / "plan.safetensors"
+    monkeypatch.setattr(families, "load", interrupted(families.load, 0))
+    assert status([*CALIBRATE, "--out", str(out)]) == 130
+    assert capsys.readouterr().err == "stopped: nothing was written\n"
+    (tmp_path / "plan.safetensors.partial").touch()
+    assert status([*CALIBRATE, "--out", str(out)]) == 130
+    kept = f"the runs of an earlier attempt are kept in {out}.partial; the same command goes on with the next"
+    assert capsys.readouterr().err == f"stopped: {kept}\n"
+
+
 def test_a_stopped_hunt(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "heads.json"
     real = Session.render

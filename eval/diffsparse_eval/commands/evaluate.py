@@ -138,7 +138,7 @@ class _Comparison:
         check_files(out, FILES)
         pipe, schedule = self.model.load(), self.knobs.schedule
         call = self.model.call_arguments(pipe, self.sampling.arguments())
-        check(pipe, call, schedule, self.preset)
+        check(pipe, call, schedule, self.preset, self.knobs.later_searches)
         compared = guided(self.strategies, self.preset) if self.preset else tuple(self.strategies)
         experiment = Experiment(
             self.model.name, compared, self.prompts, self.seeds, call, schedule, self.knobs.strict, family.fps
@@ -195,7 +195,7 @@ def _speed_test(
     from diffsparse_pipelines.architectures import architecture
 
     built = architecture(model.name)
-    call = {**families.defaults(model.name), **sampling.arguments()}
+    call: families.Call = {**families.defaults(model.name), **sampling.arguments()}
     device, dtype = families.target(model.name, model.device, model.dtype)
     return SpeedTest(
         model.name,

@@ -103,7 +103,7 @@ def inspect(
         writable(out / name)
     pipe = model.load()
     call = model.call_arguments(pipe, sampling.arguments())
-    check(pipe, call, schedule)
+    check(pipe, call, schedule, searches=knobs.later_searches)
     with bar(terminal()) as progress:
         found = inspect(
             pipe,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from diffsparse.insight.cost import Estimate
     from diffsparse.schedule import Schedule
     from diffsparse.strategies import Strategy
-    from diffsparse_pipelines.families import Family
+    from diffsparse_pipelines.families import Call, Family
     from diffsparse_pipelines.generation import Generation
 
 
@@ -70,7 +70,7 @@ def generate(
     model.admit(call, [prompt])
     pipe = model.load(with_image=image is not None)
     arguments = model.call_arguments(pipe, call)
-    check(pipe, arguments, schedule, preset, sparsity.later_searches or ())
+    check(pipe, arguments, schedule, preset, sparsity.later_searches)
     _Run(pipe, arguments, seed, strategy, schedule, sparsity.strict, preset).write(out, family.fps, compare)
 
 
@@ -83,7 +83,7 @@ def _one(sparsity: SparsityOptions) -> Strategy:
 
 def _check_files(
     model: str,
-    call: dict[str, object],
+    call: Call,
     out: Path,
     image: Path | None,
     compare: Path | None,

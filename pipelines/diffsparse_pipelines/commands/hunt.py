@@ -17,6 +17,7 @@ from diffsparse_pipelines.prompts import read_prompts
 if TYPE_CHECKING:
     from diffsparse.guidance.hunt import HeadHunter
     from diffsparse.guidance.preset import Preset
+    from diffsparse_pipelines.families import Call
     from diffsparse_pipelines.hunting import Pairs, Session
 
 _HUNT, _HELD = "Hunt", "Check on prompts that the hunt did not see"
@@ -173,7 +174,7 @@ def hunt(
     say(f"{', '.join(preset.heads)} -> {out}")
 
 
-def _session(model: ModelOptions, call: dict[str, object], hunting: HuntOptions) -> Session:
+def _session(model: ModelOptions, call: Call, hunting: HuntOptions) -> Session:
     """The loaded model, and the call arguments of the hunt and of the check."""
     from diffsparse_pipelines.hunting import Session
     from diffsparse_pipelines.preflight import check

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from diffsparse.guidance.preset import Preset
     from diffsparse.strategies import Strategy
+    from diffsparse_pipelines.families import Call
 
 _MODEL, _SIZE, _SPARSE, _HEADS = "Model", "Size and sampling", "Strategy", "Head guidance"
 DEFAULT_BLOCK = "128 with a GPU, else 64"
@@ -112,7 +113,7 @@ class ModelOptions:
         typer.Option("--vae-tiling", help="Decode in tiles: less memory at large sizes.", rich_help_panel=_MODEL),
     ] = False
 
-    def admit(self, call: Mapping[str, object], prompts: Iterable[str] = ()) -> None:
+    def admit(self, call: Call, prompts: Iterable[str] = ()) -> None:
         """Refuse what can't run, before anything is loaded, as `preflight.admit` does."""
         from diffsparse_pipelines.preflight import admit
 
@@ -133,7 +134,7 @@ class ModelOptions:
                 with_image=with_image,
             )
 
-    def call_arguments(self, pipe: DiffusionPipeline, call: Mapping[str, object]) -> dict[str, object]:
+    def call_arguments(self, pipe: DiffusionPipeline, call: Call) -> dict[str, object]:
         """What to call the loaded pipeline with: the model's own arguments, overruled by those of `call`."""
         from diffsparse_pipelines import families
         from diffsparse_pipelines.generation import call_arguments
@@ -168,8 +169,8 @@ class SamplingOptions:
     ] = None
     negative_prompt: Annotated[str | None, typer.Option(help="What should not be seen.", rich_help_panel=_SIZE)] = None
 
-    def arguments(self) -> dict[str, object]:
-        """Call arguments that were given, by the names that Diffusers has for them."""
+    def arguments(self) -> Call:
+        """Call arguments that were given."""
         given = {
             "num_inference_steps": self.steps,
             "height": self.height,
@@ -178,7 +179,7 @@ class SamplingOptions:
             "guidance_scale": self.guidance_scale,
             "negative_prompt": self.negative_prompt,
         }
-        return {name: value for name, value in given.items() if value is not None}
+        return cast("Call", {name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True)
