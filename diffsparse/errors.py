@@ -35,9 +35,17 @@ class DenseFallbackError(DiffsparseError, RuntimeError):
     """With `strict=True`: a call that should have been sparse would have run dense."""
 
     @classmethod
-    def of(cls, layer: str, step: int, happened: str) -> DenseFallbackError:
-        """Of a layer at a step, where something `happened`: "would run dense (some reason)"."""
-        return cls(f"layer {layer!r} at step {step} {happened}; apply with strict=False to allow it")
+    def of(cls, layer: str, step: int, reason: str, *, ran: bool = False) -> DenseFallbackError:
+        """The error of one attention call.
+
+        Args:
+            layer: name of the attention module.
+            step: denoising step.
+            reason: why it can't be sparse.
+            ran: the call has already run.
+        """
+        did = "ran" if ran else "would run"
+        return cls(f"layer {layer!r} at step {step} {did} dense ({reason}); apply with strict=False to allow it")
 
 
 class InputFileError(DiffsparseError, OSError):

@@ -10,10 +10,9 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from diffsparse.errors import DiffsparseError, InputFileError, OutputFileError
 
@@ -25,7 +24,7 @@ _PATIENCE = 60.0  # seconds that a lock is waited for; it is held while one file
 def whole(path: str | Path) -> Iterator[Path]:
     """Give a temporary sibling of `path` to write to; it takes the place of `path` only if the block succeeds.
 
-    Either file is whole at any moment, also if the process is killed or the machine stops. A link stays one.
+    Either file is whole at any moment, also if the process is killed or the machine stops. A link stays a link.
 
     Raises:
         OutputFileError: the file or its folder can't be written.
@@ -53,7 +52,7 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 
 def writable(path: str | Path) -> Path:
-    """The file that `path` leads to, proven to be one that can be written, so that no long work ends in vain.
+    """The file that `path` leads to, after a trial that it can be written, so that no long work is lost.
 
     Raises:
         OutputFileError: a folder or a device has its name, the name is too long, or its folder takes no files.
@@ -77,10 +76,11 @@ def writable(path: str | Path) -> Path:
 
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None] | None = None) -> None:
-    """Prove, before any work, that all of a command's outputs can be written and none lies over another or an input.
+    """Check, before any work, that all of a command's outputs can be written and none replaces another or an input.
 
     Args:
-        outputs, inputs: files by what the user calls them, such as "--out"; None is not asked for.
+        outputs: files by the name of their option, such as "--out"; None: not wanted.
+        inputs: the same of files that are read.
 
     Raises:
         OutputFileError: one can't be written, or two are one file.
@@ -96,7 +96,7 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
 
 
 def folder(path: str | Path) -> Path:
-    """The folder `path`, made if it is missing and proven to take files.
+    """The folder `path`, made if it is missing, after a trial that it takes files.
 
     Raises:
         OutputFileError: it can't be made or written to.
@@ -114,7 +114,9 @@ def folder(path: str | Path) -> Path:
 def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
     """Within: no other process is in such a block for `path`. The lock, a file beside it, ends with its process.
 
-    wait: for a block of the other process to end; if not, its being there is an error.
+    Args:
+        path: of the file that is written.
+        wait: for the other process to leave its block; if not, it is an error that there is one.
 
     Raises:
         OutputFileError: another process has the lock.
@@ -132,7 +134,7 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        if not wait:  # nobody waits for this very file
+        if not wait:  # no other process waits for this very file
             with contextlib.suppress(OSError):
                 file.unlink()
         lock.release()
@@ -140,7 +142,7 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def if_stopped(kept: Callable[[], str]) -> Iterator[None]:
-    """Within: Ctrl-C carries a note, `kept()`, of what is kept and how to go on; the command line shows it."""
+    """Within: Ctrl-C carries a note, `kept()`: what is kept, and how to go on; the command line shows it."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -149,7 +151,7 @@ def if_stopped(kept: Callable[[], str]) -> Iterator[None]:
 
 
 def read_bytes(path: str | Path, most: int = 64 * 2**20) -> bytes:
-    """What a file holds, if that is at most `most` bytes: no memory is spent on what is none of ours.
+    """The content of a file of at most `most` bytes: no memory is spent on files of another kind.
 
     Raises:
         InputFileError: it can't be read, or is larger.
@@ -170,12 +172,17 @@ def write_text(text: str, path: str | Path) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def write_json(value: Any, path: str | Path) -> None:
-    """Write plain values, whole or not at all; what is not plain becomes its `str`, and NaN is an error."""
-    write_text(json.dumps(value, indent=1, default=str, allow_nan=False) + "\n", path)
+def json_text(value: object) -> str:
+    """Plain values as JSON; what is not plain becomes its `str`, and NaN is an error."""
+    return json.dumps(value, indent=1, default=str, allow_nan=False) + "\n"
 
 
-def write_csv(rows: list[dict[str, Any]], path: str | Path) -> None:
+def write_json(value: object, path: str | Path) -> None:
+    """Write `json_text`, whole or not at all."""
+    write_text(json_text(value), path)
+
+
+def write_csv(rows: Sequence[Mapping[str, object]], path: str | Path) -> None:
     """Write rows of equal keys, whole or not at all."""
     with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))

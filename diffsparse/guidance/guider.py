@@ -14,40 +14,56 @@ from diffsparse.guidance.heads import Heads, resolve
 from diffsparse.guidance.perturb import perturbed
 from diffsparse.guidance.preset import Preset
 from diffsparse.orders.layout import Layout
+from diffsparse.plans.sealed import Values
 from diffsparse.seam.call import Call
 from diffsparse.seam.clock import Moment
-from diffsparse.seam.patch import BARE, attach, detach, run_of
+from diffsparse.seam.hooks import run_of
+from diffsparse.seam.patch import attach, detach
 from diffsparse.seam.run import Layer, Perturber, Run
+from diffsparse.seam.targets import DEFAULT_NAME
 from diffsparse.wrappers import unwrapped
+
+_FIRST_NAMES = {"strength": "head_strength", "perturbed_guidance_scale": "head_scale"}
 
 
 class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
     """Classifier-free guidance, and guidance away from a pass with some heads perturbed, for modular pipelines.
 
-    `pipe.update_components(guider=HeadGuidance(heads=["5.3"], guidance_scale=5.0))`. A step gives
-    u + g (c - u) + s (c - p). The model is touched for the perturbed pass alone, and works under `diffsparse.apply`.
+    A step gives u + g (c - u) + s (c - p). The model is touched for the perturbed pass alone, and works under
+    `diffsparse.apply`.
+
+    >>> from diffsparse import HeadGuidance
+    >>> modular.update_components(guider=HeadGuidance(["1.0"], guidance_scale=5.0, head_scale=3.0))
 
     Args:
         heads: names of heads (`diffsparse.Preset`).
-        strength, kind, text: how they are perturbed, see `Preset`.
-        guidance_scale: g; 1 is none.
-        perturbed_guidance_scale: s; 0 leaves the perturbed pass out.
-        perturbed_guidance_start, perturbed_guidance_stop: shares of the run, start included, stop not.
-        guidance_rescale, use_original_formulation, start, stop, enabled: as in Diffusers' guiders.
+        head_strength: how far they are perturbed, in [0, 1].
+        kind: what they do instead of attending, see `Preset`.
+        text: perturb the rows of text in joint attention too.
+        guidance_scale: g, of classifier-free guidance; 1 is none.
+        head_scale: s; 0 leaves the perturbed pass out.
+        perturbed_guidance_start: where the perturbed passes start, as a share of the run.
+        perturbed_guidance_stop: where they end.
+        guidance_rescale: as in Diffusers' guiders; so are all that follow.
+        use_original_formulation: of classifier-free guidance.
+        start: of all guidance, as a share of the run.
+        stop: of all guidance.
+        enabled: whether there is any.
 
     Raises:
-        ConfigError: heads or a strength that make no sense. UnknownNameError: when called, a model without such heads.
+        ConfigError: heads or a strength that make no sense.
+        UnknownNameError: when called, a model without such heads.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         heads: list[str] | tuple[str, ...],
-        strength: float = 1.0,
+        head_strength: float = 1.0,
         kind: str = "identity",
         text: bool = False,
         guidance_scale: float = 7.5,
-        perturbed_guidance_scale: float = 3.0,
+        head_scale: float = 3.0,
         perturbed_guidance_start: float = 0.0,
         perturbed_guidance_stop: float = 1.0,
         guidance_rescale: float = 0.0,
@@ -58,13 +74,20 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
     ) -> None:
         super(PerturbedAttentionGuidance, self).__init__(start, stop, enabled)  # the parent's own wants layers
         self.guidance_scale = guidance_scale
-        self.skip_layer_guidance_scale = perturbed_guidance_scale
+        self.skip_layer_guidance_scale = head_scale
         self.skip_layer_guidance_start = perturbed_guidance_start
         self.skip_layer_guidance_stop = perturbed_guidance_stop
         self.guidance_rescale = guidance_rescale
         self.use_original_formulation = use_original_formulation
-        self.preset = Preset(tuple(heads), strength=strength, kind=kind, text=text, scale=perturbed_guidance_scale)
+        self.preset = Preset(tuple(heads), head_strength, head_scale, kind, text=text)
         self._pass: tuple[_Pass, Perturber | None] | None = None
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Values, **kwargs: object) -> tuple[Values, Values, Values]:
+        """Read configurations that an earlier release has saved too: there two of the knobs have other names."""
+        renamed = {_FIRST_NAMES.get(name, name): value for name, value in config_dict.items()}
+        parts: tuple[Values, Values, Values] = super().extract_init_dict(renamed, **kwargs)
+        return parts
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         """Called ahead of each pass: perturbs the last of a step."""
@@ -75,10 +98,10 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
         before = getattr(run_of(denoiser), "guidance", None)
         heads = resolve(self.preset.heads, unwrapped(denoiser))
         perturbing = _Pass(self.preset, heads, lambda: self.cleanup_models(denoiser))
-        attach(BARE, denoiser, perturbing, None)
+        attach(DEFAULT_NAME, denoiser, perturbing, None)
         run = perturbing.run
         now = run.clock.now or Moment(0, 0, None, "#0")
-        run.aside = now._replace(step=self._step, steps=self._num_inference_steps, branch="#0+perturbed")
+        run.extra_pass = now._replace(step=self._step, steps=self._num_inference_steps, branch="#0+perturbed")
         self._pass = perturbing, before
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
@@ -86,11 +109,11 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
         if self._pass is None:
             return
         (perturbing, before), self._pass = self._pass, None
-        perturbing.run.aside = None
+        perturbing.run.extra_pass = None
         if before is None:
             detach(denoiser, perturbing)
         elif perturbing.run.guidance is perturbing:  # back on the same run, whose clock goes on
-            attach(BARE, denoiser, before, None)
+            attach(DEFAULT_NAME, denoiser, before, None)
 
     @property
     def is_conditional(self) -> bool:
@@ -98,7 +121,7 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
         return self._count_prepared != 2 or not self._is_cfg_enabled()
 
     def _is_slg_enabled(self) -> bool:
-        if not self._enabled or self.preset.strength == 0 or math.isclose(self.skip_layer_guidance_scale, 0.0):
+        if not self._enabled or self.preset.head_strength == 0 or math.isclose(self.skip_layer_guidance_scale, 0.0):
             return False
         if self._num_inference_steps is None:
             return True
@@ -111,7 +134,7 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
 
 
 class _Pass:
-    """Perturbs every chosen layer for one pass: a layer that comes round again tells that this one was cut off."""
+    """Perturbs every chosen layer for one pass; a layer that runs a second time shows that this one was cut off."""
 
     run: Run
 
@@ -129,7 +152,7 @@ class _Pass:
         if heads is None:
             return out
         heads = layer.run.shard.own_numbers(heads, call.query.shape[1])
-        return perturbed(out, call.ungrouped(), heads, layout, kind=how.kind, strength=how.strength, text=how.text)
+        return perturbed(out, call.ungrouped(), heads, layout, kind=how.kind, strength=how.head_strength, text=how.text)
 
     def unhook(self) -> None:
         """There are no hooks."""

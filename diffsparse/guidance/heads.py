@@ -11,7 +11,7 @@ import torch
 
 from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelError, closest
 from diffsparse.seam.models import spec_of
-from diffsparse.seam.patch import attentions
+from diffsparse.seam.targets import attentions
 
 Heads = dict[str, tuple[int, ...]]  # attention module -> its heads, ascending; modules in the model's order
 
@@ -19,7 +19,7 @@ _SPAN = r"\*|\d{1,6}(?:-\d{1,6})?"
 _SHORT = re.compile(rf"(?:(?P<stack>[A-Za-z_]\w*)\.)?(?P<block>{_SPAN})\.(?P<head>{_SPAN})")
 _LONG = re.compile(rf"(?P<module>[^:]+):(?P<head>{_SPAN})")
 _PATH = re.compile(r"(?P<stack>.+?)\.(?P<block>\d+)\..+")
-_MAIN = ("transformer_blocks", "blocks", "layers")  # the stack that a bare block number means
+_MAIN = ("transformer_blocks", "blocks", "layers")  # the stack that a block number alone means
 _COUNTS = ("heads", "num_heads", "n_heads")
 
 _FORMS = (
@@ -30,7 +30,13 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class Place:
-    """An attention module that can be named: its block's stack and number, its path, its number of heads."""
+    """An attention module that can be named.
+
+    stack: name of the list of blocks that it is in.
+    block: number of its block there.
+    path: its name in the model.
+    heads: number of heads.
+    """
 
     stack: str
     block: int
@@ -42,7 +48,7 @@ def check_names(names: Iterable[str]) -> tuple[str, ...]:
     """The names as a tuple.
 
     Raises:
-        ConfigError: none at all, or one that is no head's.
+        ConfigError: none at all, or one that can't be read.
     """
     listed = (names,) if isinstance(names, str) else tuple(names)
     parts = tuple(part.strip() for name in listed for part in str(name).split(",") if part.strip())
@@ -58,8 +64,8 @@ def resolve(names: Iterable[str], model: torch.nn.Module) -> Heads:
     """Which heads of which modules `names` mean.
 
     Raises:
-        ConfigError: no names, or one that can't be read. UnknownNameError: one that matches nothing, or a head that
-        the module doesn't have.
+        ConfigError: no names, or one that can't be read.
+        UnknownNameError: one that matches nothing, or a head that the module doesn't have.
     """
     found: dict[str, set[int]] = {}
     everywhere = list(_places(model))
@@ -70,10 +76,12 @@ def resolve(names: Iterable[str], model: torch.nn.Module) -> Heads:
 
 
 def names_of(model: torch.nn.Module, pattern: Iterable[str] = ("*",)) -> list[str]:
-    """The short names of all heads, one each, in the model's order; `pattern` may leave out some ("0-11.*").
+    """The short names of all heads, one each, in the model's order; `pattern` may choose some ("0-11.*").
 
     Raises:
-        UnsupportedModelError: none of its attention stands in blocks. ConfigError, UnknownNameError: a bad pattern.
+        UnsupportedModelError: none of its attention is in a stack of blocks.
+        ConfigError: a pattern that can't be read.
+        UnknownNameError: a pattern that matches nothing.
     """
     everywhere = list(_firsts(_places(model)))
     if not everywhere:
@@ -89,7 +97,7 @@ def _label(place: Place, main: str) -> str:
 
 
 def _places(model: torch.nn.Module) -> Iterator[Place]:
-    """Attention modules within stacks of blocks, save those that the model's row of the table leaves alone."""
+    """Attention modules within stacks of blocks, but for those that the model's row of the table skips."""
     skip = spec_of(model).skip
     for path, module in attentions(model):
         parts = _PATH.fullmatch(path)

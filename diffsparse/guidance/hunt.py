@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from diffsparse.errors import ConfigError, InputFileError
-from diffsparse.files import if_stopped, locked, read_bytes, writable, write_json
+from torch import Tensor, nn
+
+from diffsparse.errors import ConfigError
 from diffsparse.guidance.guide import guide
 from diffsparse.guidance.objectives import Frames, Objective
 from diffsparse.guidance.preset import Preset
-from diffsparse.insight.calibration import partial
 from diffsparse.plans.plan import fingerprints
-from diffsparse.seam.patch import models_of
+from diffsparse.plans.sealed import Values
+from diffsparse.plans.store import Store
+from diffsparse.seam.targets import models_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Pair = tuple[str, int]  # prompt and seed
 Render = Callable[[Sequence[Pair]], Sequence[Frames]]
 Scores = dict[str, list[float]]  # head -> its score for each pair
 
-UNGUIDED, FINAL = "none", "all"  # what the rounds are measured against, and where they end
+UNGUIDED, FINAL = "none", "all"  # scored beside the rounds: the baseline, and the heads that were found
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,30 @@ class HeadHunter:
     Heads that look bad alone can serve in a set, and good ones can clash: hence rounds. The paper uses k = 3 in 5
     rounds for styles at strength 1, and k = 24 in one round for general quality at strength 0.25.
 
-    k: heads that join in each round. rounds: how many.
-    strength, scale, kind, start, stop, rescale, branch, text: how heads are perturbed, see `Preset`.
+    >>> from diffsparse import HeadHunter
+    >>> HeadHunter(k=24, rounds=1, head_strength=0.25).trials(pool=480)  # sets of heads that are tried
+    480
+
+    Args:
+        k: heads that join in each round.
+        rounds: how many.
+        head_strength: how far heads are perturbed, see `Preset`; so are all that follow.
+        head_scale: weight of the guidance.
+        kind: what a perturbed head does instead of attending.
+        start: first guided step.
+        stop: end of the guided steps.
+        rescale: share by which predictions get their standard deviation back.
+        branch: the pass that is perturbed.
+        text: whether rows of text are perturbed too.
+
+    Raises:
+        ConfigError: a value out of its range, or a strength or scale of 0, with which no head changes anything.
     """
 
     k: int = 3
     rounds: int = 5
-    strength: float = 1.0
-    scale: float = 3.0
+    head_strength: float = 1.0
+    head_scale: float = 3.0
     kind: str = "identity"
     start: int | float = 0.0
     stop: int | float = 1.0
@@ -56,10 +75,10 @@ class HeadHunter:
         if self.preset(["0.0"]).idle:
             raise ConfigError("a hunt wants a strength and a scale above 0: with 0 no head changes anything")
 
-    def preset(self, heads: Sequence[str], **more: Any) -> Preset:
+    def preset(self, heads: Sequence[str], models: dict[str, str] | None = None, about: Values | None = None) -> Preset:
         """The guidance with these heads."""
-        knobs = {name: value for name, value in vars(self).items() if name not in ("k", "rounds")}
-        return Preset(tuple(heads), **knobs, **more)
+        knobs = {knob.name: getattr(self, knob.name) for knob in fields(self) if knob.name not in ("k", "rounds")}
+        return Preset(tuple(heads), **knobs, models=models or {}, about=about or {})
 
     def check(self, pool: Sequence[str]) -> None:
         """Raise ConfigError unless the pool has enough heads for all rounds."""
@@ -75,7 +94,7 @@ class HeadHunter:
 
 
 def hunt(
-    pipe: Any,
+    pipe: DiffusionPipeline | nn.Module,
     hunter: HeadHunter,
     pool: Sequence[str],
     pairs: Sequence[Pair],
@@ -84,13 +103,23 @@ def hunt(
     out: Path,
     *,
     name: str = "",
-    about: dict[str, Any] | None = None,
-    after_trial: Callable[[int], Any] = lambda done: None,
+    about: Values | None = None,
+    after_trial: Callable[[int], object] = lambda done: None,
 ) -> Preset:
     """Search heads and write them to `out` as a preset.
 
-    A hunt that was killed goes on after the last trial that it finished, and ends with the same heads. Equal scores
+    A hunt that was stopped goes on after the last trial that it finished, and ends with the same heads. Equal scores
     are decided by the order of the pool.
+
+    >>> from diffsparse import HeadHunter, hunt
+    >>> from diffsparse.guidance.heads import names_of
+    >>> def render(pairs):
+    ...     return [pipe(prompt, generator=torch.manual_seed(seed)).frames[0] for prompt, seed in pairs]
+    >>> def contrast(clips, prompts):
+    ...     return [float(clip.std()) for clip in clips]
+    >>> pool = names_of(pipe.transformer, ["1.*"])
+    >>> pairs = [("a red ball", 0), ("a quiet sea", 1)]
+    >>> preset = hunt(pipe, HeadHunter(k=1, rounds=1), pool, pairs, render, contrast, folder / "heads.json")
 
     Args:
         pipe: a Diffusers pipeline, or a transformer.
@@ -100,50 +129,32 @@ def hunt(
         render: runs `pipe` for some pairs, always in the same way, and gives one clip [F, H, W, C] for each.
         objective: (clips, prompts) -> scores, higher is better.
         out: a `.json` file; the work so far is kept beside it until the preset is written.
-        name: what tells this objective and these calls apart; a hunt is only continued with the same one.
+        name: identifies this objective and these calls; a hunt is only continued with the same one.
         about: plain values for the preset's record.
-        after_trial: told how many trials are done, at first those of an earlier attempt.
+        after_trial: called with the number of trials that are done, at first those of an earlier attempt.
 
     Raises:
         ConfigError: a pool or list of pairs that is too small, scores that are no numbers or too many or few, or the
-        file beside `out` is of another hunt. The trials done are kept.
+            file beside `out` is of another hunt. The trials done are kept.
         OutputFileError: `out` can't be written, or another process is at it.
     """
     hunter.check(pool)
     if not pairs:
         raise ConfigError("a hunt wants one or more pairs of prompt and seed; got none")
-    writable(out)
     models = fingerprints(models_of(pipe))
-    key = hashlib.sha256(json.dumps([repr(hunter), models, list(pool), list(pairs), name]).encode()).hexdigest()
-    trials = _Trials(partial(out), key)
-
-    def score(turn: int, label: str, heads: Sequence[str]) -> float:
-        if label not in trials.of(turn):
-            if heads:
-                with guide(pipe, hunter.preset(heads)):
-                    clips = render(pairs)
-            else:
-                clips = render(pairs)
-            trials.add(turn, label, checked(objective(clips, [prompt for prompt, _ in pairs]), len(pairs)))
-            after_trial(trials.done(hunter.rounds))
-        return _mean(trials.of(turn)[label])
-
-    with locked(trials.path, wait=False), if_stopped(lambda: trials.kept(hunter, len(pool))):
-        trials.load()
-        after_trial(trials.done(hunter.rounds))
-        score(hunter.rounds, UNGUIDED, ())
-        chosen: list[str] = []
-        for turn in range(hunter.rounds):
-            means = {head: score(turn, head, (*chosen, head)) for head in pool if head not in chosen}
-            chosen += sorted(means, key=lambda head: -means[head])[: hunter.k]
-        score(hunter.rounds, FINAL, chosen)
-        preset = hunter.preset(chosen, models=models, about={**(about or {}), **trials.summary(hunter, chosen)})
+    # The knobs under their first names, so that a hunt that an earlier release has begun goes on.
+    settings = [repr(hunter).replace("head_s", "s"), models, list(pool), list(pairs), name]
+    store = Store.beside(out, "hunt", settings)
+    trials = _Trials(pipe, hunter, pairs, render, objective, store, after_trial)
+    with store.resumed(trials.restore, lambda: f"{trials.done} of {hunter.trials(len(pool))} trials"):
+        after_trial(trials.done)
+        chosen = trials.search(pool)
+        preset = hunter.preset(chosen, models, {**(about or {}), **trials.summary(chosen)})
         preset.save(out)
-        trials.path.unlink()
     return preset
 
 
-def checked(scores: Any, wanted: int) -> list[float]:
+def checked(scores: Iterable[float], wanted: int) -> list[float]:
     """The scores as numbers, one for each clip.
 
     Raises:
@@ -162,51 +173,64 @@ def checked(scores: Any, wanted: int) -> list[float]:
 
 @dataclass
 class _Trials:
-    """The scores of all trials, and the file that keeps them; the last entry is that of the ends of the hunt."""
+    """The trials of a hunt: each a set of heads, rendered and scored once.
 
-    path: Path
-    key: str
+    rounds: the scores by round; the round after the last holds those without guidance, and with all heads found.
+    """
+
+    pipe: DiffusionPipeline | nn.Module
+    hunter: HeadHunter
+    pairs: Sequence[Pair]
+    render: Render
+    objective: Objective
+    store: Store
+    after_trial: Callable[[int], object]
     rounds: dict[str, Scores] = field(default_factory=dict)
 
-    def of(self, turn: int) -> Scores:
+    def search(self, pool: Sequence[str]) -> list[str]:
+        """The heads that all rounds choose out of the pool."""
+        end, chosen = self.hunter.rounds, list[str]()
+        self._score(end, UNGUIDED, ())
+        for turn in range(end):
+            means = {head: self._score(turn, head, (*chosen, head)) for head in pool if head not in chosen}
+            chosen += sorted(means, key=lambda head: -means[head])[: self.hunter.k]
+        self._score(end, FINAL, chosen)
+        return chosen
+
+    def _score(self, turn: int, label: str, heads: Sequence[str]) -> float:
+        """The mean score with these heads perturbed, from the file if that trial is done."""
+        scores = self._of(turn)
+        if label not in scores:
+            clips = self._rendered(heads)
+            scores[label] = checked(self.objective(clips, [prompt for prompt, _ in self.pairs]), len(self.pairs))
+            self.store.save({"rounds": self.rounds})
+            self.after_trial(self.done)
+        return _mean(scores[label])
+
+    def _rendered(self, heads: Sequence[str]) -> Sequence[Frames]:
+        if not heads:
+            return self.render(self.pairs)
+        with guide(self.pipe, self.hunter.preset(heads)):
+            return self.render(self.pairs)
+
+    def _of(self, turn: int) -> Scores:
         return self.rounds.setdefault(str(turn), {})
 
-    def add(self, turn: int, label: str, scores: list[float]) -> None:
-        self.of(turn)[label] = scores
-        write_json({"key": self.key, "rounds": self.rounds}, self.path)
-
-    def done(self, rounds: int) -> int:
+    @property
+    def done(self) -> int:
         """Trials in the rounds that are done."""
-        return sum(len(scores) for turn, scores in self.rounds.items() if turn != str(rounds))
+        return sum(len(scores) for turn, scores in self.rounds.items() if turn != str(self.hunter.rounds))
 
-    def kept(self, hunter: HeadHunter, pool: int) -> str:
-        """What a hunt that is stopped leaves behind."""
-        done, trials = self.done(hunter.rounds), hunter.trials(pool)
-        return f"{done} of {trials} trials are kept in {self.path}; the same command goes on with the next"
+    def restore(self, values: Values, tensors: dict[str, Tensor]) -> None:
+        """Take over what an earlier attempt has kept."""
+        self.rounds = {turn: dict(scores) for turn, scores in values["rounds"].items()}
 
-    def load(self) -> None:
-        """Go on where the file stopped, if there is one.
-
-        Raises:
-            InputFileError: it can't be read. ConfigError: it is of another hunt.
-        """
-        if not self.path.exists():
-            return
-        try:
-            kept = json.loads(read_bytes(self.path))
-            key, self.rounds = kept["key"], {turn: dict(scores) for turn, scores in kept["rounds"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputFileError(f"can't read {self.path}: {error!r}; delete it to begin anew") from error
-        if key != self.key:
-            raise ConfigError(
-                f"{self.path} is of a hunt with other settings; delete it, or choose another --out, to begin anew"
-            )
-
-    def summary(self, hunter: HeadHunter, chosen: list[str]) -> dict[str, Any]:
+    def summary(self, chosen: list[str]) -> Values:
         """Means without guidance, of each head when it was chosen, and of all together."""
-        picked = {head: _mean(self.of(i // hunter.k)[head]) for i, head in enumerate(chosen)}
-        ends = {name: _mean(self.of(hunter.rounds)[name]) for name in (UNGUIDED, FINAL)}
-        return {"k": hunter.k, "rounds": hunter.rounds, "score": {**ends, "when chosen": picked}}
+        k, end = self.hunter.k, self.hunter.rounds
+        picked = {head: _mean(self._of(i // k)[head]) for i, head in enumerate(chosen)}
+        ends = {name: _mean(self._of(end)[name]) for name in (UNGUIDED, FINAL)}
+        return {"k": k, "rounds": end, "score": {**ends, "when chosen": picked}}
 
 
 def _mean(values: list[float]) -> float:

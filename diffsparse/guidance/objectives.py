@@ -1,4 +1,4 @@
-"""What a hunt can raise: scores of videos or images, higher is better, most of them without a model."""
+"""Objectives of a hunt: scores of videos or images, higher is better, most of them without a model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from diffsparse.errors import ConfigError, DiffsparseError, InputFileError, UnknownNameError, closest
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import CLIPModel, CLIPProcessor
+
 Frames = np.ndarray  # float32 [F, H, W, C] in [0, 1]; an image has one frame
-_MOST = 8  # frames of a video that a model looks at, evenly spread
+_MOST = 8  # frames of a video that a model is shown, evenly spread
 
 
 class Objective(Protocol):
@@ -24,16 +28,17 @@ class Objective(Protocol):
         """One score for each clip and its prompt; higher is better."""
 
 
-def objective(text: str, device: Any = "cpu") -> Objective:
+def objective(text: str, device: torch.device | str = "cpu") -> Objective:
     """An objective by name.
 
     Args:
-        text: "sharpness", "colourfulness", "contrast", "steadiness"; "look:IMAGE", nearness to the look of a picture;
-            "clip", "pickscore", "hps", each with an optional checkpoint after a colon; or "module:function".
+        text: "sharpness", "colourfulness", "contrast", "steadiness"; "look:IMAGE", similarity to the colours of a
+            picture; "clip", "pickscore", "hps", each with an optional checkpoint after a colon; or "module:function".
         device: where a model runs.
 
     Raises:
-        UnknownNameError: no such objective. InputFileError: a picture or model that can't be loaded.
+        UnknownNameError: no such objective.
+        InputFileError: a picture or model that can't be loaded.
     """
     name, _, rest = text.partition(":")
     if name in PLAIN and not rest:
@@ -54,9 +59,9 @@ def _each(score: Callable[[Frames], float], clips: Sequence[Frames], prompts: Se
 
 @dataclass(frozen=True)
 class Foreign:
-    """A function of the user's as an objective, by its name; what it raises is told in one line."""
+    """A function of the user's as an objective, with its name; what it raises becomes a one-line error."""
 
-    function: Any
+    function: Objective
     name: str
 
     def __call__(self, clips: Sequence[Frames], prompts: Sequence[str]) -> Sequence[float]:
@@ -66,7 +71,7 @@ class Foreign:
             ConfigError: it failed.
         """
         try:
-            return self.function(clips, prompts)  # type: ignore[no-any-return]  # looked at by who asked
+            return self.function(clips, prompts)
         except DiffsparseError:
             raise
         except Exception as error:
@@ -81,13 +86,13 @@ _WANTED = "wanted a function (clips, prompts) -> scores, one number for each cli
 def _imported(module: str, name: str) -> Objective:
     try:
         found = getattr(import_module(module), name)
-    except Exception as error:  # what runs at import is a stranger's
+    except Exception as error:  # importing runs the user's code
         raise UnknownNameError(
             f"can't import the objective {module}:{name}: {type(error).__name__}: {error}; {_WANTED}"
         ) from error
     try:
         inspect.signature(found).bind([], [])
-    except (TypeError, ValueError):  # no callable, of other arguments, or it doesn't say which
+    except (TypeError, ValueError):  # not callable, other arguments, or no signature
         raise UnknownNameError(f"{module}:{name} is no objective; {_WANTED}") from None
     return Foreign(found, f"{module}:{name}")
 
@@ -118,7 +123,7 @@ def contrast(clip: Frames) -> float:
 
 
 def steadiness(clip: Frames) -> float:
-    """1 - mean size of the second difference in time: flicker and jitter lower it, even motion hardly does.
+    """1 - mean magnitude of the second difference in time: flicker and jitter lower it, even motion hardly does.
 
     Raises:
         ConfigError: fewer than three frames.
@@ -138,14 +143,14 @@ PLAIN: dict[str, Callable[[Frames], float]] = {
 
 @dataclass(frozen=True)
 class Look:
-    """Nearness to the colours of a picture: minus the 2-Wasserstein distance of Gaussians over its CIELAB pixels."""
+    """Similarity to the colours of a picture: minus the 2-Wasserstein distance of Gaussians over CIELAB pixels."""
 
-    mean: Any  # [3]
-    spread: Any  # [3, 3]
+    mean: np.ndarray  # [3]
+    spread: np.ndarray  # [3, 3]
 
     @classmethod
     def of(cls, path: str) -> Look:
-        """The look of an image file.
+        """The colours of an image file.
 
         Raises:
             InputFileError: it can't be read.
@@ -191,15 +196,17 @@ CHECKPOINTS: dict[str, tuple[str, str, bool]] = {
 class Clip:
     """Agreement of pictures and prompt in a CLIP model, mean over frames: CLIP score, PickScore, HPSv2.
 
-    model, processor: of transformers. logit: the cosine times the model's learned scale, as PickScore is quoted.
+    model: of transformers.
+    processor: of transformers, too.
+    logit: the cosine times the model's learned scale, as PickScore is quoted.
     """
 
-    model: Any
-    processor: Any
+    model: CLIPModel
+    processor: CLIPProcessor
     logit: bool = False
 
     @classmethod
-    def load(cls, name: str, checkpoint: str = "", device: Any = "cpu") -> Clip:
+    def load(cls, name: str, checkpoint: str = "", device: torch.device | str = "cpu") -> Clip:
         """Load a model by its name in `CHECKPOINTS`, from another folder or hub id if one is given.
 
         Raises:

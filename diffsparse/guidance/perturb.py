@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 
 from diffsparse.orders.layout import Layout
-
-if TYPE_CHECKING:
-    from diffsparse.seam.call import Call
+from diffsparse.seam.call import Call
 
 
 def perturbed(
@@ -29,18 +26,18 @@ def perturbed(
 ) -> Tensor:
     """Attention whose map is pulled toward a target map: A <- (1 - u) A + u T for the chosen heads (SoftPAG, eq. 5).
 
-    The map itself is never made: the output is linear in it, so the head's output is pulled toward T V, whichever
+    The map itself is never computed: the output is linear in it, so the head's output is pulled toward T V, whichever
     backend computed it. Rows of T are over the same keys as the rows that they replace.
 
     Args:
         out: the attention's output [B, H, N, D], left as it is.
-        call: the product that it is of, with as many key heads as query heads.
-        heads: which heads; others are left alone.
+        call: the product whose output it is, with as many key heads as query heads.
+        heads: which heads are perturbed.
         layout: where the video is among the N tokens.
         kind: a key of `KINDS`.
         strength: u in [0, 1].
         text: perturb the rows of text too, and not only those of the video.
-        samples: of the batch, which ones.
+        samples: which samples of the batch are perturbed.
 
     Returns:
         a new tensor [B, H, N, D].
@@ -63,12 +60,12 @@ def perturbed(
 
 
 def _identity(call: Call, rows: slice, layout: Layout) -> Tensor:
-    """Each token sees itself alone: T = I (PAG), T V = V."""
+    """Each token attends to itself alone: T = I (PAG), T V = V."""
     return call.value[:, :, rows]
 
 
 def _self(call: Call, rows: slice, layout: Layout) -> Tensor:
-    """Each token sees itself and the text, weighed as before: what Diffusers' PAG pipelines of joint models do."""
+    """Each token attends to itself and the text, as in Diffusers' PAG pipelines of joint models."""
     n, first, last = layout.tokens, layout.text_before, layout.text_before + layout.video
     texts = torch.cat((torch.arange(first), torch.arange(last, n))).to(call.query.device)
     q, k, v = call.query[:, :, rows], call.key, call.value
@@ -88,17 +85,17 @@ def _is_bool(mask: Tensor) -> bool:
 
 
 def _uniform(call: Call, rows: slice, layout: Layout) -> Tensor:
-    """Every key weighs the same (SoftUG): a query of zeros scores them all alike."""
+    """All keys have the same weight (SoftUG): a query of zeros gives them equal scores."""
     return _one_row(call, torch.zeros_like(call.query[:, :, :1]), rows)
 
 
 def _query_mean(call: Call, rows: slice, layout: Layout) -> Tensor:
-    """All rows are that of the mean query: SEG's blur without end (SoftSEG)."""
+    """All rows are that of the mean query: SEG with an infinite blur (SoftSEG)."""
     return _one_row(call, call.query[:, :, rows].mean(2, keepdim=True), rows)
 
 
 def _one_row(call: Call, query: Tensor, rows: slice) -> Tensor:
-    """Attention of one query [B, H, 1, D] in place of all of `rows`; as many times as they have masks of their own."""
+    """Attention of one query [B, H, 1, D] in place of all of `rows`; once for each row if rows have masks."""
     mask = call.attn_mask
     if mask is not None and mask.shape[-2] > 1:
         mask = mask[..., rows, :]
@@ -107,7 +104,7 @@ def _one_row(call: Call, query: Tensor, rows: slice) -> Tensor:
 
 
 def _zero(call: Call, rows: slice, layout: Layout) -> Tensor:
-    """The head says nothing."""
+    """Zero output."""
     return torch.zeros_like(call.value[:, :, rows])
 
 

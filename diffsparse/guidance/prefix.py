@@ -1,4 +1,4 @@
-"""Blocks ahead of the first perturbed one compute in the extra pass what they did in the pass before: skip them."""
+"""Blocks ahead of the first perturbed one repeat in the extra pass what they did in the pass before: skip them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from diffsparse.seam.copies import hide_traces, show_traces
 
 
 class Prefix:
-    """Watches the blocks of one transformer in a normal pass, and lets them pass through in the extra pass.
+    """Records the blocks of one transformer in a normal pass, and skips them in the extra pass.
 
-    Every block that ran before the first perturbed one returns, in its turn, the output of the last of its stack;
-    the model's own code carries that to the first perturbed block, which so gets bit for bit what it got before. That
-    holds for a plain chain: outputs that are kept for later (skip connections, hints, step caches) or changed in place
-    are noticed, and the extra pass then runs whole.
+    Every block that ran before the first perturbed one returns, when it is called, the output of the last of its
+    stack; the model's own code carries that to the first perturbed block, which gets bit for bit the same input as
+    before. That holds for a plain chain: outputs that are kept for later (skip connections, hints, step caches) or
+    changed in place are noticed, and the extra pass then runs whole.
 
-    obstacle: why the last pass can't be replayed; empty if it can. skipped: names of the blocks that will be.
+    Attributes:
+        blocks: of all stacks, by name.
+        obstacle: why the last pass can't be replayed; empty if it can.
+        skipped: names of the blocks that will be skipped.
     """
 
     def __init__(self, model: torch.nn.Module, layers: Iterable[str]) -> None:
@@ -36,12 +39,12 @@ class Prefix:
             hide_traces(block)
         self._forget()
 
-    def _watch(self, name: str, block: torch.nn.Module) -> list[Any]:
+    def _watch(self, name: str, block: torch.nn.Module) -> list[RemovableHandle]:
         before, after = _Hook(self, "_enter", name), _Hook(self, "_leave", name)
         return [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
 
     def unhook(self) -> None:
-        """Watch no more."""
+        """Take all hooks off."""
         self._take_hooks()
         for block in self.blocks.values():
             show_traces(block)
@@ -54,7 +57,7 @@ class Prefix:
     def _forget(self) -> None:
         self.obstacle = "no block was seen to run"
         self.skipped: list[str] = []
-        self._outputs: dict[str, Any] = {}
+        self._outputs: dict[str, object] = {}
         self._versions: dict[str, list[int]] = {}
         self._passed: list[weakref.ref[Tensor]] = []
 
@@ -62,7 +65,7 @@ class Prefix:
         """A pass that may be replayed begins."""
         self._forget()
         self.recording = False
-        model: Any = self._model()
+        model = self._model()
         if getattr(model, "is_cache_enabled", False):
             self.obstacle = "a step cache is on"
         elif torch.is_inference_mode_enabled() or torch.is_grad_enabled():
@@ -89,7 +92,7 @@ class Prefix:
             if alive:
                 self.obstacle = "outputs of earlier blocks are used again later"
 
-    def _leave(self, name: str, out: Any) -> None:
+    def _leave(self, name: str, out: object) -> None:
         if not self.recording:
             return
         stack = name.rpartition(".")[0]
@@ -112,7 +115,7 @@ class Prefix:
 
     @contextmanager
     def replayed(self) -> Iterator[int]:
-        """Within: the blocks pass through, where they can. Gives how many of them do."""
+        """Within: blocks are skipped, where they can be. Gives how many of them are."""
         if not self.obstacle and not all(map(self._untouched, self._outputs)):
             self.obstacle = "outputs of blocks are changed in place"
         skipped = [] if self.obstacle else self.skipped
@@ -123,28 +126,29 @@ class Prefix:
 
 
 class _Hook:
-    """A forward hook of one block, without a frame of its own that would keep outputs alive."""
+    """A forward hook of one block; no closure, which would keep outputs alive."""
 
     def __init__(self, prefix: Prefix, method: str, name: str) -> None:
         self.prefix, self.method, self.name = prefix, method, name
 
-    def __call__(self, block: torch.nn.Module, args: Any, *out: Any) -> None:
+    def __call__(self, block: torch.nn.Module, args: object, *out: object) -> None:
         if self.prefix.recording and not torch.compiler.is_compiling():
             getattr(self.prefix, self.method)(self.name, *out)
 
 
-def _offloads_by_group(model: torch.nn.Module) -> bool:
-    registries = (module.__dict__.get("_diffusers_hook") for module in model.modules())
+def _offloads_by_group(model: torch.nn.Module | None) -> bool:
+    modules = () if model is None else model.modules()
+    registries = (module.__dict__.get("_diffusers_hook") for module in modules)
     return any("group_offloading" in registry.hooks for registry in registries if registry is not None)
 
 
-def _tensors(out: Any) -> list[Tensor]:
+def _tensors(out: object) -> list[Tensor]:
     parts = out if isinstance(out, tuple | list) else (out,)
     return [x for x in parts if torch.is_tensor(x)]
 
 
 @contextmanager
-def _answering(block: torch.nn.Module, answer: Any) -> Iterator[None]:
+def _answering(block: torch.nn.Module, answer: object) -> Iterator[None]:
     """Within: `block` returns `answer` whatever it is given."""
     state = block.__dict__
     own = state.get("forward")
@@ -157,5 +161,5 @@ def _answering(block: torch.nn.Module, answer: Any) -> Iterator[None]:
             state["forward"] = own
 
 
-def _answer(answer: Any, *_: Any, **__: Any) -> Any:
+def _answer(answer: object, *_: object, **__: object) -> object:
     return answer

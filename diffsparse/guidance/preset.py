@@ -6,48 +6,60 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 
 from diffsparse.errors import ConfigError, InputFileError, PlanError
-from diffsparse.files import read_bytes, write_json
+from diffsparse.files import json_text, read_bytes, write_text
 from diffsparse.guidance.heads import Heads, check_names, resolve
 from diffsparse.guidance.perturb import KINDS
 from diffsparse.plans import sealed
+from diffsparse.plans.hub import Shared
 from diffsparse.plans.plan import fingerprints
+from diffsparse.plans.sealed import Values
 from diffsparse.schedule import check_amount
 from diffsparse.schedule import resolve as step_of
 
 BRANCHES = ("extra", "uncond")
+FORMAT = 2  # of presets; 1 called two of the knobs by other names
+_FIRST_NAMES = {"strength": "head_strength", "scale": "head_scale"}
 _REMEDY = 'wanted a JSON file that `diffsparse hunt` has written; one changed by hand goes without its entry "digest"'
 _MOST = 2**24  # bytes
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Head-level perturbation guidance: prediction + scale * (prediction - perturbed prediction).
+class Preset(Shared):
+    """Head-level perturbation guidance: prediction + head_scale * (prediction - perturbed prediction).
 
-    heads: names such as "5.3" (`diffsparse.guidance.heads`).
-    strength: how far the heads' maps go toward the target, in [0, 1]. The paper searches at 1 and uses 0.25 to 1;
-        lower strengths want more heads and leave fewer artefacts.
-    scale: weight of the guidance, w of the paper: 3 on SD3, 8 on Flux; of no effect with branch "uncond".
-    kind: the target, a key of `diffsparse.guidance.perturb.KINDS`.
-    start, stop: the steps that are guided, start included, stop not; ints count steps, floats are shares of the run.
-    rescale: share in [0, 1] by which the guided prediction gets back the standard deviation of the one without.
-    branch: "extra" runs the model once more each step; "uncond" perturbs the unconditional pass, at no cost, and its
-        weight is that of classifier-free guidance.
-    text: perturb the rows of text in joint attention too.
-    models: fingerprints of the transformers that it was made for, by name; empty fits all that have such heads.
-    about: how it was found, plain values.
+    >>> from diffsparse import Preset, guide
+    >>> preset = Preset(("1.0", "0.*"), head_strength=0.5, head_scale=2.0)
+    >>> preset.save(folder / "heads.json")
+    >>> with guide(pipe, folder / "heads.json"):
+    ...     video = pipe("a red ball").frames[0]
+
+    Args:
+        heads: names such as "5.3" (`diffsparse.guidance.heads`).
+        head_strength: how far the heads' maps go toward the target, in [0, 1]. The paper searches at 1 and uses 0.25
+            to 1; lower strengths want more heads and leave fewer artefacts.
+        head_scale: weight of the guidance, w of the paper: 3 on SD3, 8 on Flux; no effect with branch "uncond".
+        kind: the target, a key of `diffsparse.guidance.perturb.KINDS`.
+        start: first guided step; an int counts steps, a float is a share of the run.
+        stop: end of the guided steps, which is not guided itself; counted as `start`.
+        rescale: share in [0, 1] by which the guided prediction gets back the standard deviation of the one without.
+        branch: "extra" runs the model once more each step; "uncond" perturbs the unconditional pass, at no cost, and
+            its weight is that of classifier-free guidance.
+        text: perturb the rows of text in joint attention too.
+        models: fingerprints of the transformers that it was made for, by name; empty fits all that have such heads.
+        about: how it was found, plain values.
 
     Raises:
         ConfigError: a value out of its range, or a name that can't be read.
     """
 
     heads: tuple[str, ...]
-    strength: float = 1.0
-    scale: float = 3.0
+    head_strength: float = 1.0
+    head_scale: float = 3.0
     kind: str = "identity"
     start: int | float = 0.0
     stop: int | float = 1.0
@@ -55,13 +67,16 @@ class Preset:
     branch: str = "extra"
     text: bool = False
     models: dict[str, str] = field(default_factory=dict, hash=False)
-    about: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    about: Values = field(default_factory=dict, compare=False, repr=False)
+
+    _file: ClassVar[str] = "heads.json"
+    _kind: ClassVar[str] = "preset"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", check_names(self.heads))
-        for name in ("strength", "rescale"):
+        for name in ("head_strength", "rescale"):
             _check_number(name, getattr(self, name), 1.0)
-        _check_number("scale", self.scale, float("inf"))
+        _check_number("head_scale", self.head_scale, float("inf"))
         _check_plain(self)
         for name in ("start", "stop"):
             check_amount(name, getattr(self, name))
@@ -72,13 +87,13 @@ class Preset:
             raise ConfigError("kind 'self' keeps the text as it is; leave text=False, or choose another kind")
 
     def __str__(self) -> str:
-        branch = f"scale {self.scale:g}" if self.branch == "extra" else "the unconditional pass"
-        return f"{', '.join(self.heads)}: {self.kind}, strength {self.strength:g}, {branch}"
+        branch = f"scale {self.head_scale:g}" if self.branch == "extra" else "the unconditional pass"
+        return f"{', '.join(self.heads)}: {self.kind}, strength {self.head_strength:g}, {branch}"
 
     @property
     def idle(self) -> bool:
         """Whether it changes nothing at all."""
-        return self.strength == 0 or (self.branch == "extra" and self.scale == 0)
+        return self.head_strength == 0 or (self.branch == "extra" and self.head_scale == 0)
 
     def covers(self, step: int, steps: int | None) -> bool:
         """Whether `step` (of `steps`, None: unknown) is guided."""
@@ -89,7 +104,8 @@ class Preset:
         """The heads of each transformer.
 
         Raises:
-            PlanError: the preset is another model's. UnknownNameError: a model has no such head.
+            PlanError: the preset is another model's.
+            UnknownNameError: a model has no such head.
         """
         found = fingerprints(models)
         if self.models and self.models != found:
@@ -105,46 +121,66 @@ class Preset:
         Raises:
             OutputFileError: the file can't be written.
         """
-        write_json({"diffsparse": "heads", **sealed.seal(asdict(self))}, path)
+        write_text(self._text(), path)
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
+        return self._text().encode()
+
+    def _text(self) -> str:
+        return json_text({"diffsparse": "heads", **sealed.seal(asdict(self), version=FORMAT)})
 
     @classmethod
     def load(cls, path: str | Path) -> Preset:
         """Read a preset. One that was written by hand has no entry "digest".
 
         Raises:
-            InputFileError: no such file. PlanError: it is no preset, changed since it was written, of a later release,
-            or its values make no sense.
+            InputFileError: no such file.
+            PlanError: it is no preset, changed since it was written, of a later release, or its values make no sense.
         """
         try:
             text = read_bytes(path, most=_MOST)
         except InputFileError as error:
             raise InputFileError(f"can't read the preset {path}: {error}; {_REMEDY}") from error
         try:
-            values = sealed.plain(text)
-            if values.pop("diffsparse", None) != "heads":
-                raise ValueError('it has no entry "diffsparse": "heads"')
-            sealed.check_format({"format": sealed.FORMAT, **values}, "preset", "hunt again")
-            if "digest" in values:
-                values = sealed.unseal(values)
-            values.pop("format", None)
-            strange = sorted(values.keys() - {f.name for f in fields(cls)})
-            if strange:
-                raise ValueError(f"it has the strange entries {', '.join(strange)}")
-            heads = values.get("heads")
-            if not isinstance(heads, list) or not all(isinstance(head, str) for head in heads):
-                raise ValueError(f"heads wants a list of names; got {heads!r}")
-            return cls(**{**values, "heads": tuple(heads)})
+            return cls(**_knobs(text))
         except ValueError as error:
             raise PlanError(f"can't read the preset {path}: {error}; {_REMEDY}") from error
 
     @classmethod
-    def read(cls, given: Preset | str | Path | Sequence[str], **knobs: Any) -> Preset:
+    def read(cls, given: Preset | str | Path | Sequence[str], **knobs: object) -> Preset:
         """A preset from what users have: one, a `.json` file, or names of heads; `knobs` that are not None overrule."""
         if isinstance(given, str | Path) and str(given).endswith(".json"):
             given = cls.load(given)
         if not isinstance(given, Preset):
             given = cls(check_names([str(given)] if isinstance(given, str | Path) else given))
-        return replace(given, **{name: value for name, value in knobs.items() if value is not None})
+        overruling: Values = {name: value for name, value in knobs.items() if value is not None}
+        return replace(given, **overruling)
+
+
+def _knobs(text: bytes) -> Values:
+    """The knobs in a preset's file, under the names that they have now.
+
+    Raises:
+        ValueError: it is no preset, or holds other entries.
+    """
+    values = sealed.plain(text)
+    if values.pop("diffsparse", None) != "heads":
+        raise ValueError('it has no entry "diffsparse": "heads"')
+    sealed.check_format({"format": FORMAT, **values}, "preset", "hunt again", FORMAT)
+    if "digest" in values:
+        values = sealed.unseal(values)
+    values.pop("format", None)
+    for first, name in _FIRST_NAMES.items():
+        if first in values and name not in values:
+            values[name] = values.pop(first)
+    unknown = sorted(values.keys() - {f.name for f in fields(Preset)})
+    if unknown:
+        raise ValueError(f"it has the strange entries {', '.join(unknown)}")
+    heads = values.get("heads")
+    if not isinstance(heads, list) or not all(isinstance(head, str) for head in heads):
+        raise ValueError(f"heads wants a list of names; got {heads!r}")
+    return {**values, "heads": tuple(heads)}
 
 
 def _check_plain(preset: Preset) -> None:
@@ -160,7 +196,7 @@ def _check_plain(preset: Preset) -> None:
             raise ConfigError(f"{name} wants {what}; got {getattr(preset, name)!r}")
 
 
-def _check_number(name: str, value: Any, most: float) -> None:
+def _check_number(name: str, value: object, most: float) -> None:
     top = min(most, sys.float_info.max)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= top:
         wanted = f"a number in [0, {most:g}]" if most < float("inf") else "a number of at least 0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -12,13 +12,24 @@ from diffsparse.errors import ConfigError
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
 from diffsparse.seam.models import spec_of
-from diffsparse.seam.patch import attentions
+from diffsparse.seam.targets import attentions
 from diffsparse.site.report import Report
 from diffsparse.strategies.base import Attending, Strategy, as_strategy
 from diffsparse.strategies.work import Outline
 
-_ONCE = ("norm", "time", "guidance", "modulation", "_mod.", "adaln", "pooled")  # fed with one vector for each sample
-_TEXT = ("add_", "text", "txt", "caption", "image_emb")  # fed with the prompt (or an input image) alone
+if TYPE_CHECKING:
+    from diffusers.models.attention import AttentionModuleMixin as Attention
+
+_ONCE = (
+    "norm",
+    "time",
+    "guidance",
+    "modulation",
+    "_mod.",
+    "adaln",
+    "pooled",
+)  # input: one vector for each sample
+_TEXT = ("add_", "text", "txt", "caption", "image_emb")  # input: the prompt (or an image) alone
 _PRODUCTS = nn.Linear | nn.Conv2d | nn.Conv3d
 
 
@@ -41,7 +52,8 @@ class Flops:
     """Floating-point operations of one forward pass of one sample, 2 for each multiplication.
 
     attention: the two products of self-attention over the grid, for each of the model's attention modules in order
-        (0 for those that are never sparse). rest: everything else that multiplies matrices.
+        (0 for those that are never sparse).
+    rest: everything else that multiplies matrices.
     """
 
     attention: tuple[float, ...]
@@ -62,8 +74,9 @@ def flops(model: nn.Module, video: int, text: int) -> Flops:
     """Count a pass over `video` grid tokens and `text` prompt tokens, from the shapes of the weights alone.
 
     Each linear layer costs 2 x weights x rows, each attention 4 x rows x columns x width. Which rows a layer sees is
-    read off its name; an input image is taken for as many tokens as the prompt. Tests hold the count against one of
-    the operations that really run. Works on the meta device.
+    read off its name; an input image counts as many tokens as the prompt. Tests compare the count with
+    `torch.utils.flop_counter` on real passes, which can't serve here: it wants a pass of the whole model, with inputs
+    that differ for each class and that only its pipeline knows. Works on the meta device.
     """
     joint = 0 if spec_of(model).text == "none" else text
     attention, crossed = [], 0.0
@@ -96,10 +109,9 @@ def _linear(model: nn.Module, video: int, text: int, joint: int) -> list[float]:
     return found
 
 
-def _weights(module: Any) -> int:
+def _weights(module: nn.Linear | nn.Conv2d | nn.Conv3d) -> int:
     """Number of weights, also where they are packed by quantisation."""
-    linear = isinstance(module, nn.Linear)
-    return int(module.in_features * module.out_features if linear else module.weight.numel())
+    return module.in_features * module.out_features if isinstance(module, nn.Linear) else module.weight.numel()
 
 
 def _block(name: str) -> str:
@@ -112,7 +124,7 @@ def _reads(name: str, words: tuple[str, ...]) -> bool:
     return any(word in name for word in words)
 
 
-def _width(module: Any) -> int:
+def _width(module: Attention) -> int:
     """Heads times head size of the queries."""
     width = getattr(module, "inner_dim", None)
     return int(width or getattr(module, "heads", None) or module.num_heads) * (1 if width else int(module.head_dim))
@@ -120,7 +132,12 @@ def _width(module: Any) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """attention_share: of a dense step; attention_speedup, speedup: of the run, dense steps and searches included."""
+    """What a strategy saves in a run.
+
+    attention_share: share of attention in a dense step.
+    attention_speedup: of the attention of the whole run, dense steps and searches included.
+    speedup: of the whole run.
+    """
 
     attention_share: float
     attention_speedup: float
@@ -132,12 +149,12 @@ class Estimate:
     ) -> Estimate | None:
         """From operations alone: as if the machine did all of them equally fast, and nothing else took time.
 
-        None if what the strategy computes is not known before it runs: a stranger's that doesn't tell, and windows
-        without the `layout` of the tokens.
+        None if what the strategy computes is unknown before it runs: some strategies can't say, and windows need the
+        `layout` of the tokens.
         """
-        told = [step.work for step in as_strategy(strategy).steps(Outline.of(schedule, steps, layout))]
-        works = [work for work in told if work is not None]
-        if len(works) < len(told):
+        said = [step.work for step in as_strategy(strategy).steps(Outline.of(schedule, steps, layout))]
+        works = [work for work in said if work is not None]
+        if len(works) < len(said):
             return None
         mean = sum(works) / steps
         layers = len(count.attention)
@@ -147,7 +164,7 @@ class Estimate:
 
     @classmethod
     def after(cls, report: Report, seconds: float) -> Estimate | None:
-        """From a finished call of `seconds`: its own dense calls tell what a dense run would have taken.
+        """From a finished call of `seconds`: a dense run is estimated from its own dense calls.
 
         None if no call was dense, or none was anything else.
         """

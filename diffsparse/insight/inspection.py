@@ -6,7 +6,6 @@ from collections.abc import Collection
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from torch import Tensor
 
 import diffsparse_kernels as kernels
 from diffsparse.orders.named import AUTO, AXES, RASTER, check_order, permutation_on
-from diffsparse.plans.sums import Sums
+from diffsparse.plans.sums import Index, Sums
 from diffsparse.schedule import Schedule
 from diffsparse.site.compute import Blocks, Method, Site
 from diffsparse.strategies.base import Attending, Strategy, Wrapper, as_strategy, found_orders, in_order
@@ -44,22 +43,38 @@ def order_masses(q: Tensor, k: Tensor, lse: Tensor, site: Site, orders: tuple[st
     return found
 
 
-def looks(strategy: Strategy, schedule: Schedule, steps: int, count: int) -> frozenset[int]:
-    """Up to `count` steps, evenly spread over those in which `strategy` has a say; over all if it is always dense."""
+def sampled_steps(strategy: Strategy, schedule: Schedule, steps: int, count: int) -> frozenset[int]:
+    """Up to `count` steps, evenly spread over those that `strategy` doesn't leave dense; over all if it leaves all."""
     listed = strategy.kinds(schedule, steps)
     open_ = [step for step, kind in enumerate(listed) if kind != "dense"] or list(range(steps))
     return frozenset(open_[(2 * i + 1) * len(open_) // (2 * count)] for i in range(count))
 
 
 class Inspector(Wrapper):
-    """A strategy that lets another one run, and looks at some of its calls.
+    """A strategy that lets another one run, and measures some of its calls.
 
-    At the steps to look at, every layer's attention is computed once more for its log-sum-exp, and once for each order
+    At the sampled steps, every layer's attention is computed once more for its log-sum-exp, and once for each order
     for its block masses. What is kept are sums on the CPU: no map of tokens, and block maps of at most `CELLS` a side.
 
-    strategy: the one that runs. steps: at which to look. orders: candidates; raster order is always among them.
-    sparsity: at which recall is measured. block: edge of a block in tokens, None for the machine's default. layers:
-        which self-attention layers, by number in the order of running; None for all.
+    >>> from diffsparse import AdaSpa, Inspector, apply
+    >>> inspector = Inspector(AdaSpa(sparsity=0.8), steps={1, 3})
+    >>> with apply(pipe, inspector):
+    ...     video = pipe("a red ball").frames[0]
+    >>> for view in inspector.views():
+    ...     print(view.layer, view.best)  # the order of most recall for each head
+    blocks.0.attn1 (...)
+    blocks.1.attn1 (...)
+
+    Args:
+        strategy: the one that runs.
+        steps: sampled ones, from 0.
+        orders: candidates; raster order is always among them.
+        sparsity: at which recall is measured.
+        block: edge of a block in tokens, None for the machine's default.
+        layers: which self-attention layers, by number in the order of running; None for all.
+
+    Raises:
+        ConfigError: an order that is none.
     """
 
     sparsity: float
@@ -98,8 +113,8 @@ class Inspector(Wrapper):
         if site.step not in self.probed or (self.layers is not None and number not in self.layers):
             return call(site)
         _, lse = kernels.attention(q, k, v, scale=site.scale, key_mask=site.key_mask)
-        aside = replace(site, record=copy(site.record))  # what is computed to look is no work of the strategy's
-        masses = order_masses(q, k, lse, aside, self.orders, self.block)
+        apart = replace(site, record=copy(site.record))  # measuring is no work of the strategy's
+        masses = order_masses(q, k, lse, apart, self.orders, self.block)
         for i, mass in enumerate(masses):
             self._add(site, "recall", best_recall(mass, self.sparsity), (len(self.orders), 2, q.shape[1]), i)
             self._add(site, "mass", _pooled(mass), (len(self.orders), *_pooled(mass).shape), i)
@@ -114,7 +129,7 @@ class Inspector(Wrapper):
     def _product(
         self, whole: Site, all_heads: Tensor, rest: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site
     ) -> tuple[Tensor, Tensor]:
-        """One block-sparse product of some or all heads, its tokens in whatever order the strategy likes."""
+        """One block-sparse product of some or all heads, its tokens in the order that the strategy has chosen."""
         lists, scale, keys = blocks.lists, site.scale, site.key_mask
         _, lse = kernels.attention(q, k, k, scale=scale, key_mask=keys)
         mass = kernels.block_mass(q, k, lse, q_block=lists.q_block, kv_block=lists.kv_block, scale=scale, key_mask=keys)
@@ -134,36 +149,39 @@ class Inspector(Wrapper):
         kept = mask.float().expand(mass.shape)
         self._add(site, "held", held, (2, count), (slice(None), heads))
         self._add(site, "density", kept.mean((0, 2, 3)), (count,), heads)
-        self._add(site, "looks", torch.ones(len(heads)), (count,), heads)
+        self._add(site, "calls", torch.ones(len(heads)), (count,), heads)
         for what, x in (("own", mass), ("kept", kept)):
             self._add(site, what, _pooled(x), (count, *_pooled(x).shape[1:]), heads)
 
-    def _add(self, site: Site, what: str, value: Tensor, shape: tuple[int, ...], at: Any) -> None:
-        self.sums.add(site, what, value, shape, at)
+    def _add(self, site: Site, what: str, value: Tensor, shape: tuple[int, ...], at: Index) -> None:
+        self.sums.layer(site.model, site.layer, site.layout).add(what, value, shape, at)
 
     def views(self) -> list[LayerView]:
         """What was found, layer by layer."""
         found = []
         for model, layer in self.seen:
-            name = f"{model}.{layer}"
-            parts = {what: self.sums.tensors.get(f"{name}.{what}") for what in _PARTS}
-            if parts["mass"] is not None:
-                found.append(_view(self, model, layer, parts))
+            start = f"{model}.{layer}."
+            sums = {name.removeprefix(start): x for name, x in self.sums.tensors.items() if name.startswith(start)}
+            if "mass" in sums:
+                found.append(_view(self, model, layer, sums))
         return found
-
-
-_PARTS = ("recall", "mass", "held", "density", "looks", "own", "kept")
 
 
 @dataclass(frozen=True, eq=False)
 class LayerView:
-    """One self-attention layer, means over looks, samples and branches.
+    """One self-attention layer: means over sampled steps, samples and branches.
 
-    number: in the order of running. orders: candidates. recall: mass in the best blocks of each row, in each order,
-    [orders, H]. mass: block maps in each order, [orders, H, c, c], 1 where attention would be uniform.
-    own_orders: the strategy's order of each head. chosen, density: mass that its blocks hold, and their share of all,
-    [H]; own, kept: block maps in its order, and the share of the time that a block is computed, [H, c, c]. These are
-    None where it never got to run.
+    model: name of the transformer in the pipeline.
+    layer: name of the attention module in the transformer.
+    number: of the layer, in the order of running.
+    orders: candidates.
+    recall: mass in the best blocks of each row, in each order, [orders, H].
+    mass: block maps in each order, [orders, H, c, c], 1 where attention would be uniform.
+    own_orders: the strategy's order of each head.
+    chosen: mass that the strategy's blocks hold, [H]; None, as all that follows, if it didn't choose at these steps.
+    density: their share of all blocks, [H].
+    own: block maps in the strategy's order, [H, c, c].
+    kept: share of the calls in which a block is computed, [H, c, c].
     """
 
     model: str
@@ -189,8 +207,8 @@ class LayerView:
         return tuple(self.orders[int(i)] for i in self.recall.argmax(0))
 
 
-def _view(inspector: Inspector, model: str, layer: str, parts: dict[str, Any]) -> LayerView:
-    recall, mass, ran = parts["recall"], parts["mass"], parts["looks"]
+def _view(inspector: Inspector, model: str, layer: str, sums: dict[str, Tensor]) -> LayerView:
+    recall, mass, calls = sums["recall"], sums["mass"], sums.get("calls")
     heads = mass.shape[1]
     return LayerView(
         model,
@@ -200,10 +218,10 @@ def _view(inspector: Inspector, model: str, layer: str, parts: dict[str, Any]) -
         recall[:, 0] / recall[:, 1],
         _relative(mass),
         inspector.found.get((model, layer)) or _own_orders(inspector.strategy, model, layer, heads),
-        None if ran is None else parts["held"][0] / parts["held"][1],
-        None if ran is None else parts["density"] / ran,
-        None if ran is None else _relative(parts["own"]),
-        None if ran is None else parts["kept"] / ran[:, None, None],
+        None if calls is None else sums["held"][0] / sums["held"][1],
+        None if calls is None else sums["density"] / calls,
+        None if calls is None else _relative(sums["own"]),
+        None if calls is None else sums["kept"] / calls[:, None, None],
     )
 
 
@@ -229,7 +247,7 @@ def _pooled(blocks: Tensor) -> Tensor:
 def _heads(part: Tensor, whole: Tensor) -> Tensor:
     """Which heads of `whole` [B, H, N, D] the heads of `part` are, whatever the order of their tokens, int64 [h].
 
-    Told by the sum of the bits of all their numbers, which no reordering changes.
+    Found by the sum of the bits of all their numbers, which no reordering changes.
     """
     if part.shape[1] == whole.shape[1]:
         return torch.arange(whole.shape[1])

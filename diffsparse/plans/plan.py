@@ -1,6 +1,7 @@
 """What an offline search found: a JSON header and tensors in one safetensors file, tied to a model and a layout.
 
-Plans are data from strangers: what is loaded is checked for its version, its digest, and each value against the others.
+Plans come from unknown sources: what is loaded is checked for its version, its digest, and each value against the
+others.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from diffsparse.errors import PlanError
 from diffsparse.orders.layout import Layout
 from diffsparse.plans import sealed
+from diffsparse.plans.sealed import Values
 from diffsparse.wrappers import class_of
 
 REMEDY = "wanted a file that `diffsparse calibrate` has written; calibrate again"
@@ -30,7 +31,7 @@ _DTYPES = (torch.uint8, torch.float32)
 class Plan:
     """Orders, masks or patterns for each attention layer of a model at one layout.
 
-    strategy: whose plan it is, such as "paro".
+    strategy: the strategy that runs on it, such as "paro".
     models: fingerprint of each transformer of the pipeline, by its name there.
     layout: of the video tokens that the search saw.
     settings: the knobs of the search, plain values.
@@ -43,7 +44,7 @@ class Plan:
     strategy: str
     models: dict[str, str]
     layout: Layout
-    settings: dict[str, Any]
+    settings: Values
     tensors: dict[str, Tensor]
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Twelve hex digits that tell this plan from others."""
+        """Twelve hex digits that identify the plan."""
         return sealed.digest(self._header(), self.tensors)[:12]
 
     def __eq__(self, other: object) -> bool:
@@ -76,7 +77,7 @@ class Plan:
     def __repr__(self) -> str:
         return f"Plan({self.strategy!r}, {self.layout}, {self.digest})"
 
-    def _header(self) -> dict[str, Any]:
+    def _header(self) -> Values:
         parts = {"strategy": self.strategy, "models": self.models, "layout": asdict(self.layout)}
         return {**parts, "settings": self.settings}
 
@@ -97,8 +98,9 @@ class Plan:
         """Read a plan.
 
         Raises:
-            InputFileError: no such file, or it can't be opened. PlanError: it is no plan, truncated, changed since it
-            was written, of a later release, or its values make no sense.
+            InputFileError: no such file, or it can't be opened.
+            PlanError: it is no plan, truncated, changed since it was written, of a later release, or its values make
+                no sense.
         """
         header, tensors = sealed.read(path, "plan", REMEDY)
         layout = header.pop("layout", None)
@@ -152,7 +154,7 @@ def _names(models: dict[str, str]) -> str:
     return ", ".join(f"{name} {fingerprint}" for name, fingerprint in models.items())
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether a value means the same when it was written as JSON and read again."""
     try:
         return bool(json.loads(json.dumps(value, allow_nan=False)) == value)

@@ -1,4 +1,4 @@
-"""Plain values and tensors in files that strangers may have written: a version, a digest, and sizes checked first."""
+"""Plain values and tensors in files from unknown sources: a version, a digest, and sizes checked first."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from torch import Tensor
 from diffsparse.errors import InputFileError, PlanError
 from diffsparse.files import whole
 
-FORMAT = 1  # counts up when what is written changes so that an earlier release would misread it
+Values = dict[str, Any]  # plain values by name, as JSON has them
+
+FORMAT = 1  # of plans; counts up when what is written changes so that an earlier release would misread it
 _KEY = "diffsparse"
 _MOST = 2**24  # bytes of the JSON header
 
 
-def digest(values: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> str:
+def digest(values: Values, tensors: dict[str, Tensor] | None = None) -> str:
     """SHA-256, 64 hex digits, of plain values and of the names, dtypes, shapes and bytes of tensors.
 
-    It tells accidents, not forgers: whoever changes a file on purpose can write a new one.
+    It shows accidents, not forgery: a file that is changed on purpose can be given a new digest.
     """
     found = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, tensor in sorted((tensors or {}).items()):
@@ -34,17 +36,17 @@ def digest(values: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> 
     return found.hexdigest()
 
 
-def seal(values: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
-    """The values, as JSON has them, with a version and a digest."""
+def seal(values: Values, tensors: dict[str, Tensor] | None = None, *, version: int | None = None) -> Values:
+    """The values, as JSON has them, with the version of their format (by default `FORMAT`) and a digest."""
     values = json.loads(json.dumps(values, allow_nan=False))
-    return {"format": FORMAT, "digest": digest(values, tensors), **values}
+    return {"format": version or FORMAT, "digest": digest(values, tensors), **values}
 
 
-def unseal(sealed: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+def unseal(sealed: Values, tensors: dict[str, Tensor] | None = None) -> Values:
     """The values without version and digest.
 
     Raises:
-        ValueError: the digest is another's.
+        ValueError: the digest is that of other values.
     """
     values = {name: value for name, value in sealed.items() if name not in ("format", "digest")}
     if sealed.get("digest") != digest(values, tensors):
@@ -52,22 +54,22 @@ def unseal(sealed: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> 
     return values
 
 
-def check_format(values: dict[str, Any], what: str, remedy: str) -> None:
-    """Raise PlanError unless the values say that they are written in the format of this release."""
+def check_format(values: Values, what: str, remedy: str, newest: int = FORMAT) -> None:
+    """Raise PlanError unless the values say that they are written in a format that this release reads."""
     found = values.get("format")
     if type(found) is not int or found < 1:
         raise PlanError(f"the {what} has no version of its format; {remedy}")
-    if found > FORMAT:
+    if found > newest:
         raise PlanError(
-            f"the {what} is of a later release (format {found}, here it is {FORMAT}); update diffsparse, or {remedy}"
+            f"the {what} is of a later release (format {found}, here it is {newest}); update diffsparse, or {remedy}"
         )
 
 
-def plain(text: str | bytes) -> dict[str, Any]:
+def plain(text: str | bytes) -> Values:
     """A JSON object.
 
     Raises:
-        ValueError: it is none, or holds NaN, infinity, or numbers and nesting beyond all use.
+        ValueError: it is none, or holds NaN, infinity, or numbers and nesting beyond any use.
     """
 
     def refuse(name: str) -> None:
@@ -82,36 +84,42 @@ def plain(text: str | bytes) -> dict[str, Any]:
     return values
 
 
-def write(path: str | Path, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write(path: str | Path, values: Values, tensors: dict[str, Tensor]) -> None:
     """Write values and tensors as one safetensors file, whole or not at all.
 
     Raises:
         OutputFileError: the file can't be written.
     """
-    kept = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    kept, metadata = _prepared(values, tensors)
     with whole(path) as temporary:
         try:
-            save_file(kept, temporary, metadata={_KEY: json.dumps(seal(values, kept), sort_keys=True)})
+            save_file(kept, temporary, metadata)
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
 
 
-def to_bytes(values: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+def to_bytes(values: Values, tensors: dict[str, Tensor]) -> bytes:
     """What `write` writes."""
+    return bytes(save(*_prepared(values, tensors)))
+
+
+def _prepared(values: Values, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata, as safetensors takes them."""
     kept = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
-    return bytes(save(kept, metadata={_KEY: json.dumps(seal(values, kept), sort_keys=True)}))
+    return kept, {_KEY: json.dumps(seal(values, kept), sort_keys=True)}
 
 
-def read(path: str | Path, what: str, remedy: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: str | Path, what: str, remedy: str) -> tuple[Values, dict[str, Tensor]]:
     """The values and tensors of such a file; nothing is allocated that the file itself isn't large enough for.
 
     Args:
-        what: the name of such a file in messages. remedy: what to do where it can't be used.
+        what: the name of such a file in messages.
+        remedy: what to do where it can't be used.
 
     Raises:
-        InputFileError: no such file, or it can't be opened. PlanError: it is truncated, changed, of a later release, or
-        something else altogether.
+        InputFileError: no such file, or it can't be opened.
+        PlanError: it is truncated, changed, of a later release, or no such file at all.
     """
     try:
         Path(path).open("rb").close()

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
-# Asked here, for the compiler of some releases of torch can't trace the question.
+# Computed at import: some releases of torch can't trace the call.
 _AUTOCAST = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
 
 
 @dataclass(frozen=True)
 class Call:
-    """One attention product as the processor asked for it: [B, H, N, D], fewer key heads if `enable_gqa`."""
+    """The arguments of one `scaled_dot_product_attention`: [B, H, N, D], fewer key heads if `enable_gqa`."""
 
     query: Tensor
     key: Tensor
@@ -29,9 +29,20 @@ class Call:
 
     @property
     def needs_grad(self) -> bool:
-        """Whether autograd watches this product."""
+        """Whether autograd records this product."""
         watched = self.query.requires_grad or self.key.requires_grad or self.value.requires_grad
         return watched and torch.is_grad_enabled()
+
+    @property
+    def obstacle(self) -> str | None:
+        """What forbids a sparse kernel, apart from the mask; None if nothing does."""
+        if not self.query.dtype == self.key.dtype == self.value.dtype:
+            return "queries, keys and values of different dtypes"
+        if self.needs_grad:
+            return "gradients are wanted"
+        if self.is_causal:
+            return "causal attention"
+        return "dropout" if self.dropout_p else None
 
     def cast(self) -> Call:
         """The same product in the dtype of a surrounding `torch.autocast`, as SDPA itself would take it."""
@@ -54,16 +65,17 @@ class Call:
     def dense(self, backend: AttentionBackendName) -> Tensor:
         """The product on one of Diffusers' backends; NATIVE is torch's SDPA, or what the user put in its place.
 
-        That may be a function with fewer arguments: it is given those that say something.
+        That may be a function with fewer arguments: it gets those alone that differ from their defaults.
         """
-        rest = (self.attn_mask, self.dropout_p, self.is_causal)
         if backend is AttentionBackendName.NATIVE:
-            known = {"attn_mask": self.attn_mask, "dropout_p": self.dropout_p or None, "scale": self.scale}
-            known |= {"is_causal": self.is_causal or None, "enable_gqa": self.enable_gqa or None}
-            given: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
-            return F.scaled_dot_product_attention(self.query, self.key, self.value, **given)
+            known: dict[str, object] = {"attn_mask": self.attn_mask, "dropout_p": self.dropout_p or None}
+            known |= {"scale": self.scale, "is_causal": self.is_causal or None, "enable_gqa": self.enable_gqa or None}
+            given = {name: value for name, value in known.items() if value is not None}
+            product: Callable[..., Tensor] = F.scaled_dot_product_attention
+            return product(self.query, self.key, self.value, **given)
         q, k, v = (x.transpose(1, 2) for x in (self.query, self.key, self.value))  # [B, N, H, D]
-        out: Tensor = dispatch_attention_fn(q, k, v, *rest, self.scale, self.enable_gqa, backend=backend)
+        rest = (self.attn_mask, self.dropout_p, self.is_causal, self.scale, self.enable_gqa)
+        out: Tensor = dispatch_attention_fn(q, k, v, *rest, backend=backend)
         return out.transpose(1, 2)
 
 
@@ -73,5 +85,5 @@ def autocasts(device: str) -> bool:
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Autocast changes numbers of any precision but double."""
+    """Autocast converts floating-point numbers of any precision but double."""
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x

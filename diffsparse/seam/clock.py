@@ -1,22 +1,37 @@
-"""Which denoising step is it? Read from the pipeline, never written to it, and without a device sync."""
+"""The denoising step of a forward pass: read from the pipeline, never written to it, and without a device sync."""
 
 from __future__ import annotations
 
 import sys
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
+from diffusers.hooks.hooks import StateManager
+from torch import Tensor
 
-MOST_SHAPES = 8  # of passes that nobody numbers: how many are counted, and remembered, at a time
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from diffusers import DiffusionPipeline
+
+T = TypeVar("T")
+
+MOST_SHAPES = 8  # of passes that are counted because their step is unknown: how many are remembered at a time
 _MOST_AT_ONCE = 4  # passes of one branch that a step may have
 _INNER = ("diffsparse.", "torch.", "diffusers.models.", "diffusers.hooks.", "accelerate.", "peft.")
 
 
 class Moment(NamedTuple):
-    """One instant of a run: `run` counts runs, `step` from where this one begins; `steps` is None if unknown."""
+    """When a forward pass happens.
+
+    run: number of the run.
+    step: denoising step, counted from the first of the run.
+    steps: number of steps of the run; None if unknown.
+    branch: guidance branch.
+    """
 
     run: int
     step: int
@@ -24,15 +39,32 @@ class Moment(NamedTuple):
     branch: str
 
 
-def calling_pipeline() -> Any:
-    """The pipeline whose call is under way on this thread, told from the stack; None in a hand-written loop.
+class Context(StateManager):  # type: ignore[misc]
+    """The pipeline's `cache_context`: a name in Diffusers 0.40, a record with a name and more later."""
 
-    Pipelines may share a transformer, and nothing else knows which of them calls it: a transformer has no way back to
-    its pipelines, and a registry of them would have to patch Diffusers. A pipeline is whatever has a noise scheduler
-    and a method that is running; frames of models and hooks are passed by unseen, for looking at the variables of a
-    frame keeps them alive until it ends (before Python 3.13).
+    def __init__(self) -> None:
+        super().__init__(dict)
+        self.current: object = None
+
+    def set_context(self, context: object) -> None:
+        """Called by Diffusers when a context is entered, and with None when it is left."""
+        self.current = context
+
+    @property
+    def name(self) -> str | None:
+        """Its name; None outside of any context."""
+        return None if self.current is None else str(getattr(self.current, "name", self.current))
+
+
+def calling_pipeline() -> DiffusionPipeline | None:
+    """The pipeline that is running on this thread, found on the stack; None in a hand-written loop.
+
+    Pipelines may share a transformer, and nothing else says which of them calls it: a transformer has no reference to
+    its pipelines, and a registry of them would have to patch Diffusers. A pipeline is any object with a noise scheduler
+    and a method that is running. Frames of models and hooks are skipped: reading the variables of a frame keeps them
+    alive until it ends (before Python 3.13).
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         inner = str(frame.f_globals.get("__name__")).startswith(_INNER)
@@ -40,41 +72,41 @@ def calling_pipeline() -> Any:
             owner = frame.f_locals.get("self")
             if hasattr(getattr(owner, "__dict__", {}).get("scheduler"), "timesteps"):
                 return owner
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
 class Clock:
     """Reads step, run and guidance branch for one transformer.
 
-    Whose scheduler is read: that of the pipeline that calls (see `calling_pipeline`), or else of the one that was given
-    to `apply`, if its scheduler has been set, has not run out, and was not left behind by a call of the pipeline.
+    The scheduler is that of the calling pipeline (see `calling_pipeline`), or else that of the pipeline given to
+    `apply`, if it has been set, has not run out, and does not remain from an earlier call of the pipeline.
 
-    The step comes from the first source that answers:
+    The step comes from the first source that has it:
     1. `cache_context(name, step_index=...)`, which some pipelines and any hand-written loop may fill;
     2. `scheduler.step_index`;
     3. the storage offset of the calling pipeline's `_current_timestep`, a view of `scheduler.timesteps` or a row of a
        matrix (diffusion forcing): right even where a step cache skipped whole steps;
     4. step 0, ahead of the scheduler's first step;
-    5. the number of earlier forward passes in the same branch with a sequence of the same shape (bare transformers,
-       pipelines that step copies of their scheduler).
+    5. the number of earlier forward passes in the same branch with a sequence of the same shape (transformers without
+       a pipeline, pipelines that step copies of their scheduler).
     Values of timesteps are never compared: some schedulers repeat them, and reading them waits for the device.
 
     Steps count from where the run begins: `scheduler.begin_index`, or else what the pipeline's `_num_timesteps` leaves
     of the schedule, or the first position that was read.
 
-    A new run is noticed by another pipeline, by `scheduler.timesteps`, a fresh tensor for each `set_timesteps`, and by
-    a step that goes back. The branch is the name of the `cache_context`, or else `#0`, `#1`, ... by the order of
-    forward passes within a step.
+    A new run shows in another pipeline, in `scheduler.timesteps`, a fresh tensor for each `set_timesteps`, and in a
+    step that goes back. The branch is the name of the `cache_context`, or else `#0`, `#1`, ... by the order of forward
+    passes within a step.
     """
 
-    def __init__(self, pipe: Any, context: Callable[[], Any]) -> None:
+    def __init__(self, pipe: DiffusionPipeline | None, context: Context) -> None:
         # Weak, so that a copied or forgotten pipeline is not kept alive by its transformer.
-        self._given = _weak(pipe)
-        self._caller = _weak(None)
+        self._given: Callable[[], DiffusionPipeline | None] = _weak(pipe)
+        self._caller: Callable[[], DiffusionPipeline | None] = _weak(None)
         self._context = context
-        self._timesteps: Any = None
-        self._left: Any = None  # timesteps of a call that is over, or that nobody steps through
+        self._timesteps: Tensor | None = None
+        self._stale: Tensor | None = None  # timesteps of a call that is over, or of a loop that has left the scheduler
         self._run = 0
         self.passes = 0  # forward passes that attended, over all runs
         self.reset()
@@ -82,12 +114,12 @@ class Clock:
     def reset(self) -> None:
         """Forget the current run: the next reading begins a new one."""
         self._run += 1
-        self._counts: OrderedDict[tuple[str, Any], int] = OrderedDict()
+        self._counts: OrderedDict[tuple[str, Hashable], int] = OrderedDict()
         self._at_step: Counter[str | None] = Counter()  # passes of the present step, by name
         self._begin: int | None = None
-        self._told = False  # whether the step of the latest pass was read, not counted
+        self._was_read = False  # whether the step of the latest pass was read, not counted
         self._seen: set[object] = set()
-        self._signs: tuple[Any, ...] = ()
+        self._stamps: tuple[object, ...] = ()
         self._moment: Moment | None = None
 
     @property
@@ -96,53 +128,55 @@ class Clock:
         return self._moment
 
     @property
-    def pipe(self) -> Any:
-        """The pipeline that calls, or else the one that was given, if it is still alive."""
+    def pipe(self) -> DiffusionPipeline | None:
+        """The calling pipeline, or else the one that was given, if it is still alive."""
         return calling_pipeline() or self._given()
 
-    def read(self, layer: object, number: int = 0, shape: Any = None) -> Moment:
-        """The moment at which `layer` runs; a layer that comes round again means a new forward pass.
+    def read(self, layer: object, number: int = 0, shape: Hashable = None) -> Moment:
+        """The moment at which `layer` runs; a layer that runs again means a new forward pass.
 
-        `number` counts the attention products within one processor call: only the first can begin a pass. `shape`
-        is anything hashable that tells sequences of one size from others.
+        Args:
+            layer: identifies the layer.
+            number: of the attention product within one processor call; only the first can begin a pass.
+            shape: of the sequence: passes over different shapes are counted apart.
         """
         again = number == 0 and layer in self._seen
-        if self._moment is None or again or _differ(self._signs, self._look()):
+        if self._moment is None or again or _differ(self._stamps, self._read_stamps()):
             self._moment = self._next_pass(shape)
         self._seen.add(layer)
         return self._moment
 
-    def _look(self) -> tuple[Any, ...]:
+    def _read_stamps(self) -> tuple[object, ...]:
         """What can't change within a pass."""
-        pipe, context = self._pipe(), self._context()
+        pipe, context = self._pipe(), self._context.current
         scheduler = getattr(pipe, "scheduler", None)
         stamps = (getattr(scheduler, name, None) for name in ("timesteps", "step_index"))
         return (scheduler, *stamps, getattr(pipe, "_current_timestep", None), context)
 
-    def _next_pass(self, shape: Any) -> Moment:
+    def _next_pass(self, shape: Hashable) -> Moment:
         self._notice_new_call()
         step, steps = self._reading(shape)
         if self._is_new_run(step):
             self.reset()
             step, steps = self._reading(shape)
         self._seen.clear()
-        self._signs, self._told = self._look(), step is not None
+        self._stamps, self._was_read = self._read_stamps(), step is not None
         self.passes += 1
-        count, name = self._count(shape), self._context_name()
+        count, name = self._count(shape), self._context.name
         step = count if step is None else step
         if self._moment is None or step != self._moment.step:
             self._at_step.clear()
-        branch = name if name is not None else f"#{self._at_step[None] if self._told else 0}"
+        branch = name if name is not None else f"#{self._at_step[None] if self._was_read else 0}"
         self._at_step[name] += 1
         return Moment(self._run, step, steps if steps is None or step < steps else None, branch)
 
     def _is_new_run(self, step: int | None) -> bool:
         """Whether the step went back, or a loop has left the scheduler, which stands still."""
-        if step is None or self._moment is None or not self._told:
+        if step is None or self._moment is None or not self._was_read:
             return False
-        still = step == self._moment.step and self._at_step[self._context_name()] >= _MOST_AT_ONCE
-        if still and self._caller() is None and getattr(self._context(), "step_index", None) is None:
-            self._left, self._timesteps = self._timesteps, None
+        still = step == self._moment.step and self._at_step[self._context.name] >= _MOST_AT_ONCE
+        if still and self._caller() is None and getattr(self._context.current, "step_index", None) is None:
+            self._stale, self._timesteps = self._timesteps, None
             return True
         return step < self._moment.step
 
@@ -150,17 +184,17 @@ class Clock:
         caller, before = calling_pipeline(), self._caller()
         if caller is not before:
             self._caller = _weak(caller)
-            self._left = self._timesteps if caller is None else None
+            self._stale = self._timesteps if caller is None else None
         timesteps = self._live_timesteps()
         if caller is not before or timesteps is not self._timesteps:
             self._timesteps = timesteps
             self.reset()
 
-    def _live_timesteps(self) -> Any:
-        """The schedule that is being run, None if there is none."""
+    def _live_timesteps(self) -> Tensor | None:
+        """The schedule that is being run; None if there is none."""
         scheduler = getattr(self._pipe(), "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is None or timesteps is self._left:
+        timesteps: Tensor | None = getattr(scheduler, "timesteps", None)
+        if timesteps is None or timesteps is self._stale:
             return None
         stepped, custom = getattr(scheduler, "step_index", None), getattr(scheduler, "custom_timesteps", False)
         if stepped is None:
@@ -168,21 +202,22 @@ class Clock:
             return timesteps if was_set else None
         return timesteps if stepped < len(timesteps) else None
 
-    def _count(self, shape: Any) -> int:
+    def _count(self, shape: Hashable) -> int:
         """Number of earlier passes of this branch and shape; bounded, for a server's loop has no end."""
-        key = self._context_name() or "", shape
+        key = self._context.name or "", shape
         count = self._counts.pop(key, 0)
         self._counts[key] = count + 1
         if len(self._counts) > MOST_SHAPES:
             self._counts.popitem(last=False)
         return count
 
-    def _reading(self, shape: Any) -> tuple[int | None, int | None]:
-        """Step and number of steps, as far as anybody tells them."""
-        context, (index, length) = self._context(), self._position()
+    def _reading(self, shape: Hashable) -> tuple[int | None, int | None]:
+        """Step and number of steps; None where unknown."""
+        context, (index, length) = self._context.current, self._position()
         steps = None if length is None else length - self._begin_of(index, length)
-        if getattr(context, "step_index", None) is not None:
-            return context.step_index, context.num_inference_steps or steps
+        given: int | None = getattr(context, "step_index", None)
+        if given is not None:
+            return given, getattr(context, "num_inference_steps", None) or steps
         if length is None:
             return None, None
         if index is None:
@@ -190,7 +225,7 @@ class Clock:
         return index - self._begin_of(index, length), steps
 
     def _position(self) -> tuple[int | None, int | None]:
-        """Index of the step in its schedule, from whose start a run may skip some, and the schedule's length."""
+        """Index of the step in its schedule, of which a run may skip the start, and the schedule's length."""
         if self._timesteps is None:
             return None, None
         index = getattr(getattr(self._pipe(), "scheduler", None), "step_index", None)
@@ -204,44 +239,40 @@ class Clock:
         if self._begin is not None:
             return self._begin
         scheduler, left = getattr(self._pipe(), "scheduler", None), getattr(self._caller(), "_num_timesteps", None)
-        begin = getattr(scheduler, "begin_index", None)
+        begin: int | None = getattr(scheduler, "begin_index", None)
         if begin is None and isinstance(left, int) and 0 < left <= length:
             begin = length - left
         if index is None:
             return begin or 0
         if begin is None and getattr(scheduler, "step_index", None) is None:
             begin = index
-        elif begin is None:  # told only after the first step of a run, or of one that we did not see begin
+        elif begin is None:  # `step_index` is set after the first step of a run; or the start of this run was not seen
             begin = index - 1 if self._counts else 0
         self._begin = max(min(begin, index), 0)
         return self._begin
 
-    def _may_be_first(self, shape: Any) -> bool:
+    def _may_be_first(self, shape: Hashable) -> bool:
         """Whether a scheduler that has not stepped yet is at its first step, or only copies of it are stepped."""
-        name = self._context_name()
+        name = self._context.name
         most = _MOST_AT_ONCE if name is None else 1
         counts_steps = hasattr(getattr(self._pipe(), "scheduler", None), "step_index")
         return counts_steps and self._counts.get((name or "", shape), 0) < most
 
-    def _pipe(self) -> Any:
+    def _pipe(self) -> DiffusionPipeline | None:
         return self._caller() or self._given()
 
-    def _context_name(self) -> str | None:
-        context = self._context()
-        return None if context is None else str(getattr(context, "name", context))
 
-
-def _weak(x: Any) -> Callable[[], Any]:
-    """A weak reference, of None too."""
+def _weak(x: T | None) -> Callable[[], T | None]:
+    """A weak reference, to None too."""
     return (lambda: None) if x is None else weakref.ref(x)
 
 
-def _differ(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+def _differ(before: tuple[object, ...], after: tuple[object, ...]) -> bool:
     return any(a is not b for a, b in zip(before, after, strict=True))
 
 
-def _place(timestep: Any, timesteps: Any) -> tuple[int, int] | None:
-    """Index of `timestep` among its like and their number, told by where it is stored; None if it stands alone."""
+def _place(timestep: object, timesteps: object) -> tuple[int, int] | None:
+    """Index of `timestep` among those of its storage and their number; None if its storage holds no other."""
     if not (torch.is_tensor(timestep) and torch.is_tensor(timesteps)):
         return None
     storage = timestep.untyped_storage()

@@ -1,21 +1,26 @@
-"""Deep copies, pickles and `torch.save` of a touched module hold what they would hold if nobody had touched it."""
+"""Deep copies, pickles and `torch.save` of an adopted module are those of the module without our changes."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from torch.nn import Module
 
-LAYER = "_diffsparse"  # under which an attention module holds its layer
+if TYPE_CHECKING:
+    from diffusers.hooks import HookRegistry
+
+LAYER = "_diffsparse"  # attribute of an attention module: its layer
+ORIGINAL = "_diffsparse_original"  # attribute of an adopted processor's class: the class before
 _REDUCE = "__reduce_ex__"  # looked up on the object, by `pickle` and by `copy.deepcopy`
 _REGISTRY = "_diffusers_hook"
 _HOOKS = {"_forward_pre_hooks": ("_with_kwargs",), "_forward_hooks": ("_with_kwargs", "_always_called")}
 
 
 def hide_traces(module: Module) -> None:
-    """Let copies of `module` be as if it were untouched."""
+    """Make copies of `module` those of an untouched one."""
     module.__dict__[_REDUCE] = _Reduce(module)
 
 
@@ -28,16 +33,17 @@ class _Reduce:
     def __init__(self, module: Module) -> None:
         self._module = weakref.ref(module)  # a cycle would keep weights until the collector runs
 
-    def __call__(self, protocol: Any) -> Any:
+    def __call__(self, protocol: SupportsIndex) -> object:
         module = self._module()
-        cls: Any = type(module)
-        reduced = cls.__reduce_ex__(module, protocol)
+        reduce: Callable[..., str | tuple[Any, ...]] = type(module).__reduce_ex__
+        reduced = reduce(module, protocol)
         if isinstance(reduced, str) or len(reduced) < 3 or not isinstance(reduced[2], dict):
             return reduced
         return (*reduced[:2], _untouched(reduced[2]), *reduced[3:])
 
 
 def _untouched(state: dict[str, Any]) -> dict[str, Any]:
+    """The `__dict__` of a module without our attributes and hooks."""
     state = {name: value for name, value in state.items() if name not in (_REDUCE, LAYER)}
     for name, flags in _HOOKS.items():
         ours = [number for number, hook in state.get(name, {}).items() if _is_ours(getattr(hook, "__self__", hook))]
@@ -51,7 +57,7 @@ def _untouched(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _theirs(registry: Any) -> Any:
+def _theirs(registry: HookRegistry) -> HookRegistry:
     """A registry with the hooks of others alone."""
     theirs = copy.copy(registry)
     kept = [i for i, name in enumerate(registry._hook_order) if not _is_ours(registry.hooks[name])]

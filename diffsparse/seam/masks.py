@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffsparse.orders.layout import Layout
+from diffsparse.seam.call import Call
 from diffsparse.site.timing import Reading
-
-if TYPE_CHECKING:
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    from diffsparse.seam.call import Call
 
 _MASKED = -1e4  # an additive mask at or below this is what models mean by "never"
 _OBSTACLES = None, "an additive mask that is more than padding", "a mask that differs between video rows"
@@ -28,13 +25,17 @@ _CHANGED = (
 
 @dataclass(frozen=True)
 class KeyMask:
-    """keys: bool [B, N], True = attend, what every video row sees; by_row: text rows have rows of their own."""
+    """A mask over keys.
+
+    keys: bool [B, N], True = attend: what every video row sees.
+    by_row: text rows have mask rows of their own.
+    """
 
     keys: Tensor
     by_row: bool
 
     def repair(self, out: Tensor, call: Call, layout: Layout, backend: AttentionBackendName) -> Tensor:
-        """Give text rows their own mask rows back: one small dense call for each side."""
+        """Recompute the text rows under their own mask rows: one small dense call for each side."""
         if not self.by_row or call.attn_mask is None:
             return out
         first, last = layout.text_before, layout.text_before + layout.video
@@ -46,28 +47,33 @@ class KeyMask:
 
 
 class Masks:
-    """Reads the masks of a run. What a mask is, its values tell, and no step but a layer's first waits for these.
+    """Reads the masks of a run, which takes their values; no step but a layer's first waits for these.
 
-    Layers that get the same tensor in a step share one look at it. From a layer's second step on, a device answers
-    late: until then the mask is taken for what it was; where that was wrong, a warning says so.
+    Layers that get the same tensor in a step share one reading. From a layer's second step on, the answer may arrive
+    late: until then the mask is taken for what it was in the step before; a warning says where that was wrong.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], tuple[Any, str | None]] = {}  # by place: the last mask's form and obstacle
-        self._looks: dict[tuple[Any, ...], tuple[StorageWeakRef, Reading]] = {}  # by tensor, in this step
-        self._open: list[tuple[tuple[Any, ...], Any, Reading]] = []
-        self._moment: tuple[Any, ...] = ()
+        self._known: dict[Hashable, tuple[Hashable, str | None]] = {}  # by place: form and obstacle of the last mask
+        self._readings: dict[Hashable, tuple[StorageWeakRef, Reading]] = {}  # by tensor, in this step
+        self._pending: list[tuple[Hashable, Hashable, Reading]] = []
+        self._moment: Hashable = ()
 
     def clear(self) -> None:
         """Forget all of them."""
-        self._known, self._looks, self._open = {}, {}, []
+        self._known, self._readings, self._pending = {}, {}, []
 
     def read(
-        self, mask: Tensor, batch: int, layout: Layout, place: tuple[Any, ...], moment: tuple[Any, ...]
+        self, mask: Tensor, batch: int, layout: Layout, place: Hashable, moment: Hashable
     ) -> tuple[KeyMask | None, str | None]:
-        """Read `mask`, broadcastable to [B, H, N, N], as a `KeyMask`; or else say why it can't be one.
+        """Read a mask as a `KeyMask`, or say why it can't be one.
 
-        place: of the call in the model, the same in all steps. moment: in which a tensor that stays does not change.
+        Args:
+            mask: broadcastable to [B, H, N, N].
+            batch: B.
+            layout: where the video is among the N tokens.
+            place: of the call in the model, the same in all steps.
+            moment: a tensor that lives on may change from one to the next, and not within one.
         """
         mask = mask[(None,) * (4 - mask.ndim)]  # [B|1, H|1, N|1, N]
         if mask.shape[1] != 1:
@@ -80,32 +86,32 @@ class Masks:
         keys = mask[:, 0, layout.text_before if by_row else 0].expand(batch, -1)
         return KeyMask(keys if keys.dtype == torch.bool else keys > _MASKED, by_row), None
 
-    def _obstacle(self, mask: Tensor, layout: Layout, place: tuple[Any, ...], moment: tuple[Any, ...]) -> str | None:
-        self._settle()
-        reading, form = self._look(mask, layout, moment), (layout, mask.shape, mask.dtype)
+    def _obstacle(self, mask: Tensor, layout: Layout, place: Hashable, moment: Hashable) -> str | None:
+        self._collect()
+        reading, form = self._reading(mask, layout, moment), (layout, mask.shape, mask.dtype)
         kind = reading.value()
         if kind is None and self._known.get(place, (None,))[0] != form:
             kind = reading.wait()
         if kind is None:
-            self._open.append((place, form, reading))
+            self._pending.append((place, form, reading))
         else:
             self._known[place] = form, _OBSTACLES[int(kind)]
         return self._known[place][1]
 
-    def _look(self, mask: Tensor, layout: Layout, moment: tuple[Any, ...]) -> Reading:
+    def _reading(self, mask: Tensor, layout: Layout, moment: Hashable) -> Reading:
         if moment != self._moment:
-            self._moment, self._looks = moment, {}
+            self._moment, self._readings = moment, {}
         version = None if mask.is_inference() else mask._version
         key = mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, version, layout
-        found = self._looks.get(key)
-        if found is None or found[0].expired():  # its memory may be another's by now
-            found = self._looks[key] = StorageWeakRef(mask.untyped_storage()), Reading(_kind(mask, layout))
+        found = self._readings.get(key)
+        if found is None or found[0].expired():  # its memory may be another tensor's by now
+            found = self._readings[key] = StorageWeakRef(mask.untyped_storage()), Reading(_kind(mask, layout))
         return found[1]
 
-    def _settle(self) -> None:
-        """Take note of what has arrived."""
-        while self._open and (kind := self._open[0][2].value()) is not None:
-            place, form, _ = self._open.pop(0)
+    def _collect(self) -> None:
+        """Take in the readings that have arrived, in order."""
+        while self._pending and (kind := self._pending[0][2].value()) is not None:
+            place, form, _ = self._pending.pop(0)
             (known, before), now = self._known[place], _OBSTACLES[int(kind)]
             if known == form and before != now:
                 self._known[place] = form, now

@@ -95,7 +95,7 @@ class Site(Place):
             DenseFallbackError: under `strict=True`.
         """
         if self.strict:
-            raise DenseFallbackError.of(self.layer, self.step, f"would run dense ({reason})")
+            raise DenseFallbackError.of(self.layer, self.step, reason)
         self.record.ran_dense(reason, planned=False, backend=self.dense_backend.name)
         return self.dense_backend.attend(q, k, v)
 

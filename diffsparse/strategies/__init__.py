@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from inspect import signature
+from typing import Any, TypeVar
 
 from diffsparse.errors import ConfigError, UnknownNameError, closest
+from diffsparse.plans.plan import Plan
 from diffsparse.strategies.adaspa import AdaSpa
 from diffsparse.strategies.base import Foreign, Strategy, as_strategy
 from diffsparse.strategies.compensated import Compensated
@@ -15,6 +18,7 @@ from diffsparse.strategies.gna import GNA
 from diffsparse.strategies.paro import PARO, PAROSearch
 from diffsparse.strategies.planned import Planned
 from diffsparse.strategies.random import Random
+from diffsparse.strategies.search import Search
 from diffsparse.strategies.sparse_vdit import SparseVDiT, SparseVDiTSearch
 
 __all__ = [
@@ -30,13 +34,17 @@ __all__ = [
     "SparseVDiT",
     "Strategy",
     "as_strategy",
+    "knobs_of",
     "name_of",
+    "of_plan",
     "parse",
     "with_knobs",
 ]
 
 
-STRATEGIES: dict[str, type[Any]] = {
+T = TypeVar("T")
+
+STRATEGIES: dict[str, type[Strategy]] = {
     "adaspa": AdaSpa,
     "dense": Dense,
     "digest": Digest,
@@ -46,7 +54,7 @@ STRATEGIES: dict[str, type[Any]] = {
     "sparse-vdit": SparseVDiT,
 }
 
-SEARCHES: dict[str, type[Any]] = {"paro": PAROSearch, "sparse-vdit": SparseVDiTSearch}
+SEARCHES: dict[str, type[Search]] = {"paro": PAROSearch, "sparse-vdit": SparseVDiTSearch}
 
 
 def name_of(strategy: object) -> str:
@@ -57,7 +65,27 @@ def name_of(strategy: object) -> str:
     return next((name for name, known in STRATEGIES.items() if known is cls), cls.__name__.lower())
 
 
-def parse(names: str, **knobs: object) -> list[Strategy]:
+def knobs_of(cls: type) -> dict[str, object]:
+    """The knobs of a strategy or of a search, with their defaults; None where there is none."""
+    if not is_dataclass(cls):
+        return {}
+    made = {knob.name: knob.default_factory for knob in fields(cls) if knob.default_factory is not MISSING}
+    return {knob.name: None if knob.default is MISSING else knob.default for knob in fields(cls)} | {
+        name: make() for name, make in made.items()
+    }
+
+
+def of_plan(plan: Plan) -> Planned:
+    """The strategy that runs on a plan.
+
+    Raises:
+        PlanError: its values make no sense.
+    """
+    planned: dict[str, type[Planned]] = {"paro": PARO, "sparse-vdit": SparseVDiT}
+    return planned[plan.strategy](plan)
+
+
+def parse(names: str, **knobs: Any) -> list[Strategy]:
     """Strategies from a comma-separated list such as "adaspa,random+means,paro:plan.safetensors".
 
     Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon. `+means` or
@@ -74,7 +102,7 @@ def parse(names: str, **knobs: object) -> list[Strategy]:
     return [_make(name, knobs) for name in listed]
 
 
-def _make(text: str, knobs: dict[str, object]) -> Strategy:
+def _make(text: str, knobs: dict[str, Any]) -> Strategy:
     name, colon, plan = text.partition(":")
     name, plus, by = name.lower().partition("+")
     if plus:
@@ -91,8 +119,7 @@ def _make(text: str, knobs: dict[str, object]) -> Strategy:
     return with_knobs(cls, knobs)
 
 
-def with_knobs(cls: type[Any], knobs: dict[str, object]) -> Strategy:
-    """The dataclass with those of the knobs that it has; its own default for those that are None."""
-    own = {field.name for field in fields(cls)}
-    made: Strategy = cls(**{key: value for key, value in knobs.items() if key in own and value is not None})
-    return made
+def with_knobs(make: Callable[..., T], knobs: dict[str, Any]) -> T:
+    """A strategy or search with those of the knobs that it has; its own default for those that are None."""
+    own = signature(make).parameters
+    return make(**{key: value for key, value in knobs.items() if key in own and value is not None})

@@ -12,9 +12,11 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from diffsparse.errors import ConfigError, InputFileError, PlanError
+from diffsparse.errors import ConfigError, PlanError
 from diffsparse.orders.layout import Layout
+from diffsparse.plans.hub import Shared
 from diffsparse.plans.plan import REMEDY, Plan
+from diffsparse.plans.sealed import Values
 from diffsparse.strategies.base import Models, Strategy
 from diffsparse.wrappers import plain_path
 
@@ -22,10 +24,10 @@ FILE = "plan.safetensors"
 Check = Callable[[str, Any], None]  # takes a setting's name and value; raises ConfigError
 
 
-def one_of(*known: Any) -> Check:
+def one_of(*known: object) -> Check:
     """A check: one of `known`, of the same type."""
 
-    def check(name: str, value: Any) -> None:
+    def check(name: str, value: object) -> None:
         if not any(type(value) is type(choice) and value == choice for choice in known):
             raise ConfigError(f"{name} wants one of {', '.join(map(str, known))}; got {value!r}")
 
@@ -35,7 +37,7 @@ def one_of(*known: Any) -> Check:
 def list_of(check_one: Check, most: int) -> Check:
     """A check: a list of 1 to `most` values that pass `check_one`."""
 
-    def check(name: str, value: Any) -> None:
+    def check(name: str, value: object) -> None:
         if not isinstance(value, list) or not 0 < len(value) <= most:
             raise ConfigError(f"{name} wants a list of 1 to {most} values; got {value!r}")
         for one in value:
@@ -52,9 +54,10 @@ def optional(check_one: Check) -> Check:
 class Part(NamedTuple):
     """What one tensor of a layer has to be.
 
+    dtype: of its numbers.
     shape: None stands for the heads, which all tensors of a layer have in common, and ... for one or more.
-    below: values are whole numbers below this; without it they are finite numbers from 0 on.
-    needed: by every layer.
+    below: values are whole numbers below this; None: they are finite numbers from 0 on.
+    needed: whether every layer must have it.
     """
 
     dtype: torch.dtype
@@ -84,7 +87,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Planned(Strategy):
+class Planned(Strategy, Shared):
     """A strategy that is a plan: how it is loaded, checked, saved and shared.
 
     Subclasses say whose plans they read in `_plan_of`, which settings these need in `_needed`, what settings have to be
@@ -93,6 +96,8 @@ class Planned(Strategy):
 
     plan: Plan
 
+    _file: ClassVar[str] = FILE
+    _kind: ClassVar[str] = "plan"
     _plan_of: ClassVar[str]
     _needed: ClassVar[frozenset[str]]
 
@@ -105,7 +110,7 @@ class Planned(Strategy):
         object.__setattr__(self, "block", int(self.plan.settings["block"]))
 
     def _check_settings(self) -> None:
-        """All settings that are needed are there, none is strange, and each makes sense."""
+        """All settings that are needed are there, none is unknown, and each makes sense."""
         settings, known = self.plan.settings, self._settings()
         missing, strange = self._needed - settings.keys(), settings.keys() - known.keys()
         for trouble, names in (("lacks", missing), ("has the strange", strange)):
@@ -143,7 +148,7 @@ class Planned(Strategy):
         """What each setting has to be, by its name."""
 
     @abstractmethod
-    def _parts(self, settings: dict[str, Any], layout: Layout) -> dict[str, Part]:
+    def _parts(self, settings: Values, layout: Layout) -> dict[str, Part]:
         """The tensors of a layer, by the end of their names."""
 
     def __repr__(self) -> str:
@@ -167,48 +172,26 @@ class Planned(Strategy):
         """The strategy of a plan file.
 
         Raises:
-            InputFileError: no such file. PlanError: it is no plan that makes sense, or another strategy's.
+            InputFileError: no such file.
+            PlanError: it is no plan that makes sense, or another strategy's.
         """
         return cls(Plan.load(path))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the plan as `plan.safetensors` into a folder."""
-        self.plan.save(Path(folder) / FILE)
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, **download: Any) -> Self:
-        """Read a plan from a folder, or else from a repository of the Hugging Face hub.
-
-        Args:
-            name: folder, or repository such as "someone/wan-plan".
-            download: for `huggingface_hub.hf_hub_download`: revision, token, cache_dir, ...
+    def save(self, path: str | Path) -> None:
+        """Write the plan, whole or not at all.
 
         Raises:
-            InputFileError: there is no plan.
+            OutputFileError: the file can't be written.
         """
-        if Path(name).is_dir():
-            return cls.load(Path(name) / FILE)
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        self.plan.save(path)
 
-        try:
-            return cls.load(hf_hub_download(str(name), FILE, **download))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            if isinstance(error, InputFileError):
-                raise
-            raise InputFileError(f"no folder {str(name)!r}, and no such plan on the hub: {error}") from error
-
-    def push_to_hub(self, name: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload the plan to a repository of the hub, made if it is missing; returns the address of the commit."""
-        from huggingface_hub import HfApi
-
-        hub = HfApi(token=token)
-        repository = hub.create_repo(name, private=private, exist_ok=True).repo_id
-        return str(hub.upload_file(path_or_fileobj=self.plan.to_bytes(), path_in_repo=FILE, repo_id=repository))
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
+        return self.plan.to_bytes()
 
 
 def group_of(step: int, steps: int | None, groups: int) -> int:
-    """The group, out of `groups` equal parts of the run, that a step belongs to; the first if nobody knows `steps`."""
+    """The group, out of `groups` equal parts of the run, that a step belongs to; the first if `steps` is unknown."""
     return min(step * groups // steps, groups - 1) if steps else 0
 
 

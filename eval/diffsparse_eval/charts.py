@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -15,6 +15,11 @@ from matplotlib.patches import Patch
 from diffsparse.files import whole
 from diffsparse.insight.inspection import LayerView
 from diffsparse.orders.named import RASTER
+from diffsparse_eval.rows import InspectionFacts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
 
 _INK, _PAPER, _SKIPPED = "#222222", "white", "#d9d9d9"
 _PALETTE = ("#4477aa", "#c8702a", "#228833", "#7b5aa6", "#d1495b", "#2a8c9e", "#7a7a7a", "#8a7a1f", "#6b4a2b")
@@ -29,8 +34,17 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=130, facecolor=_PAPER)
 
 
-def line(number: int) -> dict[str, Any]:
-    """Colour, marker and dash of a line, told apart without colour too."""
+class Line(TypedDict):
+    """How matplotlib draws a line."""
+
+    color: str
+    marker: str
+    markersize: int
+    linestyle: str
+
+
+def line(number: int) -> Line:
+    """Colour, marker and dash of a line; lines differ without colour, too."""
     return {
         "color": _PALETTE[number % len(_PALETTE)],
         "marker": "osD^vPX"[number % 7],
@@ -39,7 +53,7 @@ def line(number: int) -> dict[str, Any]:
     }
 
 
-def maps(view: LayerView, facts: dict[str, Any]) -> Figure:
+def maps(view: LayerView, facts: InspectionFacts) -> Figure:
     """Three maps for each head: mass in raster order, in the best order, and the blocks that the strategy computes.
 
     Heads stand one below the other, six in a column.
@@ -53,7 +67,7 @@ def maps(view: LayerView, facts: dict[str, Any]) -> Figure:
         place.set_visible(False)
     for head in range(heads):
         group, row = divmod(head, _COLUMN)
-        _head(axes[row, group * each : (group + 1) * each], view, head)
+        _head(list(axes[row, group * each : (group + 1) * each]), view, head)
     colours = ScalarMappable(LogNorm(_LOWEST, _HIGHEST), "magma")
     bar = figure.colorbar(colours, ax=axes, shrink=min(1.0, 0.5 + 0.5 / rows), aspect=30, ticks=(0.1, 1, 10))
     bar.ax.set_yticklabels(("0.1", "1", "10"), fontsize=8)
@@ -62,7 +76,7 @@ def maps(view: LayerView, facts: dict[str, Any]) -> Figure:
     return figure
 
 
-def _head(axes: Any, view: LayerView, head: int) -> None:
+def _head(axes: Sequence[Axes], view: LayerView, head: int) -> None:
     best = int(view.recall[:, head].argmax())
     _map(axes[0], view.mass[view.orders.index(RASTER), head], f"raster order\nrecall {view.raster[head]:.2f}")
     _map(axes[1], view.mass[best, head], f"best order, {view.best[head]}\nrecall {view.recall[best, head]:.2f}")
@@ -72,25 +86,27 @@ def _head(axes: Any, view: LayerView, head: int) -> None:
         _map(axes[2], view.own[head], title, view.kept[head])
 
 
-def _map(axes: Any, mass: Any, title: str, kept: Any = None) -> None:
+def _map(axes: Axes, mass: ArrayLike, title: str, kept: ArrayLike | None = None) -> None:
     """Key blocks from left to right, query blocks downwards; blocks that were dropped are grey."""
     axes.imshow(np.asarray(mass).clip(_LOWEST, _HIGHEST), norm=LogNorm(_LOWEST, _HIGHEST), cmap="magma")
     if kept is not None:
+        kept = np.asarray(kept)
         veil = np.zeros((*kept.shape, 4))
         veil[..., :3] = int(_SKIPPED[1:3], 16) / 255
-        veil[..., 3] = 1 - np.asarray(kept)
+        veil[..., 3] = 1 - kept
         axes.imshow(veil)
     axes.set(xticks=[], yticks=[], visible=True)
     axes.spines[:].set(linewidth=0.5, color=_SKIPPED)
     axes.set_title(title, fontsize=8, color=_INK)
 
 
-def recall(views: list[LayerView], facts: dict[str, Any]) -> Figure:
-    """Recall by layer and head: raster order, best order, and what the strategy's blocks hold."""
+def recall(views: list[LayerView], facts: InspectionFacts) -> Figure:
+    """Recall by layer and head: of the best blocks in raster and best order, and of the strategy's own blocks."""
     panels = {"best blocks, raster order": [view.raster for view in views]}
     panels["best blocks, best order"] = [view.recall.amax(0) for view in views]
-    if all(view.chosen is not None for view in views):
-        panels[f"computed by {facts['label']}"] = [view.chosen for view in views]  # type: ignore[misc]
+    chosen = [view.chosen for view in views if view.chosen is not None]
+    if len(chosen) == len(views):
+        panels[f"computed by {facts['label']}"] = chosen
     figure = Figure(figsize=_grid_size(views, len(panels)), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for panel, (title, values) in zip(axes, panels.items(), strict=True):
@@ -106,7 +122,7 @@ def recall(views: list[LayerView], facts: dict[str, Any]) -> Figure:
     return figure
 
 
-def orders(views: list[LayerView], facts: dict[str, Any]) -> Figure:
+def orders(views: list[LayerView], facts: InspectionFacts) -> Figure:
     """The best order of each head, and the strategy's own."""
     names = list(dict.fromkeys(name for view in views for name in (*view.orders, *view.own_orders)))
     panels = {"order of most recall": [view.best for view in views]}
@@ -150,7 +166,7 @@ def _table(rows: list[np.ndarray]) -> np.ndarray:
     return table
 
 
-def _write(axes: Any, texts: list[list[str]], colour: Callable[[float], str], table: np.ndarray) -> None:
+def _write(axes: Axes, texts: list[list[str]], colour: Callable[[float], str], table: np.ndarray) -> None:
     """Texts in the cells, where there is room to read them."""
     if table.shape[0] > _LEGIBLE[0] or table.shape[1] > _LEGIBLE[1]:
         return
@@ -160,10 +176,10 @@ def _write(axes: Any, texts: list[list[str]], colour: Callable[[float], str], ta
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour(value))
 
 
-def _axes(axes: Any, views: list[LayerView]) -> None:
+def _axes(axes: Sequence[Axes], views: list[LayerView]) -> None:
     for panel in axes:
         panel.set_xlabel("head", fontsize=9)
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.locator_params(axis="x", integer=True)
         panel.tick_params(length=0, labelsize=8)
         panel.spines[:].set_visible(False)
         for place in np.arange(0.5, len(views) - 1):
@@ -174,7 +190,7 @@ def _axes(axes: Any, views: list[LayerView]) -> None:
     axes[0].set_yticks(range(0, len(views), step), [f"{v.number}  {v.layer}" for v in views[::step]], fontsize=8)
 
 
-def _title(figure: Figure, text: str, facts: dict[str, Any]) -> None:
+def _title(figure: Figure, text: str, facts: InspectionFacts) -> None:
     figure.suptitle(f"{facts['model']}, {facts['label']}: {text}", fontsize=11, color=_INK)
     steps = ", ".join(map(str, facts["looks"]))
     figure.supxlabel(f"{facts['layout']} in blocks of {facts['block']}, steps {steps}", fontsize=7, color="#666666")

@@ -1,17 +1,35 @@
-"""`diffsparse doctor`: what is installed, which devices are there, which backends run and why others don't."""
+"""What is installed, which devices are there, which backends run and why others don't."""
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, TypedDict
 
-import typer
+if TYPE_CHECKING:
+    import torch
 
 
-def examine() -> dict[str, Any]:
-    """All findings as plain values: `versions`, `system`, `devices`, `backends`, `measured`, `models`."""
+class Findings(TypedDict):
+    """What `examine` finds, by name.
+
+    devices: their names and the backends that run there by default.
+    backends: "available", or why not.
+    trials: verdicts of the trials of kernels, each in a process of its own.
+    measured: what the break-even on each device rests on.
+    """
+
+    versions: dict[str, str]
+    system: dict[str, str | int | None]
+    devices: dict[str, str]
+    backends: dict[str, str]
+    trials: dict[str, str]
+    measured: dict[str, str]
+    models: dict[str, str]
+
+
+def examine() -> Findings:
+    """All findings as plain values."""
     import torch
 
     import diffsparse_kernels
@@ -22,14 +40,15 @@ def examine() -> dict[str, Any]:
         "versions": environment.versions(),
         "system": environment.system(),
         "devices": {"cpu": diffsparse_kernels.backend_for(torch.device("cpu")), **_gpus()},
-        "backends": diffsparse_kernels.backends(_main_device()),
+        "backends": diffsparse_kernels.backends(main_device()),
         "trials": _trials(),
         "measured": _measured(),
         "models": {"embedded": _embedded(), "known layouts": f"{len(SPECS)} classes; all others by default"},
     }
 
 
-def _main_device() -> Any:
+def main_device() -> torch.device:
+    """A GPU if there is one, else the CPU."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,10 +66,10 @@ def _gpus() -> dict[str, str]:
 
 
 def _trials() -> dict[str, str]:
-    """What the trials of young kernels on this machine's GPU came to; those that most models need are made now."""
+    """Verdicts of the trials of kernels on this machine's GPU; those that most models need are made now."""
     from diffsparse_kernels import NoKernelError, registry, trials
 
-    device = _main_device()
+    device = main_device()
     if device.type != "cuda":
         return {"on a GPU": "kernels are tried at first use, in a process of their own"}
     for case in registry.USUAL:
@@ -68,12 +87,13 @@ def _embedded() -> str:
     except (ImportError, RuntimeError) as error:  # the latter is Diffusers' own, from what it imports
         return f"can't be loaded: {error}"
     missing = [name for name in VARIANTS if not (tiny.folder(name) / "model_index.json").is_file()]
-    return f"missing: {', '.join(missing)}; install the package anew" if missing else ", ".join(VARIANTS)
+    return f"missing: {', '.join(missing)}; install the package again" if missing else ", ".join(VARIANTS)
 
 
 def _measured() -> dict[str, str]:
     """What the break-even on each device rests on."""
-    from diffsparse_kernels.measured import BREAK_EVEN, cache_folder, read_rows
+    from diffsparse_kernels.machine import cache_folder
+    from diffsparse_kernels.measured import BREAK_EVEN, read_rows
 
     rows = read_rows(BREAK_EVEN)
     if not rows:
@@ -84,28 +104,3 @@ def _measured() -> dict[str, str]:
         low, high = (pick(row["break_even"] for row in mine) for pick in (min, max))
         found[device] = f"{mine[0]['backend']}, break-even at a density of {low:.2f} to {high:.2f}"
     return {**found, "kept in": str(cache_folder())}
-
-
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a bug report.")] = False,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Measure first when dense is faster: ten seconds.")
-    ] = False,
-) -> None:
-    """Show versions, devices, and which backends run here."""
-    from diffsparse_pipelines.progress import show_table
-
-    if measure:
-        from diffsparse_eval.tune import measure_break_even
-
-        measure_break_even(_main_device().type)
-    found = examine()
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    rows = [
-        [topic if i == 0 else "", name, str(value)]
-        for topic, values in found.items()
-        for i, (name, value) in enumerate(values.items())
-    ]
-    show_table(rows, "lll")

@@ -9,19 +9,19 @@ import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from diffsparse_kernels.measured import device_name, processor
+from diffsparse_eval.rows import Origin
+from diffsparse_kernels.machine import device_name, processor
 
-__all__ = ["commit", "device_name", "system", "versions"]
+__all__ = ["commit", "device_name", "dtype_name", "origin", "system", "versions"]
 _PACKAGES = ("diffsparse", "torch", "diffusers", "transformers", "accelerate", "triton", "numpy")
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result; those not installed are left out."""
+    """Versions of Python and of the packages that decide a result; without those that are not installed."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, "+" behind it if files were changed; None elsewhere."""
+    """The commit of the checkout that this package runs from, "+" behind it if files were changed; else None."""
     folder = Path(__file__).parent
     head = _git("rev-parse", "--short=12", "HEAD", folder=folder)
     if head is None or not _git("ls-files", Path(__file__).name, folder=folder):
@@ -50,7 +50,22 @@ def _git(*arguments: str, folder: Path) -> str | None:
     return done.stdout.strip()
 
 
-def system() -> dict[str, Any]:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a number format, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def origin(device: str | torch.device, dtype: torch.dtype) -> Origin:
+    """Where a row is measured."""
+    return {
+        "device": device_name(device),
+        "dtype": dtype_name(dtype),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def system() -> dict[str, str | int | None]:
     """Operating system, processor, cores and threads."""
     return {
         "platform": platform.platform(),

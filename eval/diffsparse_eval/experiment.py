@@ -6,74 +6,54 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
-import diffsparse
-from diffsparse import Dense, Handle, Preset, Schedule
+from diffsparse import Dense, Report, Schedule
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.files import folder, locked, read_bytes, write_json
-from diffsparse.strategies import SEARCHES, Compensated, name_of
-from diffsparse.strategies.planned import Planned
 from diffsparse_eval import environment, metrics
+from diffsparse_eval.compared import Compared, applied, label, sparsity_of, strategy_name
+from diffsparse_eval.rows import DEFINITIONS, SCHEMA, SCHEMA_KEY, Fidelity, ResultRow, RunRow, check_schema
 from diffsparse_pipelines import media
-from diffsparse_pipelines.generate import Generation, generation
+from diffsparse_pipelines.generation import Generation, generation
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
     from rich.progress import Progress
 
 RESULTS = "results.json"
-_KEY = ("prompt", "seed", "arguments")  # tells the runs of an experiment apart
+_KEY = ("prompt", "seed", "arguments")  # identifies a row
 _LONGEST = 120  # letters of a file's name
-_HEADS = "+heads"  # after the name of a strategy that runs under head guidance
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Guided:
-    """A strategy, and head guidance on top of it."""
-
-    strategy: Any
-    preset: Preset
-
-    @property
-    def sparsity(self) -> float | None:
-        """That of the strategy."""
-        sparsity: float | None = getattr(self.strategy, "sparsity", 0.0)
-        return sparsity
-
-
-@contextmanager
-def put_on(pipe: Any, strategy: Any, schedule: Schedule, strict: bool = False) -> Iterator[Handle]:
-    """Within: `pipe` runs by a strategy or by a `Guided` one."""
-    with ExitStack() as stack:
-        inner = strategy.strategy if isinstance(strategy, Guided) else strategy
-        handle = stack.enter_context(diffsparse.apply(pipe, inner, schedule=schedule, strict=strict))
-        if isinstance(strategy, Guided):
-            stack.enter_context(diffsparse.guide(pipe, strategy.preset))
-        yield handle
+R = TypeVar("R", bound=RunRow)
+Settings = Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class Experiment:
     """What is compared.
 
-    model: a name for the rows. arguments: of the pipeline call, without prompt. schedule: of the sparse runs.
+    model: a name for the rows.
+    strategies: with or without head guidance.
+    prompts, seeds: each strategy runs once for each pair.
+    arguments: of the pipeline call, without prompt.
+    schedule: of the sparse runs.
+    strict: fail where a call would fall back to dense.
+    fps: frames a second of the videos that are written.
     """
 
     model: str
-    strategies: tuple[Any, ...]
+    strategies: tuple[Compared, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    arguments: dict[str, Any]
+    arguments: dict[str, object]
     schedule: Schedule = field(default_factory=Schedule)
     strict: bool = False
     fps: int = 16
 
-    def settings(self, pipe: Any) -> dict[str, Any]:
+    def settings(self, pipe: DiffusionPipeline) -> Settings:
         """All that decides the rows, as plain values: results of other settings are never mixed."""
         weights = pipe.transformer
         return {
@@ -82,24 +62,28 @@ class Experiment:
             "schedule": repr(self.schedule),
             "strict": self.strict,
             "device": environment.device_name(weights.device),
-            "dtype": str(weights.dtype).removeprefix("torch."),
+            "dtype": environment.dtype_name(weights.dtype),
             "versions": environment.versions(),
         }
 
-    def jobs(self) -> list[tuple[str, int, list[Any]]]:
+    def jobs(self) -> list[tuple[str, int, list[Compared]]]:
         """Prompt, seed and strategies in the order of running; `Dense()` on the first gives the noise floor."""
         pairs = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
-        first = [s for s in self.strategies if s != Dense()]
+        first = [strategy for strategy in self.strategies if strategy != Dense()]
         return [(*pair, [Dense(), *first] if i == 0 else list(self.strategies)) for i, pair in enumerate(pairs)]
 
 
-class Results:
-    """The rows of one experiment and the folder they live in: `results.json` is whole after each row.
+class Results(Generic[R]):
+    """The rows of one experiment and their folder: `results.json` is whole after each row.
 
     Several processes may add rows of one experiment to a folder at the same time.
+
+    Raises:
+        InputFileError: the folder's `results.json` can't be read. ConfigError: it is another experiment's.
+        OutputFileError: the folder can't be written.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], overwrite: bool = False) -> None:
+    def __init__(self, out: Path, settings: Settings, overwrite: bool = False) -> None:
         self.out, self.settings, self.rows = folder(out), settings, []
         self.path = self.out / RESULTS
         if overwrite and self.path.exists():
@@ -107,19 +91,20 @@ class Results:
                 self._write()
         self.rows = self._read()  # files are whole at any time
 
-    rows: list[Row]
+    rows: list[R]
 
     def kept(self) -> str:
-        """What a run that is stopped leaves behind."""
+        """One line on what a run that is stopped leaves behind."""
         rows = "1 row is" if len(self.rows) == 1 else f"{len(self.rows)} rows are"
         return f"{rows} in {self.path}; the same command goes on with the next"
 
-    def _read(self) -> list[Row]:
+    def _read(self) -> list[R]:
         if not self.path.exists():
             return []
         try:
             kept = json.loads(read_bytes(self.path, most=2**30))
             settings, rows = kept["settings"], kept["rows"]
+            check_schema(kept)
             if not all(isinstance(row, dict) and row.keys() >= set(_KEY) for row in rows):
                 raise ValueError(f"rows without {', '.join(_KEY)}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -132,36 +117,52 @@ class Results:
                 f"{self.path} holds results of another experiment (it differs in {', '.join(changed)}); "
                 "choose another --out or use --overwrite"
             )
-        return list(rows)
+        return cast(list[R], rows)
 
-    def find(self, prompt: str, seed: int, strategy: Any) -> Row | None:
-        """The row of a run that is done."""
+    def find(self, prompt: str, seed: int, strategy: Compared) -> R | None:
+        """The row of a run that is done; None if it is not."""
         wanted = (prompt, seed, repr(strategy))
         return next((row for row in self.rows if _key(row) == wanted), None)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: R) -> None:
         """Keep a row, on disk too, beside those that other processes have added meanwhile."""
         with locked(self.path):
             self.rows = list({_key(known): known for known in [*self._read(), *self.rows, row]}.values())
             self._write()
 
     def _write(self) -> None:
-        kept = {"settings": self.settings, "definitions": metrics.DEFINITIONS, "rows": self.rows}
+        kept = {SCHEMA_KEY: SCHEMA, "settings": self.settings, "definitions": DEFINITIONS, "rows": self.rows}
         write_json(kept, self.path)
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in _KEY)
+def _key(row: RunRow) -> tuple[str, int, str]:
+    return row["prompt"], row["seed"], row["arguments"]
 
 
-def run(experiment: Experiment, pipe: Any, results: Results, progress: Progress) -> Iterator[Row]:
-    """Yield each new row when its run is done; rows that `results` has are not run again."""
+def run(
+    experiment: Experiment, pipe: DiffusionPipeline, results: Results[ResultRow], progress: Progress
+) -> Iterator[ResultRow]:
+    """Run what is missing in `results`: dense on each prompt and seed, and each strategy beside it.
+
+    Args:
+        experiment: what is compared.
+        pipe: the model, loaded.
+        results: rows that are there are not run again; new ones are added.
+        progress: a running display, which gets a task for the runs.
+
+    Yields:
+        Each new row when its run is done.
+
+    Raises:
+        ConfigError: the pipeline refused the call. DenseFallbackError: a call fell back under `strict`.
+        OutputFileError: a file can't be written.
+    """
     jobs = experiment.jobs()
     total = sum(1 + len(strategies) for _, _, strategies in jobs)
     task = progress.add_task("runs", total=total)
     warm = False
     for number, (prompt, seed, strategies) in enumerate(jobs):
-        missing = [s for s in strategies if results.find(prompt, seed, s) is None]
+        missing = [strategy for strategy in strategies if results.find(prompt, seed, strategy) is None]
         progress.advance(task, len(strategies) - len(missing))
         if not missing:
             progress.advance(task)
@@ -169,14 +170,12 @@ def run(experiment: Experiment, pipe: Any, results: Results, progress: Progress)
         if not warm:
             warm = True
             _warm_up(experiment, pipe, prompt, missing, progress)
-        call = {**experiment.arguments, "prompt": prompt}
-        dense = generation(pipe, call, seed, progress)
+        dense = generation(pipe, {**experiment.arguments, "prompt": prompt}, seed, progress)
         progress.advance(task)
-        which = hashlib.sha256(prompt.encode()).hexdigest()[:6]  # other prompts may share the folder
-        run_name = f"p{number // len(experiment.seeds):02}-{which}-s{seed}"
+        run_name = _run_name(number // len(experiment.seeds), prompt, seed)
         dense_file = _save(experiment, results.out, f"dense {run_name}", dense)
         for strategy in missing:
-            row, sparse = _row(experiment, pipe, call, seed, strategy, dense, progress)
+            row, sparse = _compare(experiment, pipe, strategy, _Reference(prompt, seed, dense), progress)
             again = strategy == Dense()
             row["file"] = dense_file if again else _save(experiment, results.out, f"{row['label']} {run_name}", sparse)
             _compare_attention(row, results.rows)
@@ -185,43 +184,63 @@ def run(experiment: Experiment, pipe: Any, results: Results, progress: Progress)
             yield row
 
 
-def _warm_up(experiment: Experiment, pipe: Any, prompt: str, strategies: list[Any], progress: Progress) -> None:
+def _run_name(number: int, prompt: str, seed: int) -> str:
+    """Number, prompt and seed in the names of files; other prompts may share the folder."""
+    return f"p{number:02}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}-s{seed}"
+
+
+def _warm_up(
+    experiment: Experiment, pipe: DiffusionPipeline, prompt: str, strategies: list[Compared], progress: Progress
+) -> None:
     """Two steps each, one dense and one sparse: kernels are built and memory is there before anything is timed."""
     call = {**experiment.arguments, "prompt": prompt, "num_inference_steps": 2}
     generation(pipe, call, 0, progress)
     for strategy in strategies:
-        with put_on(pipe, strategy, Schedule(dense_first=1)):
+        with applied(pipe, strategy, Schedule(dense_first=1)):
             generation(pipe, call, 0, progress)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The dense run of a prompt and seed, with which strategies are compared."""
+
+    prompt: str
+    seed: int
+    result: Generation
+
+
+def _compare(
+    experiment: Experiment, pipe: DiffusionPipeline, strategy: Compared, reference: _Reference, progress: Progress
+) -> tuple[ResultRow, Generation]:
+    """Run one strategy with the prompt and seed of the reference, and compare them."""
+    call = {**experiment.arguments, "prompt": reference.prompt}
+    with applied(pipe, strategy, experiment.schedule, experiment.strict) as handle:
+        sparse = generation(pipe, call, reference.seed, progress)
+    return _row(experiment, pipe.transformer, strategy, handle.report(), reference, sparse), sparse
 
 
 def _row(
     experiment: Experiment,
-    pipe: Any,
-    call: dict[str, Any],
-    seed: int,
-    strategy: Any,
-    dense: Generation,
-    progress: Progress,
-) -> tuple[Row, Generation]:
-    with put_on(pipe, strategy, experiment.schedule, experiment.strict) as handle:
-        sparse = generation(pipe, call, seed, progress)
-    report = handle.report()
+    model: ModelMixin,
+    strategy: Compared,
+    report: Report,
+    reference: _Reference,
+    sparse: Generation,
+) -> ResultRow:
+    dense = reference.result
     frames, height, width = sparse.frames.shape[:3]
-    row = {
+    return {
         "model": experiment.model,
-        "strategy": _name(strategy),
+        "strategy": strategy_name(strategy),
         "label": label(strategy),
         "arguments": repr(strategy),
-        "sparsity": getattr(strategy, "sparsity", 0.0),
+        "sparsity": sparsity_of(strategy),
         "density": report.density,
         "work": report.work,
         "sparse_density": report.sparse_density,
         "steps": report.steps,
         "dense_steps": report.dense_steps,
-        "psnr_db": _finite(metrics.psnr_db(dense.frames, sparse.frames)),
-        "psnr_db_min": _finite(metrics.psnr_db_min(dense.frames, sparse.frames)),
-        "ssim": metrics.ssim(dense.frames, sparse.frames),
-        "latent_cosine": metrics.latent_cosine(dense.latents, sparse.latents),
+        **_fidelity(dense, sparse),
         "dense_seconds": dense.seconds,
         "seconds": sparse.seconds,
         "speedup": dense.seconds / sparse.seconds,
@@ -235,57 +254,25 @@ def _row(
         "fallbacks": report.fallbacks,
         "backends": report.backends,
         "dense_backend": dense_backend(report),
-        "device": environment.device_name(pipe.transformer.device),
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "versions": environment.versions(),
-        "commit": environment.commit(),
-        "prompt": call["prompt"],
-        "seed": seed,
+        **environment.origin(model.device, model.dtype),
+        "prompt": reference.prompt,
+        "seed": reference.seed,
         "size": f"{width}x{height}x{frames}",
         "schedule": repr(experiment.schedule),
+        "file": "",  # when it is written
     }
-    return row, sparse
 
 
-def _name(strategy: Any) -> str:
-    return f"{name_of(strategy.strategy)}{_HEADS}" if isinstance(strategy, Guided) else name_of(strategy)
+def _fidelity(dense: Generation, sparse: Generation) -> Fidelity:
+    return {
+        "psnr_db": _finite(metrics.psnr_db(dense.frames, sparse.frames)),
+        "psnr_db_min": _finite(metrics.psnr_db_min(dense.frames, sparse.frames)),
+        "ssim": metrics.ssim(dense.frames, sparse.frames),
+        "latent_cosine": metrics.latent_cosine(dense.latents, sparse.latents),
+    }
 
 
-def label(strategy: Any) -> str:
-    """Name, sparsity and what else differs from the defaults: `adaspa 0.8 order=tile4x4x4`, `random 0.8 +means`."""
-    if isinstance(strategy, Compensated):
-        return f"{label(strategy.strategy)} +{strategy.by}"
-    if isinstance(strategy, Guided):
-        preset = strategy.preset
-        return f"{label(strategy.strategy)} {_HEADS} {preset.strength:g}x{preset.scale:g}"
-    parts = [name_of(strategy)]
-    for name, value, default in _knobs(strategy):
-        if value is None:
-            continue
-        if name == "sparsity":
-            parts.append(f"{value:g}")
-        elif value != default:
-            parts.append(f"{name}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
-    return " ".join(parts)
-
-
-def _knobs(strategy: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Name, value and default of what was chosen; for a strategy that runs on a plan, in the search that made it."""
-    if isinstance(strategy, Planned):
-        settings = strategy.plan.settings
-        for knob in fields(SEARCHES[strategy.plan.strategy]):
-            value = settings.get(knob.name, _default(knob))
-            yield knob.name, tuple(value) if isinstance(value, list) else value, _default(knob)
-    else:
-        for knob in fields(strategy):
-            yield knob.name, getattr(strategy, knob.name), _default(knob)
-
-
-def _default(knob: Field[Any]) -> Any:
-    return knob.default if knob.default_factory is MISSING else knob.default_factory()
-
-
-def _compare_attention(row: Row, earlier: list[Row]) -> None:
+def _compare_attention(row: ResultRow, earlier: list[ResultRow]) -> None:
     """Fill in share and speed-up of attention from the run with `Dense()`, which has timed every dense product."""
     dense = next((r for r in [*earlier, row] if r["strategy"] == "dense"), None)
     if dense and row["attention_seconds"]:
@@ -293,13 +280,13 @@ def _compare_attention(row: Row, earlier: list[Row]) -> None:
         row["attention_speedup"] = dense["attention_seconds"] / row["attention_seconds"]
 
 
-def dense_backend(report: diffsparse.Report) -> str:
-    """The user's own, on which the dense calls of a report ran."""
+def dense_backend(report: Report) -> str:
+    """The backends on which the dense calls of a report ran, which are the user's own."""
     return ", ".join(dict.fromkeys(call.backend for call in report.calls if call.kind == "dense")) or "native"
 
 
 def _save(experiment: Experiment, out: Path, stem: str, result: Generation) -> str:
-    """Write the frames under a name that every file system takes; returns it."""
+    """Write the frames under a name that every file system takes, and return it."""
     name = re.sub(r"[^\w.=-]+", "-", stem)
     if len(name) > _LONGEST:
         name = f"{name[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
@@ -312,5 +299,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
+    """The value as JSON gives it back."""
     return json.loads(json.dumps(value, default=str))

@@ -1,4 +1,4 @@
-"""How far two videos are apart. Always on raw frames, before any video codec."""
+"""Distances between two videos, on raw frames before any video codec."""
 
 from __future__ import annotations
 
@@ -7,25 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffsparse_eval.rows import Fidelity
+
 if TYPE_CHECKING:
     import torch
 
-# What each column of a result means, printed with every report.
-DEFINITIONS = {
-    "psnr_db": "peak signal-to-noise ratio to the dense video in dB, over all frames at once; null: identical",
-    "psnr_db_min": "the lowest PSNR of a single frame, in dB; null: all frames identical",
-    "ssim": "structural similarity to the dense video (7x7 window), mean over frames; null: frames under 7 pixels",
-    "latent_cosine": "cosine similarity of the last step's latents",
-    "density": "share of attention blocks computed, over all self-attention calls (dense steps count as 1)",
-    "work": "attention computed, in dense passes: density, and what searches compute beside it (a mass pass is a half)",
-    "sparse_density": "share of attention blocks computed, over the calls that ran sparse",
-    "dense_seconds": "wall time of the untouched pipeline call, same prompt and seed, same process",
-    "seconds": "wall time of the call with the strategy on, its dense steps and searches included",
-    "speedup": "dense_seconds / seconds",
-    "attention_share": "share of the dense call's wall time that is spent in self-attention",
-    "attention_speedup": "time inside self-attention, dense over sparse, dense steps and searches included",
-    "recall": "softmax mass inside the chosen blocks when they were chosen",
-}
+
+NONE: Fidelity = {"psnr_db": None, "psnr_db_min": None, "ssim": None, "latent_cosine": None}
 
 
 def psnr_db(reference: np.ndarray, frames: np.ndarray) -> float:
@@ -57,7 +45,7 @@ def ssim(reference: np.ndarray, frames: np.ndarray) -> float | None:
 
 
 def latent_cosine(reference: torch.Tensor | None, latents: torch.Tensor | None) -> float | None:
-    """Cosine similarity of two latents of any one shape, in float64; None where a pipeline shows none."""
+    """Cosine similarity of two latents of any one shape, in float64; None if a pipeline does not expose them."""
     if reference is None or latents is None:
         return None
     a, b = reference.flatten().double(), latents.flatten().double()

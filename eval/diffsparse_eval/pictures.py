@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,8 +12,11 @@ from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.report import groups
 from diffsparse_pipelines import media
 
+if TYPE_CHECKING:
+    from diffsparse_eval.rows import ResultRow
 
-def write_sheet(rows: list[dict[str, Any]], prompt: str, seed: int, out: Path) -> None:
+
+def write_sheet(rows: list[ResultRow], prompt: str, seed: int, out: Path) -> None:
     """Write `sheet.png` into `out` from the files of one prompt and seed, the first of an experiment."""
     strips: dict[str, np.ndarray] = {}
     for label, group in groups(rows).items():
@@ -25,7 +28,7 @@ def write_sheet(rows: list[dict[str, Any]], prompt: str, seed: int, out: Path) -
     media.sheet(strips, out / "sheet.png")
 
 
-def write_tradeoff(rows: list[dict[str, Any]], out: Path) -> None:
+def write_tradeoff(rows: list[ResultRow], out: Path) -> None:
     """Write `tradeoff.png` into `out`: mean PSNR and its 95 % interval over work and over speed-up.
 
     One line for each strategy, through its sparsities.
@@ -51,14 +54,19 @@ def write_tradeoff(rows: list[dict[str, Any]], out: Path) -> None:
     charts.save(figure, out / "tradeoff.png")
 
 
-def _lines(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+def _lines(rows: list[ResultRow]) -> dict[str, list[dict[str, float]]]:
     """The means of each strategy's rows at each sparsity, by its label without that number."""
     lines: dict[str, list[dict[str, float]]] = {}
     for label, group in groups(rows).items():
-        apart = [row for row in group if row["psnr_db"] is not None and row["sparse_density"] is not None]
-        if not apart:
+        differing = [row for row in group if row["psnr_db"] is not None and row["sparse_density"] is not None]
+        if not differing:
             continue  # identical, as dense is
-        point = {column: float(np.mean([row[column] for row in apart])) for column in ("density", "speedup")}
-        point["psnr_db"], half = mean_and_interval([row["psnr_db"] for row in apart])
-        lines.setdefault(re.sub(r" \d[\d.]*", "", label, count=1), []).append({**point, "half": half or 0.0})
+        mean, half = mean_and_interval([row["psnr_db"] or 0.0 for row in differing])
+        point = {
+            "density": float(np.mean([row["density"] for row in differing])),
+            "speedup": float(np.mean([row["speedup"] for row in differing])),
+            "psnr_db": mean,
+            "half": half or 0.0,
+        }
+        lines.setdefault(re.sub(r" \d[\d.]*", "", label, count=1), []).append(point)
     return lines

@@ -1,19 +1,15 @@
-"""Rows to tables, files and pictures."""
+"""Results of `evaluate` as tables and files."""
 
 from __future__ import annotations
 
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
-
-from rich import box
-from rich.table import Table
 
 from diffsparse.files import write_csv, write_text
-from diffsparse_eval.metrics import DEFINITIONS, mean_and_interval
-
-Row = dict[str, Any]
+from diffsparse_eval.metrics import mean_and_interval
+from diffsparse_eval.rows import DEFINITIONS, ResultRow, flat, number
+from diffsparse_eval.tables import markdown_table
 
 # column -> (heading, digits)
 _COLUMNS = {
@@ -30,15 +26,15 @@ _COLUMNS = {
 _SHOWN = ("density", "psnr_db", "ssim", "seconds", "speedup", "attention_speedup")  # in a terminal
 
 
-def groups(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows of equal strategy and arguments, in order of appearance; dense first."""
-    found: dict[str, list[Row]] = {}
+def groups(rows: list[ResultRow]) -> dict[str, list[ResultRow]]:
+    """Rows by the label of their strategy, in order of appearance; dense first."""
+    found: dict[str, list[ResultRow]] = {}
     for row in sorted(rows, key=lambda row: row["strategy"] != "dense"):
         found.setdefault(row["label"], []).append(row)
     return found
 
 
-def summary(rows: list[Row]) -> list[dict[str, str]]:
+def summary(rows: list[ResultRow]) -> list[dict[str, str]]:
     """One record of texts for each strategy: mean and half-width of the 95 % interval over prompts and seeds."""
     return [
         {"strategy": label, "runs": str(len(group)), **{c: _cell(c, group) for c in _COLUMNS}}
@@ -46,8 +42,8 @@ def summary(rows: list[Row]) -> list[dict[str, str]]:
     ]
 
 
-def _cell(column: str, group: list[Row]) -> str:
-    values = [row[column] for row in group if row[column] is not None]
+def _cell(column: str, group: list[ResultRow]) -> str:
+    values = [value for row in group if (value := number(row, column)) is not None]
     if not values:
         return "identical" if column.startswith("psnr") else "-"
     mean, half = mean_and_interval(values)
@@ -56,38 +52,20 @@ def _cell(column: str, group: list[Row]) -> str:
     return f"{mean:.{digits}f}{spread}"
 
 
-def table(rows: list[Row], title: str) -> Table:
-    """The summary for a terminal."""
-    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1))
-    shown.add_column("strategy", no_wrap=True)
-    for column in _SHOWN:
-        shown.add_column(_COLUMNS[column][0], justify="right")
-    for record in summary(rows):
-        shown.add_row(record["strategy"], *(record[column] for column in _SHOWN))
-    return shown
+def table(rows: list[ResultRow]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines of the summary for a terminal."""
+    headings = ["strategy", *(_COLUMNS[column][0] for column in _SHOWN)]
+    return headings, [[record["strategy"], *(record[column] for column in _SHOWN)] for record in summary(rows)]
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[ResultRow]) -> str:
     """The summary as a Markdown table."""
-    heads = ["strategy", "runs", *(heading for heading, _ in _COLUMNS.values())]
-    return as_markdown(heads, [list(record.values()) for record in summary(rows)])
+    headings = ["strategy", "runs", *(heading for heading, _ in _COLUMNS.values())]
+    return markdown_table(headings, [list(record.values()) for record in summary(rows)])
 
 
-def as_markdown(heads: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers."""
-    ruled = [heads, ["---", *["---:"] * (len(heads) - 1)], *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in ruled)
-
-
-def flat(rows: list[Row]) -> list[Row]:
-    """Rows of equal keys, without what doesn't fit into a cell; rows of an earlier version lack some."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    plain = [key for key in keys if not any(isinstance(row.get(key), dict) for row in rows)]
-    return [{key: row.get(key) for key in plain} for row in rows]
-
-
-def facts(rows: list[Row]) -> str:
-    """One line on where and how the rows came about."""
+def facts(rows: list[ResultRow]) -> str:
+    """One line on where and how the rows were measured."""
     row, dense = rows[0], next((r for r in rows if r["strategy"] == "dense"), None)
     parts = [row["model"], row["size"], f"{row['steps']} steps, of which {_dense_steps(rows)} dense", row["dtype"]]
     parts += [f"dense backend {row['dense_backend']}", row["device"]]
@@ -99,12 +77,12 @@ def facts(rows: list[Row]) -> str:
     return "; ".join(parts)
 
 
-def _dense_steps(rows: list[Row]) -> str:
+def _dense_steps(rows: list[ResultRow]) -> str:
     counts = sorted({row["dense_steps"] for row in rows if not row["strategy"].startswith("dense")})
     return " or ".join(map(str, counts)) or "all"
 
 
-def write(rows: list[Row], out: Path) -> None:
+def write(rows: list[ResultRow], out: Path) -> None:
     """Write `results.csv` and `report.md` into `out`."""
     write_csv(flat(rows), out / "results.csv")
     heads = "".join(_heads(label, group[0]) for label, group in groups(rows).items() if group[0].get("heads"))
@@ -116,8 +94,8 @@ def write(rows: list[Row], out: Path) -> None:
     )
 
 
-def _heads(label: str, row: Row) -> str:
-    """Section on the modes of a strategy that chooses by head: their shares, and those of each head, by steps."""
+def _heads(label: str, row: ResultRow) -> str:
+    """Section on a strategy that chooses modes by head: the modes' shares, and those of each head, by steps."""
     shares = ", ".join(f"{mode} {share:.1%}" for mode, share in row["modes"].items())
     lines = ["| layer | head | modes, with their steps counted from 1 |", "| --- | ---: | --- |"]
     for layer, steps in row["heads"].items():
@@ -128,7 +106,7 @@ def _heads(label: str, row: Row) -> str:
 
 
 def _spans(steps: list[int], modes: tuple[str, ...]) -> str:
-    """Runs of equal modes: `full 1-3, diagonal 4-15`."""
+    """Spans of equal modes: `full 1-3, diagonal 4-15`."""
     spans = []
     for mode, run in groupby(zip(modes, steps, strict=True), key=itemgetter(0)):
         first, *rest = (step for _, step in run)

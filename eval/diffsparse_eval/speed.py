@@ -3,44 +3,57 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from rich import box
-from rich.table import Table
-from torch import nn
 
 import diffsparse
 from diffsparse import Dense, Report, Schedule
 from diffsparse.errors import ConfigError
-from diffsparse.files import write_csv, write_text
+from diffsparse.files import if_stopped, write_csv, write_text
 from diffsparse.insight.cost import Estimate, Flops, flops
-from diffsparse.orders.layout import Layout
-from diffsparse.site.timing import elapsed, mark
 from diffsparse.strategies.work import KINDS, Kind
-from diffsparse_eval import environment
-from diffsparse_eval.experiment import Row, dense_backend, label
-from diffsparse_eval.report import as_markdown, flat, meanings
+from diffsparse_eval import environment, metrics
+from diffsparse_eval.compared import label, sparsity_of
+from diffsparse_eval.experiment import Results, Settings, dense_backend
+from diffsparse_eval.report import meanings
+from diffsparse_eval.rows import SPEED_DEFINITIONS, SpeedRow, StepSeconds, flat, number
+from diffsparse_eval.tables import markdown_table
+from diffsparse_eval.timing import Stopwatch
 from diffsparse_pipelines import machine
 from diffsparse_pipelines.architectures import Architecture, Rig, inputs
 from diffsparse_pipelines.preflight import grid_tokens, layout
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from diffsparse.orders.layout import Layout
+    from diffsparse.strategies import Strategy
+
 
 @dataclass(frozen=True)
-class Trial:
+class SpeedTest:
     """What is timed.
 
-    name: for the rows. size: pixels, as (frames, height, width). steps: of the run that is foretold. layers: blocks of
-    each kind that are built and timed, None for all. passes: forward passes in a step. rounds: timed repetitions.
+    name: of the model, for the rows.
+    architecture: of the transformer.
+    size: pixels, as (frames, height, width).
+    steps: of the run to which the times are extrapolated.
+    passes: forward passes in a step: 2 with classifier-free guidance.
+    schedule: of the sparse runs.
+    strict: fail where a call would fall back to dense.
+    layers: blocks of each kind that are built and timed, None for all.
+    dtype, device: of the model.
+    rounds: timed repetitions.
     """
 
     name: str
     architecture: Architecture
-    strategies: tuple[Any, ...]
     size: tuple[int, int, int]
     steps: int
     passes: int
@@ -56,7 +69,7 @@ class Trial:
         """Latent cells along frames, height and width."""
         return self.architecture.compression.latent(*self.size)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """All that decides the rows, as plain values."""
         return {
             "model": self.name,
@@ -66,14 +79,18 @@ class Trial:
             "schedule": repr(self.schedule),
             "strict": self.strict,
             "device": environment.device_name(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": environment.dtype_name(self.dtype),
             "versions": environment.versions(),
         }
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of the whole model: seconds in self-attention and outside, mean density and work of calls."""
+    """One forward pass of the whole model.
+
+    attention, rest: seconds in self-attention, and outside of it.
+    density, work: means over its attention calls.
+    """
 
     attention: float
     rest: float
@@ -82,48 +99,20 @@ class Pass:
 
     @property
     def seconds(self) -> float:
-        """Both."""
+        """Of the whole pass."""
         return self.attention + self.rest
 
 
-class Stopwatch:
-    """Times forward passes of a model with a part of its blocks, and scales each list of blocks to its full length."""
-
-    def __init__(self, model: nn.Module, whole: nn.Module) -> None:
-        self.device = next(model.parameters()).device
-        self.factors: dict[str, float] = {}
-        self._marks: dict[str, Any] = {}
-        for name, blocks in model.named_children():
-            if isinstance(blocks, nn.ModuleList) and len(blocks):
-                self.factors[name] = len(getattr(whole, name)) / len(blocks)
-                blocks[0].register_forward_pre_hook(self._at(f"{name} begins"))
-                blocks[-1].register_forward_hook(self._at(f"{name} ends"))
-
-    def _at(self, name: str) -> Callable[..., None]:
-        def note(*_: Any) -> None:
-            self._marks[name] = mark(self.device)
-
-        return note
-
-    def time(self, forward: Callable[[], None]) -> float:
-        """Seconds that `forward` would take on the whole model."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        start = mark(self.device)
-        forward()
-        seconds = elapsed(start, mark(self.device))
-        for name, factor in self.factors.items():
-            seconds += (factor - 1) * elapsed(self._marks[f"{name} begins"], self._marks[f"{name} ends"])
-        return seconds
-
-    def attention(self, report: Report, step: int) -> float:
-        """Seconds of self-attention at `step` on the whole model."""
-        calls = [call for call in report.calls if call.step == step]
-        return sum(call.seconds * self.factors.get(call.layer.split(".")[0], 1.0) for call in calls)
+Passes = dict[Kind, Pass]  # one of each kind of step
 
 
-def run(trial: Trial, missing: list[Any], advance: Callable[[], None]) -> Iterator[Row]:
-    """Time dense attention and the strategies `missing`, in turns; the first round warms up and is not counted.
+def run(test: SpeedTest, missing: list[Strategy], advance: Callable[[], None]) -> Iterator[SpeedRow]:
+    """Time dense attention and the strategies in turns; the first round warms up and is not counted.
+
+    Args:
+        test: what is timed.
+        missing: strategies whose rows are wanted.
+        advance: called after each forward pass; there are `count_passes` of them.
 
     Yields:
         One row for each strategy.
@@ -131,90 +120,133 @@ def run(trial: Trial, missing: list[Any], advance: Callable[[], None]) -> Iterat
     Raises:
         ConfigError: the device can't hold the model.
     """
-    whole = trial.architecture.build(device="meta")
-    seen = layout(whole, trial.latent, trial.architecture.text)
-    count = flops(whole, grid_tokens(whole, trial.latent), trial.architecture.text)
-    _check_memory(trial)
-    model = trial.architecture.build(trial.layers, dtype=trial.dtype, device=trial.device)
-    rig, watch = Rig(model, trial.steps), Stopwatch(model, whole)
-    arguments = inputs(model, trial.latent, trial.architecture.text)
-    contestants = [Dense(), *(strategy for strategy in missing if strategy != Dense())]
-    found: list[dict[Kind, list[Pass]]] = [{} for _ in contestants]
-    reports: list[Report] = []
-    for turn in range(trial.rounds + 1):
-        reports = []
-        for strategy, timed in zip(contestants, found, strict=True):
-            passes, report = _passes(trial, strategy, rig, watch, arguments, advance)
-            reports.append(report)
-            for kind, one in passes.items() if turn else ():
-                timed.setdefault(kind, []).append(one)
-    rest = median(one.rest for timed in found for passes in timed.values() for one in passes)
-    dense: dict[Kind, Pass] = {"dense": _middle(found[0]["dense"], rest)}
-    for strategy, timed, report in zip(contestants, found, reports, strict=True):
+    whole = test.architecture.build(device="meta")
+    seen = layout(whole, test.latent, test.architecture.text)
+    count = flops(whole, grid_tokens(whole, test.latent), test.architecture.text)
+    _check_memory(test)
+    compared = [Dense(), *(strategy for strategy in missing if strategy != Dense())]
+    timed, reports = _Timer(test, whole, advance).rounds(compared)
+    rest = median(one.rest for found in timed for passes in found.values() for one in passes)
+    dense: Passes = {"dense": _median(timed[0]["dense"], rest)}
+    for strategy, found, report in zip(compared, timed, reports, strict=True):
         if strategy in missing:
-            typical: dict[Kind, Pass] = dense | {kind: _middle(passes, rest) for kind, passes in timed.items()}
-            yield _row(trial, strategy, typical, report, count, seen)
+            typical: Passes = dense | {kind: _median(passes, rest) for kind, passes in found.items()}
+            yield _row(test, strategy, typical, report, count, seen)
 
 
-def looks(trial: Trial, strategy: Any) -> dict[Kind, int]:
+def measure(
+    test: SpeedTest, strategies: Iterable[Strategy], out: Path, progress: Progress, overwrite: bool = False
+) -> list[SpeedRow]:
+    """Time dense attention and the strategies, and write `results.json`, `results.csv` and `report.md` into a folder.
+
+    Args:
+        test: what is timed.
+        strategies: those to compare with dense attention.
+        out: the folder; strategies that have a row there are not timed again.
+        progress: a running display, which gets a task for the passes.
+        overwrite: drop results that the folder holds.
+
+    Returns:
+        The rows of dense attention and of the strategies, in that order.
+
+    Raises:
+        ConfigError: the device can't hold the model, or the folder holds results of another experiment.
+        InputFileError: the folder's `results.json` can't be read. OutputFileError: a file can't be written.
+    """
+    compared = list(dict.fromkeys([Dense(), *strategies]))
+    results: Results[SpeedRow] = Results(out, test.settings(), overwrite)
+    missing = [strategy for strategy in compared if results.find("", 0, strategy) is None]
+    if missing:
+        with if_stopped(results.kept):
+            task = progress.add_task("passes", total=count_passes(test, missing))
+            for row in run(test, missing, lambda: progress.advance(task)):
+                results.add(row)
+    rows = [found for strategy in compared if (found := results.find("", 0, strategy))]
+    write(rows, out)
+    return rows
+
+
+def sampled_steps(test: SpeedTest, strategy: Strategy) -> dict[Kind, int]:
     """The first step of each kind: those that are run. Dense steps are the same for all strategies."""
-    listed = strategy.kinds(trial.schedule, trial.steps)
+    listed = strategy.kinds(test.schedule, test.steps)
     wanted = [kind for kind in KINDS if kind in listed and (kind != "dense" or strategy == Dense())]
     return {kind: listed.index(kind) for kind in sorted(wanted, key=listed.index)}
 
 
-def count_passes(trial: Trial, missing: list[Any]) -> int:
+def count_passes(test: SpeedTest, missing: list[Strategy]) -> int:
     """Forward passes that `run` will make."""
-    contestants = dict.fromkeys([Dense(), *missing])
-    return (trial.rounds + 1) * sum(len(looks(trial, strategy)) for strategy in contestants)
+    compared = dict.fromkeys([Dense(), *missing])
+    return (test.rounds + 1) * sum(len(sampled_steps(test, strategy)) for strategy in compared)
 
 
-def _passes(
-    trial: Trial, strategy: Any, rig: Rig, watch: Stopwatch, arguments: dict[str, Any], advance: Callable[[], None]
-) -> tuple[dict[Kind, Pass], Report]:
-    rig.begin()
-    steps, seconds = looks(trial, strategy), {}
-    with diffsparse.apply(rig, strategy, schedule=trial.schedule, strict=trial.strict) as handle:
+class _Timer:
+    """The model with some of its blocks, its inputs, and the clock."""
+
+    def __init__(self, test: SpeedTest, whole: torch.nn.Module, advance: Callable[[], None]) -> None:
+        self.test, self.advance = test, advance
+        model = test.architecture.build(test.layers, dtype=test.dtype, device=test.device)
+        self.pipe, self.watch = Rig(model, test.steps), Stopwatch(model, whole)
+        self.arguments = inputs(model, test.latent, test.architecture.text)
+
+    def rounds(self, compared: list[Strategy]) -> tuple[list[dict[Kind, list[Pass]]], list[Report]]:
+        """Passes of each kind and the last report, for each strategy."""
+        timed: list[dict[Kind, list[Pass]]] = [{} for _ in compared]
+        reports: list[Report] = []
+        for turn in range(self.test.rounds + 1):
+            reports = []
+            for strategy, found in zip(compared, timed, strict=True):
+                passes, report = self.passes(strategy)
+                reports.append(report)
+                for kind, one in passes.items() if turn else ():
+                    found.setdefault(kind, []).append(one)
+        return timed, reports
+
+    def passes(self, strategy: Strategy) -> tuple[Passes, Report]:
+        """One pass of each kind."""
+        test = self.test
+        steps, seconds = sampled_steps(test, strategy), dict[Kind, float]()
+        self.pipe.begin()
+        with diffsparse.apply(self.pipe, strategy, schedule=test.schedule, strict=test.strict) as handle:
+            for kind, step in steps.items():
+                seconds[kind] = self.watch.time(partial(self.pipe.step, step, self.arguments))
+                self.advance()
+            report = handle.report()
+        density, work, passes = report.table("step"), report.table("step", "work"), Passes()
         for kind, step in steps.items():
-            seconds[kind] = watch.time(lambda step=step: rig.step(step, arguments))  # type: ignore[misc]
-            advance()
-        report = handle.report()
-    density, work, passes = report.table("step"), report.table("step", "work"), {}
-    for kind, step in steps.items():
-        attention = watch.attention(report, step)
-        passes[kind] = Pass(attention, seconds[kind] - attention, density[str(step)], work[str(step)])
-    return passes, report
+            attention = self.watch.attention(report, step)
+            passes[kind] = Pass(attention, seconds[kind] - attention, density[str(step)], work[str(step)])
+        return passes, report
 
 
-def _middle(passes: list[Pass], rest: float) -> Pass:
+def _median(passes: list[Pass], rest: float) -> Pass:
     """Medians; outside of attention all passes do the same, and have one time."""
-    attention, density, work = (median(getattr(p, name) for p in passes) for name in ("attention", "density", "work"))
-    return Pass(attention, rest, density, work)
+    attention = median(one.attention for one in passes)
+    return Pass(attention, rest, median(one.density for one in passes), median(one.work for one in passes))
 
 
 def _row(
-    trial: Trial, strategy: Any, typical: dict[Kind, Pass], report: Report, count: Flops, seen: Layout | None = None
-) -> Row:
-    many = Counter(strategy.kinds(trial.schedule, trial.steps))
+    test: SpeedTest, strategy: Strategy, typical: Passes, report: Report, count: Flops, seen: Layout | None = None
+) -> SpeedRow:
+    many = Counter(strategy.kinds(test.schedule, test.steps))
     dense = typical["dense"]
-    seconds = trial.passes * sum(n * typical[kind].seconds for kind, n in many.items())
-    attention = trial.passes * sum(n * typical[kind].attention for kind, n in many.items())
-    whole = trial.passes * trial.steps
-    expected = Estimate.before(count, strategy, trial.schedule, trial.steps, seen)
-    frames, height, width = trial.size
+    seconds = test.passes * sum(n * typical[kind].seconds for kind, n in many.items())
+    attention = test.passes * sum(n * typical[kind].attention for kind, n in many.items())
+    whole = test.passes * test.steps
+    expected = Estimate.before(count, strategy, test.schedule, test.steps, seen)
+    frames, height, width = test.size
     return {
-        "model": trial.name,
+        "model": test.name,
         "weights": "random",
         "strategy": type(strategy).__name__.lower(),
         "label": label(strategy),
         "arguments": repr(strategy),
-        "sparsity": getattr(strategy, "sparsity", 0.0),
-        "density": sum(n * typical[kind].density for kind, n in many.items()) / trial.steps,
-        "work": sum(n * typical[kind].work for kind, n in many.items()) / trial.steps,
+        "sparsity": sparsity_of(strategy),
+        "density": sum(n * typical[kind].density for kind, n in many.items()) / test.steps,
+        "work": sum(n * typical[kind].work for kind, n in many.items()) / test.steps,
         "sparse_density": report.sparse_density,
-        "steps": trial.steps,
+        "steps": test.steps,
         "dense_steps": many["dense"] + many["search"] + many["tail"],
-        **dict.fromkeys(("psnr_db", "psnr_db_min", "ssim", "latent_cosine")),
+        **metrics.NONE,
         "dense_seconds": whole * dense.seconds,
         "seconds": seconds,
         "speedup": whole * dense.seconds / seconds,
@@ -222,39 +254,47 @@ def _row(
         "attention_share": dense.attention / dense.seconds,
         "attention_speedup": whole * dense.attention / attention,
         "recall": None,
-        "memory_bytes": trial.passes * report.memory_bytes,
-        **{f"{kind}_step_seconds": trial.passes * typical[kind].seconds if kind in many else None for kind in KINDS},
+        "memory_bytes": test.passes * report.memory_bytes,
+        **_step_seconds(test, {kind: typical[kind] for kind in many}),
         "expected_attention_share": count.share,
         "expected_speedup": expected.speedup if expected else None,
         "dense_pass_tflop": count.total / 1e12,
-        "passes": trial.passes,
-        "layers": trial.layers,
+        "passes": test.passes,
+        "layers": test.layers,
         "fallbacks": report.fallbacks,
         "backends": report.backends,
         "dense_backend": dense_backend(report),
-        "device": environment.device_name(trial.device),
-        "dtype": str(trial.dtype).removeprefix("torch."),
-        "versions": environment.versions(),
-        "commit": environment.commit(),
+        **environment.origin(test.device, test.dtype),
         "prompt": "",
         "seed": 0,
         "size": f"{width}x{height}x{frames}",
-        "schedule": repr(trial.schedule),
+        "schedule": repr(test.schedule),
     }
 
 
-def _check_memory(trial: Trial) -> None:
+def _step_seconds(test: SpeedTest, passes: Passes) -> StepSeconds:
+    seconds = {kind: test.passes * one.seconds for kind, one in passes.items()}
+    return {
+        "dense_step_seconds": seconds.get("dense"),
+        "search_step_seconds": seconds.get("search"),
+        "refresh_step_seconds": seconds.get("refresh"),
+        "tail_step_seconds": seconds.get("tail"),
+        "sparse_step_seconds": seconds.get("sparse"),
+    }
+
+
+def _check_memory(test: SpeedTest) -> None:
     """Raise ConfigError where the weights alone don't fit."""
-    weights = sum(p.numel() for p in trial.architecture.build(trial.layers, device="meta").parameters())
-    need, have = weights * trial.dtype.itemsize, machine.memory(trial.device)
+    weights = sum(p.numel() for p in test.architecture.build(test.layers, device="meta").parameters())
+    need, have = weights * test.dtype.itemsize, machine.memory(test.device)
     if have is not None and need > have:
         raise ConfigError(
-            f"the weights of {trial.name} take {need / 2**30:.0f} GiB as {str(trial.dtype).removeprefix('torch.')}, "
-            f"{trial.device} has {have / 2**30:.0f} GiB; time a part of the blocks with --layers, such as --layers 2"
+            f"the weights of {test.name} take {need / 2**30:.0f} GiB as {environment.dtype_name(test.dtype)}, "
+            f"{test.device} has {have / 2**30:.0f} GiB; time a part of the blocks with --layers, such as --layers 2"
         )
 
 
-# --- what people see ----------------------------------------------------------------------------------------------
+# --- tables and files ---------------------------------------------------------------------------------------------
 
 # column -> (heading, digits)
 COLUMNS = {
@@ -272,61 +312,35 @@ COLUMNS = {
 }
 
 
-DEFINITIONS = {
-    "dense_step_seconds": "seconds of a step that is dense in all layers, on the user's own backend",
-    "search_step_seconds": "of a dense step that also sums block masses and chooses blocks",
-    "refresh_step_seconds": "of a sparse step that chooses its blocks anew on the cached log-sum-exp",
-    "tail_step_seconds": "of a step that runs dense beside sparse, to keep what the dropped blocks gave (+tail)",
-    "sparse_step_seconds": "of a sparse step",
-    "dense_seconds": "seconds of a run of dense steps: transformer only, extrapolated",
-    "seconds": "the same with the strategy on, by its schedule: dense steps and searches included",
-    "speedup": "dense_seconds / seconds",
-    "attention_share": "share of a dense step that is spent in self-attention",
-    "attention_speedup": "time inside self-attention, dense over sparse, dense steps and searches included",
-    "work": "attention computed, in dense passes a step: density, and what searches compute beside it",
-    "expected_speedup": "from the count of operations alone, as if the machine did all of them equally fast; "
-    "null: what the strategy computes is not known before it runs",
-    "dense_pass_tflop": "operations of one dense forward pass, in units of 10^12",
-    "layers": "blocks of each kind that were built and timed, their times scaled to all; null: all were timed",
-}
-
-
-def table(rows: list[Row]) -> Table:
-    """Seconds of a step by kind, seconds of the run, and speed-up."""
-    shown = Table(title="seconds of a step by kind, and of the run", title_justify="left", box=box.SIMPLE)
-    shown.add_column("strategy", no_wrap=True)
+def table(rows: list[SpeedRow]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines: seconds of a step by kind, seconds of the run, and speed-up."""
     columns = _columns(rows)
-    for column in columns:
-        shown.add_column(COLUMNS[column][0], justify="right")
-    for row in rows:
-        shown.add_row(row["label"], *(_cell(row, column) for column in columns))
-    return shown
+    headings = ["strategy", *(COLUMNS[column][0] for column in columns)]
+    return headings, [[row["label"], *(_cell(row, column) for column in columns)] for row in rows]
 
 
-def _columns(rows: list[Row]) -> list[str]:
-    """Those of which some row has something to tell; steps of some kinds are rare."""
+def _columns(rows: list[SpeedRow]) -> list[str]:
+    """Those in which some row has a value; steps of some kinds are rare."""
     return [column for column in COLUMNS if any(_cell(row, column) != "-" for row in rows)]
 
 
-def _cell(row: Row, column: str) -> str:
-    value = row.get(column)  # rows of an earlier version lack some
-    if value is None and column == "expected_speedup":
-        return "unknown"
-    return "-" if value is None else f"{value:.{COLUMNS[column][1]}f}"
+def _cell(row: SpeedRow, column: str) -> str:
+    value = number(row, column)
+    if value is None:
+        return "unknown" if column == "expected_speedup" else "-"
+    return f"{value:.{COLUMNS[column][1]}f}"
 
 
-def write(rows: list[Row], out: Path) -> None:
+def write(rows: list[SpeedRow], out: Path) -> None:
     """Write `results.csv` and `report.md` into `out`."""
     write_csv(flat(rows), out / "results.csv")
-    columns = _columns(rows)
-    heads = ["strategy", *(COLUMNS[column][0] for column in columns)]
-    lines = [[row["label"], *(_cell(row, column) for column in columns)] for row in rows]
     title = f"# {rows[0]['model']}: speed without weights\n\n{facts(rows)}\n\n"
-    write_text(f"{title}{as_markdown(heads, lines)}\n\n## Columns\n{meanings(DEFINITIONS)}\n", out / "report.md")
+    columns = f"## Columns\n{meanings(SPEED_DEFINITIONS)}\n"
+    write_text(f"{title}{markdown_table(*table(rows))}\n\n{columns}", out / "report.md")
 
 
-def facts(rows: list[Row]) -> str:
-    """One line on where and how the rows came about."""
+def facts(rows: list[SpeedRow]) -> str:
+    """One line on where and how the rows were measured."""
     row = rows[0]
     part = "all blocks" if row["layers"] is None else f"{row['layers']} blocks of each kind timed and scaled to all"
     fallen = sum(sum(r["fallbacks"].values()) for r in rows)
@@ -335,7 +349,7 @@ def facts(rows: list[Row]) -> str:
         f"{row['size']}, {row['steps']} steps of {row['passes']} passes, extrapolated from one pass of each kind",
         part,
         f"{row['dense_pass_tflop']:.3g} TFLOP a dense pass",
-        f"{row['dtype']}, dense backend {rows[0]['dense_backend']}, {row['device']}",
+        f"{row['dtype']}, dense backend {row['dense_backend']}, {row['device']}",
         f"torch {row['versions']['torch']}, Diffusers {row['versions']['diffusers']}, commit {row['commit']}",
     ]
     if fallen:

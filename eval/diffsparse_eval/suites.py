@@ -7,20 +7,28 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+    from torch.nn.attention import SDPBackend
 
     from diffsparse_kernels import BlockLists
 
-    QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    QKV = tuple[Tensor, Tensor, Tensor]
 
-_FRAMES = 21  # of the video that ragged lists imitate
+Pattern = Literal["random", "ragged"]
+_FRAMES = 21  # of the video on which ragged lists are modelled
 
 
 @dataclass(frozen=True)
 class Case:
-    """One size: batch 1, `heads` x `tokens` x `head_dim`, square blocks, shares of them dropped.
+    """One size, of batch 1, with square blocks.
 
-    pattern: "random" keeps equally many blocks in each row, anywhere. "ragged" keeps those that attention over a video
-    would: near in space and time, some everywhere, by one threshold a head, so that rows differ in length.
+    tokens, heads, head_dim: [1, heads, tokens, head_dim].
+    dtype: such as "bfloat16".
+    block: tokens of a block.
+    sparsities: shares of the blocks that are dropped.
+    pattern: "random" keeps equally many blocks in each row, anywhere; "ragged" keeps those that attention over a video
+        would: near in space and time, some everywhere, by one threshold a head, so that rows differ in length.
+    name: in a suite.
     """
 
     tokens: int
@@ -29,7 +37,7 @@ class Case:
     dtype: str
     block: int
     sparsities: tuple[float, ...]
-    pattern: Literal["random", "ragged"] = "random"
+    pattern: Pattern = "random"
     name: str = ""
 
     def tensors(self, device: str, seed: int = 0) -> QKV:
@@ -59,7 +67,7 @@ class Case:
 
     @property
     def nbytes(self) -> int:
-        """Of q, k and v."""
+        """Bytes of q, k and v."""
         import torch
 
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -67,7 +75,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """Its name, if it has one, and its sizes."""
+        """The name, if there is one, and the sizes."""
         sizes = f"{self.tokens} x {self.heads} x {self.head_dim} in blocks of {self.block}, {self.dtype}"
         return f"{self.name}, {self.pattern}, {sizes}" if self.name else sizes
 
@@ -79,7 +87,7 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Of dense attention, two matrix products."""
+        """Floating-point operations of dense attention: two matrix products."""
         return 4.0 * self.heads * self.tokens**2 * self.head_dim
 
 
@@ -90,18 +98,27 @@ def _noise(heads: int, edge: int) -> torch.Tensor:
 
 
 def _video_mass(heads: int, edge: int) -> torch.Tensor:
-    """Mass that falls with the distance in space and in time, at another pace in each head, under heavy noise."""
+    """Mass that falls with the distance in space and in time, at another rate in each head, under heavy noise."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
     place = torch.arange(edge) * _FRAMES / edge
     frame, within = place.floor(), place.frac()
-    apart = [(x[:, None] - x[None]).abs() for x in (frame / _FRAMES, within)]
-    pace = 2 + 30 * torch.rand(heads, 2, 1, 1, generator=generator)
+    distances = [(x[:, None] - x[None]).abs() for x in (frame / _FRAMES, within)]
+    rate = 2 + 30 * torch.rand(heads, 2, 1, 1, generator=generator)
     noise = torch.randn(heads, edge, edge, generator=generator).exp()
-    mass = (-pace[:, 0] * apart[0] - pace[:, 1] * apart[1]).exp() * noise
-    mass[..., 0] += 1.0  # what all look at
+    mass = (-rate[:, 0] * distances[0] - rate[:, 1] * distances[1]).exp() * noise
+    mass[..., 0] += 1.0  # keys that all queries attend to
     return mass[None]
+
+
+def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention by one of torch's kernels."""
+    from torch.nn.attention import sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v)
 
 
 def gpu_suite() -> list[Case]:

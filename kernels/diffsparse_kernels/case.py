@@ -1,4 +1,4 @@
-"""What a call asks of a kernel, as far as that decides which kernel can answer it, and whether it was tried."""
+"""What a call asks of a kernel, as far as that decides which kernel can compute it and whether it was tried."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from diffsparse_kernels.lists import Boxes
+from diffsparse_kernels.masks import Boxes
 
 DENSE_BLOCKS = 128, 128  # in which dense attention is computed
+# precision -> number format of queries and keys, of weights and values; "plain" is the inputs' own
+PRECISIONS: dict[str, tuple[str, str]] = {
+    "int8": ("int8", "plain"),
+    "int8-int8": ("int8", "int8"),
+    "int8-fp8": ("int8", "fp8"),
+    "fp8": ("fp8", "fp8"),
+}
+INTEGERS = "int8-int8"  # both products are of integers
 Kind = Literal["attend", "fused", "mass", "means"]
 
 
@@ -17,8 +25,16 @@ class Case(NamedTuple):
     """A class of calls.
 
     kind: "attend" (dense or over lists), "fused" (dense with the block mass), "mass" (that alone), "means" (merged into
-    what another kernel gave). head_dim, value_dim: channels. masked: has a key mask. axes: of its boxes, 0 for none.
-    copyable: dense rows, all addresses and strides multiples of 16 bytes, as copy engines want them.
+        what another kernel gave).
+    dtype: of q, k, v.
+    head_dim: channels of queries and keys.
+    value_dim: channels of values.
+    q_block: queries of a block.
+    kv_block: keys of a block.
+    masked: has a key mask.
+    axes: of its boxes, 0 for none.
+    copyable: dense rows, all addresses and strides multiples of 16 bytes, as copy engines need them.
+    precision: one of `PRECISIONS`, or None for the inputs' own.
     """
 
     kind: Kind
@@ -30,6 +46,7 @@ class Case(NamedTuple):
     masked: bool = False
     axes: int = 0
     copyable: bool = True
+    precision: str | None = None
 
     @classmethod
     def of(
@@ -48,15 +65,15 @@ class Case(NamedTuple):
         return cls(kind, q.dtype, *sizes, key_mask is not None, axes, copyable(q, k, v))
 
     def words(self) -> list[str]:
-        """What `read` reads, one word a field."""
+        """One word a field, for `read`."""
         return [str(value).removeprefix("torch.") for value in self]
 
     @classmethod
     def read(cls, words: list[str]) -> Case:
-        """The case of such words."""
-        kind, dtype, *sizes, masked, axes, copyable_ = words
+        """The case that `words` gave."""
+        kind, dtype, *sizes, masked, axes, copyable_, precision = words
         head_dim, value_dim, q_block, kv_block = map(int, sizes)
-        flags = masked == "True", int(axes), copyable_ == "True"
+        flags = masked == "True", int(axes), copyable_ == "True", None if precision == "None" else precision
         return cls(cast(Kind, kind), getattr(torch, dtype), head_dim, value_dim, q_block, kv_block, *flags)
 
     def __str__(self) -> str:
@@ -66,8 +83,9 @@ class Case(NamedTuple):
             f"D={self.head_dim}" if self.head_dim == self.value_dim else f"D={self.head_dim}/{self.value_dim}",
             f"blocks of {self.q_block}x{self.kv_block}",
         ]
-        told = {"key mask": self.masked, "boxes": self.axes, "odd strides": not self.copyable}
-        return ", ".join([*parts, *(name for name, there in told.items() if there)])
+        flags = {"key mask": self.masked, "boxes": self.axes, "odd strides": not self.copyable}
+        flags[f"precision {self.precision}"] = self.precision is not None
+        return ", ".join([*parts, *(name for name, present in flags.items() if present)])
 
 
 def copyable(*tensors: Tensor) -> bool:

@@ -15,12 +15,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import IO, Any, NamedTuple
 
-Message = dict[str, Any]
-_PATIENCE = 5.0  # seconds for a killed process to go; one stuck in a driver never does
+Message = dict[str, Any]  # as JSON has it
+_PATIENCE = 5.0  # seconds for a killed process to end; one stuck in a driver never does
 
 
 class Ending(NamedTuple):
-    """How a child ended: "done", "crash", or killed: "hang" or "late"; and what is known of why."""
+    """How a child ended.
+
+    how: "done" or "crash"; "hang" or "late" where it was killed.
+    why: what is known of the reason.
+    """
 
     how: str
     why: str = ""
@@ -38,8 +42,11 @@ def run_child(
     """Run `python arguments` on this process's paths, and pass each JSON line of its output to `hear` as it comes.
 
     Args:
-        start: seconds to its first line. silence: seconds without a line, from then on, after which it counts as
-            hanging. seconds: that it may take in all.
+        arguments: of the Python interpreter.
+        hear: called with each message.
+        start: seconds to its first line.
+        silence: seconds without a line, from then on, after which it counts as hanging.
+        seconds: that it may take in all.
         environment: what differs from this process's.
 
     Raises:
@@ -49,26 +56,26 @@ def run_child(
     paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
     world = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **(environment or {})}
     end = time.monotonic() + seconds
-    with tempfile.TemporaryFile() as complaints:
+    with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-P", *arguments],
             stdin=subprocess.PIPE,  # closed when this process is gone, which `follow_parent` notices
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=errors,
             text=True,
             errors="replace",
             env=world,
             start_new_session=True,
         )
         try:
-            return _listen(process, complaints, hear, (start, silence, end))
+            return _listen(process, errors, hear, (start, silence, end))
         finally:
             _kill(process)
 
 
-def say(**message: Any) -> None:
+def say(**message: object) -> None:
     """Called in a child: one message to the process that runs it."""
-    sys.stdout.write(json.dumps(message) + "\n")  # one write, for threads may talk, too
+    sys.stdout.write(json.dumps(message) + "\n")  # one write, since threads may talk too
     sys.stdout.flush()
 
 
@@ -84,7 +91,7 @@ def follow_parent() -> None:
 
 def _listen(
     process: subprocess.Popen[str],
-    complaints: IO[bytes],
+    errors: IO[bytes],
     hear: Callable[[Message], None],
     limits: tuple[float, float, float],
 ) -> Ending:
@@ -111,7 +118,7 @@ def _listen(
         code = process.wait(_PATIENCE)
     except subprocess.TimeoutExpired:
         return Ending("hang", "it closed its output and did not end")
-    return Ending("done") if code == 0 else Ending("crash", _reason(code, complaints))
+    return Ending("done") if code == 0 else Ending("crash", _reason(code, errors))
 
 
 def _forward(output: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
@@ -134,10 +141,10 @@ def _kill(process: subprocess.Popen[str]) -> None:
         process.wait(_PATIENCE)
 
 
-def _reason(code: int, complaints: IO[bytes]) -> str:
-    """The signal that ended a process, or the last line of its complaints."""
+def _reason(code: int, errors: IO[bytes]) -> str:
+    """The signal that ended a process, or the last line of its error output."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
-    complaints.seek(0)
-    lines = complaints.read().decode(errors="replace").strip().splitlines()
+    errors.seek(0)
+    lines = errors.read().decode(errors="replace").strip().splitlines()
     return f"exit code {code}" + (f": {lines[-1][:200]}" if lines else "")

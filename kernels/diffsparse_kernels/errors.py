@@ -1,4 +1,4 @@
-"""The root of the project's exception tree, and the two errors that kernels raise."""
+"""The root of the project's exception tree, and the errors that kernels raise."""
 
 
 class DiffsparseError(Exception):

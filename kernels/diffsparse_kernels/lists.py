@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,31 +16,16 @@ def blocks_of(length: int, block: int) -> int:
     return -(-length // block)
 
 
-class Boxes(NamedTuple):
-    """Which keys each query may see, token by token, within the listed blocks: those inside its box.
-
-    place: int32 [A, N_kv], coordinates of the keys on A axes; a key whose first coordinate is negative is seen by all.
-    low, high: int32 [A, N_q], the first and last coordinate that each query sees.
-    """
-
-    place: Tensor
-    low: Tensor
-    high: Tensor
-
-    def visible(self, queries: slice = slice(None)) -> Tensor:
-        """The same as a bool mask [queries, N_kv]."""
-        low, high = self.low[:, queries, None], self.high[:, queries, None]
-        place = self.place[:, None]
-        return ((low <= place) & (place <= high)).all(0) | (place[0] < 0)
-
-
 @dataclass(frozen=True, eq=False)
 class BlockLists:
     """Ascending lists of the key blocks that each query block visits.
 
     idx: int16 or int32 [B|1, H, nQ, W], block numbers; entries at or behind `cnt` are padding (zero).
     cnt: int32 [B|1, H, nQ], how many entries of each list count.
-    q_block, kv_block: edge of a block in tokens. q_len, kv_len: tokens; the last blocks may be ragged.
+    q_block: queries of a block.
+    kv_block: keys of a block.
+    q_len: queries in all; the last block may be ragged.
+    kv_len: keys in all; the last block may be ragged.
     order: int32 [B|1 * H * nQ], the lists in the order in which a GPU starts them, or None.
 
     Raises:
@@ -57,7 +41,18 @@ class BlockLists:
     order: Tensor | None = None
 
     def __post_init__(self) -> None:
-        idx, cnt = self.idx, self.cnt
+        self._check_tensors()
+        if min(self.q_block, self.kv_block) < 1:
+            raise KernelInputError(f"wanted blocks of at least 1 token; got {self.q_block} and {self.kv_block}")
+        idx = self.idx
+        if idx.shape[2] != self.q_blocks or idx.shape[3] > self.kv_blocks:
+            raise KernelInputError(
+                f"{self.q_len} x {self.kv_len} tokens in blocks of {self.q_block} x {self.kv_block} want lists for "
+                f"{self.q_blocks} rows, no wider than {self.kv_blocks}; got {idx.shape[2]} rows, {idx.shape[3]} wide"
+            )
+
+    def _check_tensors(self) -> None:
+        idx, cnt, order = self.idx, self.cnt, self.order
         if idx.ndim != 4 or cnt.shape != idx.shape[:3]:
             raise KernelInputError(
                 f"wanted idx [B|1, H, nQ, W] and cnt [B|1, H, nQ]; got {tuple(idx.shape)} and {tuple(cnt.shape)}"
@@ -66,17 +61,9 @@ class BlockLists:
             raise KernelInputError(f"wanted idx as int16 or int32 and cnt as int32; got {idx.dtype} and {cnt.dtype}")
         if idx.device != cnt.device:
             raise KernelInputError(f"wanted idx and cnt on one device; got {idx.device} and {cnt.device}")
-        order = self.order
         if order is not None and (order.dtype != torch.int32 or order.shape != (cnt.numel(),)):
             raise KernelInputError(
                 f"wanted the order of {cnt.numel()} lists as int32; got {order.dtype} {tuple(order.shape)}"
-            )
-        if min(self.q_block, self.kv_block) < 1:
-            raise KernelInputError(f"wanted blocks of at least 1 token; got {self.q_block} and {self.kv_block}")
-        if idx.shape[2] != self.q_blocks or idx.shape[3] > self.kv_blocks:
-            raise KernelInputError(
-                f"{self.q_len} x {self.kv_len} tokens in blocks of {self.q_block} x {self.kv_block} want lists for "
-                f"{self.q_blocks} rows, no wider than {self.kv_blocks}; got {idx.shape[2]} rows, {idx.shape[3]} wide"
             )
 
     @property
@@ -102,30 +89,28 @@ class BlockLists:
     def from_mask(
         cls, mask: Tensor, *, q_block: int, kv_block: int, q_len: int, kv_len: int, width: int | None = None
     ) -> BlockLists:
-        """Lists of the True blocks of `mask`, bool [B|1, H, nQ, nK].
+        """Lists of the True blocks of `mask`.
 
-        width: length of the padded lists. By default the longest list on the CPU, and nK elsewhere, where asking
-        for the longest would wait for the device. Entries beyond a given width are dropped, the highest first.
-        Block numbers are int16 where that suffices: wide lists of many layers are what fills a device's memory.
-        Lists that are built on a device know their order, too.
+        Block numbers are int16 where that suffices: wide lists of many layers are what fills a device's memory. Lists
+        that are built on a device are `ordered`.
+
+        Args:
+            mask: bool [B|1, H, nQ, nK].
+            q_block: queries of a block.
+            kv_block: keys of a block.
+            q_len: queries in all.
+            kv_len: keys in all.
+            width: length of the padded lists. By default the longest list on the CPU, and nK elsewhere, where asking
+                for the longest would wait for the device. Entries beyond a given width are dropped, the highest first.
+
+        Raises:
+            KernelInputError: a mask of another dtype or shape.
         """
-        if mask.dtype != torch.bool or mask.ndim != 4:
-            raise KernelInputError(f"wanted a bool mask [B|1, H, nQ, nK]; got {mask.dtype} {tuple(mask.shape)}")
-        wanted = (blocks_of(q_len, q_block), blocks_of(kv_len, kv_block))
-        if tuple(mask.shape[2:]) != wanted:
-            raise KernelInputError(
-                f"{q_len} x {kv_len} tokens in blocks of {q_block} x {kv_block} want a mask of {wanted[0]} x "
-                f"{wanted[1]} blocks; got {mask.shape[2]} x {mask.shape[3]}"
-            )
+        _check_mask(mask, (blocks_of(q_len, q_block), blocks_of(kv_len, kv_block)), (q_block, kv_block, q_len, kv_len))
         cnt = mask.sum(-1, dtype=torch.int32)
         if width is None:
             width = max(int(cnt.max()), 1) if mask.device.type == "cpu" else mask.shape[-1]
-        # Compaction without a sort: the running count tells each True block its place, all others share a spare one.
-        place = mask.cumsum(-1).sub_(1).masked_fill_(~mask, width).clamp_(max=width)
-        number = torch.int16 if mask.shape[-1] <= torch.iinfo(torch.int16).max else torch.int32
-        numbers = torch.arange(mask.shape[-1], dtype=number, device=mask.device).expand(mask.shape)
-        idx = numbers.new_zeros(*mask.shape[:3], width + 1).scatter_(-1, place, numbers)[..., :width]
-        lists = cls(idx.contiguous(), cnt.clamp(max=width), q_block, kv_block, q_len, kv_len)
+        lists = cls(_compacted(mask, width), cnt.clamp(max=width), q_block, kv_block, q_len, kv_len)
         return lists if mask.device.type == "cpu" else lists.ordered()
 
     def ordered(self) -> BlockLists:
@@ -161,6 +146,16 @@ class BlockLists:
         mask = torch.zeros(*self.cnt.shape, self.kv_blocks + 1, dtype=torch.bool, device=self.idx.device)
         return mask.scatter_(-1, spare, True)[..., :-1]
 
+    def to_token_mask(self, rows: slice, mask: Tensor) -> Tensor:
+        """The same for some query rows, token by token: bool [B|1, H, rows, N_kv].
+
+        rows: they start with a block and end with one, or with the last row.
+        mask: what `to_mask` gives, made once for all rows.
+        """
+        blocks = mask[:, :, rows.start // self.q_block : blocks_of(rows.stop, self.q_block)]
+        tokens = blocks.repeat_interleave(self.q_block, 2)[:, :, : rows.stop - rows.start]
+        return tokens.repeat_interleave(self.kv_block, 3)[..., : self.kv_len]
+
     def to_block_mask(self) -> BlockMask:
         """The same blocks for torch's FlexAttention, all of them full blocks."""
         mask, (q_block, kv_block) = self.to_mask(), (self.q_block, self.kv_block)
@@ -192,3 +187,26 @@ class BlockLists:
         q_block, kv_block = block_mask.BLOCK_SIZE
         q_len, kv_len = block_mask.seq_lengths
         return cls(idx.int(), cnt.int(), q_block, kv_block, q_len, kv_len)
+
+
+def _check_mask(mask: Tensor, blocks: tuple[int, int], sizes: tuple[int, int, int, int]) -> None:
+    if mask.dtype != torch.bool or mask.ndim != 4:
+        raise KernelInputError(f"wanted a bool mask [B|1, H, nQ, nK]; got {mask.dtype} {tuple(mask.shape)}")
+    q_block, kv_block, q_len, kv_len = sizes
+    if tuple(mask.shape[2:]) != blocks:
+        raise KernelInputError(
+            f"{q_len} x {kv_len} tokens in blocks of {q_block} x {kv_block} want a mask of {blocks[0]} x "
+            f"{blocks[1]} blocks; got {mask.shape[2]} x {mask.shape[3]}"
+        )
+
+
+def _compacted(mask: Tensor, width: int) -> Tensor:
+    """Numbers of the True blocks of each row, ascending, the first `width` of them: [B|1, H, nQ, width].
+
+    Without a sort: the running count gives each True block its place, all others share one that is cut off.
+    """
+    place = mask.cumsum(-1).sub_(1).masked_fill_(~mask, width).clamp_(max=width)
+    dtype = torch.int16 if mask.shape[-1] <= torch.iinfo(torch.int16).max else torch.int32
+    numbers = torch.arange(mask.shape[-1], dtype=dtype, device=mask.device).expand(mask.shape)
+    idx = numbers.new_zeros(*mask.shape[:3], width + 1).scatter_(-1, place, numbers)[..., :width]
+    return idx.contiguous()

@@ -1,12 +1,29 @@
-"""Key masks, bool [B, N_kv] or [B, H, N_kv], and how the GPU kernels read them."""
+"""What hides keys: masks, bool [B, N_kv] or [B, H, N_kv], and boxes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple, TypeGuard
 
-import torch
 from torch import Tensor
+
+
+class Boxes(NamedTuple):
+    """Which keys each query may see, token by token, within the listed blocks: those inside its box.
+
+    place: int32 [A, N_kv], coordinates of the keys on A axes; a key whose first coordinate is negative is seen by all.
+    low: int32 [A, N_q], the first coordinate that each query sees.
+    high: int32 [A, N_q], the last.
+    """
+
+    place: Tensor
+    low: Tensor
+    high: Tensor
+
+    def visible(self, queries: slice = slice(None)) -> Tensor:
+        """The same as a bool mask [queries, N_kv]."""
+        low, high = self.low[:, queries, None], self.high[:, queries, None]
+        place = self.place[:, None]
+        return ((low <= place) & (place <= high)).all(0) | (place[0] < 0)
 
 
 def each_head(key_mask: Tensor) -> Tensor:
@@ -14,29 +31,17 @@ def each_head(key_mask: Tensor) -> Tensor:
     return key_mask[:, None] if key_mask.ndim == 2 else key_mask
 
 
-def by_head(op: Callable[..., Any], tensors: tuple[Tensor, ...], key_mask: Tensor, **rest: Any) -> Any:
-    """`op(*tensors, key_mask=...)` where the mask differs by head: each head stands as a sample that has one head.
-
-    So a kernel knows masks [B, N_kv] alone. Tensors [B, H, ...] in and out; no copies where they are contiguous.
-    """
-    batch, heads = key_mask.shape[:2]
-    apart = (x.reshape(batch * heads, 1, *x.shape[2:]) for x in tensors)
-    found = op(*apart, key_mask=key_mask.flatten(0, 1), **rest)
-    if torch.is_tensor(found):
-        return found.view(batch, heads, *found.shape[2:])
-    return tuple(x.view(batch, heads, *x.shape[2:]) for x in found)
+def differs_by_head(key_mask: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a key mask is [B, H, N_kv]. Kernels take [B, N_kv] only: each head then stands as a sample of its own."""
+    return key_mask is not None and key_mask.ndim == 3
 
 
-def mask_pointers(key_mask: Tensor | None, unread: Tensor) -> dict[str, Tensor]:
-    """What a kernel gets of a bool mask [B, N_kv], by two launches and no wait; `unread` where there is none.
+def fold_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors [B, H, ...] as [B * H, 1, ...], without a copy where they are contiguous."""
+    return tuple(x.reshape(-1, 1, *x.shape[2:]) for x in tensors)
 
-    key_mask_ptr: its bytes, uint8 [B, N_kv]. clear_ptr: int32 [B], how many leading keys are all allowed; tiles that
-    lie before that need no mask, which are all but a few where a sample's keys are padded at their end.
-    """
-    if key_mask is None:
-        return {"key_mask_ptr": unread, "clear_ptr": unread}
-    allowed = key_mask.contiguous().view(torch.uint8)
-    least, first = allowed.min(1)  # the first of the least: 0 and the first hidden key, or 1 and key 0
-    clear = torch.empty(allowed.shape[0], dtype=torch.int32, device=allowed.device)
-    torch.add(first, least, alpha=allowed.shape[1], out=clear)
-    return {"key_mask_ptr": allowed, "clear_ptr": clear}
+
+def unfold_heads(like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors [B * H, 1, ...] as [B, H, ...], with B and H of `like`; those that are so already stay as they are."""
+    wanted = like.shape[:2]
+    return tuple(x if x.shape[:2] == wanted else x.view(*wanted, *x.shape[2:]) for x in tensors)

@@ -11,16 +11,19 @@ from torch import Tensor
 
 from diffsparse_kernels.lists import BlockLists
 from diffsparse_kernels.masks import each_head
+from diffsparse_kernels.strips import strips
 
 _LOG2_E = math.log2(math.e)
 _STRIP_BYTES = 64 * 2**20  # scores that exist at a time
-_CACHE_BYTES = 4 * 2**20
+_CACHE_BYTES = 4 * 2**20  # what stays in the processor's cache
 
 
 class Means(NamedTuple):
     """A block of n keys counts as n keys at its mean: n * exp(q . mean key * scale), times its mean value.
 
-    key: [B, H, nK, D]. value: [B, H, nK, D_v]. log_count: log n, [B|1, H|1, nK], -inf where all keys are masked.
+    key: [B, H, nK, D].
+    value: [B, H, nK, D_v].
+    log_count: log n, [B|1, H|1, nK], -inf where all keys are masked.
     """
 
     key: Tensor
@@ -57,7 +60,8 @@ def merge_means(
 ) -> None:
     """Merge what the means of the blocks outside the lists give into out [B, H, N_q, D_v] and lse, in place.
 
-    Plain torch, a few rows of blocks at a time, so that nothing leaves the cache between its uses.
+    Plain torch, a few rows of blocks at a time, so that nothing leaves the cache between its uses. The means' weights
+    meet those of `out` in one softmax, so their own output, which `merge_attention` would need, never exists.
     """
     means = Means.of(k, v, lists.kv_block, key_mask)
     bias, keys = means.bias(lists).mul_(_LOG2_E), means.key.mul(scale * _LOG2_E).mT  # [B, H, nQ, nK], [B, H, D, nK]
@@ -79,13 +83,12 @@ def merge_means(
 
 def _strips(q: Tensor, q_block: int, kv_blocks: int) -> Iterator[tuple[slice, slice]]:
     """Whole query blocks and their rows, as many as fit the cache; a ragged last block comes alone."""
-    whole, ragged = divmod(q.shape[2], q_block)
-    at_a_time = max(1, _CACHE_BYTES // (4 * q[:, :, :1].numel() // q.shape[3] * q_block * (2 * q.shape[3] + kv_blocks)))
-    for start in range(0, whole, at_a_time):
-        stop = min(start + at_a_time, whole)
-        yield slice(start, stop), slice(start * q_block, stop * q_block)
-    if ragged:
-        yield slice(whole, whole + 1), slice(whole * q_block, q.shape[2])
+    batch, heads, length, dim = q.shape
+    whole = length // q_block * q_block
+    for rows in strips(whole, 4 * batch * heads * (2 * dim + kv_blocks), _CACHE_BYTES, q_block):
+        yield slice(rows.start // q_block, rows.stop // q_block), rows
+    if whole < length:
+        yield slice(whole // q_block, whole // q_block + 1), slice(whole, length)
 
 
 def means_mass(
@@ -109,9 +112,7 @@ def means_mass(
     keys = (means.key * ((q.shape[-1] ** -0.5 if scale is None else scale) * _LOG2_E)).mT  # [B, H, D, nK]
     bias, masses = means.log_count[:, :, None] * _LOG2_E, []
     row_bytes = q.shape[0] * q.shape[1] * keys.shape[-1] * keys.element_size()
-    step = max(_STRIP_BYTES // (row_bytes * q_block), 1) * q_block
-    for start in range(0, q.shape[2], step):
-        rows = slice(start, start + step)
+    for rows in strips(q.shape[2], row_bytes, _STRIP_BYTES, q_block):
         cached = lse[:, :, rows, None].to(keys.dtype) * _LOG2_E
         cached = cached.masked_fill(~cached.isfinite(), torch.inf)  # such rows count for nothing
         weights = (q[:, :, rows].to(keys.dtype) @ keys + bias - cached).exp2()
@@ -123,7 +124,9 @@ def block_means(x: Tensor, block: int, key_mask: Tensor | None = None) -> Tensor
     """Mean of the rows of each block.
 
     Args:
-        x: [B, H, N, D]. block: in tokens; the last may be ragged. key_mask: bool [B, N] or [B, H, N], rows that count.
+        x: [B, H, N, D].
+        block: in tokens; the last may be ragged.
+        key_mask: bool [B, N] or [B, H, N], rows that count.
 
     Returns:
         [B, H, nK, D] of x's dtype; 0 where no row counts.

@@ -1,29 +1,19 @@
-"""Kernels as custom ops: opaque to `torch.compile`, each with a fake that knows the shapes of its outputs."""
+"""Custom ops, opaque to `torch.compile`, each with a fake that knows the shapes of its outputs.
+
+The back end is chosen within an op, where no compiler looks, and recorded there (`registry.record`).
+"""
 
 from __future__ import annotations
-
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from diffsparse_kernels import means as plain_means
-from diffsparse_kernels.case import DENSE_BLOCKS, Case, Kind
+from diffsparse_kernels.case import DENSE_BLOCKS, Case
 from diffsparse_kernels.errors import NoKernelError
-from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
-from diffsparse_kernels.registry import check_named, choose
-
-
-def _module(
-    backend: str,
-    kind: Kind,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    blocks: tuple[int, int] = DENSE_BLOCKS,
-    key_mask: Tensor | None = None,
-    boxes: Boxes | None = None,
-) -> ModuleType:
-    """The module that answers this call: chosen here, where no compiler looks."""
-    return choose(Case.of(kind, *qkv, blocks, key_mask, boxes), qkv[0].device, backend).module
+from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.registry import Choice, check_named, choose, choose_quantised, running
 
 
 def merge_means(
@@ -36,7 +26,7 @@ def merge_means(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Merge what the means of the blocks outside the lists give into out and lse, in place, whoever made these."""
+    """Merge what the means of the blocks outside the lists give into out and lse of any back end, in place."""
     try:
         case = Case.of("means", q, k, v, (lists.q_block, lists.kv_block), key_mask)
         merge = getattr(choose(case, q.device).module, "merge_means", plain_means.merge_means)
@@ -45,23 +35,19 @@ def merge_means(
     merge(q, k, v, lists, scale, key_mask, out, lse)
 
 
-def _accumulated(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
-
-
 @torch.library.custom_op("diffsparse_kernels::attention", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    module = _module(backend, "attend", (q, k, v), key_mask=key_mask)
-    out, lse = module.attention(q, k, v, scale, key_mask)
+    case = Case.of("attend", q, k, v, DENSE_BLOCKS, key_mask)
+    out, lse = running(choose(case, q.device, backend)).attention(q, k, v, scale, key_mask)
     return out.contiguous(), lse.contiguous()
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_accumulated(q))
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _outputs(q, v)
 
 
 @torch.library.custom_op("diffsparse_kernels::attention_with_mass", mutates_args=())
@@ -79,38 +65,24 @@ def attention_with_mass(
     """Dense attention with the block mass -> out, lse, mass."""
     blocks, rest = (q_block, kv_block), (q_block, kv_block, scale, key_mask)
     if lse_cached is not None:
-        module = _module(backend, "fused", (q, k, v), blocks, key_mask)
-        out, lse, mass = module.attention_with_mass(q, k, v, lse_cached, *rest)
+        fused = running(choose(Case.of("fused", q, k, v, blocks, key_mask), q.device, backend))
+        out, lse, mass = fused.attention_with_mass(q, k, v, lse_cached, *rest)
         return out.contiguous(), lse.contiguous(), mass.contiguous()
-    module = _module(backend, "attend", (q, k, v), key_mask=key_mask)
-    if getattr(module, "SEES_WHOLE_ROWS", False):
-        out, lse, mass = module.attention_with_mass(q, k, v, None, *rest)
+    dense = running(choose(Case.of("attend", q, k, v, DENSE_BLOCKS, key_mask), q.device, backend))
+    if getattr(dense, "SEES_WHOLE_ROWS", False):
+        out, lse, mass = dense.attention_with_mass(q, k, v, None, *rest)
     else:  # the LSE is known when the pass ends
-        second = _module(backend, "mass", (q, k, k), blocks, key_mask)
-        out, lse = module.attention(q, k, v, scale, key_mask)
+        second = choose(Case.of("mass", q, k, k, blocks, key_mask), q.device, backend).module
+        out, lse = dense.attention(q, k, v, scale, key_mask)
         mass = second.block_mass(q, k, lse, *rest)
     return out.contiguous(), lse.contiguous(), mass.contiguous()
 
 
 @attention_with_mass.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse_cached: Tensor | None,
-    q_block: int,
-    kv_block: int,
-    scale: float,
-    key_mask: Tensor | None,
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, lse_cached: Tensor | None, q_block: int, kv_block: int, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tiles = blocks_of(q.shape[2], q_block), blocks_of(k.shape[2], kv_block)
-    accumulated = _accumulated(q)
-    return (
-        q.new_empty(*q.shape[:3], v.shape[3]),
-        q.new_empty(q.shape[:3], dtype=accumulated),
-        q.new_empty(*q.shape[:2], *tiles, dtype=accumulated),
-    )
+    return *_outputs(q, v), _tiles(q, k, q_block, kv_block)
 
 
 @torch.library.custom_op("diffsparse_kernels::block_mass", mutates_args=())
@@ -125,24 +97,15 @@ def block_mass(
     backend: str,
 ) -> Tensor:
     """Block mass alone."""
-    module = _module(backend, "mass", (q, k, k), (q_block, kv_block), key_mask)
-    mass: Tensor = module.block_mass(q, k, lse, q_block, kv_block, scale, key_mask)
+    case = Case.of("mass", q, k, k, (q_block, kv_block), key_mask)
+    kernel = running(choose(case, q.device, backend))
+    mass: Tensor = kernel.block_mass(q, k, lse, q_block, kv_block, scale, key_mask)
     return mass.contiguous()
 
 
 @block_mass.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    q_block: int,
-    kv_block: int,
-    scale: float,
-    key_mask: Tensor | None,
-    backend: str,
-) -> Tensor:
-    tiles = blocks_of(q.shape[2], q_block), blocks_of(k.shape[2], kv_block)
-    return q.new_empty(*q.shape[:2], *tiles, dtype=_accumulated(q))
+def _(q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, *_: object) -> Tensor:
+    return _tiles(q, k, q_block, kv_block)
 
 
 @torch.library.custom_op("diffsparse_kernels::eight_bit_attention", mutates_args=())
@@ -159,16 +122,21 @@ def eight_bit_attention(
     key_mask: Tensor | None,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Block-sparse attention in eight bits -> out, lse."""
+    """Block-sparse attention in eight bits, by the triton backend -> out, lse."""
     check_named("triton", q.device)
-    from diffsparse_kernels.backend.triton.eight_bits import block_sparse_attention as rounded
-
     lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
-    return rounded(q, k, v, lists, scale, key_mask, precision)
+    kernel = running(Choice(f"triton {precision}"))
+    out, lse = kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, precision)
+    return out, lse
 
 
 @eight_bit_attention.register_fake
-def _(
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _outputs(q, v)
+
+
+@torch.library.custom_op("diffsparse_kernels::quantised_attention", mutates_args=())
+def quantised_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -179,9 +147,22 @@ def _(
     kv_block: int,
     scale: float,
     key_mask: Tensor | None,
-    precision: str,
+    means: bool,
+    bits: int,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    """Block-sparse attention in whole numbers, by the fastest that can -> out, lse."""
+    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
+    case = Case.of("attend", q, k, v, (q_block, kv_block), key_mask)
+    kernel = running(choose_quantised(case, q.device, bits))
+    out, lse = kernel.quantised_attention(q, k, v, lists, scale, key_mask, bits)
+    if means:
+        merge_means(q, k, v, lists, scale, key_mask, out, lse)
+    return out, lse
+
+
+@quantised_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _outputs(q, v)
 
 
 @torch.library.custom_op("diffsparse_kernels::block_sparse_attention", mutates_args=())
@@ -205,8 +186,9 @@ def block_sparse_attention(
     """Block-sparse attention -> out, lse."""
     lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
     boxes = None if place is None or low is None or high is None else Boxes(place, low, high)
-    module = _module(backend, "attend", (q, k, v), (q_block, kv_block), key_mask, boxes)
-    out, lse = module.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
+    case = Case.of("attend", q, k, v, (q_block, kv_block), key_mask, boxes)
+    kernel = running(choose(case, q.device, backend))
+    out, lse = kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
     if means:
         out, lse = out.contiguous(), lse.contiguous()
         merge_means(q, k, v, lists, scale, key_mask, out, lse)
@@ -214,21 +196,20 @@ def block_sparse_attention(
 
 
 @block_sparse_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    idx: Tensor,
-    cnt: Tensor,
-    order: Tensor | None,
-    q_block: int,
-    kv_block: int,
-    scale: float,
-    key_mask: Tensor | None,
-    place: Tensor | None,
-    low: Tensor | None,
-    high: Tensor | None,
-    means: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _outputs(q, v)
+
+
+def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Fakes of out and lse."""
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_accumulated(q))
+
+
+def _tiles(q: Tensor, k: Tensor, q_block: int, kv_block: int) -> Tensor:
+    """A fake of the block mass."""
+    tiles = blocks_of(q.shape[2], q_block), blocks_of(k.shape[2], kv_block)
+    return q.new_empty(*q.shape[:2], *tiles, dtype=_accumulated(q))
+
+
+def _accumulated(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)

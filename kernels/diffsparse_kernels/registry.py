@@ -1,42 +1,29 @@
-"""The backends, and which of them answers a call: asked once for each class of calls and device."""
+"""Which back end computes a call: decided once for each class of calls and device, and recorded when it runs.
+
+A back end is used if its `capability` has nothing against the device and the case, and if its kernel, where it is
+young, was right in a trial on this device.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
-from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from diffsparse_kernels import measured as cached
-from diffsparse_kernels import trials
-from diffsparse_kernels.backend.triton import tiles
-from diffsparse_kernels.case import Case
+from diffsparse_kernels import measured, trials
+from diffsparse_kernels.case import INTEGERS, Case
+from diffsparse_kernels.catalog import BACKENDS, load
 from diffsparse_kernels.errors import BackendError, NoKernelError
-from diffsparse_kernels.measured import device_name, measured_backend
+from diffsparse_kernels.machine import device_name
 
-
-class Backend(NamedTuple):
-    """module: where its functions are. devices: the kinds it runs on. unasked: those on which nobody need name it."""
-
-    module: str
-    devices: tuple[str, ...]
-    unasked: tuple[str, ...] = ()
-
-
-# In this order they are asked. The reference is exact and slow: on a GPU dense attention is the better answer.
-BACKENDS = {
-    "cpu": Backend("diffsparse_kernels.backend.cpu", ("cpu",), ("cpu",)),
-    "gluon": Backend("diffsparse_kernels.backend.gluon.launch", ("cuda",), ("cuda",)),
-    "triton": Backend("diffsparse_kernels.backend.triton.launch", ("cuda", "cpu"), ("cuda", "cpu")),
-    "reference": Backend("diffsparse_kernels.backend.reference", ("cpu", "cuda", "mps", "xpu"), ("cpu", "mps", "xpu")),
-    "flex": Backend("diffsparse_kernels.backend.flex", ("cuda", "cpu")),
-    "flash-attn-4": Backend("diffsparse_kernels.backend.flash4", ("cuda",)),
-}
-_YOUNG = ("gluon", "triton", "flash-attn-4")  # tried in a process of their own before they are trusted
-_BESIDE = {"gluon": "triton", "flash-attn-4": "triton"}  # who does what these can't
+_YOUNG = ("gluon", "triton", "flash-attn-4")  # tried in a process of their own before they are used
+_SUBSTITUTE = {"gluon": "triton", "flash-attn-4": "triton"}  # what computes the cases that a named one can't
 _USUAL = Case("attend", torch.bfloat16, 128, 128, 128, 128)  # what most models ask for
 USUAL = tuple(
     _USUAL._replace(kind=kind, masked=masked) for masked in (False, True) for kind in ("attend", "mass", "means")
@@ -44,7 +31,12 @@ USUAL = tuple(
 
 
 class Choice(NamedTuple):
-    """The backend that answers, and those of this device that can't or may not, with their reasons."""
+    """What computes a call.
+
+    name: of the back end.
+    passed_over: those of this device that come before it and can't compute this, or were wrong in their trial; each
+        with its reason.
+    """
 
     name: str
     passed_over: tuple[str, ...] = ()
@@ -55,116 +47,157 @@ class Choice(NamedTuple):
         return load(self.name)
 
 
-def choose(case: Case, device: torch.device, named: str = "") -> Choice:
-    """The backend that answers calls of this case.
+_records: ContextVar[tuple[list[Choice], ...]] = ContextVar("records", default=())
 
-    named: by the caller, or by DIFFSPARSE_BACKEND; such a one is taken at its word, without a trial.
+
+@contextmanager
+def record() -> Iterator[list[Choice]]:
+    """Record what computes each call of a public function in this block, in the order in which the calls run.
+
+        with record() as ran:
+            out, lse = block_sparse_attention(q, k, v, lists)
+        ran[0].name  # such as "triton"
+
+    One entry a call: of `attention_with_mass`, what gives the output. Calls of other threads are not recorded. Code
+    made by `torch.compile` is recorded when it runs; open the block outside of it.
+    """
+    ran: list[Choice] = []
+    token = _records.set((*_records.get(), ran))
+    try:
+        yield ran
+    finally:
+        _records.reset(token)
+
+
+def running(choice: Choice) -> ModuleType:
+    """The module of a choice that is about to compute a call, which is recorded."""
+    for ran in _records.get():
+        ran.append(choice)
+    return choice.module
+
+
+def choose(case: Case, device: torch.device, named: str = "") -> Choice:
+    """The back end that computes calls of this case.
+
+    named: by the caller, or by DIFFSPARSE_BACKEND; that one is used without a trial.
 
     Raises:
         BackendError: nothing runs on this device, or what was named doesn't. NoKernelError: none can do this.
     """
-    return _choose(case, device, named or os.environ.get("DIFFSPARSE_BACKEND", ""))
+    return _choose(case, device, named or _named())
 
 
 @cache
 def _choose(case: Case, device: torch.device, named: str) -> Choice:
     passed_over: list[str] = []
     absent: list[str] = []
-    for name in _asked(device, named):
-        reason = obstacle(name, device)
-        if reason:
+    for name in _candidates(device, named):
+        reason = capability(name, device)
+        if reason is not None:
             absent.append(f"{name}: {reason}")
             continue
-        reason = refusal(name, case) or ("" if name == named else _distrust(name, case, device))
+        reason = capability(name, device, case) or ("" if name == named else _trial(name, case, device))
         if not reason:
             return Choice(name, tuple(passed_over))
         passed_over.append(f"{name}: {reason}")
     raise NoKernelError(f"no kernel on {device} can do this ({case}): {'; '.join(passed_over + absent)}")
 
 
-def _asked(device: torch.device, named: str) -> list[str]:
-    """Backends in the order in which they are asked: the one that was measured to be the fastest comes first."""
+def choose_quantised(case: Case, device: torch.device, bits: int) -> Choice:
+    """What computes this case in whole numbers of so many bits: never none, for plain torch can emulate all of them.
+
+    8 bits are the triton backend's where it can and its kernel was right in its trial, or is named by
+    DIFFSPARSE_BACKEND.
+    """
+    return _choose_quantised(case._replace(precision=INTEGERS), device, bits, _named())
+
+
+@cache
+def _choose_quantised(case: Case, device: torch.device, bits: int, named: str) -> Choice:
+    emulated = f"int{bits} emulated"
+    if bits != 8 or named not in ("", "triton") or capability("triton", device) is not None:
+        return Choice(emulated)
+    fast = f"triton {INTEGERS}"
+    reason = capability("triton", device, case) or ("" if named else trials.verdict(f"triton-{INTEGERS}", case, device))
+    return Choice(emulated, (f"{fast}: {reason}",)) if reason else Choice(fast)
+
+
+def _named() -> str:
+    return os.environ.get("DIFFSPARSE_BACKEND", "")
+
+
+def _candidates(device: torch.device, named: str) -> list[str]:
+    """Back ends in order of preference; the one that was measured to be the fastest comes first."""
     if named:
         check_named(named, device)
-        return [named, *([_BESIDE[named]] if named in _BESIDE else [])]
-    listed = [name for name, backend in BACKENDS.items() if device.type in backend.unasked]
+        return [named, *([_SUBSTITUTE[named]] if named in _SUBSTITUTE else [])]
+    listed = [name for name, backend in BACKENDS.items() if device.type in backend.default]
     if not listed:
         raise BackendError(f"no backend runs on {device.type!r}; known: {', '.join(BACKENDS)}")
-    fastest = measured_backend(device_name(device))
+    fastest = measured.measured_backend(device_name(device))
     known = fastest in BACKENDS and device.type in BACKENDS[fastest].devices
     return list(dict.fromkeys([fastest, *listed])) if fastest and known else listed
 
 
-def check_known(name: str) -> None:
-    """Raise BackendError unless `name` is a backend."""
-    if name not in BACKENDS:
-        raise BackendError(f"no backend is called {name!r}; known are {', '.join(BACKENDS)}")
-
-
-def check_named(name: str, device: torch.device) -> None:
-    """Raise BackendError unless `name` is a backend that runs on `device`."""
-    check_known(name)
-    reason = obstacle(name, device)
-    if reason:
-        raise BackendError(f"backend {name!r} can't run on {device}: {reason}")
-
-
-def backends(device: torch.device | None = None) -> dict[str, str]:
-    """Every backend by name: "available", or the reason why it does not run here, or on `device` if that is given.
-
-    On a GPU, kernels that were never tried on it are tried now, in a process of their own.
-    """
-    found = {}
-    for name in BACKENDS:
-        reason = obstacle(name, device)
-        if not reason and device is not None:
-            reason = refusal(name, _USUAL) or _distrust(name, _USUAL, device)
-        found[name] = reason or "available"
-    return found
-
-
-def backend_for(device: torch.device) -> str:
-    """Name of the backend that calls on `device` take by default: of the usual heads of 128, in blocks of 128.
-
-    DIFFSPARSE_BACKEND if set, else the one that `diffsparse doctor --measure` found the fastest, else the first that
-    fits.
-    """
-    return choose(_USUAL, device).name
-
-
 @cache
-def load(name: str) -> ModuleType:
-    """The module of a backend, imported now if it was not."""
-    return import_module(BACKENDS[name].module)
-
-
-@cache
-def obstacle(name: str, device: torch.device | None = None) -> str:
-    """Why a backend does not run here at all; modules that know more of devices than their kind have `unfit`."""
+def capability(name: str, device: torch.device | None = None, case: Case | None = None) -> str | None:
+    """Why a back end does not run here, or on `device`, or can't compute `case` there; None if it can."""
     known = BACKENDS[name].devices
     if device is not None and device.type not in known:
         return f"runs on {', '.join(known)}, not on {device.type}"
     try:
         module = load(name)
-        unfit = getattr(module, "unfit", None)
-        return "" if unfit is None or device is None else str(unfit(device))
-    except Exception as error:  # of somebody else's package, or of a compiler that renamed things
+        reason: str | None = None if device is None else module.capability(device, case)
+    except Exception as error:  # of another package, or of a compiler that renamed things
         return str(error) or type(error).__name__
+    return reason
 
 
-def refusal(name: str, case: Case) -> str:
-    """What a backend can't do of this case; modules that can't do all have `refuses`."""
-    refuses = getattr(load(name), "refuses", None)
-    return "" if refuses is None else str(refuses(case))
-
-
-def _distrust(name: str, case: Case, device: torch.device) -> str:
-    """Why a backend's kernel may not be used where nobody named it."""
+def _trial(name: str, case: Case, device: torch.device) -> str:
+    """Why a back end's kernel was wrong in its trial; empty if it was right, or needs none."""
     return trials.verdict(name, case, device) if name in _YOUNG else ""
 
 
+def check_known(name: str) -> None:
+    """Raise BackendError unless `name` is a back end."""
+    if name not in BACKENDS:
+        raise BackendError(f"no backend is called {name!r}; known are {', '.join(BACKENDS)}")
+
+
+def check_named(name: str, device: torch.device) -> None:
+    """Raise BackendError unless `name` is a back end that runs on `device`."""
+    check_known(name)
+    reason = capability(name, device)
+    if reason is not None:
+        raise BackendError(f"backend {name!r} can't run on {device}: {reason}")
+
+
+def backends(device: torch.device | None = None) -> dict[str, str]:
+    """Every back end by name: "available", or the reason why it does not run here, or on `device` if that is given.
+
+    On a GPU, kernels that were never tried on it are tried now, in a process of their own.
+    """
+    found = {}
+    for name in BACKENDS:
+        reason = capability(name, device)
+        if reason is None and device is not None:
+            reason = capability(name, device, _USUAL) or _trial(name, _USUAL, device)
+        found[name] = reason or "available"
+    return found
+
+
+def backend_for(device: torch.device) -> str:
+    """Name of the back end that calls on `device` take by default: of the usual heads of 128, in blocks of 128.
+
+    DIFFSPARSE_BACKEND if set, else the one that `diffsparse doctor --measure` found the fastest, else the first that
+    can.
+    """
+    return choose(_USUAL, device).name
+
+
 def forget_measurements() -> None:
-    """Read what is measured on this machine anew, when it is next asked for."""
-    for known in (_choose, obstacle, cached.break_even_rows, tiles.tuned):
+    """Read what was measured on this machine again, when it is next asked for."""
+    for known in (_choose, _choose_quantised, capability):
         known.cache_clear()
+    measured.forget()
     trials.forget()

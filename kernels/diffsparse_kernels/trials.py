@@ -1,7 +1,7 @@
-"""A young kernel is tried in a process of its own before it is trusted, once for each device, driver and version.
+"""A young kernel is tried in a process of its own before it is used, once for each device, driver and version.
 
 A compiler that is new to a chip can make a kernel that is wrong, raises, takes the process down or never ends. None of
-that may happen to whoever called it: `proof.py` runs in a child, and the verdict is kept in the cache folder.
+that may happen to the caller: `backend/selftest.py` runs in a child, and the verdict is kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,41 +18,40 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from diffsparse_kernels.case import Case
-from diffsparse_kernels.child import Message, run_child
-from diffsparse_kernels.measured import cache_folder, device_name
+from diffsparse_kernels.child import Ending, Message, run_child
+from diffsparse_kernels.machine import cache_folder, device_name, driver
 
 RIGHT = "right"
 SECONDS = 30.0  # that a trial may be silent: compiling, copying, computing
 _START = 90.0  # to import torch and to open the device
 _LONGEST = 300.0
 _MARK = "DIFFSPARSE_TRIAL"  # set in a trial's own process
-_TRIED_ON = ("cuda",)  # kinds of device; elsewhere tests have shown all there is to see
+_TRIED_ON = ("cuda",)  # kinds of device; on others tests show whether a kernel is right
 _LOG = logging.getLogger(__name__)
 _lock = threading.RLock()
 _verdicts: dict[tuple[str, Case, str], str] = {}
 
 
 def verdict(kernel: str, case: Case, device: torch.device) -> str:
-    """Why `kernel` is not to be trusted with `case` on `device`; empty if it is. May run a child for some seconds.
+    """Why `kernel` must not be used for `case` on `device`; empty if it was right. May run a child for some seconds.
 
-    kernel: a name that `proof.KERNELS` knows.
+    kernel: a name in `selftest.KERNELS`.
     """
     if device.type not in _TRIED_ON:
         return ""
     key = kernel, case, str(device)
     with _lock:
         if key not in _verdicts:
-            told = _kept(kernel, case, device) or _tried(kernel, case, device)
-            _verdicts[key] = "" if told == RIGHT else told
+            result = _kept(kernel, case, device) or _tried(kernel, case, device)
+            _verdicts[key] = "" if result == RIGHT else result
         return _verdicts[key]
 
 
-def found(device: torch.device) -> list[dict[str, Any]]:
+def found(device: torch.device) -> list[dict[str, str]]:
     """The verdicts that the cache folder holds for `device`, its driver, and what is installed."""
     rows, world = [], _world(device)
     for path in sorted(_folder().glob("*.json")):
@@ -64,7 +61,7 @@ def found(device: torch.device) -> list[dict[str, Any]]:
 
 
 def forget() -> None:
-    """Read verdicts anew from the cache folder."""
+    """Read verdicts from the cache folder again when they are next asked for."""
     with _lock:
         _verdicts.clear()
 
@@ -79,35 +76,40 @@ def _kept(kernel: str, case: Case, device: torch.device) -> str:
 def _tried(kernel: str, case: Case, device: torch.device) -> str:
     """Run the child -> "right", or what is wrong."""
     _LOG.warning("trying the kernel %s (%s) on %s, once, in a process of its own", kernel, case, device_name(device))
-    messages: list[Message] = []
     if os.environ.get(_MARK) or getattr(sys, "frozen", False):  # an application's executable would start it once more
         return "it could not be tried: this process has no Python of its own to try it in"
+    messages: list[Message] = []
     command, limits = _command(kernel, case, device), {"start": _START, "silence": SECONDS, "seconds": _LONGEST}
     try:
         ending = run_child(command, messages.append, environment={_MARK: "1"}, **limits)
     except (OSError, TypeError, ValueError) as error:
         return f"it could not be tried: {error}"
+    result, final = _result(ending, messages)
+    if final:
+        _keep(kernel, case, device, result)
+        if result != RIGHT:
+            warnings.warn(f"the kernel {kernel} is not used on {device_name(device)}: {result} ({case})", stacklevel=2)
+    return result
+
+
+def _result(ending: Ending, messages: list[Message]) -> tuple[str, bool]:
+    """What a child's end says of the kernel, and whether it is final; if not, the next process tries again."""
     last = messages[-1] if messages else {}
-    killed = ending.why.endswith("SIGKILL")  # by whoever had too little memory
-    if "untried" in last or not messages or ending.how == "late" or killed:  # nothing is known: the next may try again
-        return f"it could not be tried: {last.get('untried') or ending.why or ending.how}"
+    killed = ending.why.endswith("SIGKILL")  # by the system, which ran out of memory
+    if "untried" in last or not messages or ending.how == "late" or killed:
+        return f"it could not be tried: {last.get('untried') or ending.why or ending.how}", False
     if ending.how == "done":
-        found = str(last.get("verdict", "its trial ended early"))
-    else:
-        found = f"{ending.how} in its trial ({last.get('trying', 'start')}): {ending.why}"
-    _keep(kernel, case, device, found)
-    if found != RIGHT:
-        warnings.warn(f"the kernel {kernel} is not used on {device_name(device)}: {found} ({case})", stacklevel=2)
-    return found
+        return str(last.get("verdict", "its trial ended early")), True
+    return f"{ending.how} in its trial ({last.get('trying', 'start')}): {ending.why}", True
 
 
 def _command(kernel: str, case: Case, device: torch.device) -> list[str]:
     return ["-m", "diffsparse_kernels.backend.selftest", str(device), kernel, *case.words()]
 
 
-def _keep(kernel: str, case: Case, device: torch.device, found: str) -> None:
+def _keep(kernel: str, case: Case, device: torch.device, result: str) -> None:
     """Write the verdict whole or not at all; where the folder takes no files, the next process tries again."""
-    path, row = _path(kernel, case, device), {**_world(device), "kernel": kernel, "case": str(case), "verdict": found}
+    path, row = _path(kernel, case, device), {**_world(device), "kernel": kernel, "case": str(case), "verdict": result}
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         number, temporary = tempfile.mkstemp(dir=path.parent)
@@ -129,20 +131,6 @@ def _world(device: torch.device) -> dict[str, str]:
     """All that a verdict depends on besides the case."""
     known = {"device": device_name(device), "driver": driver(), "torch": torch.__version__}
     return known | {"triton": _triton(), "source": source()}
-
-
-@cache
-def driver() -> str:
-    """Version of the NVIDIA driver; empty where nobody tells."""
-    with suppress(OSError):
-        told = re.search(r"Kernel Module\D*([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
-        if told:
-            return told[1]
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
-    return ""
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -220,7 +221,7 @@ def grid(name: str, size: dict[str, Any]) -> tuple[int, int, int]:
     return -(-(pixels["num_frames"] - 1) // frames) + 1, pixels["height"] // rows, pixels["width"] // columns
 
 
-def check_size(name: str, size: dict[str, Any]) -> None:
+def check_size(name: str, size: Mapping[str, Any]) -> None:
     """Refuse a size in pixels that a known model can't make; of others, nothing is known before they are loaded.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diffsparse.errors import ConfigError
@@ -12,8 +12,9 @@ from diffsparse.guidance.preset import Preset
 from diffsparse.insight.cost import Estimate, flops
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
-from diffsparse.seam.models import Grid, packed_grid, patch_of, spec_of
-from diffsparse.seam.patch import attentions, models_of
+from diffsparse.seam.geometry import Grid
+from diffsparse.seam.models import packed_grid, patch_of, spec_of
+from diffsparse.seam.targets import attentions, models_of
 from diffsparse.site.report import Report
 from diffsparse_pipelines import families, machine
 
@@ -86,17 +87,27 @@ def _latent(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int, int] | None
     return compression.latent(frames or 1, height, width)
 
 
-def admit(model: str, loading: dict[str, Any], chosen: dict[str, Any], texts: Iterable[str] = ()) -> None:
+def admit(
+    model: str,
+    chosen: Mapping[str, object],
+    texts: Iterable[str] = (),
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: str = "none",
+) -> None:
     """Refuse, before anything is loaded, what can't run: a device, a size, words that the embedded model can't read.
 
     Args:
-        model: name, folder or hub id. loading: options of `families.load`. chosen: call arguments that were given.
+        model: name, folder or hub id.
+        chosen: call arguments that were given.
         texts: prompts.
+        device, dtype, offload: as `families.load` takes them.
 
     Raises:
         ConfigError: what is wrong, and the remedy. UnknownNameError: no such model.
     """
-    families.target(model, loading["device"], loading["dtype"], loading.get("offload", "none"))
+    families.target(model, device, dtype, offload)
     families.check_size(model, chosen)
     call = {"num_frames": 1, **families.defaults(model), **chosen}
     frames, height, width = call["num_frames"], call.get("height", 0), call.get("width", 0)
@@ -117,14 +128,21 @@ def _read(texts: list[str]) -> None:
         )
 
 
-def check(pipe: Any, arguments: dict[str, Any], schedule: Schedule | None = None, preset: Preset | None = None) -> None:
-    """Refuse, before a loaded pipeline runs, a size that it can't do or hold, and layers and heads that it lacks.
+def check(
+    pipe: Any,
+    arguments: dict[str, Any],
+    schedule: Schedule | None = None,
+    preset: Preset | None = None,
+    searches: Sequence[int | float] = (),
+) -> None:
+    """Refuse, before a loaded pipeline runs, a size that it can't do or hold, and steps, layers, heads that it lacks.
 
     Raises:
         ConfigError: what is wrong, and the remedy. UnknownNameError, PlanError: of the preset's heads.
     """
     if preset is not None:
         preset.of(models_of(pipe))
+    _check_searches(searches, argument(pipe, arguments, "num_inference_steps"))
     model: Any
     for model in models_of(pipe).values():
         if schedule is not None:
@@ -137,6 +155,12 @@ def check(pipe: Any, arguments: dict[str, Any], schedule: Schedule | None = None
             width = heads * dim if isinstance(heads, int) and isinstance(dim, int) else 0  # not known of all
             need = count * width * model.dtype.itemsize * _ACTIVATIONS
             machine.hold(need, pipe._execution_device, f"{count} tokens of {type(model).__name__}", _SMALLER)
+
+
+def _check_searches(searches: Sequence[int | float], steps: int | None) -> None:
+    late = [search for search in searches if isinstance(search, int) and steps is not None and search >= steps]
+    if late:
+        raise ConfigError(f"--searches wants steps before the run's {steps}, counted from 0; got {late[0]}")
 
 
 def _check_schedule(model: Any, schedule: Schedule, steps: int | None) -> None:

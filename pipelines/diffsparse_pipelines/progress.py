@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from diffsparse.cli import RICH
 
@@ -34,12 +34,12 @@ def terminal() -> Console:
     return console if console.is_terminal else Console(width=120)
 
 
-def say(line: str) -> None:
-    """Print a line, however long."""
+def say(text: str, highlight: bool = True) -> None:
+    """Print lines, however long; numbers and names in colours, if `highlight`."""
     if RICH:
-        terminal().print(line, soft_wrap=True, markup=False)
+        terminal().print(text, soft_wrap=True, markup=False, highlight=highlight)
     else:
-        print(line)
+        print(text)
 
 
 def track(items: Sequence[T], what: str) -> Iterator[T]:
@@ -51,13 +51,22 @@ def track(items: Sequence[T], what: str) -> Iterator[T]:
         yield from progress.track(items, description=what)
 
 
-def show_table(rows: list[list[str]], alignment: str, headings: Sequence[str] = (), title: str = "") -> None:
+def show_table(
+    rows: list[list[str]], alignment: str, headings: Sequence[str] = (), title: str = "", wrap: bool = False
+) -> None:
     """Print texts in columns, each aligned by its letter in `alignment`, "l" or "r".
 
     Without headings it is a list of facts: the first column names them, and the last may be long.
+
+    Args:
+        rows: texts, one for each column.
+        alignment: a letter for each column.
+        headings: of the columns.
+        title: above the table.
+        wrap: break texts of columns that don't fit, rather than cutting them off.
     """
     if RICH:
-        _show_rich(rows, alignment, headings, title)
+        _show_rich(rows, alignment, headings, title, wrap)
     else:
         lines = [list(headings), *rows] if headings else rows
         print("\n".join([*filter(None, [title]), *aligned(lines, alignment)]))
@@ -71,19 +80,17 @@ def aligned(lines: list[list[str]], alignment: str) -> list[str]:
     return ["  ".join(side[letter](cell, width) for cell, letter, width in line).rstrip() for line in sized]
 
 
-def _show_rich(rows: list[list[str]], alignment: str, headings: Sequence[str], title: str) -> None:
+def _show_rich(rows: list[list[str]], alignment: str, headings: Sequence[str], title: str, wrap: bool) -> None:
     from rich import box
     from rich.table import Column, Table
 
-    sides = {"l": "left", "r": "right"}
+    sides: dict[str, Literal["left", "right"]] = {"l": "left", "r": "right"}
+    columns = [Column(justify=sides[letter], no_wrap=not wrap) for letter in alignment]
     if headings:
-        columns = [
-            Column(heading, justify=sides[letter], no_wrap=True)  # type: ignore[arg-type]
-            for heading, letter in zip(headings, alignment, strict=True)
-        ]
+        for column, heading in zip(columns, headings, strict=True):
+            column.header = heading
         table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1))
     else:
-        columns = [Column(justify=sides[letter], no_wrap=True) for letter in alignment]  # type: ignore[arg-type]
         columns[0].style, columns[-1].no_wrap, columns[-1].overflow = "bold", False, "fold"
         table = Table(*columns, title=title or None, box=None, show_header=False, padding=(0, 2, 0, 0))
     for row in rows:

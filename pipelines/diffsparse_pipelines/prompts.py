@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffsparse.errors import ConfigError, InputFileError
-from diffsparse_pipelines import families, options
+from diffsparse_pipelines import families, values
 
 MOST = 1000  # captions of the embedded models; there are fewer, and they come again
 _DIGITS = 64  # of a number, that are looked at: Python reads none of thousands
@@ -55,4 +55,4 @@ def read_seeds(text: str) -> tuple[int, ...]:
     Raises:
         ConfigError: none, or something that is no whole number of 64 bits.
     """
-    return tuple(dict.fromkeys(options.wholes(text, "--seeds", 0, options.MOST_SEED)))
+    return tuple(dict.fromkeys(values.wholes(text, "--seeds", 0, values.MOST_SEED)))

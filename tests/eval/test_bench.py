@@ -17,7 +17,9 @@ import diffsparse_kernels as dk
 import diffsparse_kernels.backend.cpu
 from diffsparse.cli import main
 from diffsparse_eval import bench, doctor, environment, suites, tune
-from diffsparse_kernels import measured as cached
+from diffsparse_eval.commands.bench import _HEADINGS
+from diffsparse_eval.rows import SCHEMA
+from diffsparse_kernels import machine
 from diffsparse_pipelines import progress
 
 CASE = suites.Case(tokens=200, heads=2, head_dim=16, dtype="float32", block=32, sparsities=(0.6,))
@@ -139,8 +141,8 @@ def test_bench_without_rich_and_diffusers(tmp_path: Path) -> None:
     kinds = [row["kind"] for row in csv.DictReader(out.read_text().splitlines())]
     assert kinds == ["dense", "mass", "sparse", "means", "raster", "ordered"]
     device, headings, *lines = done.stdout.splitlines()
-    assert device.startswith(cached.processor())
-    assert headings.split() == " ".join(bench._HEADINGS).split()
+    assert device.startswith(machine.processor())
+    assert headings.split() == " ".join(_HEADINGS).split()
     assert [line.split()[8] for line in lines[:6]] == kinds
     assert lines[-1] == f"6 rows are in {out}"
 
@@ -178,6 +180,7 @@ def test_the_command_writes_rows(suffix: str, tmp_path: Path, capsys: pytest.Cap
     assert run("bench", *SMALL, "--tokens", "100", "--out", str(out)) == 0
     text = out.read_text()
     rows = json.loads(text)["rows"] if suffix == "json" else list(csv.DictReader(text.splitlines()))
+    assert suffix != "json" or json.loads(text)["schema"] == SCHEMA
     wanted = {
         "device",
         "backend",
@@ -275,7 +278,7 @@ def test_tuning_and_the_suite_in_the_interpreter(tmp_path: Path) -> None:
 import json, sys
 from diffsparse.cli import main
 from diffsparse_eval import suites, tune
-from diffsparse_kernels.backend.triton.tiles import Tile, tiles_for
+from diffsparse_kernels.measured import Tile, tiles_for
 suites.SUITES["gpu"] = lambda: [suites.Case(60, 9, 32, "bfloat16", 32, (0.5,), "ragged", "small")]
 tune.HEAD_DIMS = (64,)
 tune.candidates = lambda device, head_dim, block: [Tile(64, 4, 2, "tma"), Tile(32, 4, 2)]
@@ -330,7 +333,7 @@ def test_orders_are_timed_where_the_tokens_make_a_grid() -> None:
 def test_the_doctor_tells_how_trials_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a faked GPU: those that most models need are made, and all are listed."""
     asked: list[str] = []
-    monkeypatch.setattr(doctor, "_main_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(doctor, "main_device", lambda: torch.device("cuda"))
     monkeypatch.setattr("diffsparse_kernels.registry.choose", lambda case, device: asked.append(case.kind))
     row = {"kernel": "gluon", "case": "attend, bfloat16", "verdict": "hang in its trial"}
     monkeypatch.setattr("diffsparse_kernels.trials.found", lambda device: [row])

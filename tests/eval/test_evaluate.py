@@ -18,8 +18,10 @@ from diffsparse import GNA, AdaSpa, Dense, Digest, Random
 from diffsparse.cli import main
 from diffsparse.strategies.paro import PAROSearch
 from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
-from diffsparse_eval import evaluate, pictures, report
-from diffsparse_eval.metrics import DEFINITIONS
+from diffsparse_eval import pictures, report, rows
+from diffsparse_eval.commands.evaluate import ComparedOptions, strategies
+from diffsparse_eval.compared import label
+from diffsparse_eval.rows import DEFINITIONS
 from diffsparse_pipelines.prompts import read_prompts, read_seeds
 
 COMMAND = ["evaluate", "--model", "tiny-twin", "--steps", "4", "--block", "16", "--prompts", "2"]
@@ -65,7 +67,7 @@ def test_rows_of_an_earlier_version_stand_beside_new_ones() -> None:
         {"label": "a", "density": 0.5, "modes": {}},
         {"label": "b", "density": 0.5, "work": 0.6, "modes": {"full": 1}},
     )
-    assert report.flat([old, new]) == [
+    assert rows.flat([old, new]) == [
         {"label": "a", "density": 0.5, "work": None},
         {"label": "b", "density": 0.5, "work": 0.6},
     ]
@@ -126,6 +128,7 @@ def test_an_interrupted_run_goes_on(results: Path, tmp_path: Path, monkeypatch: 
     out = tmp_path / "again"
     shutil.copytree(results, out)
     kept = json.loads((out / "results.json").read_text())
+    assert kept.pop("schema") == rows.SCHEMA  # goes on from a file of an earlier release, too
     lost = [row for row in kept["rows"] if row["prompt"] != kept["rows"][0]["prompt"] and row["strategy"] == "random"]
     kept["rows"] = [row for row in kept["rows"] if row not in lost]
     (out / "results.json").write_text(json.dumps(kept))
@@ -133,9 +136,9 @@ def test_an_interrupted_run_goes_on(results: Path, tmp_path: Path, monkeypatch: 
     real = experiment_module.generation
     monkeypatch.setattr(experiment_module, "generation", lambda *a, **k: calls.append(1) or real(*a, **k))
     call([*COMMAND, "--out", str(out)])
-    rows = rows_of(out)
+    found = rows_of(out)
     assert len(calls) == (1 + 2) + 1 + 2  # warm-ups, one dense, two random
-    fresh = {(r["prompt"], r["arguments"]): r["psnr_db"] for r in rows}
+    fresh = {(r["prompt"], r["arguments"]): r["psnr_db"] for r in found}
     assert fresh == {(r["prompt"], r["arguments"]): r["psnr_db"] for r in rows_of(results)}
     calls.clear()
     call([*COMMAND, "--out", str(out)])
@@ -159,15 +162,15 @@ def test_broken_results_are_told_and_overwritten_on_demand(
 
 
 def test_strategies_are_listed_once() -> None:
-    made = evaluate.strategies("adaspa,dense,random", "0.5,0.8", {"block": 16})
-    assert made == (
+    made = strategies(ComparedOptions("adaspa,dense,random", block=16), "0.5,0.8")
+    assert tuple(made) == (
         *(AdaSpa(0.5, block=16), Dense(), Random(0.5, block=16)),
         *(AdaSpa(0.8, block=16), Random(0.8, block=16)),
     )
-    windowed = evaluate.strategies("gna,random", "0.5,0.8", {"window": (4, 8, 8)})
-    assert windowed == (GNA((4, 8, 8)), Random(0.5), Random(0.8))  # windows decide its sparsity
-    assert [experiment_module.label(s) for s in windowed] == ["gna window=4+8+8", "random 0.5", "random 0.8"]
-    assert experiment_module.label(GNA(sparsity=0.7)) == "gna 0.7"
+    windowed = strategies(ComparedOptions("gna,random", window="4x8x8"), "0.5,0.8")
+    assert tuple(windowed) == (GNA((4, 8, 8)), Random(0.5), Random(0.8))  # windows decide its sparsity
+    assert [label(s) for s in windowed] == ["gna window=4+8+8", "random 0.5", "random 0.8"]
+    assert label(GNA(sparsity=0.7)) == "gna 0.7"
 
 
 def test_prompts_and_seeds(tmp_path: Path) -> None:
@@ -205,5 +208,5 @@ def test_blocks_suit_the_machine(gpu: bool, block: int, monkeypatch: pytest.Monk
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     assert {strategy().block for strategy in (AdaSpa, Digest, GNA, Random, PAROSearch, SparseVDiTSearch)} == {block}
     assert AdaSpa(block=32).block == 32
-    assert experiment_module.label(Digest(0.8)) == "digest 0.8"
-    assert experiment_module.label(Digest(0.8, block=192 - block)) == f"digest 0.8 block={192 - block}"
+    assert label(Digest(0.8)) == "digest 0.8"
+    assert label(Digest(0.8, block=192 - block)) == f"digest 0.8 block={192 - block}"

@@ -199,7 +199,7 @@ def test_kernels_that_hung_are_not_timed(tmp_path: Path) -> None:
         ("triton-tma", usual._replace(head_dim=64), "crash"),
         ("triton", usual, "wrong"),
     ):
-        book.add(numeric, kernel=kernel, case=case.words(), verdict=verdict)
+        book.add(numeric, {"kernel": kernel, "case": case.words(), "verdict": verdict})
     book._file.close()
     assert book._dangerous() == ["gluon+mask", "triton-tma", "triton-tma+mask"]
     assert book._jobs(stage.STAGES[3]) == ["|".join(["gluon", *usual._replace(masked=True).words()])]
@@ -216,9 +216,9 @@ def test_another_child_goes_on_behind_a_failure(capsys: pytest.CaptureFixture[st
             raise ImportError("no such package")
         return {"verdict": "right"}
 
-    talk = stage.Talk(failed=(1,), first=2)
+    channel = stage.Channel(failed=(1,), first=2)
     for name in ("safe", "hung", "new", "bad", "gone"):
-        talk.attempt(name, "shape", lambda name=name: note(name), again=True)
+        channel.attempt(name, "shape", lambda name=name: note(name), again=True)
     assert ran == ["safe", "new", "bad", "gone"]
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = [(x["row"]["kernel"], x["row"]["verdict"]) for x in said if "row" in x]

@@ -16,7 +16,7 @@ from diffsparse.cli import main
 from diffsparse.insight.inspection import LayerView
 from diffsparse.plans.plan import Plan
 from diffsparse_eval import charts
-from diffsparse_eval.inspect import _measure
+from diffsparse_eval.attention import Sampling, _measured_at
 
 COMMAND = ["inspect", "--model", "tiny-twin", "--block", "16", "--steps", "4", "--looks", "1"]
 FACTS = {"model": "m", "label": "l", "layout": "1x8x8 = 64 tokens", "looks": [1], "sparsity": 0.8, "block": 8}
@@ -81,12 +81,13 @@ def test_bad_input(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_recall_is_measured_as_the_strategy_runs() -> None:
     knobs = {"sparsity": 0.7, "block": 16}
-    assert _measure(Random(0.4, block=32), knobs) == {"sparsity": 0.4, "block": 32}
-    assert _measure(Dense(), knobs) == knobs
+    sampling = Sampling(**knobs)
+    assert _measured_at(Random(0.4, block=32), sampling) == {"sparsity": 0.4, "block": 32}
+    assert _measured_at(Dense(), sampling) == knobs
     settings = {"sparsity": 0.6, "block": 8, "orders": ["FHW"], "groups": 1}
     parts = {"orders": torch.zeros(1, dtype=torch.uint8), "masks": torch.ones(1, 1, 1, dtype=torch.uint8)}
     plan = Plan("paro", {}, Layout(1, 2, 2), settings, {f"transformer.a.{what}": x for what, x in parts.items()})
-    assert _measure(PARO(plan), knobs) == {"sparsity": 0.6, "block": 8}
+    assert _measured_at(PARO(plan), sampling) == {"sparsity": 0.6, "block": 8}
 
 
 def view(heads: int, cells: int = 6, ran: bool = True) -> LayerView:

@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-import diffsparse_eval.bench as bench_module
+import diffsparse_eval.attention as attention_module
+import diffsparse_eval.commands.bench as bench_module
 import diffsparse_eval.experiment as experiment_module
-import diffsparse_eval.inspect as inspect_module
 from diffsparse import Dense, Random
 from diffsparse.errors import ConfigError, InputFileError
+from diffsparse_eval import report
 from diffsparse_eval.experiment import RESULTS, Experiment, Results, run
-from diffsparse_pipelines import generate
-from diffsparse_pipelines.generate import Generation
+from diffsparse_eval.gpu import table
+from diffsparse_eval.rows import SCHEMA, check_schema
+from diffsparse_pipelines import generation
+from diffsparse_pipelines.generation import Generation
 from support.stops import full_disk, interrupted, status
 
 SETTINGS = {"model": "tiny"}
@@ -68,13 +71,13 @@ def test_a_second_seed_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     frames = Generation(np.zeros((1, 8, 8, 3), np.float32), None, 1.0)
     ran: list[int] = []
 
-    def fake(experiment: Any, pipe: Any, call: Any, seed: int, strategy: Any, *_: Any) -> tuple[dict[str, Any], Any]:
-        ran.append(seed)
-        return {**row(seed, strategy, call["prompt"]), "label": "x", "attention_seconds": None}, frames
+    def fake(experiment: Any, pipe: Any, strategy: Any, reference: Any, *_: Any) -> tuple[dict[str, Any], Any]:
+        ran.append(reference.seed)
+        return {**row(reference.seed, strategy, reference.prompt), "label": "x", "attention_seconds": None}, frames
 
     monkeypatch.setattr(experiment_module, "generation", lambda *_: frames)
     monkeypatch.setattr(experiment_module, "_warm_up", lambda *_: None)
-    monkeypatch.setattr(experiment_module, "_row", fake)
+    monkeypatch.setattr(experiment_module, "_compare", fake)
 
     class Silent:
         def add_task(self, *_: Any, **__: Any) -> None: ...
@@ -140,6 +143,31 @@ def test_results_that_cannot_be_read(text: str, tmp_path: Path) -> None:
         Results(tmp_path, SETTINGS)
 
 
+def test_files_without_a_schema_go_on_and_those_of_later_releases_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / RESULTS
+    old = {"settings": SETTINGS, "definitions": {}, "rows": [row(0)]}
+    file.write_text(json.dumps(old))
+    results = Results(tmp_path, SETTINGS)
+    assert results.find("a", 0, Dense()) == row(0)
+    results.add(row(1))
+    kept = json.loads(file.read_text())
+    assert (kept["schema"], kept["rows"]) == (SCHEMA, [row(0), row(1)])
+    assert Results(tmp_path, SETTINGS).rows == kept["rows"]
+    for schema in (SCHEMA + 1, 0, "1"):
+        file.write_text(json.dumps({**old, "schema": schema}))
+        with pytest.raises(InputFileError, match=f"this release reads up to {SCHEMA}"):
+            Results(tmp_path, SETTINGS)
+
+
+def test_committed_rows_of_earlier_releases_are_read() -> None:
+    folder = Path(__file__).parents[2] / "eval/results"
+    kept = json.loads((folder / "tiny-sparse-vdit.json").read_text())
+    check_schema(kept)
+    lines = report.markdown(kept["rows"]).splitlines()
+    assert len(lines) == 2 + len({row["label"] for row in kept["rows"]})
+    assert all(row.keys() >= {"stage", "kernel", "verdict"} for rows in table.read().values() for row in rows)
+
+
 def test_long_labels_are_names_of_files_too(tmp_path: Path) -> None:
     experiment = Experiment("tiny", (), (), (), {})
     frames = Generation(np.zeros((1, 8, 8, 3), np.float32), None, 1.0)
@@ -187,12 +215,12 @@ def test_a_folder_in_a_files_place_is_seen_before_any_work(
 def test_a_stopped_inspection(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "generation", interrupted(generate.generation, 0))
+    monkeypatch.setattr(generation, "generation", interrupted(generation.generation, 0))
     command = ["inspect", "--model", "tiny-twin", "--steps", "3", "--block", "16", "--out", str(tmp_path)]
     assert status(command) == 130
     assert capsys.readouterr().err == "stopped: nothing was written\n"
     monkeypatch.undo()
-    monkeypatch.setattr(inspect_module, "write", interrupted(lambda: None, 0))
+    monkeypatch.setattr(attention_module, "write", interrupted(lambda: None, 0))
     assert status(command) == 130
     assert capsys.readouterr().err == f"stopped: what is drawn so far is in {tmp_path}\n"
 

@@ -14,21 +14,22 @@ from diffsparse import GNA, AdaSpa, Compensated, Dense, Random, Report, Schedule
 from diffsparse.cli import main
 from diffsparse.errors import ConfigError
 from diffsparse.insight.cost import Flops
-from diffsparse_eval import speed
-from diffsparse_eval.metrics import DEFINITIONS
-from diffsparse_eval.speed import Pass, Stopwatch, Trial
+from diffsparse_eval import speed, timing
+from diffsparse_eval.rows import DEFINITIONS
+from diffsparse_eval.speed import Pass, SpeedTest
+from diffsparse_eval.timing import Stopwatch
 from diffsparse_pipelines import architectures, machine
 from diffsparse_pipelines.architectures import architecture
 from support import tiny_transformers
 
-TWIN = Trial("tiny-twin", architecture("tiny-twin"), (AdaSpa(),), (9, 32, 32), 50, 2)
+TWIN = SpeedTest("tiny-twin", architecture("tiny-twin"), (9, 32, 32), 50, 2)
 
 
-def test_one_step_of_each_kind_is_looked_at() -> None:
-    assert speed.looks(TWIN, AdaSpa()) == {"search": 9, "sparse": 10, "refresh": 29}
-    assert speed.looks(TWIN, Dense()) == {"dense": 0}
-    assert speed.looks(replace(TWIN, schedule=Schedule(0)), Random()) == {"sparse": 0}
-    tailed = speed.looks(TWIN, Compensated(AdaSpa(), "tail"))
+def test_one_step_of_each_kind_is_sampled() -> None:
+    assert speed.sampled_steps(TWIN, AdaSpa()) == {"search": 9, "sparse": 10, "refresh": 29}
+    assert speed.sampled_steps(TWIN, Dense()) == {"dense": 0}
+    assert speed.sampled_steps(replace(TWIN, schedule=Schedule(0)), Random()) == {"sparse": 0}
+    tailed = speed.sampled_steps(TWIN, Compensated(AdaSpa(), "tail"))
     assert tailed == {"search": 9, "tail": 10, "sparse": 11, "refresh": 29}
     assert speed.count_passes(TWIN, [AdaSpa(), Random()]) == 4 * (1 + 3 + 1)
 
@@ -58,7 +59,7 @@ def test_a_run_is_extrapolated_by_its_schedule() -> None:
 def test_a_few_blocks_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock on which only blocks take time: 2 s for each double block, 3 s for each single one, 1 s for the rest."""
     now = [0.0]
-    monkeypatch.setattr(speed, "mark", lambda _: now[0])
+    monkeypatch.setattr(timing, "mark", lambda _: now[0])
     config = {**tiny_transformers.FLUX, "guidance_embeds": True, "pooled_projection_dim": 8}
     known = replace(architecture("tiny"), transformer="FluxTransformer2DModel")
     known = replace(known, config={**config, "num_layers": 4, "num_single_layers": 6})

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import diffsparse_kernels as dk
+from diffsparse_kernels import means
+from diffsparse_kernels.backend import selftest
 from diffsparse_kernels.backend.triton import eight_bits
 from diffsparse_kernels.backend.triton import launch as triton
+from diffsparse_kernels.case import Case
 from support import exact
-from support.cases import Size
+from support.cases import Size, random_mask
 from support.places import Place
 from support.rounded import SIZES, assert_no_worse_than_rounding
 
@@ -37,3 +40,37 @@ def test_without_the_mean_the_scores_of_common_keys_are_worse(monkeypatch: pytes
     without, _ = dk.block_sparse_attention(q, k, v, lists, precision="int8")
     errors = [(x.double() - want).norm() for x in (with_mean, without)]
     assert 3 * errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_eight_bits_take_the_fast_kernel(by_head: bool) -> None:
+    size = SIZES[0]
+    qkv, mask = size.qkv(torch.bfloat16), random_mask(size)
+    mask[0, 0, 0] = False
+    keys = torch.rand(size.batch, *((size.heads,) if by_head else ()), size.kv_len) < 0.7
+    with dk.record() as ran:
+        got = dk.quantised_attention(*qkv, size.lists(mask), bits=8, key_mask=keys)
+        want = dk.block_sparse_attention(*qkv, size.lists(mask), precision="int8-int8", key_mask=keys)
+        dk.quantised_attention(*(x.float() for x in qkv), size.lists(mask), bits=8)
+    assert all(map(torch.equal, got, want))
+    fast, named, slow = ran
+    assert fast == named == dk.Choice("triton int8-int8")
+    assert slow.name == "int8 emulated"
+    assert "bfloat16 or float16; got torch.float32" in slow.passed_over[0]
+
+
+def test_means_join_unrounded() -> None:
+    size = SIZES[1]
+    qkv, lists = size.qkv(torch.float16), size.lists(random_mask(size))
+    out, lse = dk.quantised_attention(*qkv, lists, bits=8)
+    means.merge_means(*qkv, lists, size.scale, None, out, lse)
+    got, got_lse = dk.quantised_attention(*qkv, lists, bits=8, means=True)
+    torch.testing.assert_close(got, out, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(got_lse, lse, atol=1e-3, rtol=1e-3)
+
+
+def test_the_trial_passes_it() -> None:
+    case = Case("attend", torch.bfloat16, 32, 32, 32, 32, True, precision="int8-int8")
+    kernel = selftest.kernel_of("triton-int8-int8")
+    for sample in selftest.samples(case, torch.device("cpu"), long=False):
+        assert selftest.examine(case, kernel, sample, 2).problem == ""

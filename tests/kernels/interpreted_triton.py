@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import KernelInputError, means
+from diffsparse_kernels import KernelInputError, functional, means
 from diffsparse_kernels.backend.triton import launch as triton
 from support import exact
 from support.cases import KEY_MASKS, MASKS, Size, assert_attention, prefixes, random_boxes, random_mask, seen
@@ -181,7 +181,7 @@ def test_mass_of_sampled_rows(every: int) -> None:
     want = dk.block_mass(q, k, lse, **sizes, backend="reference")
     got = triton.block_mass(
         q[:, :, ::every], k, lse[:, :, ::every], 32 // every, 64, size.scale, None
-    ) * dk.dispatch._rows_per_sample(203, 32, every, want)
+    ) * functional.rows_per_sample(203, 32, every, want)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 

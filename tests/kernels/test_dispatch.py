@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,16 +11,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import platformdirs
 import pytest
 import torch
 from torch import Tensor
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import BackendError, KernelInputError, NoKernelError, ops, registry, trials
-from diffsparse_kernels import measured as cached
-from diffsparse_kernels.backend.triton import tiles
+from diffsparse_kernels import BackendError, KernelInputError, NoKernelError, machine, measured, ops, registry, trials
 from diffsparse_kernels.case import Case
-from diffsparse_kernels.measured import device_name
+from diffsparse_kernels.machine import device_name
 from support.cases import Size, random_boxes
 
 SHAPE = (1, 2, 48, 16)
@@ -55,6 +55,7 @@ def test_ops_obey_the_rules_of_custom_ops(dtype: torch.dtype, masked: bool) -> N
     boxes = random_boxes(Size(q_len=48, kv_len=48)) if masked else (None,) * 3
     arguments = (q, k, v, blocks.idx, blocks.cnt, blocks.ordered().order, 16, 16, 0.25, keys, *boxes, not masked, "cpu")
     check(ops.block_sparse_attention, arguments, test_utils=tests)
+    check(ops.quantised_attention, (*arguments[:10], masked, 8), test_utils=tests)
 
 
 def test_fullgraph_compile_gives_the_eager_result() -> None:
@@ -129,7 +130,7 @@ def test_a_gpu_gets_the_fastest_kernel_that_is_right_on_it(
     device = torch.device("cuda")
     assert dk.backend_for(device) == wanted
     case = Case("attend", torch.float16, 64, 64, 128, 64)
-    assert registry.choose(case, device).module.__name__ == f"diffsparse_kernels.{wanted}"
+    assert registry.choose(case, device).module.__name__ == f"diffsparse_kernels.backend.{wanted}.launch"
     assert registry.choose(case, device).passed_over == (("gluon: wrong",) if verdict else ())
     assert (dk.backends(device)["gluon"] == "available") == (wanted == "gluon")
     if verdict:  # whoever names a kernel gets it
@@ -142,9 +143,9 @@ def test_a_gpu_gets_the_fastest_kernel_that_is_right_on_it(
 def test_what_no_kernel_can_do_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the reference is not a way out: dense attention is faster, and who asks can have it."""
     pytest.importorskip("triton")
-    unfit = {name: lambda device: "not here" for name in ("gluon", "triton")} | {"triton": lambda device: ""}
-    for name, function in unfit.items():
-        monkeypatch.setattr(registry.load(name), "unfit", function)
+    here = {"gluon": lambda device: "not here", "triton": lambda device: None}
+    for name, function in here.items():
+        monkeypatch.setattr(registry.load(name), "device_capability", function)
     monkeypatch.setattr(trials, "verdict", lambda kernel, *_: "hang in its trial")
     for case, reason in {
         Case("attend", torch.bfloat16, 256, 256, 128, 128): "heads of at most 128 channels; got 256",
@@ -191,17 +192,43 @@ def test_tuned_tiles_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "tiles.json").write_text(json.dumps([row]))
     monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path))
     dk.forget_measurements()
-    assert tiles.tiles_for(90, 96, 128, 128, "a chip")[0] == tiles.Tile(**mine)
-    assert tiles.tiles_for(90, 96, 128, 128, "another") == tiles.tiles_for(90, 96, 128, 128)
+    assert measured.tiles_for(90, 96, 128, 128, "a chip")[0] == measured.Tile(**mine)
+    assert measured.tiles_for(90, 96, 128, 128, "another") == measured.tiles_for(90, 96, 128, 128)
 
 
-@pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
-def test_the_cache_folder_is_where_the_system_has_it(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DIFFSPARSE_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+FOLDERS = {
+    "linux": ".cache/diffsparse",
+    "darwin": "Library/Caches/diffsparse",
+    "win32": "AppData/Local/diffsparse/Cache",
+}
+
+
+@pytest.fixture(params=FOLDERS)
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """platformdirs as it is on this system."""
+    for name in ("DIFFSPARSE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("sys.platform", system)
-    assert "diffsparse" in str(cached.cache_folder())
-    assert str(cached.cache_folder()).startswith(str(Path.home()))
+    monkeypatch.setattr("platformdirs.windows.get_win_folder", lambda name: str(Path.home() / "AppData/Local"))
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.platform", request.param)
+        importlib.reload(platformdirs)
+    yield request.param
+    importlib.reload(platformdirs)
+
+
+def test_the_cache_folder_is_where_the_system_has_it(system: str) -> None:
+    assert "diffsparse" in str(machine.cache_folder())
+    assert str(machine.cache_folder()).startswith(str(Path.home()))
+    assert str(machine.cache_folder()).replace("\\", "/").endswith(FOLDERS[system])
+
+
+def test_the_cache_folder_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIFFSPARSE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if sys.platform == "linux":
+        assert machine.cache_folder() == tmp_path / "diffsparse"
+    monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path / "mine"))
+    assert machine.cache_folder() == tmp_path / "mine"
 
 
 def test_on_the_cpu_nothing_of_triton_is_imported() -> None:
@@ -217,7 +244,8 @@ dk.block_sparse_attention(q, k, v, lists)
 dk.select_rows(dk.block_mass(q, k, lse, q_block=16, kv_block=16), 2)
 dk.break_even(q.device, q.dtype, 16, 16, 64)
 ours = {name for name in sys.modules if name.startswith("diffsparse_kernels.")}
-assert not ours & {f"diffsparse_kernels.{name}" for name in ("triton", "gluon", "flex", "flash4")}, ours
+others = ("triton.launch", "gluon.launch", "flex", "flash4")
+assert not ours & {f"diffsparse_kernels.backend.{name}" for name in others}, ours
 assert dk.backends()["triton"] != "available"
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

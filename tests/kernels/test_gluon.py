@@ -13,10 +13,9 @@ pytest.importorskip("triton")
 import diffsparse_kernels as dk
 from diffsparse_kernels.backend.gluon import kernels as gluon_kernels
 from diffsparse_kernels.backend.gluon import launch as gluon
-from diffsparse_kernels.backend.triton import launch as triton
+from diffsparse_kernels.backend.nvidia import LOG2E, mask_pointers
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists, blocks_of
-from diffsparse_kernels.masks import mask_pointers
 from support import aot, hopper
 from support.cases import KEY_MASKS, MASKS, Size, assert_attention, prefixes, random_mask
 from support.devices import pretended
@@ -50,7 +49,7 @@ def attend(
         programs,
         *(hopper.Descriptor(x, [1, 1, rows, constants["D_PAD"]]) for x, rows in blocks),
         *(hopper.Pointer(x.view(-1)) for x in pointers),
-        size.scale * triton.LOG2E,
+        size.scale * LOG2E,
         size.q_len,
         size.kv_len,
         size.heads,
@@ -176,7 +175,7 @@ CASE = Case("attend", torch.bfloat16, 128, 128, 128, 64)
     ],
 )
 def test_what_is_left_to_the_triton_backend(change: dict[str, Any], reason: str) -> None:
-    told = gluon.refuses(CASE._replace(**change))
+    told = gluon.case_capability(CASE._replace(**change)) or ""
     assert reason in told
     assert bool(told) == bool(reason)
 
@@ -187,7 +186,7 @@ def test_on_the_device() -> None:
     device = torch.device("cuda")
     if torch.cuda.get_device_capability(device)[0] != 9:
         pytest.skip("wants a Hopper GPU")
-    assert not gluon.unfit(device)
+    assert gluon.capability(device) is None
     for size in SIZES:
         qkv, mask = size.qkv(torch.bfloat16), random_mask(size)
         lists = size.lists(mask).to(device).ordered()

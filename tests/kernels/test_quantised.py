@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import diffsparse_kernels as dk
+from diffsparse_kernels import registry, trials
+from diffsparse_kernels.backend import emulated
+from diffsparse_kernels.case import Case
 from support import exact
 from support.cases import MASKS, Size
+from support.devices import pretended
 
 SIZES = (Size(dim=16), Size(batch=1, q_len=83, kv_len=83, dim=20), Size(1, 2, 40, 70, 8, 12, q_block=16, kv_block=24))
 
@@ -121,3 +128,88 @@ def test_means_join_unrounded(size: Size) -> None:
         total, summed = total + weight, summed + weight * value
     torch.testing.assert_close(got, summed / total)
     torch.testing.assert_close(got_lse, total.log()[..., 0])
+
+
+def test_on_the_cpu_it_is_emulated_and_says_so() -> None:
+    size = Size(q_len=95, kv_len=95)
+    qkv, lists = size.qkv(torch.bfloat16), size.lists(MASKS["random"](size))
+    keys = torch.rand(size.batch, size.heads, size.kv_len) < 0.7
+    with dk.record() as ran:
+        got = dk.quantised_attention(*qkv, lists, bits=8, key_mask=keys)
+        dk.quantised_attention(*qkv, lists, bits=4)
+    assert ran == [dk.Choice("int8 emulated"), dk.Choice("int4 emulated")]
+    want = emulated.quantised_attention(*qkv, lists, size.scale, keys, 8)
+    assert all(map(torch.equal, got, want))
+
+
+CASE = Case("attend", torch.bfloat16, 64, 64, 64, 64)
+FAST = "triton int8-int8"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpu_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU as if it were a GPU."""
+    pytest.importorskip("triton")
+    with pretended(monkeypatch, "triton"):
+        yield
+
+
+@pytest.mark.usefixtures("gpu_here")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"dtype": torch.float16, "masked": True, "kv_block": 128}, ""),
+        ({"dtype": torch.float32}, "in eight bits it wants bfloat16 or float16; got torch.float32"),
+        ({"q_block": 48, "kv_block": 48}, "it wants blocks of 16, 32, 64, 128 tokens; got 48 and 48"),
+        ({"kv_block": 16}, "in eight bits it wants heads of more than 16 channels and blocks of more than 16 keys"),
+        ({"head_dim": 256, "value_dim": 256}, "heads of at most 128 channels; got 256"),
+        ({"axes": 2}, "without boxes"),
+    ],
+)
+def test_the_fast_kernel_runs_where_it_can(change: dict[str, object], reason: str) -> None:
+    choice = registry.choose_quantised(CASE._replace(**change), CPU, 8)
+    assert choice.name == ("int8 emulated" if reason else FAST)
+    assert len(choice.passed_over) == bool(reason)
+    assert all(told.startswith(f"{FAST}: ") and reason in told for told in choice.passed_over)
+    assert registry.choose_quantised(CASE._replace(**change), CPU, 4) == dk.Choice("int4 emulated")
+
+
+@pytest.mark.usefixtures("gpu_here")
+def test_a_fast_kernel_that_is_wrong_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def verdict(kernel: str, case: Case, device: torch.device) -> str:
+        tried.append(f"{kernel} {case.precision}")
+        return "hang in its trial"
+
+    monkeypatch.setattr(trials, "verdict", verdict)
+    assert registry.choose_quantised(CASE, CPU, 8) == dk.Choice("int8 emulated", (f"{FAST}: hang in its trial",))
+    assert tried == ["triton-int8-int8 int8-int8"]
+    monkeypatch.setenv("DIFFSPARSE_BACKEND", "triton")  # named, so without a trial
+    assert registry.choose_quantised(CASE, CPU, 8) == dk.Choice(FAST)
+    monkeypatch.setenv("DIFFSPARSE_BACKEND", "reference")
+    assert registry.choose_quantised(CASE, CPU, 8) == dk.Choice("int8 emulated")
+    assert len(tried) == 1
+
+
+@pytest.mark.usefixtures("gpu_here")
+def test_what_was_chosen_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = Size(dim=64, q_block=64, kv_block=64)
+    qkv, lists = size.qkv(torch.bfloat16), size.lists(MASKS["random"](size))
+    right, asked = registry.load, []
+
+    def fast(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        asked.append(rest[-1])
+        return torch.full_like(q, 7), q.new_zeros(q.shape[:3], dtype=torch.float32)
+
+    fake = SimpleNamespace(quantised_attention=fast)
+    monkeypatch.setattr(registry, "load", lambda name: fake if name == FAST else right(name))
+    with dk.record() as ran:
+        out, _ = dk.quantised_attention(*qkv, lists, bits=8)
+        exact_, _ = dk.quantised_attention(*(x.float() for x in qkv), lists, bits=8)
+    assert [choice.name for choice in ran] == [FAST, "int8 emulated"]
+    assert asked == [8]
+    assert (out == 7).all()
+    assert not (exact_ == 7).any()

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from diffsparse_kernels import child, means, trials
-from diffsparse_kernels.backend import cpu, reference
+from diffsparse_kernels.backend import cpu, emulated, reference
 from diffsparse_kernels.backend import selftest as proof
 from diffsparse_kernels.case import Case
 from support import trial
@@ -218,6 +218,25 @@ def test_the_proof_covers_boxes() -> None:
         assert proof.examine(case, blind, sample).problem.startswith("wrong: the output is off")
 
 
+def test_the_proof_knows_what_eight_bits_cost() -> None:
+    """Their own rounding passes, that of four bits does not, nor do rows that are mixed up."""
+    case = Case("attend", torch.bfloat16, 64, 64, 64, 64, True, precision="int8-int8")
+
+    def kernel(bits: int, shift: int) -> SimpleNamespace:
+        def attend(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            out, lse = emulated.quantised_attention(*call[:-1], bits)
+            return out.roll(shift, 2), lse
+
+        return SimpleNamespace(block_sparse_attention=attend)
+
+    found = list(proof.samples(case, CPU, long=False))
+    assert len(found) == 2
+    for sample in found:
+        assert proof.examine(case, kernel(8, 0), sample, 2).problem == ""
+        for wrong in (kernel(4, 0), kernel(8, 1)):
+            assert proof.examine(case, wrong, sample, 1).problem.startswith("wrong: the output is off")
+
+
 @pytest.mark.parametrize(("scale", "shift"), [(0.97, 0.0), (1.0, 0.02)])
 def test_the_proof_sees_small_faults(scale: float, shift: float) -> None:
     """An output that is three percent short, a log-sum-exp that is off by little."""
@@ -252,7 +271,11 @@ def test_the_proof_sees_what_is_wrong(kind: str) -> None:
 
 
 def test_the_cases_are_read_as_they_were_written() -> None:
-    for case in (CASE, Case("means", torch.float16, 64, 72, 128, 64, True, 3, False)):
+    for case in (
+        CASE,
+        Case("means", torch.float16, 64, 72, 128, 64, True, 3, False),
+        CASE._replace(precision="int8-int8"),
+    ):
         assert Case.read(case.words()) == case
 
 

@@ -14,11 +14,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from diffsparse_kernels import measured as tiles
 from diffsparse_kernels.backend.triton import kernels as triton_kernels
 from diffsparse_kernels.backend.triton import launch as triton
-from diffsparse_kernels.backend.triton import tiles
-from diffsparse_kernels.backend.triton.tiles import Tile
 from diffsparse_kernels.case import Case
+from diffsparse_kernels.measured import Tile
 from support import aot
 
 CHIPS = (80, 90, 100, 120)  # 89 has the kernels of 80 and the memory of 120
@@ -96,7 +96,7 @@ def test_every_tile_of_the_table(chip: int, head_dim: int, q_block: int, tile: T
 def test_every_variant(chip: int, variant: str, head_dim: int, block: int) -> None:
     """With the tile that it gets; blocks of 16 rows are too small for the larger tensor cores."""
     flags = VARIANTS[variant]
-    tile = triton.fitting(tiles.tiles_for(chip, head_dim, block, block), 2, True, flags)
+    tile = first_tile(tiles.tiles_for(chip, head_dim, block, block), 2, True, flags)
     kernel = attend(chip, head_dim, block, block, tile, flags)
     aot.assert_sound(kernel, chip, "mma.sync" if block == 16 else None)
     assert_copies(kernel, tile)
@@ -135,22 +135,26 @@ def test_means(chip: int, head_dim: int) -> None:
 @aot.compiles
 @pytest.mark.parametrize("chip", [89])
 def test_float32_fits_the_smallest_memory(chip: int) -> None:
-    tile = triton.fitting(tiles.tiles_for(chip, 128, 128, 128), 4, True, SPARSE)
+    tile = first_tile(tiles.tiles_for(chip, 128, 128, 128), 4, True, SPARSE)
     constants = triton.attend_constants(128, 128, 128, 128, tile) | {**SPARSE, "RAGGED": True, "UPCAST": False}
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*fp32")
     kernel = aot.compiled(triton_kernels.attend, chip, constants, tile.warps, tile.stages, **types)
     assert kernel.shared <= aot.CHIPS[chip][1]
 
 
+def first_tile(*arguments: Any) -> Tile:
+    return next(triton.capable_tiles(*arguments))
+
+
 def test_a_tile_is_taken_only_where_its_needs_are_met() -> None:
     table = tiles.tiles_for(100, 128, 128, 128)
     assert [tile.copy for tile in table] == ["specialised", "tma", "pointers"]
-    assert triton.fitting(table, 2, True, SPARSE) == table[0]
-    assert triton.fitting(table, 2, True, VARIANTS["masked"]) == table[0]
-    assert triton.fitting(table, 2, True, VARIANTS["fused"]).copy == "tma"
-    assert triton.fitting(table, 2, True, VARIANTS["boxes"]).copy == "tma"
-    assert triton.fitting(table, 2, False, SPARSE).copy == "pointers"
-    assert triton.fitting(table, 4, True, SPARSE).copy == "pointers"
+    assert first_tile(table, 2, True, SPARSE) == table[0]
+    assert first_tile(table, 2, True, VARIANTS["masked"]) == table[0]
+    assert first_tile(table, 2, True, VARIANTS["fused"]).copy == "tma"
+    assert first_tile(table, 2, True, VARIANTS["boxes"]).copy == "tma"
+    assert first_tile(table, 2, False, SPARSE).copy == "pointers"
+    assert first_tile(table, 4, True, SPARSE).copy == "pointers"
 
 
 def test_hopper_has_no_specialised_tiles() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import diffsparse
-from diffsparse.cli import COMMANDS, load, main
+from diffsparse.cli import COMMANDS, main
+from diffsparse.cli.parser import load
 
 
 def status(arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import diffsparse
 from diffsparse import GNA, AdaSpa, Schedule
 from diffsparse.errors import DenseFallbackError
-from diffsparse.seam.patch import run_of
+from diffsparse.seam.hooks import run_of
 from support.tiny_transformers import Shape, build, inputs
 
 MODELS = {

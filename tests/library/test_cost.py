@@ -172,11 +172,11 @@ SCHEDULE = Schedule(2, 1)
 
 def planned(pipe: Any, layout: Layout) -> tuple[PARO, SparseVDiT]:
     """Plans for all layers of a pipeline: random masks and modes in three parts of the run."""
-    models = diffsparse.seam.patch.models_of(pipe)
+    models = diffsparse.seam.targets.models_of(pipe)
     [(name, model)] = models.items()
-    layers = [f"{name}.{layer}" for layer, _ in diffsparse.seam.patch.attentions(model)]
+    layers = [f"{name}.{layer}" for layer, _ in diffsparse.seam.targets.attentions(model)]
     heads, blocks = (
-        next(module.heads for _, module in diffsparse.seam.patch.attentions(model)),
+        next(module.heads for _, module in diffsparse.seam.targets.attentions(model)),
         layout.grid.blocks(BLOCK),
     )
     settings: dict[str, Any] = {"sparsity": 0.7, "block": BLOCK, "groups": 3}

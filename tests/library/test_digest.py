@@ -21,7 +21,7 @@ from diffsparse.schedule import resolve
 from diffsparse.strategies.blocks import keep_count
 from diffsparse_eval import metrics
 from diffsparse_pipelines import tiny
-from diffsparse_pipelines.generate import generation
+from diffsparse_pipelines.generation import generation
 from support import exact
 from support.sites import site
 from support.tiny_pipelines import BUILDERS, run

@@ -15,7 +15,7 @@ from diffsparse import AdaSpa, Dense, HeadGuidance, Random, Schedule
 from diffsparse.errors import ConfigError
 from diffsparse.guidance.perturb import KINDS
 from diffsparse.seam.models import argument_names
-from diffsparse.seam.patch import models_of
+from diffsparse.seam.targets import models_of
 from support.spy import Spy
 from support.tiny_pipelines import BUILDERS, run
 from support.tiny_transformers import CASES, build, inputs, tensors
@@ -39,7 +39,12 @@ def untouched(model: torch.nn.Module) -> bool:
 def test_no_guidance_changes_no_bit_and_removal_restores(name: str) -> None:
     pipe, call = BUILDERS[name]()
     want = run(pipe, call)
-    for knobs in ({"scale": 0.0}, {"strength": 0.0}, {"strength": 0.0, "branch": "uncond"}, {"start": 99}):
+    for knobs in (
+        {"head_scale": 0.0},
+        {"head_strength": 0.0},
+        {"head_strength": 0.0, "branch": "uncond"},
+        {"start": 99},
+    ):
         with diffsparse.guide(pipe, heads_of(name), **knobs):
             assert torch.equal(run(pipe, call), want), knobs
     with diffsparse.guide(pipe, heads_of(name)) as handle:
@@ -73,7 +78,7 @@ def shift(pipe: Any, call: dict[str, Any], **knobs: Any) -> tuple[list[torch.Ten
 def test_the_algebra_of_one_step(name: str) -> None:
     """Each pass of a step gets s (c - p), so that linear guidance ends with u + g (c - u) + s (c - p)."""
     pipe, call = BUILDERS[name]()
-    raw, guided = shift(pipe, call, heads=heads_of(name), scale=2.5)
+    raw, guided = shift(pipe, call, heads=heads_of(name), head_scale=2.5)
     # `raw` hooks run ahead of the guidance's, `guided` ones after it; the extra pass is seen by both, unguided.
     c = raw[0]  # conditional, or both halves [uncond | cond]
     p = next(x for x in raw[1:] if x.shape == c.shape)
@@ -122,7 +127,7 @@ def test_two_images_of_a_batch_are_no_pair() -> None:
         both = run(pipe, options)
     plain = run(pipe, options)
     assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(both, plain, strict=True))
-    raw, guided = shift(pipe, options, heads="1.1", scale=1.0)
+    raw, guided = shift(pipe, options, heads="1.1", head_scale=1.0)
     torch.testing.assert_close(guided[1], 2 * raw[0] - raw[1])
 
 
@@ -137,7 +142,7 @@ def test_a_batch_is_a_pair_only_if_its_halves_hold_the_same_latents(alike: tuple
     call = {**kwargs, "hidden_states": latents, "encoder_hidden_states": words, "timestep": torch.full((4,), 500)}
     raw: list[torch.Tensor] = []
     model.register_forward_hook(lambda _, __, out: raw.append(out[0].clone()))
-    with torch.no_grad(), diffsparse.guide(model, "1.*", scale=1.0):
+    with torch.no_grad(), diffsparse.guide(model, "1.*", head_scale=1.0):
         out = tensors(model, call)[0]
     plain, perturbed = raw
     delta = plain - perturbed
@@ -155,7 +160,7 @@ def test_lists_of_samples_and_a_conditional_half_that_comes_first() -> None:
     pair = {"x": [x, x], "cap_feats": [words, -words], "t": torch.zeros(2), "return_dict": False}
     raw: list[list[torch.Tensor]] = []
     model.register_forward_hook(lambda _, __, out: raw.append([part.clone() for part in out[0]]))
-    with torch.no_grad(), diffsparse.guide(model, "1.*", scale=2.0):
+    with torch.no_grad(), diffsparse.guide(model, "1.*", head_scale=2.0):
         out = model(**pair)[0]
     (c, u), (p, _) = raw
     assert isinstance(out, list)
@@ -172,7 +177,7 @@ def test_equals_the_pag_pipeline_of_diffusers() -> None:
     pag = d.StableDiffusion3PAGPipeline(**parts, pag_applied_layers=["blocks.1"])
     want = run(pag, call, pag_scale=3.0)
     pipe, call = BUILDERS["sd3"]()
-    with diffsparse.guide(pipe, "1.*", kind="self", scale=3.0):
+    with diffsparse.guide(pipe, "1.*", kind="self", head_scale=3.0):
         got = run(pipe, call)
     assert (want - plain).abs().max() > 1e-3
     torch.testing.assert_close(got, want)
@@ -214,10 +219,10 @@ def test_steps_that_are_guided(start: float, stop: float, want: int) -> None:
 
 def test_rescaling_gives_the_deviation_back() -> None:
     pipe, call = BUILDERS["hunyuan_video"]()
-    raw, guided = shift(pipe, call, heads="0.*", scale=20.0, rescale=1.0)
+    raw, guided = shift(pipe, call, heads="0.*", head_scale=20.0, rescale=1.0)
     torch.testing.assert_close(guided[1].std(), raw[0].std())
     pipe, call = BUILDERS["hunyuan_video"]()
-    raw, guided = shift(pipe, call, heads="0.*", scale=20.0)
+    raw, guided = shift(pipe, call, heads="0.*", head_scale=20.0)
     assert guided[1].std() > 1.01 * raw[0].std()
 
 
@@ -381,13 +386,13 @@ def test_step_caches_do_not_see_the_extra_pass(kind: str) -> None:
     pipe, call = BUILDERS["wan"]()
     pipe.transformer.enable_cache(CACHES[kind]())
     want = run(pipe, call, num_inference_steps=6)
-    with diffsparse.guide(pipe, "1.0", scale=1e-30) as handle:
+    with diffsparse.guide(pipe, "1.0", head_scale=1e-30) as handle:
         got = run(pipe, call, num_inference_steps=6)
         report = handle.report()
     assert report.passes
     assert set(report.whole) == {"a step cache is on"}
     torch.testing.assert_close(got, want)
-    with diffsparse.guide(pipe, "0.0", scale=3.0):
+    with diffsparse.guide(pipe, "0.0", head_scale=3.0):
         assert not torch.allclose(run(pipe, call, num_inference_steps=6), want)
     torch.testing.assert_close(run(pipe, call, num_inference_steps=6), want)
 
@@ -407,7 +412,7 @@ def test_nothing_is_kept_between_passes() -> None:
     pipe, call = BUILDERS["wan"]()
     with diffsparse.guide(pipe, "1.0", stop=2):
         run(pipe, call)
-        prefix = diffsparse.seam.patch.run_of(pipe.transformer).guidance.prefix  # type: ignore[union-attr]
+        prefix = diffsparse.seam.hooks.run_of(pipe.transformer).guidance.prefix  # type: ignore[union-attr]
         assert not prefix._outputs
         assert not prefix._passed
 
@@ -561,11 +566,11 @@ def run_modular(pipe: Any, guider: Any) -> torch.Tensor:
 def test_the_guider(modular: Any) -> None:
     plain = d.ClassifierFreeGuidance(guidance_scale=5.0)
     want = run_modular(modular, plain)
-    for knobs in ({"perturbed_guidance_scale": 0.0}, {"strength": 0.0}, {"perturbed_guidance_stop": 0.0}):
+    for knobs in ({"head_scale": 0.0}, {"head_strength": 0.0}, {"perturbed_guidance_stop": 0.0}):
         assert torch.equal(run_modular(modular, HeadGuidance(["1.0"], guidance_scale=5.0, **knobs)), want)
-    got = run_modular(modular, HeadGuidance(["1.0"], guidance_scale=5.0, perturbed_guidance_scale=2.0))
+    got = run_modular(modular, HeadGuidance(["1.0"], guidance_scale=5.0, head_scale=2.0))
     assert not torch.allclose(got, want)
-    with diffsparse.guide(modular, "1.0", scale=2.0):
+    with diffsparse.guide(modular, "1.0", head_scale=2.0):
         torch.testing.assert_close(run_modular(modular, plain), got)
     assert torch.equal(run_modular(modular, plain), want)
     assert untouched(modular.transformer)
@@ -584,20 +589,33 @@ def test_the_guider_beside_sparse_attention(modular: Any) -> None:
 
 
 def test_the_guider_is_saved_and_loaded(tmp_path: Any) -> None:
-    guider = HeadGuidance(["1.0", "0.*"], strength=0.5, kind="uniform")
+    guider = HeadGuidance(["1.0", "0.*"], head_strength=0.5, kind="uniform")
     guider.save_pretrained(tmp_path)
     again = HeadGuidance.from_pretrained(tmp_path)
     assert again.preset == guider.preset
     with pytest.raises(ConfigError, match="strength wants"):
-        HeadGuidance(["1.0"], strength=2.0)
+        HeadGuidance(["1.0"], head_strength=2.0)
+
+
+def test_a_guider_that_an_earlier_release_has_saved(tmp_path: Any) -> None:
+    """Two of its knobs have other names."""
+    HeadGuidance(["1.0"], head_strength=0.5, head_scale=2.0).save_pretrained(tmp_path)
+    (file,) = tmp_path.iterdir()
+    first = file.read_text().replace('"head_strength"', '"strength"')
+    file.write_text(first.replace('"head_scale"', '"perturbed_guidance_scale"'))
+    again = HeadGuidance.from_pretrained(tmp_path)
+    assert (again.preset.head_strength, again.preset.head_scale) == (0.5, 2.0)
+    assert again.skip_layer_guidance_scale == 2.0
+    assert again.config.head_scale == 2.0
+    assert again.new(head_scale=1.0).preset.head_scale == 1.0
 
 
 def test_the_guider_without_classifier_free_guidance() -> None:
     """Then the perturbed pass is the second of two."""
     model, kwargs = build(WAN), inputs(WAN)
-    guider = HeadGuidance(["1.0"], guidance_scale=1.0, perturbed_guidance_scale=2.0)
+    guider = HeadGuidance(["1.0"], guidance_scale=1.0, head_scale=2.0)
     c = tensors(model, kwargs)[0]
-    with torch.no_grad(), diffsparse.guide(model, "1.0", scale=2.0):
+    with torch.no_grad(), diffsparse.guide(model, "1.0", head_scale=2.0):
         want = model(**kwargs)[0]
     guider.set_state(step=0, num_inference_steps=2, timestep=torch.tensor(1))
     text = kwargs.pop("encoder_hidden_states")

@@ -12,8 +12,9 @@ import diffsparse
 from diffsparse import Preset
 from diffsparse.errors import ConfigError, DiffsparseError, InputFileError, PlanError, UnknownNameError
 from diffsparse.guidance.heads import names_of, resolve
+from diffsparse.plans import sealed
 from diffsparse.plans.plan import fingerprints
-from diffsparse.seam.patch import models_of
+from diffsparse.seam.targets import models_of
 from support.tiny_transformers import CASES, build
 
 WAN, FLUX = build("WanTransformer3DModel"), build("FluxTransformer2DModel")
@@ -82,11 +83,11 @@ def test_the_pool_can_be_narrowed() -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"strength": 1.1}, r"strength wants a number in \[0, 1\]; got 1.1"),
-        ({"strength": -0.1}, "strength wants"),
-        ({"strength": float("nan")}, "strength wants"),
-        ({"scale": -1.0}, "scale wants a number of at least 0"),
-        ({"scale": float("inf")}, "scale wants"),
+        ({"head_strength": 1.1}, r"strength wants a number in \[0, 1\]; got 1.1"),
+        ({"head_strength": -0.1}, "strength wants"),
+        ({"head_strength": float("nan")}, "strength wants"),
+        ({"head_scale": -1.0}, "scale wants a number of at least 0"),
+        ({"head_scale": float("inf")}, "scale wants"),
         ({"rescale": 2.0}, "rescale wants"),
         ({"start": 1.5}, "start wants an int >= 0 or a fraction"),
         ({"stop": -1}, "stop wants"),
@@ -107,7 +108,7 @@ def test_presets_are_saved_and_loaded(tmp_path: Path) -> None:
     again = Preset.load(tmp_path / "heads.json")
     assert again == preset
     assert again.about == preset.about
-    assert Preset.read(tmp_path / "heads.json", strength=0.5).strength == 0.5
+    assert Preset.read(tmp_path / "heads.json", head_strength=0.5).head_strength == 0.5
     assert Preset.read("1.0").heads == Preset.read(["1.0"]).heads == ("1.0",)
     with diffsparse.guide(WAN, str(tmp_path / "heads.json")) as handle:
         assert handle.preset == preset
@@ -137,7 +138,9 @@ def with_(**values: Any) -> str:
         (with_(heads="0.0"), "heads wants a list of names"),
         (with_(heads=[0.0]), "heads wants a list of names"),
         (with_(heads=["0." + "9" * 5000]), "names no attention head"),
+        (with_(head_strength=2), "strength wants"),
         (with_(strength=2), "strength wants"),
+        (with_(strength=0.5, head_strength=0.5), "strange entries strength"),
         (with_(strength="1"), "strength wants"),
         (with_(scale=10**400), "scale wants a number of at least 0"),
         (with_(kind=["identity"]), "kind wants one of"),
@@ -148,7 +151,7 @@ def with_(**values: Any) -> str:
         (with_(models={"transformer": None}), "models wants a fingerprint for each name"),
         (with_(about="me"), "about wants a dictionary"),
         (with_(format="1"), "no version of its format"),
-        (with_(format=2), r"of a later release \(format 2, here it is 1\); update diffsparse"),
+        (with_(format=3), r"of a later release \(format 3, here it is 2\); update diffsparse"),
         (with_(digest="0" * 64), "was changed since it was written"),
     ],
 )
@@ -166,14 +169,63 @@ def test_files_that_are_no_presets(text: str, message: str, tmp_path: Path) -> N
 def test_a_preset_that_was_changed(tmp_path: Path) -> None:
     """By accident it is told; by hand it goes without its digest."""
     file = tmp_path / "heads.json"
-    Preset(("0.0",), strength=0.5, about={"score": {"all": 1.5}}).save(file)
+    Preset(("0.0",), head_strength=0.5, about={"score": {"all": 1.5}}).save(file)
     values = json.loads(file.read_text())
-    file.write_text(json.dumps({**values, "strength": 0.25}))
+    file.write_text(json.dumps({**values, "head_strength": 0.25}))
     with pytest.raises(PlanError, match='one changed by hand goes without its entry "digest"'):
         Preset.load(file)
     del values["digest"]
-    file.write_text(json.dumps({**values, "strength": 0.25}))
-    assert Preset.load(file).strength == 0.25
+    file.write_text(json.dumps({**values, "head_strength": 0.25}))
+    assert Preset.load(file).head_strength == 0.25
+
+
+def test_files_of_the_first_format(tmp_path: Path) -> None:
+    """They call two knobs by other names, sealed or by hand; what is written has today's."""
+    file = tmp_path / "heads.json"
+    values = {"heads": ["0.0"], "strength": 0.5, "scale": 2.0, "kind": "uniform", "models": {}, "about": {"k": 1}}
+    want = Preset(("0.0",), 0.5, 2.0, "uniform")
+    for first in (values, sealed.seal(values, version=1)):
+        file.write_text(json.dumps({"diffsparse": "heads", **first}))
+        assert Preset.load(file) == want
+    assert Preset.load(file).about == {"k": 1}
+    want.save(file)
+    written = json.loads(file.read_text())
+    assert written["format"] == 2
+    assert (written["head_strength"], written["head_scale"]) == (0.5, 2.0)
+    assert not written.keys() & {"strength", "scale"}
+
+
+def test_presets_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder, and over the hub."""
+    import huggingface_hub
+
+    preset, kept = Preset(("0.0",), 0.5, about={"k": 1}), dict[str, bytes]()
+    preset.save_pretrained(tmp_path)
+    assert Preset.from_pretrained(tmp_path) == preset
+    assert (tmp_path / "heads.json").read_bytes() == preset.to_bytes()
+
+    class Hub:
+        def __init__(self, token: str | None) -> None:
+            assert token is None
+
+        def create_repo(self, name: str, **_: Any) -> Any:
+            return type("Repository", (), {"repo_id": name})
+
+        def upload_file(self, *, path_or_fileobj: bytes, path_in_repo: str, repo_id: str) -> str:
+            kept[f"{repo_id}/{path_in_repo}"] = path_or_fileobj
+            return "address"
+
+    def download(name: str, file: str) -> str:
+        (tmp_path / "cached").write_bytes(kept[f"{name}/{file}"])
+        return str(tmp_path / "cached")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert preset.push_to_hub("me/heads") == "address"
+    assert Preset.from_pretrained("me/heads") == preset
+    monkeypatch.undo()
+    with pytest.raises(InputFileError, match="no folder 'not/a/repository/at/all', and no such preset on the hub"):
+        Preset.from_pretrained("not/a/repository/at/all")
 
 
 def test_the_file_is_plain_json(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.guidance.heads import names_of, resolve
 from diffsparse.guidance.hunt import HeadHunter, hunt
 from diffsparse.plans.plan import fingerprints
-from diffsparse.seam.patch import models_of, run_of
+from diffsparse.seam.hooks import run_of
+from diffsparse.seam.targets import models_of
 from support.tiny_transformers import build, inputs, tensors
 
 WAN = "WanTransformer3DModel"
@@ -107,7 +109,7 @@ def test_equal_scores_are_decided_by_the_pool(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fails_at", range(0, 9, 2))
 def test_a_hunt_that_was_killed_ends_with_the_same_heads(fails_at: int, tmp_path: Path) -> None:
-    hunter = HeadHunter(k=1, rounds=2, strength=0.5)
+    hunter = HeadHunter(k=1, rounds=2, head_strength=0.5)
     whole = random_stage(3, pairs=True)
     want = whole.hunt(tmp_path / "whole.json", hunter)
     stage = random_stage(3, pairs=True)
@@ -126,11 +128,11 @@ def test_a_hunt_that_was_killed_ends_with_the_same_heads(fails_at: int, tmp_path
 
 def test_what_is_written(tmp_path: Path) -> None:
     stage = random_stage(1)
-    hunter = HeadHunter(k=1, rounds=2, strength=0.5, scale=2.0, kind="uniform")
+    hunter = HeadHunter(k=1, rounds=2, head_strength=0.5, head_scale=2.0, kind="uniform")
     preset = stage.hunt(tmp_path / "heads.json", hunter, about={"objective": "made up"})
     assert Preset.load(tmp_path / "heads.json") == preset
     assert preset.models == fingerprints(models_of(stage.model))
-    assert (preset.strength, preset.scale, preset.kind) == (0.5, 2.0, "uniform")
+    assert (preset.head_strength, preset.head_scale, preset.kind) == (0.5, 2.0, "uniform")
     assert preset.about["objective"] == "made up"
     score = preset.about["score"]
     assert score["all"] - score["none"] == pytest.approx(stage.value(preset.heads))
@@ -167,6 +169,21 @@ def test_scores_that_make_no_sense_leave_the_hunt_as_it_was(name: str, tmp_path:
     )
 
 
+def test_a_hunt_that_an_earlier_release_has_begun_goes_on(tmp_path: Path) -> None:
+    """Its file holds the settings' digest, with two of them by other names."""
+    stage, hunter = random_stage(3), HeadHunter(k=1, rounds=2, head_strength=0.5)
+    first = "HeadHunter(k=1, rounds=2, strength=0.5, scale=3.0, kind='identity', start=0.0, stop=1.0, rescale=0.0, "
+    settings = [f"{first}branch='extra', text=False)", fingerprints(models_of(stage.model)), stage.pool, PAIRS, "x"]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    done = {"2": {"none": [0.0, 1.0]}, "0": {head: [9.0, 9.0] for head in stage.pool}}
+    (tmp_path / "heads.json.partial").write_text(json.dumps({"key": key, "rounds": done}))
+    told: list[int] = []
+    preset = stage.hunt(tmp_path / "heads.json", hunter, name="x", after_trial=told.append)
+    assert told[0] == len(stage.pool)
+    assert preset.heads[0] == stage.pool[0]
+    assert len(stage.trials) == len(stage.pool)  # the second round, and all heads together
+
+
 def test_hunts_are_not_mixed(tmp_path: Path) -> None:
     stage, out = random_stage(0), tmp_path / "heads.json"
     stage.fails_at = 3
@@ -176,7 +193,7 @@ def test_hunts_are_not_mixed(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is of a hunt with other settings; delete it"):
             stage.hunt(out, **{"hunter": HeadHunter(k=1, rounds=1), **other})
     (tmp_path / "heads.json.partial").write_text("{broken")
-    with pytest.raises(InputFileError, match="delete it to begin anew"):
+    with pytest.raises(InputFileError, match="delete it to start again"):
         stage.hunt(out, HeadHunter(k=1, rounds=1))
 
 
@@ -185,7 +202,7 @@ def test_hunts_are_not_mixed(tmp_path: Path) -> None:
     [
         ({"k": 0}, "k wants a whole number of at least 1"),
         ({"rounds": 1.5}, "rounds wants a whole number"),
-        ({"strength": 2.0}, "strength wants"),
+        ({"head_strength": 2.0}, "strength wants"),
     ],
 )
 def test_knobs(knobs: dict[str, Any], message: str) -> None:

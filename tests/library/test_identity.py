@@ -13,7 +13,7 @@ from torch import Tensor
 import diffsparse
 from diffsparse import Dense, DiffsparseError, Random, Schedule
 from diffsparse.errors import DenseFallbackError, UnsupportedModelError
-from diffsparse.seam.patch import attentions
+from diffsparse.seam.targets import attentions
 from support import tiny_transformers
 from support.tiny_pipelines import BUILDERS, run
 from support.tiny_transformers import CASES, OTHER, Shape, build, inputs, tensors

@@ -12,9 +12,9 @@ from torch import Tensor
 import diffsparse
 from diffsparse import AdaSpa, Dense, Layout, Random, Schedule
 from diffsparse.errors import ConfigError, PlanError
-from diffsparse.insight import calibration as calibrate
 from diffsparse.insight import inspection
-from diffsparse.insight.inspection import Inspector, best_recall, looks
+from diffsparse.insight.calibration import calibrate
+from diffsparse.insight.inspection import Inspector, best_recall, sampled_steps
 from diffsparse.orders.choice import candidates, most_alike
 from diffsparse.orders.named import AXES, permutation
 from diffsparse.orders.per_head import HeadOrders
@@ -163,9 +163,9 @@ def test_the_best_blocks_of_uniform_attention_hold_their_share() -> None:
 
 
 def test_looks_fall_where_the_strategy_has_a_say() -> None:
-    assert looks(AdaSpa(), Schedule(5), 15, 3) == {5, 9, 13}
-    assert looks(Random(), Schedule(5), 15, 20) == set(range(5, 15))
-    assert looks(Dense(), Schedule(0), 9, 3) == {1, 4, 7}
+    assert sampled_steps(AdaSpa(), Schedule(5), 15, 3) == {5, 9, 13}
+    assert sampled_steps(Random(), Schedule(5), 15, 20) == set(range(5, 15))
+    assert sampled_steps(Dense(), Schedule(0), 9, 3) == {1, 4, 7}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

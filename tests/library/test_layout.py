@@ -13,11 +13,10 @@ from diffsparse import GNA, AdaSpa, Schedule
 from diffsparse.errors import DenseFallbackError
 from diffsparse.orders.layout import Layout
 from diffsparse.orders.named import permutation, permutation_on
-from diffsparse.seam import models
+from diffsparse.seam import geometry
+from diffsparse.seam.geometry import Geometry, Grid
 from diffsparse.seam.models import (
     SPECS,
-    Geometry,
-    Grid,
     ModelSpec,
     Patch,
     channels_last_grid,
@@ -72,8 +71,8 @@ def test_counts(layout):
         (ModelSpec(), None, 60, None),
         (ModelSpec("before"), Grid(3, 4, 5), 67, Layout(3, 4, 5, 7)),
         (ModelSpec("after"), Grid(3, 4, 5), 67, Layout(3, 4, 5, 0, 7)),
-        (ModelSpec("before"), Grid(3, 4, 5, behind=7), 77, Layout(3, 4, 5, 10, 7)),
-        (ModelSpec("before"), Grid(3, 4, 5, behind=7), 62, None),
+        (ModelSpec("before"), Grid(3, 4, 5, text_after=7), 77, Layout(3, 4, 5, 10, 7)),
+        (ModelSpec("before"), Grid(3, 4, 5, text_after=7), 62, None),
         (ModelSpec("before"), Grid(1, 4, 5, after=12), 39, Layout(1, 4, 5, 7, 12, 0, 12)),
         (ModelSpec("after"), Grid(3, 4, 5, before=8), 75, Layout(3, 4, 5, 8, 7, 8, 0)),
         (ModelSpec(), Grid(3, 4, 5, before=8), 68, Layout(3, 4, 5, 8, 0, 8, 0)),
@@ -233,18 +232,18 @@ def test_packed_grid_follows_a_new_tensor():
 
 
 def test_places_are_read_once_and_not_kept_alive():
-    before = set(models._RUNS)
+    before = set(geometry._RASTERS)
     ids = rows(4, 5)
     with torch.inference_mode():
         made = rows(4, 5)
         for places in (ids, ids.view(20, 3), made, made[:]):
             assert packed(places) == Grid(1, 4, 5)
-    ours = set(models._RUNS) - before
+    ours = set(geometry._RASTERS) - before
     assert len(ours) == 2
     del ids, places, made
     assert all(key[0].expired() for key in ours)
     packed(rows(2, 3))
-    assert not ours & set(models._RUNS)
+    assert not ours & set(geometry._RASTERS)
 
 
 def test_geometry_of_nothing():

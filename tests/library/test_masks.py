@@ -255,7 +255,7 @@ def test_no_step_but_the_first_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(waits) == 3
     assert step(1, PADDING) == [None] * 3
     assert step(2, CAUSAL) == [None] * 3, "not known yet"
-    here += [reading for *_, reading in masks._open]
+    here += [reading for *_, reading in masks._pending]
     with pytest.warns(UserWarning, match=f"changed its kind .* from padding to {DIFFERS}"):
         assert step(3, CAUSAL) == [DIFFERS] * 3
     assert len(waits) == 3

@@ -131,10 +131,10 @@ def test_guidance_acts_in_a_pipeline_that_it_was_not_given_to() -> None:
     pipe, call = BUILDERS["flux"]()
     other = d.FluxPipeline(**{**pipe.components, "scheduler": deepcopy(pipe.scheduler)})
     dense = run(other, call)
-    with diffsparse.guide(other, "single.0.1", scale=2.0, start=0.25, stop=0.75) as handle:
+    with diffsparse.guide(other, "single.0.1", head_scale=2.0, start=0.25, stop=0.75) as handle:
         want, report = run(other, call), handle.report()
     for target in (pipe, other.transformer):
-        with diffsparse.guide(target, "single.0.1", scale=2.0, start=0.25, stop=0.75) as handle:
+        with diffsparse.guide(target, "single.0.1", head_scale=2.0, start=0.25, stop=0.75) as handle:
             got = run(other, call)
             assert torch.equal(got, want)
             assert handle.report().passes == report.passes == 2
@@ -251,9 +251,9 @@ def test_a_step_that_goes_back_is_a_new_run() -> None:
 def test_the_guider_leaves_guidance_its_clock() -> None:
     """`HeadGuidance` borrows the run of a guided model: its report goes on, and so does its place in the run."""
     pipe, call = BUILDERS["sd3"]()
-    guider = diffsparse.HeadGuidance(["1.0"], guidance_scale=1.0, perturbed_guidance_scale=2.0)
+    guider = diffsparse.HeadGuidance(["1.0"], guidance_scale=1.0, head_scale=2.0)
     model = pipe.transformer
-    with diffsparse.guide(pipe, "1.1", scale=2.0) as handle:
+    with diffsparse.guide(pipe, "1.1", head_scale=2.0) as handle:
         clock = handle._guides[0].run.clock
 
         def perturb_aside(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def test_the_guider_leaves_guidance_its_clock() -> None:
 
 def test_the_guider_ends_with_a_pass_that_was_cut_off() -> None:
     pipe, call = BUILDERS["sd3"]()
-    guider = diffsparse.HeadGuidance(["1.0"], guidance_scale=1.0, perturbed_guidance_scale=2.0)
+    guider = diffsparse.HeadGuidance(["1.0"], guidance_scale=1.0, head_scale=2.0)
     with diffsparse.apply(pipe, Random(0.5, block=8), schedule=Schedule(1)) as handle:
         want = run(pipe, call)
         guider.set_state(step=0, num_inference_steps=4, timestep=torch.tensor(1))
@@ -424,7 +424,7 @@ def test_a_run_from_a_video_begins_at_step_0(kind: str) -> None:
 
 def test_guidance_windows_count_from_where_the_run_begins() -> None:
     pipe, call = sd3("StableDiffusion3Img2ImgPipeline")
-    with diffsparse.guide(pipe, "1.1", scale=2.0, stop=0.5) as handle:
+    with diffsparse.guide(pipe, "1.1", head_scale=2.0, stop=0.5) as handle:
         run(pipe, {**call, "strength": 0.6}, num_inference_steps=10)
         assert handle.report().passes == 3
 

@@ -10,7 +10,7 @@ import diffsparse
 from diffsparse import Dense
 from diffsparse.errors import ConfigError
 from diffsparse.schedule import Schedule, resolve
-from diffsparse.seam.patch import run_of
+from diffsparse.seam.hooks import run_of
 from support.tiny_transformers import build
 
 

@@ -20,7 +20,7 @@ from diffsparse import GNA, AdaSpa, Compensated, Dense, DiffsparseError, Digest,
 from diffsparse.errors import DenseFallbackError
 from diffsparse.guidance.perturb import KINDS
 from diffsparse.seam.call import Call
-from diffsparse.seam.patch import run_of
+from diffsparse.seam.hooks import run_of
 from diffsparse.seam.sdpa import OWN
 from support.tiny_transformers import build, inputs, tensors
 
@@ -251,9 +251,9 @@ def test_dropping_blocks_under_autocast(name: str, strategy: Any) -> None:
 def test_guidance_under_autocast(kind: str) -> None:
     """The perturbed heads are those of the dtype that attention runs in."""
     model = build(NAMES[1])
-    with autocast(), diffsparse.guide(model, "0.1", kind=kind, scale=1.0):
+    with autocast(), diffsparse.guide(model, "0.1", kind=kind, head_scale=1.0):
         out = tensors(model, inputs(NAMES[1]))[0]
-    with diffsparse.guide(model, "0.1", kind=kind, scale=1.0):
+    with diffsparse.guide(model, "0.1", kind=kind, head_scale=1.0):
         exact = tensors(model, inputs(NAMES[1]))[0]
     torch.testing.assert_close(out.float(), exact, atol=0.1 * float(exact.abs().max()), rtol=0)
 

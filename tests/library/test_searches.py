@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import torch
 import diffsparse
 from diffsparse import PARO, Schedule, SparseVDiT
 from diffsparse.errors import ConfigError, PlanError
-from diffsparse.insight import calibration as calibrate
+from diffsparse.insight.calibration import calibrate
+from diffsparse.plans import sealed
+from diffsparse.plans.plan import fingerprints
+from diffsparse.seam.targets import models_of
 from diffsparse.strategies.paro import PAROSearch
 from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
 from support.tiny_pipelines import BUILDERS, ODD, run
@@ -97,6 +102,25 @@ def test_a_search_that_was_killed_ends_with_the_same_plan(searched: Any, tmp_pat
     assert 0 < seen[starts[-1]] < seen[-1] == 4  # it did go on
     with pytest.raises(ConfigError, match="one or more calls"):
         calibrate(pipe, search, [], [], out)
+
+
+def test_a_search_that_an_earlier_release_has_begun_goes_on(tmp_path: Path) -> None:
+    pipe, kwargs = BUILDERS["wan"]()
+    search, out, seen = PAROSearch(0.5, block=8, groups=2, looks=2), tmp_path / "plan.safetensors", list[int]()
+    calls = [lambda: run(pipe, kwargs), lambda: run(pipe, kwargs)]
+    want = calibrate(pipe, search, calls, ["a", "b"], tmp_path / "whole.safetensors")
+    handle = pipe.transformer.blocks[0].register_forward_pre_hook(killed_after(9))
+    with pytest.raises(KilledError):
+        calibrate(pipe, search, calls, ["a", "b"], out)
+    handle.remove()
+    partial = tmp_path / "plan.safetensors.partial"
+    values, tensors = sealed.read(partial, "search", "")
+    settings = [repr(search), fingerprints(models_of(pipe)), ["a", "b"]]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    assert values == {"key": key, "done": 1, "layout": vars(want.layout) | {"references": []}}
+    sealed.write(partial, values, tensors)
+    assert calibrate(pipe, search, calls, ["a", "b"], out, seen.append) == want
+    assert seen[0] == 1
 
 
 def test_a_search_with_other_settings_is_not_continued(tmp_path: Path) -> None:

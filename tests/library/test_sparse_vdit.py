@@ -16,7 +16,7 @@ from torch import Tensor
 import diffsparse
 from diffsparse import Layout, Schedule, SparseVDiT
 from diffsparse.errors import ConfigError
-from diffsparse.insight import calibration as calibrate
+from diffsparse.insight.calibration import calibrate
 from diffsparse.orders.named import permutation
 from diffsparse.plans.plan import Plan
 from diffsparse.plans.sums import Sums
@@ -24,7 +24,7 @@ from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
 from diffsparse.strategies.sparse_vdit.strategy import DIAGONAL, FULL, MODES, MULTI_DIAGONAL, SKIP, STRIPE, head_lists
 from diffsparse_eval import metrics
 from diffsparse_pipelines import tiny
-from diffsparse_pipelines.generate import generation
+from diffsparse_pipelines.generation import generation
 from support import exact
 from support.sites import site
 

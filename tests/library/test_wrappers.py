@@ -19,7 +19,8 @@ import diffsparse
 from diffsparse import AdaSpa, Dense, Random, Schedule
 from diffsparse.guidance.heads import resolve
 from diffsparse.plans.plan import fingerprints
-from diffsparse.seam.patch import models_of, run_of
+from diffsparse.seam.hooks import run_of
+from diffsparse.seam.targets import models_of
 from support.tiny_pipelines import BUILDERS, run
 from support.tiny_transformers import build, inputs, tensors
 

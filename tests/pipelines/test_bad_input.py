@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
-from importlib import import_module
+import inspect
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 from diffsparse.cli import COMMANDS, main
+from diffsparse.cli.parser import flat
+from diffsparse.cli.table import command as command_of
 from diffsparse.errors import ConfigError
 from diffsparse.guidance.objectives import objective
 from diffsparse.strategies import blocks
-from diffsparse_pipelines import families, machine, options, preflight, prompts, tiny
-from diffsparse_pipelines.generate import generation
+from diffsparse_pipelines import families, machine, preflight, prompts, tiny, values
+from diffsparse_pipelines.commands.options import SparsityOptions
+from diffsparse_pipelines.generation import generation
 
 GENERATE = ["generate", "--model", "tiny-twin", "--steps", "2"]
 EVALUATE = ["evaluate", "--model", "tiny-twin", "--steps", "2", "--out", "results"]
@@ -234,10 +237,9 @@ NO_NUMBERS = {int: ("x", "", ENORMOUS, f"-{ENORMOUS}", "-1"), float: ("x", "", "
 def numbers() -> list[tuple[str, str, type]]:
     """Command, option and type of all options that are numbers."""
     found = []
-    for command, (place, _) in COMMANDS.items():
-        module, function = place.split(":")
-        hints = get_type_hints(getattr(import_module(module), function), include_extras=True)
-        for name, hint in hints.items():
+    for command in COMMANDS:
+        for name, parameter in inspect.signature(flat(command_of(command))).parameters.items():
+            hint = parameter.annotation
             kind = next((kind for kind in NO_NUMBERS if get_args(hint)[:1] in ((kind,), (kind | None,))), None)
             if kind is not None:
                 declared = get_args(hint)[1].param_decls or [f"--{name.replace('_', '-')}"]
@@ -262,10 +264,10 @@ def test_every_number_has_its_limits(
 
 def test_knobs_are_for_those_that_have_them() -> None:
     """One of several strategies is enough; each gets its own."""
-    digest, gna = options.strategies("digest,gna", [0.5], {"window": (4, 8, 8), "searches": None})
+    digest, gna = SparsityOptions("digest,gna", sparsity=0.5, window="4x8x8").strategies()
     assert (digest.sparsity, gna.window) == (0.5, (4, 8, 8))
     with pytest.raises(ConfigError, match="digest takes no --window"):
-        options.strategies("digest", [None], {"window": (4, 8, 8)})
+        SparsityOptions("digest", window="4x8x8").strategies()
 
 
 def test_a_saved_embedded_model_is_known_as_such(saved: Path) -> None:
@@ -358,4 +360,4 @@ def test_a_slower_run_is_called_slower() -> None:
 
 def test_a_blocks_limit_is_that_of_the_strategies() -> None:
     """It is told anew where the options are declared, for these are read without torch."""
-    assert options.MOST_BLOCK == blocks.MOST_BLOCK
+    assert values.MOST_BLOCK == blocks.MOST_BLOCK

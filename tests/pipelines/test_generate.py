@@ -15,9 +15,10 @@ from diffsparse import Schedule
 from diffsparse.cli import main
 from diffsparse.errors import ConfigError, DiffsparseError, InputFileError, UnknownNameError
 from diffsparse.guidance.objectives import objective
-from diffsparse_pipelines import families, media, options
+from diffsparse_pipelines import families, media, values
+from diffsparse_pipelines.commands.options import SparsityOptions
 from diffsparse_pipelines.families import FAMILIES
-from diffsparse_pipelines.generate import call_arguments, generation
+from diffsparse_pipelines.generation import call_arguments, generation
 from support.tiny_pipelines import BUILDERS
 
 
@@ -200,10 +201,10 @@ def test_sheets_have_a_row_for_each_entry(tmp_path: Path) -> None:
 
 
 def test_options_become_a_schedule() -> None:
-    assert options.schedule("3", "0.1", "0,-1") == Schedule(3, 0.1, (0, -1))
-    assert options.amounts("1, 0.5", "--x") == (1, 0.5)
+    assert SparsityOptions(dense_first="3", dense_last="0.1", dense_layers="0,-1").schedule == Schedule(3, 0.1, (0, -1))
+    assert values.amounts("1, 0.5", "--x") == (1, 0.5)
     with pytest.raises(DiffsparseError):
-        options.amount("x", "--x")
+        values.amount("x", "--x")
 
 
 def test_dtypes() -> None:

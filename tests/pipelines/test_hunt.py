@@ -17,9 +17,10 @@ import diffsparse
 from diffsparse import Preset
 from diffsparse.cli import main
 from diffsparse.errors import ConfigError
-from diffsparse_pipelines import hunt as command
 from diffsparse_pipelines import tiny
-from diffsparse_pipelines.generate import generation, generations
+from diffsparse_pipelines.commands.hunt import HuntOptions
+from diffsparse_pipelines.generation import generation, generations
+from diffsparse_pipelines.hunting import Session
 from diffsparse_pipelines.tiny.captions import CAPTIONS
 from support.tiny_pipelines import BUILDERS
 from training.data import render
@@ -71,7 +72,7 @@ def test_prompts_of_the_check_are_unseen(found: Path) -> None:
 
 def test_an_interrupted_hunt_goes_on(found: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "again.json"
-    real, runs = command._Session.render, []
+    real, runs = Session.render, []
 
     def stops(self: Any, *arguments: Any) -> Any:
         runs.append(1)
@@ -79,10 +80,10 @@ def test_an_interrupted_hunt_goes_on(found: Path, tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
         return real(self, *arguments)
 
-    monkeypatch.setattr(command._Session, "render", stops)
+    monkeypatch.setattr(Session, "render", stops)
     call([*HUNT, "--held-out", "0", "--out", str(out)], code=130)
     assert not out.exists()
-    monkeypatch.setattr(command._Session, "render", real)
+    monkeypatch.setattr(Session, "render", real)
     call([*HUNT, "--held-out", "0", "--out", str(out)])
     assert Preset.load(out) == Preset.load(found)
     assert Preset.load(out).about["score"] == Preset.load(found).about["score"]
@@ -96,7 +97,7 @@ def test_a_hunt_that_was_stopped_in_its_check_goes_on_with_it(
     preset.save(out)
     call([*HUNT, "--head-scale", "2", "--out", str(out)], code=2)
     assert "is of a hunt with other settings" in capsys.readouterr().err
-    monkeypatch.setattr(command._Session, "hunt", None)
+    monkeypatch.setattr(Session, "hunt", None)
     call([*HUNT, "--held-out", "3", "--out", str(out)])
     assert Preset.load(out).about == Preset.load(found).about
 
@@ -124,17 +125,17 @@ def test_prompts_of_the_hunt_in_the_check_are_refused(tmp_path: Path, capsys: py
 
 
 def test_images_go_round_the_prompts() -> None:
-    seen, unseen = command._pairs("2", 5, "2", "tiny")
+    seen, unseen = HuntOptions("contrast", "2", images=5, held_out="2").pairs("tiny")
     first, second = tiny.prompts(2)
     assert seen == [(first, 0), (second, 1), (first, 2), (second, 3), (first, 4)]
     assert [seed for _, seed in unseen] == [5, 6]
-    assert command._pairs("2", None, "0", "tiny") == (seen[:2], [])
-    seen, unseen = command._pairs("1", None, "1", "tiny", "in watercolours")
+    assert HuntOptions("contrast", "2", held_out="0").pairs("tiny") == (seen[:2], [])
+    seen, unseen = HuntOptions("contrast", "1", "in watercolours", held_out="1").pairs("tiny")
     assert (seen[0][0], unseen[0][0]) == (f"in watercolours, {first}", f"in watercolours, {second}")
 
 
 def test_batches_are_halved_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = command._Session("tiny-twin", {}, {"num_inference_steps": 2})
+    session = Session(tiny.load("twin"), "tiny-twin", {**tiny.defaults("twin"), "num_inference_steps": 2})
     pairs = [(prompt, i) for i, prompt in enumerate(tiny.prompts(4))]
     alone = session.render(session.arguments, pairs)
     sizes: list[int] = []
@@ -145,7 +146,7 @@ def test_batches_are_halved_where_memory_runs_out(monkeypatch: pytest.MonkeyPatc
             raise torch.OutOfMemoryError
         return generations(pipe, arguments, part)
 
-    monkeypatch.setattr("diffsparse_pipelines.generate.generations", tight)
+    monkeypatch.setattr("diffsparse_pipelines.generation.generations", tight)
     session.batch = 4
     together = session.render(session.arguments, pairs)
     assert sizes == [4, 2, 2]

@@ -15,7 +15,8 @@ from PIL import Image
 from diffsparse import PARO
 from diffsparse.errors import OutputFileError
 from diffsparse.files import locked
-from diffsparse_pipelines import families, generate, hunt, media
+from diffsparse_pipelines import families, generation, media
+from diffsparse_pipelines.hunting import Session
 from support.stops import full_disk, interrupted, status
 
 TWIN = ["--model", "tiny-twin", "--steps", "2"]
@@ -137,7 +138,7 @@ def test_outputs_are_checked_before_any_work(
 def test_a_stopped_generation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "generation", interrupted(generate.generation, 0))
+    monkeypatch.setattr(generation, "generation", interrupted(generation.generation, 0))
     assert status([*GENERATE, "--out", str(tmp_path / "a.mp4")]) == 130
     assert capsys.readouterr().err == "stopped: nothing was written\n"
     assert names(tmp_path) == []
@@ -147,7 +148,7 @@ def test_a_stopped_search_goes_on_under_its_own_seed_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "plan.safetensors"
-    monkeypatch.setattr(generate, "generation", interrupted(generate.generation, 1))
+    monkeypatch.setattr(generation, "generation", interrupted(generation.generation, 1))
     assert status([*CALIBRATE, "--out", str(out)]) == 130
     said = capsys.readouterr().err
     assert said == f"stopped: 1 of 2 runs are kept in {out}.partial; the same command goes on with the next\n"
@@ -163,8 +164,8 @@ def test_a_stopped_search_goes_on_under_its_own_seed_only(
     assert "File too large, make room; what was there before is kept" in said
     assert said.count("\n") == 1
     runs: list[int] = []
-    real = generate.generation
-    monkeypatch.setattr(generate, "generation", lambda *a, **k: runs.append(1) or real(*a, **k))
+    real = generation.generation
+    monkeypatch.setattr(generation, "generation", lambda *a, **k: runs.append(1) or real(*a, **k))
     assert status([*CALIBRATE, "--out", str(out)]) == 0
     assert len(runs) == 1
     assert PARO.load(out).plan.settings["groups"] == 2
@@ -173,17 +174,17 @@ def test_a_stopped_search_goes_on_under_its_own_seed_only(
 
 def test_a_stopped_hunt(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "heads.json"
-    real = hunt._Session.render
-    monkeypatch.setattr(hunt._Session, "estimate", lambda *_: None)
-    monkeypatch.setattr(hunt._Session, "render", interrupted(real, 2))
+    real = Session.render
+    monkeypatch.setattr(Session, "estimate", lambda *_: None)
+    monkeypatch.setattr(Session, "render", interrupted(real, 2))
     assert status([*HUNT, "--held-out", "1", "--out", str(out)]) == 130
     kept = json.loads((tmp_path / "heads.json.partial").read_text())
     assert sum(len(scores) for scores in kept["rounds"].values()) == 2
     said = capsys.readouterr().err
     assert said == f"stopped: 1 of 2 trials are kept in {out}.partial; the same command goes on with the next\n"
-    monkeypatch.setattr(hunt._Session, "render", interrupted(real, 3))
+    monkeypatch.setattr(Session, "render", interrupted(real, 3))
     assert status([*HUNT, "--held-out", "1", "--out", str(out)]) == 130
     assert capsys.readouterr().err == f"stopped: the heads are in {out}; the same command goes on with the check\n"
-    monkeypatch.setattr(hunt._Session, "render", real)
+    monkeypatch.setattr(Session, "render", real)
     assert status([*HUNT, "--held-out", "1", "--out", str(out)]) == 0
     assert names(tmp_path) == ["heads.json", "heads.md", "heads.png"]

@@ -1,4 +1,4 @@
-"""The CPU as if it were a GPU, for whoever asks which kernel would run; none is launched."""
+"""The CPU as if it were a GPU, to ask which kernel would run; none is launched."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from diffsparse_kernels import registry
 @contextmanager
 def pretended(monkeypatch: pytest.MonkeyPatch, *names: str) -> Iterator[None]:
     """Only these backends are there, on a device where each runs and was tried."""
-    here = {name: registry.BACKENDS[name]._replace(devices=("cpu",), unasked=("cpu",)) for name in names}
+    here = {name: registry.BACKENDS[name]._replace(devices=("cpu",), default=("cpu",)) for name in names}
     monkeypatch.setattr(registry, "BACKENDS", here)
     for name in names:
-        monkeypatch.setattr(registry.load(name), "unfit", lambda device: "")
+        monkeypatch.setattr(registry.load(name), "device_capability", lambda device: None)
     dk.forget_measurements()
     yield
     monkeypatch.undo()

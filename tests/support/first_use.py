@@ -28,10 +28,10 @@ def command(kernel: str, case: Case, device: torch.device) -> list[str]:
 
 def pretend() -> None:
     """The CPU is a device where gluon comes first, and nothing was ever tried."""
-    here = registry.BACKENDS["gluon"]._replace(devices=("cpu",), unasked=("cpu",))
+    here = registry.BACKENDS["gluon"]._replace(devices=("cpu",), default=("cpu",))
     registry.BACKENDS.pop("cpu")
     registry.BACKENDS["gluon"] = here
-    gluon.unfit = lambda device: ""
+    gluon.device_capability = lambda device: None
     registry._YOUNG = ("gluon",)  # of triton, tests have shown what there is to see here
     trials._TRIED_ON, trials.SECONDS, trials._command = ("cpu",), 8.0, command
     cached._DEFAULTS.update(dict.fromkeys(cached._DEFAULTS, 1.0))  # so small, all of it would be faster dense

@@ -2,7 +2,7 @@
 
 Copies arrive late, and their slot holds NaN until then. A matrix product reads its shared memory when it is issued and
 again when it is waited for, and both must agree: memory that is not full yet, or given back too early, is noticed. A
-barrier that nobody completes raises instead of hanging.
+barrier that is never completed raises instead of hanging.
 """
 
 from __future__ import annotations

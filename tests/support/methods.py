@@ -12,7 +12,7 @@ import diffsparse
 from diffsparse import GNA, PARO, AdaSpa, Dense, Digest, Layout, Schedule, SparseVDiT
 from diffsparse.orders.named import AXES
 from diffsparse.plans.plan import Plan, fingerprints
-from diffsparse.seam.patch import attentions, models_of
+from diffsparse.seam.targets import attentions, models_of
 from diffsparse.strategies.paro.strategy import pack
 from diffsparse.strategies.sparse_vdit.strategy import MODES
 
@@ -31,7 +31,7 @@ class Method:
     def put(self, target: Any, layout: Layout, *, strict: bool = True) -> Any:
         """A handle with `remove()`; what it does is deterministic."""
         if self.strategy is None:
-            return diffsparse.guide(target, "0.1", scale=2.0)
+            return diffsparse.guide(target, "0.1", head_scale=2.0)
         return diffsparse.apply(target, self.strategy(target, layout), schedule=SCHEDULE, strict=strict)
 
     def acts(self, handle: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,14 @@ from torch import Tensor
 from diffsparse.errors import ConfigError
 from diffsparse.orders.named import AXES, check_order
 from diffsparse.orders.per_head import HeadOrders
+from diffsparse.plans.sealed import Values
 from diffsparse.plans.sums import Sums
 from diffsparse.site.compute import Site
+from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_count, check_share, keep_count
 from diffsparse.strategies.paro.strategy import MOST_ORDERS, pack
 from diffsparse.strategies.planned import group_of
-from diffsparse.strategies.search import Watcher, is_look
+from diffsparse.strategies.search import Watcher, is_sampled, sums_of
 from diffsparse_kernels import block_mass, default_block, incoherence, select_heads
 from diffsparse_kernels.lists import blocks_of
 from diffsparse_kernels.masks import each_head
@@ -35,18 +37,28 @@ class PAROSearch:
     The first scores every candidate order for every head; the second adds up the softmax mass of each block, in the
     order chosen, over the steps of each group. A head keeps the blocks above a threshold that leaves the share asked.
 
-    sparsity: share of the video's blocks dropped, in [0, 1). Text is always kept and not counted.
-    orders: candidates (`diffsparse.orders`). The paper's are the six orders of the axes.
-    metric: "recall", the mass in the best blocks at this sparsity (ours), or "paper", block sparsity and incoherence
-        together. In print the larger-is-better block sparsity enters a minimum with the wrong sign; here it is
-        mended: alpha * (1 - M_sparse) + (1 - alpha) * M_quant, each normalised over the candidates.
-    alpha: weight of block sparsity in the paper's metric, which leaves it open.
-    groups: parts of the run with masks of their own.
-    block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
-    looks: steps of a run at which orders are scored, evenly spread.
-    bits: of the numbers that both products multiply: 8, 4, or 16 to leave them as they are. The plan then also holds
-        the incoherence, max|x| / mean|x| of a block (section 4.1), of queries, keys and map, before and after
-        reordering.
+    >>> from diffsparse import PARO, PAROSearch, calibrate
+    >>> calls = [lambda: pipe("a red ball", generator=torch.manual_seed(0))]
+    >>> plan = calibrate(pipe, PAROSearch(orders=("FHW", "HWF")), calls, ["ball"], folder / "plan.safetensors")
+    >>> print(PARO(plan).facts()["orders"])  # of how many heads in all layers
+    FHW x4
+
+    Args:
+        sparsity: share of the video's blocks dropped, in [0, 1). Text is always kept and not counted.
+        orders: candidates (`diffsparse.orders`). The paper's are the six orders of the axes.
+        metric: "recall", the mass in the best blocks at this sparsity (ours), or "paper", block sparsity and
+            incoherence together. In print the larger-is-better block sparsity enters a minimum with the wrong sign;
+            here it is corrected: alpha * (1 - M_sparse) + (1 - alpha) * M_quant, each normalised over the candidates.
+        alpha: weight of block sparsity in the paper's metric, which leaves it open.
+        groups: parts of the run with masks of their own.
+        block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
+        looks: number of sampled steps of a run, evenly spread, at which orders are scored.
+        bits: of the numbers that both products multiply: 8, 4, or 16 to leave them as they are. The plan then also
+            holds the incoherence, max|x| / mean|x| of a block (section 4.1), of queries, keys and map, before and
+            after reordering.
+
+    Raises:
+        ConfigError: a value out of its range.
     """
 
     sparsity: float = 0.8
@@ -79,13 +91,13 @@ class PAROSearch:
         for name in ("groups", "looks"):
             check_count(name, getattr(self, name))
 
-    def watcher(self, number: int, sums: Sums) -> Watcher:
+    def watcher(self, number: int, sums: Sums) -> Strategy:
         """Scores orders in the first pass, sums masses in the second."""
         if number == 0:
             return Watcher(partial(self._score, sums))
         return Watcher(partial(self._sum, sums))
 
-    def plan(self, sums: Sums) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def plan(self, sums: Sums) -> tuple[Values, dict[str, Tensor]]:
         """Orders and masks of all layers."""
         tensors = {}
         for name, mass in sums.of("mass").items():  # [groups, H, nQ, nK]
@@ -97,13 +109,13 @@ class PAROSearch:
         return {"orders": list(self.orders), **{knob: getattr(self, knob) for knob in knobs}}, tensors
 
     def _score(self, sums: Sums, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
-        if not is_look(site, self.looks):
+        if not is_sampled(site, self.looks):
             return
         heads, shape = q.shape[1], (2, len(self.orders), q.shape[1])
         scores = self._recall if self.metric == "recall" else self._paper
         for i in range(len(self.orders)):
             video = self._ordered(torch.full((heads,), i), q, k, lse, site)
-            sums.add(site, "scores", scores(video, site.scale), shape, (slice(None), i))
+            sums_of(sums, site).add("scores", scores(video, site.scale), shape, (slice(None), i))
 
     def _ordered(self, picked: Tensor, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> _Video:
         """The video rows of q, k and lse, head h in the order `picked[h]`."""
@@ -145,23 +157,22 @@ class PAROSearch:
         return cost.argmin(0)
 
     def _picked(self, sums: Sums, name: str, heads: int) -> Tensor:
-        """Order of each head, int64 [H]; the first candidate for an expert that ran at no step that was looked at."""
+        """Order of each head, int64 [H]; the first candidate for an expert that ran at none of the sampled steps."""
         scores = sums.of("scores").get(name)
         return torch.zeros(heads, dtype=torch.int64) if scores is None else self._choose(scores)
 
     def _sum(self, sums: Sums, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
-        picked = self._picked(sums, f"{site.model}.{site.layer}", q.shape[1])
-        video = self._ordered(picked, q, k, lse, site)
+        here = sums_of(sums, site)
+        video = self._ordered(self._picked(sums, here.name, q.shape[1]), q, k, lse, site)
         mass = self._mass(video, site.scale).sum(0)  # [H, n, n]
-        group = group_of(site.step, site.steps, self.groups)
-        sums.add(site, "mass", mass, (self.groups, *mass.shape), group)
-        if self.bits < 16 and is_look(site, self.looks):
+        here.add("mass", mass, (self.groups, *mass.shape), group_of(site.step, site.steps, self.groups))
+        if self.bits < 16 and is_sampled(site, self.looks):
             inside, keys = site.layout.span, site.key_mask
             keys = None if keys is None else keys[:, inside]
             raster = _Video(q[:, :, inside], k[:, :, inside], lse[:, :, inside], keys)
             figures = torch.stack([self._incoherence(x, site.scale) for x in (raster, video)])
-            sums.add(site, "incoherence", figures, tuple(figures.shape))
-            sums.add(site, "looked", torch.ones(()), ())
+            here.add("incoherence", figures, tuple(figures.shape))
+            here.add("looked", torch.ones(()), ())
 
     def _incoherence(self, video: _Video, scale: float | None) -> Tensor:
         """Mean over blocks of max|x| / mean|x| of queries, keys and the map: [3, H]."""

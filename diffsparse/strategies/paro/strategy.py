@@ -106,14 +106,14 @@ class PARO(Planned):
         return found
 
     def _lists(self, site: Site, group: int, device: torch.device) -> BlockLists:
-        block, tokens = self.plan.settings["block"], site.layout.tokens
+        block, layout = self.plan.settings["block"], site.layout.text_last()
         masks = site.shard.own(self.plan.part(site.model, site.layer, "masks")[group])
-        video = unpack(masks, site.layout.grid.blocks(block))
-        missing = site.layout.blocks(block) - video.shape[-1]
-        mask = F.pad(video, (0, missing, 0, missing), value=True)[None]
-        sink = site.layout.text_sink(block)
+        video = unpack(masks, layout.grid.blocks(block))
+        rest = layout.blocks(block) - video.shape[-1]
+        mask = F.pad(video, (0, rest, 0, rest), value=True)[None]
+        sink = layout.text_sink(block)
         mask = mask if sink is None else mask | sink
-        sizes = {"q_block": block, "kv_block": block, "q_len": tokens, "kv_len": tokens}
+        sizes = {"q_block": block, "kv_block": block, "q_len": layout.tokens, "kv_len": layout.tokens}
         return BlockLists.from_mask(mask, **sizes).to(device)  # made where its width is known without waiting
 
 

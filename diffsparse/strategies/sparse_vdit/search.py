@@ -7,18 +7,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
+from diffsparse.plans.sealed import Values
 from diffsparse.plans.sums import Sums
 from diffsparse.site.compute import Site
+from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_count, check_number, check_share, keep_count
 from diffsparse.strategies.planned import group_of
-from diffsparse.strategies.search import Watcher, is_look
+from diffsparse.strategies.search import Watcher, is_sampled, sums_of
 from diffsparse.strategies.sparse_vdit.strategy import FULL, MODES, SKIP, head_lists, head_orders
 from diffsparse_kernels import block_mass, block_sparse_attention, default_block
 
@@ -36,20 +38,30 @@ class SparseVDiTSearch:
 
     The run goes on with the output chosen, so later layers and steps see what earlier choices have cost.
 
-    sparsity: share of the video's blocks that a sparse mode drops, in [0, 1).
-    epsilon: largest loss at which a head is not full: the knob between fidelity and speed.
-    weight: of the cost (lambda in the paper).
-    modes: candidates beside full.
-    cost: "sparsity", the share of blocks that a mode computes (the paper's 1 - S_i), or "time" (ours), the time of
-        its kernel call on this machine, as a share of that of torch's dense attention.
-    groups: parts of the run with modes of their own; None: each step has its own, as in the paper.
-    block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
-    looks: steps of a run at which masses are added up, evenly spread.
+    >>> from diffsparse import SparseVDiT, SparseVDiTSearch, calibrate
+    >>> calls = [lambda: pipe("a red ball", generator=torch.manual_seed(0))]
+    >>> plan = calibrate(pipe, SparseVDiTSearch(epsilon=0.1), calls, ["ball"], folder / "plan.safetensors")
+    >>> print(SparseVDiT(plan).facts()["modes"])  # shares of heads, layers and steps
+    full ...%, skip ...%
+
+    Args:
+        sparsity: share of the video's blocks that a sparse mode drops, in [0, 1).
+        epsilon: largest loss at which a head is not full: the knob between fidelity and speed.
+        weight: of the cost (lambda in the paper).
+        modes: candidates beside full.
+        cost: "sparsity", the share of blocks that a mode computes (the paper's 1 - S_i), or "time" (ours), the time of
+            its kernel call on this machine, as a share of that of torch's dense attention.
+        groups: parts of the run with modes of their own; None: each step has its own, as in the paper.
+        block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
+        looks: number of sampled steps of a run, evenly spread, at which masses are added up.
+
+    Raises:
+        ConfigError: a value out of its range.
 
     Decided here:
     - The error is relative, so that epsilon means the same on every model. It is divided by the mean over all heads of
       the layer: a head whose output is small beside its neighbours' can be skipped.
-    - In print the appendix adds lambda * S_i; Eq. 2 and sense want 1 - S_i.
+    - The appendix prints lambda * S_i; Eq. 2, and the meaning of a cost, want 1 - S_i.
     - Errors are those of the video's rows, averaged over samples, guidance branches, the steps of a group and prompts.
       Each run goes on with what the mean so far, its own call included, would choose.
     - A mode that costs no less than full is never chosen.
@@ -81,13 +93,13 @@ class SparseVDiTSearch:
         if self.groups is not None:
             check_count("groups", self.groups)
 
-    def watcher(self, number: int, sums: Sums) -> Any:
+    def watcher(self, number: int, sums: Sums) -> Strategy:
         """Sums up the mass of key blocks in the first pass, chooses and follows in the second."""
         if number == 0:
-            return Watcher(partial(self._look, sums))
+            return Watcher(partial(self._sum, sums))
         return _Follower(self, sums, self._costs(sums))
 
-    def plan(self, sums: Sums) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def plan(self, sums: Sums) -> tuple[Values, dict[str, Tensor]]:
         """Modes and columns of all layers."""
         costs, tensors = self._costs(sums), {}
         for name, errors in sums.of("errors").items():  # [groups, modes, H]
@@ -106,17 +118,19 @@ class SparseVDiTSearch:
         chosen = numbers[best].where(loss.gather(-2, best) <= self.epsilon, FULL)
         return chosen.squeeze(-2).to(torch.uint8)
 
-    def _look(self, sums: Sums, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
-        if not is_look(site, self.looks) and sums.has(site, "columns"):
+    def _sum(self, sums: Sums, q: Tensor, k: Tensor, lse: Tensor, site: Site) -> None:
+        """Add up the mass of key blocks at sampled steps, and at each layer's first whichever it is."""
+        here = sums_of(sums, site)
+        if not is_sampled(site, self.looks) and here.has("columns"):
             return
-        video = site.layout.span
+        video, size = site.layout.span, self.block
         q, k, lse, keys = *(x[:, :, video] for x in (q, k, lse)), site.key_mask
         keys = None if keys is None else keys[:, video]
-        blocks: dict[str, Any] = {"q_block": self.block, "kv_block": self.block, "scale": site.scale, "key_mask": keys}
-        columns = block_mass(q, k, lse, **blocks).sum((0, 2))
-        sums.add(site, "columns", columns, tuple(columns.shape))
-        if self.cost == "time" and not sums.has(site, "costs"):
-            sums.add(site, "costs", self._timed(q, k, columns, site), (len(self.modes),))
+        mass = block_mass(q, k, lse, q_block=size, kv_block=size, scale=site.scale, key_mask=keys)
+        columns = mass.sum((0, 2))
+        here.add("columns", columns, tuple(columns.shape))
+        if self.cost == "time" and not here.has("costs"):
+            here.add("costs", self._timed(q, k, columns, site), (len(self.modes),))
 
     def _costs(self, sums: Sums) -> Tensor:
         """Cost of each mode, float32 [modes]: what of full attention's blocks, or of its time, it takes."""
@@ -138,7 +152,7 @@ class SparseVDiTSearch:
 
 
 @dataclass(frozen=True)
-class _Follower:
+class _Follower(Strategy):
     """Computes every mode at every call, chooses for each head, and goes on with what it chose."""
 
     search: SparseVDiTSearch
@@ -157,19 +171,18 @@ class _Follower:
     def _output(self, mode: int, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """All heads in one mode."""
         modes = torch.full((q.shape[1],), mode)
-        columns = self.sums.of("columns")[f"{site.model}.{site.layer}"]
+        columns = sums_of(self.sums, site).get("columns")
         orders, layout = head_orders(modes, site.layout, q.device), site.layout.text_last()
         lists = head_lists(modes, columns, layout, self.search.sparsity, self.search.block, q.device)
         q, k, v, keys = *(orders.apply(x) for x in (q, k, v)), orders.keys(site.key_mask)
         return orders.undo(block_sparse_attention(q, k, v, lists, scale=site.scale, key_mask=keys)[0])
 
     def _choose(self, errors: Tensor, site: Site) -> Tensor:
-        groups = self.search.groups or site.steps or 1
-        group, name = group_of(site.step, site.steps, groups), f"{site.model}.{site.layer}"
-        self.sums.add(site, "errors", errors, (groups, *errors.shape), group)
-        self.sums.add(site, "seen", torch.ones(()), (groups,), group)
-        errors, seen = (self.sums.of(what)[name][group] for what in ("errors", "seen"))
-        return self.search.choose(errors, seen, self.costs)
+        here, groups = sums_of(self.sums, site), self.search.groups or site.steps or 1
+        group = group_of(site.step, site.steps, groups)
+        here.add("errors", errors, (groups, *errors.shape), group)
+        here.add("seen", torch.ones(()), (groups,), group)
+        return self.search.choose(here.get("errors")[group], here.get("seen")[group], self.costs)
 
 
 def _errors(outs: list[Tensor], full: Tensor, site: Site) -> Tensor:
@@ -184,8 +197,8 @@ def _shares(columns: Tensor) -> Tensor:
     return columns / columns.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """The middle one of a few timings, after one call that warms up."""
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The median of a few timings, after one call that warms up."""
     call()
     found = []
     for _ in range(_ROUNDS):

@@ -1,4 +1,4 @@
-"""What a GPU makes of our kernels, in one command of some minutes: `python -m diffsparse_eval.gpu`, `make gpu`.
+"""Checks and times of our kernels on a GPU, in one command: `python -m diffsparse_eval.gpu`, `make gpu`.
 
-It wants torch, Triton and `diffsparse_kernels`; stages that run whole models use Diffusers where it is there.
+It needs torch, Triton and `diffsparse_kernels`; stages that run whole models use Diffusers if it is installed.
 """

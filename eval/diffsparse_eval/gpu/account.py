@@ -13,41 +13,54 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, NoReturn
 
-from diffsparse_eval.gpu.stage import STAGES, WHOLE, Options, Row, Stage, Talk, label, module_of, usual
+from diffsparse_eval.gpu.stage import STAGES, WHOLE, Channel, Options, Stage, label, module_of, usual
 from diffsparse_eval.gpu.table import summary
+from diffsparse_eval.rows import SCHEMA, AccountFacts, AccountRow, Attempt, TileRow, TilesRow
+from diffsparse_eval.tune import tiles_row
 from diffsparse_kernels.child import Message, follow_parent, run_child
 
 ROWS, TABLE, TILES = "rows.jsonl", "table.txt", "tiles.json"
 _START = 90.0  # seconds to import torch and open a device
-_MARGIN = 3.0  # seconds between the end that a child is told and its end
-_LEAST = 4.0  # seconds under which nothing is begun
+_MARGIN = 3.0  # seconds between the time that a child is given and its end
+_LEAST = 4.0  # seconds: with fewer left nothing is begun
 _FAILURES = 4  # of one child, after which its stage goes on without it
-_FIELDS = ("stage", "shape", "kernel", "verdict", "ms", "tflops", "share", "error", "repeat_equal")
+_EMPTY: Attempt = {  # fields that each row has
+    "stage": "",
+    "shape": None,
+    "kernel": None,
+    "verdict": "",
+    "ms": None,
+    "tflops": None,
+    "share": None,
+    "error": None,
+    "repeat_equal": None,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line of the parent, and of its children."""
-    told = _parser().parse_args(arguments)
-    options = Options(told.device, told.shrink, _names(told.kernels), _names(told.without))
-    if told.stage:
-        stage = next(stage for stage in STAGES if stage.name == told.stage)
+    parsed = _parser().parse_args(arguments)
+    options = Options(parsed.device, parsed.shrink, _names(parsed.kernels), _names(parsed.without))
+    if parsed.stage:
+        stage = next(stage for stage in STAGES if stage.name == parsed.stage)
         follow_parent()
-        talk = Talk(tuple(map(int, _names(told.failed))), told.first, told.end)
-        return module_of(stage).run(told.job, options, talk)  # type: ignore[no-any-return]
-    if told.shrink < 1 or told.seconds <= 0:
+        channel = Channel(tuple(map(int, _names(parsed.failed))), parsed.first, parsed.end)
+        return module_of(stage).run(parsed.job, options, channel)
+    if parsed.shrink < 1 or parsed.seconds <= 0:
         _stop("--shrink and --seconds want numbers of at least 1")
     try:
-        told.out.mkdir(parents=True, exist_ok=True)
-        rows = (told.out / ROWS).open("a")  # rows of an earlier account stay
+        parsed.out.mkdir(parents=True, exist_ok=True)
+        rows = (parsed.out / ROWS).open("a")  # rows of an earlier account stay
     except OSError as error:
-        _stop(f"can't write into {told.out}: {error.strerror or error}; choose another folder with --out")
+        _stop(f"can't write into {parsed.out}: {error.strerror or error}; choose another folder with --out")
     with rows:
-        account = Account(options, told.out, rows, told.seconds)
+        account = Account(options, parsed.out, rows, parsed.seconds)
         account.run()
-    print(f"{account.count} rows are in {told.out / ROWS}")
+    print(f"{account.count} rows are in {parsed.out / ROWS}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,18 +82,18 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
 
-def _stop(reason: str) -> None:
+def _stop(reason: str) -> NoReturn:
     print(f"error: {reason}", file=sys.stderr)
     sys.exit(2)
 
 
 class Account:
-    """Runs the stages, and writes each row as it comes: flushed and synced, for the machine may be gone at any time."""
+    """Runs the stages, and writes each row as it comes: flushed and synced, since the machine may end at any time."""
 
     def __init__(self, options: Options, out: Path, rows: IO[str], seconds: float) -> None:
         self.options, self.out = options, out
-        self.facts: Row = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
-        self.rows: list[Row] = []
+        self.facts: AccountFacts = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.rows: list[AccountRow] = []
         self._file, self._lock, self._folders = rows, threading.Lock(), ExitStack()
         self._plan: dict[str, list[str] | str] = {}
         self._begun, self._seconds, self._missing = time.monotonic(), seconds, ""
@@ -96,14 +109,14 @@ class Account:
         return self._begun + self._seconds - time.monotonic()
 
     def run(self) -> None:
-        """All stages, most telling first; the table last."""
+        """All stages, most important first; the table last."""
         with self._folders:
             # Compiled kernels and verdicts of this account alone, and none of them below the folder of results.
             caches = {
                 name: self._folders.enter_context(tempfile.TemporaryDirectory(prefix="diffsparse-"))
                 for name in ("TRITON_CACHE_DIR", "DIFFSPARSE_CACHE")
             }
-            # On a CPU, Triton's interpreter; and children side by side would only wait for each other's threads.
+            # On a CPU: Triton's interpreter, and one thread a child, since children run side by side.
             rehearsal = {} if self.options.on_gpu else {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
             for stage in STAGES:
                 self._stage(stage, {**caches, **rehearsal})
@@ -117,13 +130,13 @@ class Account:
         # Shares add up: what one stage leaves, the next may use.
         shares = sum(before.seconds for before in STAGES[: STAGES.index(stage) + 1])
         seconds = min(shares * max(1.0, self._seconds / WHOLE) - (self._seconds - self.left), self.left)
-        if stage is STAGES[0]:  # without it nothing is known, and a cold machine takes long to import torch
+        if stage is STAGES[0]:  # all others need it, and a cold machine takes long to import torch
             seconds = self.left
         if seconds < _LEAST:
-            return self.add(stage, verdict="no time")
+            return self.add(stage, {"verdict": "no time"})
         jobs = self._jobs(stage)
         if isinstance(jobs, str):
-            return self.add(stage, verdict="left out", why=jobs)
+            return self.add(stage, {"verdict": "left out", "why": jobs})
         self._say(f"{stage.name}: {len(jobs)} children, {seconds:.0f} s at most")
         end = time.monotonic() + seconds
         with ThreadPoolExecutor(min(stage.at_once, os.cpu_count() or 1)) as pool:
@@ -134,17 +147,17 @@ class Account:
         if stage is STAGES[0]:
             return [stage.name]
         if stage.name != "sanitizer":
-            return self._plan.get(stage.name, "the first stage did not say what there is to do")
+            return self._plan.get(stage.name, "the first stage did not report what there is to do")
         wrong = [row for row in self.rows if row.get("case") and row["verdict"] not in ("right", "no time")]
-        return ["|".join([row["kernel"], *row["case"]]) for row in wrong[:1]] or [""]
+        return ["|".join([str(row["kernel"]), *row["case"]]) for row in wrong[:1]] or [""]
 
     def _job(self, stage: Stage, job: str, environment: dict[str, str], end: float) -> None:
-        """One child, and where it fails another that goes on behind the failure."""
+        """One child, and if it fails another that goes on after the failure."""
         first, failed = 0, list[int]()
         for _ in range(_FAILURES):
             left = end - time.monotonic()
             if left < _LEAST:
-                return self.add(stage, kernel=job, verdict="no time")
+                return self.add(stage, {"kernel": job, "verdict": "no time"})
             listener = _Listener(self, stage)
             command = ["-m", "diffsparse_eval.gpu", *self.options.arguments(), "--stage", stage.name, "--job", job]
             command += ["--without", ",".join(self._dangerous()), "--failed", ",".join(map(str, failed))]
@@ -153,32 +166,33 @@ class Account:
             try:
                 ending = run_child(command, listener.hear, **limits, environment=environment)
             except OSError as error:
-                return self.add(stage, kernel=job, verdict="crash", why=str(error))
+                return self.add(stage, {"kernel": job, "verdict": "crash", "why": str(error)})
             if ending.how == "done":
                 return
             verdict = "no time" if ending.how == "late" else ending.how
             if listener.open or listener.number < 0:
-                self.add(stage, **(listener.trying or {"kernel": job}), verdict=verdict, why=ending.why)
-            if ending.how == "late" or listener.number < 0:  # another would not come further
+                trying = listener.trying or {"kernel": job}
+                self.add(stage, {**trying, "verdict": verdict, "why": ending.why})
+            if ending.how == "late" or listener.number < 0:  # another child would get no further
                 return
             failed.append(listener.number)
             first = max(listener.number + 1, first)
 
     def _dangerous(self) -> list[str]:
-        """Kernels that hung or crashed, unless they came through what models ask for most: they are not timed."""
+        """Kernels that hung or crashed and are not timed: all but those that passed what most models need."""
         tried = [row for row in self.rows if row.get("case")]
-        bad = {row["kernel"] for row in tried if row["verdict"] in ("hang", "crash")}
+        bad = {str(row["kernel"]) for row in tried if row["verdict"] in ("hang", "crash")}
         ended = {
-            label(row["kernel"], masked)
+            label(str(row["kernel"]), masked)
             for row in tried
             for masked in (False, True)
             if row["verdict"] in ("right", "wrong", "raised") and usual(row["case"], masked)
         }
         return sorted({label(kernel, masked) for kernel in bad for masked in (False, True)} - ended)
 
-    def add(self, stage: Stage, **row: Any) -> None:
+    def add(self, stage: Stage, row: Attempt) -> None:
         """Write one row."""
-        whole = {**dict.fromkeys(_FIELDS), **row, "stage": stage.name, **self.facts}
+        whole: AccountRow = {**_EMPTY, **row, "stage": stage.name, **self.facts, "schema": SCHEMA}
         with self._lock:
             self.rows.append(whole)
             self._file.write(json.dumps(whole) + "\n")
@@ -190,16 +204,16 @@ class Account:
             shown = (row.get("kernel"), row.get("kind"), row.get("shape"), row["verdict"], _ms(row), row.get("why"))
             self._say(f"  {stage.name}: " + ", ".join(str(x) for x in shown if x)[:160])
 
-    def know(self, facts: Row) -> None:
-        """Facts that hold for all rows from now on."""
+    def know(self, facts: AccountFacts) -> None:
+        """Take facts that hold for all rows from now on."""
         self.facts.update(facts)
 
     def plan(self, jobs: dict[str, list[str] | str]) -> None:
-        """The children of all stages, as the first one found them."""
+        """Take the children of all stages, as the first one found them."""
         self._plan = jobs
 
-    def lack(self, what: str) -> None:
-        """Nothing can be done here."""
+    def miss(self, what: str) -> None:
+        """Take the reason why nothing can be done here."""
         self._missing = what
 
     def _say(self, text: str) -> None:
@@ -207,12 +221,12 @@ class Account:
 
 
 class _Listener:
-    """What one child said last."""
+    """What one child reported last."""
 
     def __init__(self, account: Account, stage: Stage) -> None:
         self.account, self.stage = account, stage
         self.number, self.open = -1, False
-        self.trying: Row = {}
+        self.trying: Attempt = {}
 
     def hear(self, message: Message) -> None:
         """Rows are written at once; an attempt is open until its row comes."""
@@ -220,30 +234,25 @@ class _Listener:
             self.number, self.open, self.trying = message["number"], True, message["trying"]
         if "row" in message:
             self.open = self.open and message.get("number") != self.number
-            self.account.add(self.stage, **message["row"])
+            self.account.add(self.stage, message["row"])
         if "facts" in message:
             self.account.know(message["facts"])
         if "jobs" in message:
             self.account.plan(message["jobs"])
         if "missing" in message:
-            self.account.lack(message["missing"])
+            self.account.miss(message["missing"])
 
 
-def _best_tiles(rows: list[Row]) -> list[Row]:
-    """A table as `tiles.json` in the cache folder has it: for each size its three fastest tiles."""
-    places: dict[tuple[int, int, int], list[Row]] = {}
+def _best_tiles(rows: list[AccountRow]) -> list[TilesRow]:
+    """The table of tiles, as `diffsparse bench --tune` writes it into the cache folder."""
+    sizes: dict[tuple[str, int, int, int], list[tuple[float, TileRow]]] = {}
     for row in rows:
         if row["stage"] == "tune" and row["ms"] is not None:
-            places.setdefault((row["head_dim"], row["q_block"], row["kv_block"]), []).append(row)
-    return [
-        {
-            "device": found[0]["device"],
-            **dict(zip(("head_dim", "q_block", "kv_block"), place, strict=True)),
-            "tiles": [row["tile"] for row in sorted(found, key=lambda row: row["ms"])[:3]],
-        }
-        for place, found in places.items()
-    ]
+            size = row["device"], row["head_dim"], row["q_block"], row["kv_block"]
+            sizes.setdefault(size, []).append((row["ms"], row["tile"]))
+    return [tiles_row(*size, (tile for _, tile in sorted(timed, key=itemgetter(0)))) for size, timed in sizes.items()]
 
 
-def _ms(row: Row) -> str:
-    return f"{row['ms']:.3g} ms" if row.get("ms") else ""
+def _ms(row: Attempt) -> str:
+    ms = row.get("ms")
+    return f"{ms:.3g} ms" if ms else ""

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from diffsparse_eval.gpu import numerics, speed
-from diffsparse_eval.gpu.stage import Options, Row, Talk
+from diffsparse_eval.gpu.stage import Channel, Options
+from diffsparse_eval.rows import Attempt
+from diffsparse_eval.timing import Call
 
 
 def jobs(options: Options) -> list[str]:
@@ -18,22 +19,22 @@ def jobs(options: Options) -> list[str]:
     return [f"{part}/{count}" for part in range(count)]
 
 
-def run(job: str, options: Options, talk: Talk) -> None:
+def run(job: str, options: Options, channel: Channel) -> None:
     """This child's part of all launches, without launching."""
     part, count = map(int, job.split("/"))
     if not options.on_gpu:
-        return talk.row(kernel="all", shape=job, verdict="nothing to compile")
-    wanted: list[tuple[str, str, Any]] = list(speed.launches(options))  # first, for nobody should be timed cold
+        return channel.row(kernel="all", shape=job, verdict="nothing to compile")
+    wanted: list[tuple[str, str, Call]] = list(speed.launches(options))  # first, so that these are never timed cold
     wanted += [
         (kernel, shape, partial(numerics.launch, kernel, case, options))
         for kernel, shape, case in numerics.launches(options)
     ]
     with compile_only():
         for kernel, shape, call in wanted[part::count]:
-            talk.attempt(kernel, shape, partial(_compiled, call))
+            channel.attempt(kernel, shape, partial(_compiled, call))
 
 
-def _compiled(call: Any) -> Row:
+def _compiled(call: Call) -> Attempt:
     call()
     return {"verdict": "compiled"}
 
@@ -45,7 +46,7 @@ def compile_only() -> Iterator[None]:
 
     launch = JITFunction.run
 
-    def compile_(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    def compile_(self: object, *arguments: object, grid: object, warmup: bool, **options: object) -> object:
         return launch(self, *arguments, grid=grid, warmup=True, **options)
 
     JITFunction.run = compile_

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import subprocess
 from contextlib import suppress
-from typing import Any
 
 import torch
 
 from diffsparse_eval import environment
-from diffsparse_eval.gpu.stage import STAGES, Options, Row, Stage, Talk, module_of
-from diffsparse_eval.timing import in_turns
+from diffsparse_eval.gpu.stage import STAGES, Channel, Options, Stage, module_of
+from diffsparse_eval.rows import Attempt
+from diffsparse_eval.timing import Call, median_seconds
 from diffsparse_kernels import trials
-from diffsparse_kernels.measured import device_name
+from diffsparse_kernels.machine import device_name, driver
 
 _CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 _EDGE, _BYTES = 8192, 2 * 2**30
@@ -23,33 +23,32 @@ def jobs(options: Options) -> list[str]:
     return ["facts"]
 
 
-def run(job: str, options: Options, talk: Talk) -> None:
-    """Say what is missing, or what is there."""
+def run(job: str, options: Options, channel: Channel) -> None:
+    """Report what is missing, or what is there."""
     obstacle = _obstacle(options)
     if obstacle:
-        return talk.missing(obstacle)
-    talk.facts(
+        return channel.missing(obstacle)
+    channel.facts(
         device=device_name(options.device),
-        driver=trials.driver() if options.on_gpu else "",
+        driver=driver() if options.on_gpu else "",
         versions={**environment.versions(), "torch": torch.__version__},
         commit=environment.commit(),
-        source=trials.source(),  # says which kernels these were where there is no checkout to ask
+        source=trials.source(),  # identifies the kernels where there is no checkout
     )
-    talk.plan({stage.name: _jobs(stage, options) for stage in STAGES[1:]})
-    talk.row(kernel="clocks", shape="as they are", verdict="done", **_clocks(options))
+    channel.plan({stage.name: _jobs(stage, options) for stage in STAGES[1:]})
+    channel.clocks(_clocks(options))
     size = max(_BYTES // options.shrink, 2**20)
-    talk.attempt("copy", f"{size >> 20} MiB", lambda: _copy(size, options, talk))
+    channel.attempt("copy", f"{size >> 20} MiB", lambda: _copy(size, options, channel))
     edge = max(_EDGE // options.shrink, 128)
-    talk.attempt("matrix product", f"{edge}^3 bfloat16", lambda: _product(edge, options, talk))
+    channel.attempt("matrix product", f"{edge}^3 bfloat16", lambda: _product(edge, options, channel))
 
 
 def _jobs(stage: Stage, options: Options) -> list[str] | str:
-    """Asked here, for the parent never looks at the device; or why there are none: a package that is missing, say."""
+    """The children of a stage, or why it has none, such as a missing package; the parent never opens the device."""
     try:
-        found: list[str] = module_of(stage).jobs(options)
+        return module_of(stage).jobs(options)
     except Exception as error:
         return str(error)
-    return found
 
 
 def _obstacle(options: Options) -> str:
@@ -65,8 +64,8 @@ def _obstacle(options: Options) -> str:
     return "Triton, which makes the kernels: pip install triton"
 
 
-def _clocks(options: Options) -> Row:
-    """Read, never set."""
+def _clocks(options: Options) -> dict[str, str]:
+    """Clocks, power and temperature by nvidia-smi; read, never set."""
     if not options.on_gpu:
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader,nounits"]
@@ -76,20 +75,18 @@ def _clocks(options: Options) -> Row:
     return {}
 
 
-def _copy(size: int, options: Options, talk: Talk) -> Row:
+def _copy(size: int, options: Options, channel: Channel) -> Attempt:
     """Bytes read and written."""
     x, y = (torch.ones(size, dtype=torch.uint8, device=options.device) for _ in range(2))
-    seconds = _median(lambda: y.copy_(x), options, talk)
+    seconds = _seconds(lambda: y.copy_(x), options, channel)
     return {"ms": seconds * 1e3, "gb_per_s": 2 * size / seconds / 1e9}
 
 
-def _product(edge: int, options: Options, talk: Talk) -> Row:
+def _product(edge: int, options: Options, channel: Channel) -> Attempt:
     x, y = (torch.randn(edge, edge, device=options.device).bfloat16() for _ in range(2))
-    seconds = _median(lambda: x @ y, options, talk)
+    seconds = _seconds(lambda: x @ y, options, channel)
     return {"ms": seconds * 1e3, "tflops": 2 * edge**3 / seconds / 1e12}
 
 
-def _median(call: Any, options: Options, talk: Talk) -> float:
-    for _ in range(3):
-        call()
-    return in_turns({"": [call]}, 10, options.device, talk.end)[""]
+def _seconds(call: Call, options: Options, channel: Channel) -> float:
+    return median_seconds(call, options.device, 10, warm_up=3, end=channel.end)

@@ -11,12 +11,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from diffsparse_eval.gpu.stage import Options, Row, Talk
+from diffsparse_eval.gpu.stage import Channel, Options
+from diffsparse_eval.rows import Attempt
 from diffsparse_kernels import registry
+from diffsparse_kernels.backend.nvidia import chip
 from diffsparse_kernels.backend.selftest import KERNELS, compute, examine, kernel_of, poison, samples
 from diffsparse_kernels.backend.triton import launch as triton
-from diffsparse_kernels.backend.triton.tiles import Copy, tiles_for
 from diffsparse_kernels.case import Case
+from diffsparse_kernels.measured import Copy, tiles_for
 
 LAUNCHES = 50
 EIGHT_BITS = {"int8": 0.012, "int8-int8": 0.020, "int8-fp8": 0.037, "fp8": 0.052}  # relative errors, as documented
@@ -52,15 +54,15 @@ _GLUON = tuple(
 
 
 def kernels(options: Options) -> list[str]:
-    """By name, simplest first: what this device can run, and strangers last."""
+    """Names of the kernels that this device can run, simplest first, and one's own last."""
     if not options.on_gpu:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return ["reference", "cpu", *(["triton"] if interpreted else []), *options.strangers]
+        return ["reference", "cpu", *(["triton"] if interpreted else []), *options.custom]
     device, found = torch.device(options.device), ["triton"]
     major, minor = torch.cuda.get_device_capability(device)
     found += [f"triton-{kind}" for kind in ("tma", "specialised") if kind in _kinds_of_tiles(10 * major + minor)]
-    found += [name for name in ("gluon", "flash-attn-4") if not registry.obstacle(name, device)]
-    return [*found, *options.strangers]
+    found += [name for name in ("gluon", "flash-attn-4") if registry.capability(name, device) is None]
+    return [*found, *options.custom]
 
 
 def _kinds_of_tiles(chip: int) -> set[str]:
@@ -72,7 +74,7 @@ def _kinds_of_tiles(chip: int) -> set[str]:
 
 
 def cases(kernel: str, options: Options) -> list[Case]:
-    """What a kernel is tried with: all that it doesn't refuse; on a CPU with small blocks."""
+    """The cases that a kernel is tried with: all that it can do; on a CPU with small blocks."""
     if kernel == "gluon":
         return list(_GLUON)
     listed = [case for case in _ALL if does(kernel, case, torch.device(options.device))]
@@ -80,22 +82,22 @@ def cases(kernel: str, options: Options) -> list[Case]:
 
 
 def does(kernel: str, case: Case, device: torch.device) -> bool:
-    """Whether a kernel can do this; one that is a kind of tiles, by such tiles. A stranger's is for attention."""
+    """Whether a kernel can do this; a kind of tiles, by such tiles. A kernel of one's own is tried with attention."""
     if kernel not in KERNELS:
         return case.kind == "attend"
     backend, kind = KERNELS[kernel]
-    if registry.refusal(backend, case):
+    if registry.capability(backend, device, case) is not None:
         return False
     if kind in ("", "pointers"):
         return True
     if case.kind in ("mass", "means"):
-        return case.kind == "mass" and triton.measure_tile(triton.chip(device), case.kv_block, 2, True).copy == kind
+        return case.kind == "mass" and triton.measure_tile(chip(device), case.kv_block, 2, True).copy == kind
     flags = triton.flags_of(True, True, case.masked, None, case.kind == "fused") | {"AXES": case.axes}
     return triton.attend_tile(case, device, flags, cast(Copy, kind)).copy == kind
 
 
 def _small(kernel: str, listed: list[Case]) -> list[Case]:
-    """The same in blocks of a quarter; few for the interpreter, which is slow."""
+    """The same with blocks a quarter as large; few for the interpreter, which is slow."""
     small = [case._replace(q_block=max(case.q_block // 4, 16), kv_block=max(case.kv_block // 4, 16)) for case in listed]
     if kernel.startswith("triton"):
         return small[::4]
@@ -109,22 +111,22 @@ def jobs(options: Options) -> list[str]:
     return [FIRST_USE, *kernels(options), "eight bits"]  # the first takes the longest
 
 
-def run(job: str, options: Options, talk: Talk) -> None:
+def run(job: str, options: Options, channel: Channel) -> None:
     """One kernel."""
     if job == FIRST_USE:
-        return _first_use(options, talk)
+        return _first_use(options, channel)
     poison()
     if job == "eight bits":
-        return _eight_bits(options, talk)
+        return _eight_bits(options, channel)
     for case in cases(job, options):
-        talk.attempt(job, str(case), partial(_examine, job, case, options, talk), case=case.words())
+        channel.attempt(job, str(case), partial(_examine, job, case, options, channel), known={"case": case.words()})
 
 
-def _examine(job: str, case: Case, options: Options, talk: Talk) -> Row:
+def _examine(job: str, case: Case, options: Options, channel: Channel) -> Attempt:
     kernel, device, worst = kernel_of(job), torch.device(options.device), 0.0
     repeats = LAUNCHES if options.on_gpu else 3
     for sample in samples(case, device, long=options.on_gpu):
-        talk.alive()
+        channel.alive()
         found = examine(case, kernel, sample, repeats)
         worst = max(worst, found.error)
         if found.problem:
@@ -133,40 +135,40 @@ def _examine(job: str, case: Case, options: Options, talk: Talk) -> Row:
 
 
 def launches(options: Options) -> Iterator[tuple[str, str, Case]]:
-    """What the stage that compiles has to make: kernel, shape, case."""
+    """Kernel, shape and case of all that the stage that compiles has to build."""
     for kernel in kernels(options):
-        if kernel not in options.strangers:
+        if kernel not in options.custom:
             yield from ((kernel, str(case), case) for case in cases(kernel, options))
 
 
 def launch(kernel: str, case: Case, options: Options) -> None:
-    """All launches of a case, for nothing but themselves."""
+    """Launch all samples of a case; the results are dropped."""
     for sample in samples(case, torch.device(options.device)):
         compute(case, kernel_of(kernel), sample)
 
 
-def _first_use(options: Options, talk: Talk) -> None:
+def _first_use(options: Options, channel: Channel) -> None:
     """The trials that a user's first run makes, each in a process of its own."""
     plain = [case for case in registry.USUAL if not case.masked]
     embedded = [case._replace(head_dim=64, value_dim=64, q_block=64, kv_block=64) for case in plain]
     for case in (*registry.USUAL, *embedded):
-        with talk.patience(60):
-            talk.attempt(FIRST_USE, str(case), partial(_choose, case, torch.device(options.device)))
+        with channel.heartbeat(60):
+            channel.attempt(FIRST_USE, str(case), partial(_choose, case, torch.device(options.device)))
 
 
-def _choose(case: Case, device: torch.device) -> Row:
+def _choose(case: Case, device: torch.device) -> Attempt:
     """The trials are made when a backend is chosen, and those of its tiles when it is first called."""
     choice = registry.choose(case, device)
     compute(case, choice.module, next(iter(samples(case, device, long=False))))
-    refused = [told for told in choice.passed_over if case.kind == "attend"]  # nothing but attention is gluon's
+    refused = [reason for reason in choice.passed_over if case.kind == "attend"]  # gluon has nothing but attention
     return {"verdict": "wrong" if refused else "right", "why": "; ".join(refused), "backend": choice.name}
 
 
-def _eight_bits(options: Options, talk: Talk) -> None:
+def _eight_bits(options: Options, channel: Channel) -> None:
     from diffsparse_kernels.backend import reference
     from diffsparse_kernels.backend.triton.eight_bits import block_sparse_attention
 
-    def measure(precision: str, case: Case) -> Row:
+    def measure(precision: str, case: Case) -> Attempt:
         worst, equal = 0.0, True
         for sample in itertools.islice(samples(case, torch.device(options.device)), 2):
             q, k, v, lists, key_mask, _, scale = sample[1:]
@@ -180,7 +182,7 @@ def _eight_bits(options: Options, talk: Talk) -> None:
 
     for precision, dim, masked in itertools.product(EIGHT_BITS, (64, 128), (False, True)):
         case = _USUAL._replace(head_dim=dim, value_dim=dim, masked=masked)
-        talk.attempt(precision, str(case), partial(measure, precision, case))
+        channel.attempt(precision, str(case), partial(measure, precision, case))
 
 
 def _relative(got: Tensor, exact: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Why a kernel is wrong: the smallest failing case under `compute-sanitizer`, if that is installed."""
+"""Why a kernel is wrong: the first failing case under `compute-sanitizer`, if that is installed."""
 
 from __future__ import annotations
 
@@ -7,34 +7,38 @@ import subprocess
 import sys
 from functools import partial
 
-from diffsparse_eval.gpu.stage import Options, Row, Talk
+from diffsparse_eval.gpu.stage import Channel, Options
+from diffsparse_eval.rows import Attempt
 
 _TOOLS = ("memcheck", "racecheck")
 
 
 def jobs(options: Options) -> list[str]:
-    """One child; which kernels failed, `account` adds."""
+    """One child; `account` adds which kernels failed."""
     return [""]
 
 
-def run(job: str, options: Options, talk: Talk) -> None:
-    """job: what failed, as `proof` wants it: kernel and the words of its case, separated by bars; empty if nothing."""
+def run(job: str, options: Options, channel: Channel) -> None:
+    """Run one case under each tool.
+
+    job: kernel and the words of the case that failed, separated by bars; empty if none failed.
+    """
     if not job:
-        return talk.row(kernel="all", shape="", verdict="nothing failed")
+        return channel.row(kernel="all", shape="", verdict="nothing failed")
     if shutil.which("compute-sanitizer") is None:
-        return talk.row(kernel="all", shape="", verdict="left out", why="compute-sanitizer is not installed")
+        return channel.row(kernel="all", shape="", verdict="left out", why="compute-sanitizer is not installed")
     kernel, *words = job.split("|")
     for tool in _TOOLS:
         command = ["compute-sanitizer", "--tool", tool, sys.executable, "-m", "diffsparse_kernels.backend.selftest"]
         command += [options.device, kernel, *words]
-        with talk.patience(talk.left):
-            talk.attempt(f"{kernel}, {tool}", " ".join(words), partial(_run, command, talk))
+        with channel.heartbeat(channel.left):
+            channel.attempt(f"{kernel}, {tool}", " ".join(words), partial(_run, command, channel))
 
 
-def _run(command: list[str], talk: Talk) -> Row:
+def _run(command: list[str], channel: Channel) -> Attempt:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(talk.left - 2, 1), check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(channel.left - 2, 1), check=False)
     except subprocess.TimeoutExpired:
         return {"verdict": "no time"}
-    said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
-    return {"verdict": "told", "why": " / ".join(said[1:6] or said[-1:])[:600]}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+    return {"verdict": "told", "why": " / ".join(lines[1:6] or lines[-1:])[:600]}

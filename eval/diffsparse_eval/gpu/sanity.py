@@ -1,4 +1,4 @@
-"""The embedded model on this device in bfloat16: dense beside sparse, as far apart as on the CPU in float32."""
+"""The embedded model on this device in bfloat16: PSNR of sparse to dense, beside that on the CPU in float32."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from functools import partial
 
 import torch
 
-from diffsparse_eval.gpu.stage import Options, Row, Talk
+from diffsparse_eval.gpu.stage import Channel, Options
+from diffsparse_eval.rows import Attempt
 
 _SPARSITY = 0.8
 
 
 def jobs(options: Options) -> list[str]:
-    """The device first: what the CPU gives is there to compare with."""
+    """The device, then the CPU to compare with."""
     return ["device", *(["cpu"] if options.on_gpu else [])]
 
 
-def run(job: str, options: Options, talk: Talk) -> None:
+def run(job: str, options: Options, channel: Channel) -> None:
     """PSNR of sparse videos against dense ones of the same seed."""
-    measures: list[Callable[[str], Row]] = []
+    measures: list[Callable[[str], Attempt]] = []
 
-    def load() -> Row:
+    def load() -> Attempt:
         measures.append(_measure(job, options))
         return {}
 
-    with talk.patience(60):
-        talk.attempt(f"dense, {job}", "embedded model", load, again=True)
+    with channel.heartbeat(60):
+        channel.attempt(f"dense, {job}", "embedded model", load, again=True)
         for name in ("digest", "adaspa") if measures else ():
-            talk.attempt(f"{name}, {job}", "embedded model", partial(measures[0], name))
+            channel.attempt(f"{name}, {job}", "embedded model", partial(measures[0], name))
 
 
-def _measure(job: str, options: Options) -> Callable[[str], Row]:
+def _measure(job: str, options: Options) -> Callable[[str], Attempt]:
     """Load the model and make its dense video."""
     from diffsparse import AdaSpa, Digest, Schedule, apply
     from diffsparse_pipelines import tiny
@@ -51,7 +52,7 @@ def _measure(job: str, options: Options) -> Callable[[str], Row]:
 
     dense = video()
 
-    def measure(name: str) -> Row:
+    def measure(name: str) -> Attempt:
         with apply(pipe, strategies[name], schedule=Schedule()) as handle:
             error = (video() - dense).square().mean().item()
             report = handle.report()

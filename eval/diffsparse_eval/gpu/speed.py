@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from diffsparse_eval.gpu.numerics import does, kernels
-from diffsparse_eval.gpu.stage import Options, Row, Talk, label
-from diffsparse_eval.suites import Case
-from diffsparse_eval.timing import in_turns
+from diffsparse_eval.gpu.stage import Channel, Options, label
+from diffsparse_eval.rows import Attempt
+from diffsparse_eval.suites import Case, Pattern, sdpa
+from diffsparse_eval.timing import Call, in_turns
 from diffsparse_kernels import BlockLists, select_heads, select_rows
-from diffsparse_kernels.backend.selftest import Sample, kernel_of, spot_check
+from diffsparse_kernels.backend.selftest import Kernel, Sample, kernel_of, spot_check
 from diffsparse_kernels.backend.triton.launch import merge_means
 from diffsparse_kernels.case import Case as KernelCase
 from diffsparse_kernels.case import Kind
 
 if TYPE_CHECKING:
+    from diffsparse.orders.per_head import HeadOrders
     from diffsparse_eval.suites import QKV
 
 ROUNDS, INPUTS = 9, 2
 _DENSITIES = (0.2, 0.1)
-Call = Callable[[], Any]
+_PATTERNS: tuple[Pattern, ...] = ("random", "ragged")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's attention: of its `heads` only `timed`, for the rest takes as long. text: keys of a prompt behind the
-    video, of which a mask hides a part. grid: of the video's tokens.
+    """Self-attention of a model.
+
+    grid: tokens of the video along frames, height and width.
+    heads: of the model. timed: how many of them are timed; the others take as long.
+    text: tokens of the prompt, after the video. hidden: how many of them a key mask hides.
     """
 
     name: str
@@ -44,7 +50,7 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """In all."""
+        """Of the video and the prompt."""
         frames, height, width = self.grid
         return frames * height * width + self.text
 
@@ -54,7 +60,7 @@ class Shape:
         return (places < self.tokens - self.hidden)[None] if self.hidden else None
 
     def shrunk(self, by: int) -> Shape:
-        """In small, for a machine without a GPU."""
+        """The same in small, for a machine without a GPU."""
         if by == 1:
             return self
         return Shape(self.name, (5, 8, 8), 2, 2, self.text and 20, self.hidden and 7)
@@ -68,8 +74,27 @@ SHAPES = (
 )
 
 
-class Contestant(dict[str, Any]):
-    """Calls of one kernel, one for each set of inputs, with what they compute: kernel, kind, density, flops, calls."""
+@dataclass(frozen=True)
+class Candidate:
+    """What is timed: one kernel's calls of one kind.
+
+    density: share of blocks computed.
+    flops: floating-point operations of one call; 0 where they don't matter.
+    calls: one for each set of inputs.
+    sample: the first call's arguments, if its result can be compared with float64.
+    """
+
+    kernel: str
+    kind: str
+    density: float
+    flops: float
+    calls: Sequence[Call]
+    sample: Sample | None = None
+
+    @property
+    def key(self) -> tuple[str, str, float]:
+        """Name of the candidate among those of its shape."""
+        return self.kernel, self.kind, self.density
 
 
 def shapes(options: Options) -> list[Shape]:
@@ -82,59 +107,58 @@ def jobs(options: Options) -> list[str]:
     return [shape.name for shape in SHAPES]
 
 
-def run(job: str, options: Options, talk: Talk) -> None:
-    """One shape: each contestant once, which says what it can't, then in turns."""
+def run(job: str, options: Options, channel: Channel) -> None:
+    """One shape: each candidate once, which shows what fails or is wrong, then in turns."""
     shape = next(shape for shape in shapes(options) if shape.name == job)
     with torch.inference_mode():
-        field = _Field(shape, options)
-        ran: dict[tuple[str, str, float], Contestant] = {}
-        for contestant in field.contestants():
-            known = {"kind": contestant["kind"], "density": contestant["density"]}
-            told = talk.attempt(contestant["kernel"], shape.name, partial(_once, contestant), again=True, **known)
-            if told.get("verdict") in ("right", "ran"):
-                ran[contestant["kernel"], contestant["kind"], contestant["density"]] = contestant
+        candidates: dict[tuple[str, str, float], Candidate] = {}
+        for candidate in _ShapeBench(shape, options).candidates():
+            known: Attempt = {"kind": candidate.kind, "density": candidate.density}
+            found = channel.attempt(candidate.kernel, shape.name, partial(_once, candidate), again=True, known=known)
+            if found.get("verdict") in ("right", "ran"):
+                candidates[candidate.key] = candidate
         seconds = in_turns(
-            {key: c["calls"] for key, c in ran.items()},
+            {key: candidate.calls for key, candidate in candidates.items()},
             ROUNDS if options.on_gpu else 3,
             options.device,
-            talk.end,
-            talk.alive,
+            end=channel.end,
+            tick=channel.alive,
         )
     dense = [taken for (_, kind, _), taken in seconds.items() if kind.startswith("dense") and "mass" not in kind]
     for key, taken in seconds.items():
-        talk.row(**_row(shape, ran[key], taken, min(dense, default=None)))
+        channel.row(**_row(shape, candidates[key], taken, min(dense, default=None)))
 
 
 def launches(options: Options) -> Iterator[tuple[str, str, Call]]:
     """Our kernels' calls at each shape, for the stage that compiles."""
     for shape in shapes(options):
-        for name in _Field(shape, options, inputs=0).timed():
+        for name in _ShapeBench(shape, options, inputs=0).timed():
             yield name, shape.name, partial(_launch_all, shape, options, name)
 
 
 def _launch_all(shape: Shape, options: Options, name: str) -> None:
-    for contestant in _Field(shape, options, inputs=1).ours(name):
-        contestant["calls"][0]()
+    for candidate in _ShapeBench(shape, options, inputs=1).ours(name):
+        candidate.calls[0]()
 
 
-def _once(contestant: Contestant) -> Row:
+def _once(candidate: Candidate) -> Attempt:
     """The first call, and the error where the kernel can be compared with float64."""
-    result = contestant["calls"][0]()
-    sample = contestant.get("sample")
-    if sample is None:
+    result = candidate.calls[0]()
+    if candidate.sample is None:
         return {"verdict": "ran"}
-    error, limit = spot_check(result[0], sample)
+    assert isinstance(result, tuple)
+    error, limit = spot_check(result[0], candidate.sample)
     if not error <= limit:
         return {"verdict": "wrong", "why": f"off by {error:.2e}, {limit:.2e} is explained", "error": error}
     return {"verdict": "right", "error": error}
 
 
-def _row(shape: Shape, contestant: Contestant, seconds: float, dense: float | None) -> Row:
-    """share: of the fastest dense kernel's speed, for each operation that is done."""
-    density = contestant["density"]
-    row = {
-        "kernel": contestant["kernel"],
-        "kind": contestant["kind"],
+def _row(shape: Shape, candidate: Candidate, seconds: float, dense: float | None) -> Attempt:
+    """A row of times. dense: seconds of the fastest dense kernel; its rate is what `share` refers to."""
+    density = candidate.density
+    row: Attempt = {
+        "kernel": candidate.kernel,
+        "kind": candidate.kind,
         "shape": shape.name,
         "tokens": shape.tokens,
         "heads": shape.timed,
@@ -142,16 +166,16 @@ def _row(shape: Shape, contestant: Contestant, seconds: float, dense: float | No
         "verdict": "timed",
         "ms": seconds * 1e3,
     }
-    if contestant["flops"]:
-        row["tflops"] = contestant["flops"] / seconds / 1e12
+    if candidate.flops:
+        row["tflops"] = candidate.flops / seconds / 1e12
     if dense is not None:
         row["speedup"] = dense / seconds
-        row["share"] = density * dense / seconds if contestant["flops"] else None
+        row["share"] = density * dense / seconds if candidate.flops else None
     return row
 
 
-class _Field:
-    """The tensors of one shape, and who computes with them."""
+class _ShapeBench:
+    """The tensors of one shape, and the calls that are timed on them."""
 
     def __init__(self, shape: Shape, options: Options, inputs: int = INPUTS) -> None:
         self.shape, self.options = shape, options
@@ -162,7 +186,7 @@ class _Field:
         self.scale = self.case.head_dim**-0.5
         self.key_mask = shape.key_mask(options.device)
 
-    def contestants(self) -> Iterator[Contestant]:
+    def candidates(self) -> Iterator[Candidate]:
         """Dense ones first."""
         yield from self.dense()
         for name in self.timed():
@@ -186,46 +210,43 @@ class _Field:
         sizes = case.head_dim, case.head_dim, case.block, case.block
         return does(name, KernelCase(kind, torch.bfloat16, *sizes, masked), torch.device(self.options.device))
 
-    def dense(self) -> Iterator[Contestant]:
-        """torch's kernels; with a mask the one that it chooses itself, for flash takes none."""
-        from torch.nn.attention import SDPBackend
-
+    def dense(self) -> Iterator[Candidate]:
+        """torch's kernels; with a mask the one that torch chooses, since flash takes none."""
         names = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
         for name, member in names.items() if self.options.on_gpu else [("flash", SDPBackend.FLASH_ATTENTION)]:
-            calls = [partial(_sdpa, member, *qkv) for qkv in self.inputs]
-            yield self._contestant(f"sdpa-{name}", "dense", 1.0, calls)
+            calls = [partial(sdpa, member, *qkv) for qkv in self.inputs]
+            yield self._candidate(f"sdpa-{name}", "dense", 1.0, calls)
         if self.key_mask is not None:
             whole = partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=self.key_mask[:, None, None])
             calls = [partial(whole, *qkv) for qkv in self.inputs]
-            yield self._contestant("sdpa", "dense, masked", 1.0, calls)
+            yield self._candidate("sdpa", "dense, masked", 1.0, calls)
 
-    def ours(self, name: str) -> Iterator[Contestant]:
+    def ours(self, name: str) -> Iterator[Candidate]:
         """One kernel: dense, over random lists, over those of a video, with means, and the mass."""
         kernel, rest = kernel_of(name), (self.scale, self.key_mask)
         masked = "" if self.key_mask is None else ", masked"
         calls: list[Call] = [partial(kernel.attention, *qkv, *rest) for qkv in self.inputs]
-        yield self._contestant(name, f"dense with LSE{masked}", 1.0, calls)
-        for density, pattern in itertools.product(_DENSITIES, ("random", "ragged")):
+        yield self._candidate(name, f"dense with LSE{masked}", 1.0, calls)
+        for density, pattern in itertools.product(_DENSITIES, _PATTERNS):
             lists = self.lists(density, pattern)
             share = float(lists.density())
             calls = [partial(kernel.block_sparse_attention, *qkv, lists, *rest) for qkv in self.inputs]
-            found = self._contestant(name, f"{pattern} lists{masked}", share, calls)
-            found["sample"] = Sample(pattern, *self.inputs[0], lists, self.key_mask, None, self.scale)
-            yield found
+            sample = Sample(pattern, *self.inputs[0], lists, self.key_mask, None, self.scale)
+            yield self._candidate(name, f"{pattern} lists{masked}", share, calls, sample=sample)
             if pattern == "ragged" and self.options.on_gpu:
                 calls = [partial(_with_means, kernel, *qkv, lists, *rest) for qkv in self.inputs]
-                yield self._contestant(name, f"{pattern} lists with means{masked}", share, calls)
+                yield self._candidate(name, f"{pattern} lists with means{masked}", share, calls)
         block = self.case.block
         lse = torch.full(self.inputs[0][0].shape[:3], 12.0, device=self.options.device)
         if hasattr(kernel, "block_mass") and self._does(name, "mass"):
             calls = [partial(kernel.block_mass, q, k, lse, block, block, *rest) for q, k, _ in self.inputs]
-            yield self._contestant(name, f"block mass{masked}", 0.5, calls)  # one product of two
+            yield self._candidate(name, f"block mass{masked}", 0.5, calls)  # one product of two
         if hasattr(kernel, "attention_with_mass") and self._does(name, "fused"):
             calls = [partial(kernel.attention_with_mass, *qkv, lse, block, block, *rest) for qkv in self.inputs]
-            yield self._contestant(name, f"dense with LSE and mass{masked}", 1.0, calls)
+            yield self._candidate(name, f"dense with LSE and mass{masked}", 1.0, calls)
 
-    def around(self) -> Iterator[Contestant]:
-        """What is done around the kernels: blocks chosen, lists made, tokens put in order and back."""
+    def around(self) -> Iterator[Candidate]:
+        """The work around the kernels: blocks chosen, lists made, tokens put in order and back."""
         from diffsparse.orders.layout import Layout
         from diffsparse.orders.named import AXES
         from diffsparse.orders.per_head import HeadOrders
@@ -248,37 +269,37 @@ class _Field:
             "orders, q k v out": [partial(_apply_all, orders, qkv) for qkv in self.inputs],
         }
         for name, calls in around.items():
-            yield self._contestant("torch", name, 0.0, calls, flops=0.0)
+            yield self._candidate("torch", name, 0.0, calls, flops=0.0)
 
-    @lru_cache  # noqa: B019  # it lives as long as its process
-    def lists(self, density: float, pattern: Any) -> BlockLists:
+    @lru_cache  # noqa: B019  # the object lives as long as its process
+    def lists(self, density: float, pattern: Pattern) -> BlockLists:
         """Of about this share of the blocks."""
         case = Case(self.case.tokens, self.case.heads, self.case.head_dim, "bfloat16", self.case.block, (), pattern)
         return case.lists(1 - density, self.options.device)
 
-    def _contestant(
-        self, kernel: str, kind: str, density: float, calls: Sequence[Call], flops: float | None = None
-    ) -> Contestant:
+    def _candidate(
+        self,
+        kernel: str,
+        kind: str,
+        density: float,
+        calls: Sequence[Call],
+        *,
+        flops: float | None = None,
+        sample: Sample | None = None,
+    ) -> Candidate:
         done = density * self.case.flops if flops is None else flops
-        return Contestant(kernel=kernel, kind=kind, density=density, flops=done, calls=calls)
-
-
-def _sdpa(member: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from torch.nn.attention import sdpa_kernel
-
-    with sdpa_kernel(member):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return Candidate(kernel, kind, density, done, calls, sample)
 
 
 def _with_means(
-    kernel: Any, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, mask: Tensor | None
-) -> Any:
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     out, lse = kernel.block_sparse_attention(q, k, v, lists, scale, mask)
     merge_means(q, k, v, lists, scale, mask, out, lse)
     return out, lse
 
 
-def _apply_all(orders: Any, qkv: QKV) -> None:
+def _apply_all(orders: HeadOrders, qkv: QKV) -> None:
     for x in qkv:
         x = orders.apply(x)
     orders.undo(x)

@@ -1,6 +1,6 @@
-"""The stages, and how one runs: in a child that says what it tries, and then what came of it.
+"""The stages, and how one runs: in a child process that reports what it tries, and then the outcome.
 
-A stage is a module with `jobs(options)`, names of children, and `run(job, options, talk)`, what such a child does.
+A stage is a module with `jobs(options)`, names of children, and `run(job, options, channel)`, what such a child does.
 """
 
 from __future__ import annotations
@@ -12,36 +12,38 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, Unpack, cast
 
 import torch
 
+from diffsparse_eval.rows import AccountFacts, Attempt
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.child import say
 
-Row = dict[str, Any]
-
 
 class Options(NamedTuple):
-    """device: cuda or cpu. shrink: divides tokens. strangers: kernels of one's own to try too, as module:attribute.
+    """Options of the account, for all stages.
 
-    without: labels of kernels that hung or crashed; stages that only time them leave them out.
+    device: "cuda" or "cpu".
+    shrink: divides tokens, on a machine without a GPU.
+    custom: kernels of one's own to try beside ours, as module:attribute.
+    without: labels of kernels that hung or crashed; stages that only time kernels leave them out.
     """
 
     device: str
     shrink: int
-    strangers: tuple[str, ...] = ()
+    custom: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this is the real thing."""
+        """Whether this is no rehearsal."""
         return self.device.startswith("cuda")
 
     def arguments(self) -> list[str]:
-        """As the command line has them."""
-        named = ["--kernels", ",".join(self.strangers)] if self.strangers else []
-        return ["--device", self.device, "--shrink", str(self.shrink), *named]
+        """The same as arguments of the command line."""
+        custom = ["--kernels", ",".join(self.custom)] if self.custom else []
+        return ["--device", self.device, "--shrink", str(self.shrink), *custom]
 
 
 def label(kernel: str, masked: bool) -> str:
@@ -50,15 +52,20 @@ def label(kernel: str, masked: bool) -> str:
 
 
 def usual(words: list[str], masked: bool) -> bool:
-    """Whether a case, by its words, is what most models ask for: attention of bfloat16 in blocks of one size."""
+    """Whether a case, by its words, is what most models need: attention of bfloat16 in blocks of one size."""
     case = Case.read(words)
     square = case.q_block == case.kv_block and case.head_dim == 128 and not case.axes
     return case.kind == "attend" and case.dtype == torch.bfloat16 and square and case.masked == masked
 
 
 class Stage(NamedTuple):
-    """name: of the rows. module: in this package. seconds: its share of `WHOLE`. silence: seconds without a word after
-    which a child is killed. at_once: children side by side.
+    """One stage of the account.
+
+    name: of the stage, in the rows.
+    module: of this package.
+    seconds: share of `WHOLE`.
+    silence: seconds without a message after which a child is killed.
+    at_once: children side by side.
     """
 
     name: str
@@ -68,7 +75,7 @@ class Stage(NamedTuple):
     at_once: int = 1
 
 
-STAGES = (  # most telling first
+STAGES = (  # most important first
     Stage("facts", "facts", 15, 30),
     Stage("compile", "compiling", 55, 60, 16),
     Stage("numerics", "numerics", 90, 20, 4),
@@ -82,16 +89,29 @@ STAGES = (  # most telling first
 WHOLE = sum(stage.seconds for stage in STAGES)
 
 
-def module_of(stage: Stage) -> Any:
-    """Imported now, for some want packages that others don't."""
-    return import_module(f"diffsparse_eval.gpu.{stage.module}")
+class StageModule(Protocol):
+    """What the module of a stage has."""
+
+    def jobs(self, options: Options) -> list[str]:
+        """Names of its children."""
+
+    def run(self, job: str, options: Options, channel: Channel) -> None:
+        """What a child does."""
 
 
-class Talk:
-    """A child's words to its parent. Attempts are numbered: after one that ended the child, the next goes on behind it.
+def module_of(stage: Stage) -> StageModule:
+    """The module of a stage; imported when it is needed, since some need packages that others don't."""
+    return cast(StageModule, import_module(f"diffsparse_eval.gpu.{stage.module}"))
 
-    failed: the numbers of those that ended a child. first: of the attempts that are new, earlier ones have rows.
-    end: by `time.monotonic`, when the child should be through.
+
+class Channel:
+    """Messages of a child to its parent.
+
+    Attempts are numbered, so that after one that ended the child another child goes on with the next.
+
+    failed: the numbers of those that ended a child.
+    first: number of the first new attempt; earlier ones have their rows.
+    end: when the child should be done, by `time.monotonic`.
     """
 
     def __init__(self, failed: tuple[int, ...] = (), first: int = 0, end: float = math.inf) -> None:
@@ -102,45 +122,59 @@ class Talk:
         """Seconds that are left."""
         return self.end - time.monotonic()
 
-    def attempt(self, kernel: str, shape: str, measure: Callable[[], Row], again: bool = False, **known: Any) -> Row:
-        """Say what is tried, try it, say what came of it -> that, or nothing where an earlier child did it.
+    def attempt(
+        self,
+        kernel: str,
+        shape: str,
+        measure: Callable[[], Attempt],
+        again: bool = False,
+        known: Attempt | None = None,
+    ) -> Attempt:
+        """Report what is tried, try it, report the outcome; an exception is an outcome, too.
 
-        An exception is an outcome, too.
+        Args:
+            kernel, shape: what is tried.
+            measure: tries it.
+            again: repeat an attempt of an earlier child that did not end it, for what comes after.
+            known: more fields of the row.
 
-        again: try it in this child too, if it did not end the earlier one, for the sake of what comes after.
+        Returns:
+            The outcome; empty if an earlier child has it.
         """
-        known = {"kernel": kernel, "shape": shape, **known}
         number, self._next = self._next, self._next + 1
         if number in self._failed or (number < self._first and not again):
             return {}
-        say(number=number, trying=known)
-        try:
-            found = {"verdict": "done", **measure()}
-        except ImportError as error:
-            found = {"verdict": "left out", "why": str(error)}
-        except Exception as error:
-            found = {"verdict": "raised", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        trying: Attempt = {"kernel": kernel, "shape": shape, **(known or {})}
+        say(number=number, trying=trying)
+        found = _outcome(measure)
         if number >= self._first:
-            self.row(number, **known, **found)
+            self._send({**trying, **found}, number)
         if found["verdict"] == "raised" and torch.cuda.is_available():
             leave_if_broken()
         return found
 
-    def row(self, number: int | None = None, **row: Any) -> None:
-        """A row that needs no attempt, or that of one."""
+    def row(self, **row: Unpack[Attempt]) -> None:
+        """Report a row that needs no attempt."""
+        self._send(row)
+
+    def clocks(self, clocks: dict[str, str]) -> None:
+        """Report the device's clocks, by nvidia-smi's own names."""
+        say(row={"kernel": "clocks", "shape": "as they are", "verdict": "done", **clocks})
+
+    def _send(self, row: Attempt, number: int | None = None) -> None:
         say(row=row, **({} if number is None else {"number": number}))
 
     def plan(self, jobs: dict[str, list[str] | str]) -> None:
-        """The children of each stage, or why it has none."""
+        """Report the children of each stage, or why it has none."""
         say(jobs=jobs)
 
     def alive(self) -> None:
-        """A sign that this child does not hang."""
+        """Report that this child does not hang."""
         say(alive=True)
 
     @contextmanager
-    def patience(self, seconds: float) -> Iterator[None]:
-        """Signs of life for so long, around what compiles or tries kernels, and so is silent for long."""
+    def heartbeat(self, seconds: float) -> Iterator[None]:
+        """Within: `alive` every 5 s for so many seconds, around what compiles or tries kernels and so is silent."""
         over, end = threading.Event(), time.monotonic() + seconds
 
         def tick() -> None:
@@ -155,17 +189,26 @@ class Talk:
             over.set()
             thread.join()
 
-    def facts(self, **facts: Any) -> None:
-        """What holds for all rows."""
+    def facts(self, **facts: Unpack[AccountFacts]) -> None:
+        """Report what holds for all rows."""
         say(facts=facts)
 
     def missing(self, what: str) -> None:
-        """Nothing can be done here, and why."""
+        """Report why nothing can be done here."""
         say(missing=what)
 
 
+def _outcome(measure: Callable[[], Attempt]) -> Attempt:
+    try:
+        return {"verdict": "done", **measure()}
+    except ImportError as error:
+        return {"verdict": "left out", "why": str(error)}
+    except Exception as error:
+        return {"verdict": "raised", "why": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
 def leave_if_broken() -> None:
-    """End this process if its context is: after an illegal access all fails, and another process starts anew."""
+    """End this process if its CUDA context is broken: after an illegal access all calls fail, in this process."""
     try:
         torch.cuda.synchronize()
     except Exception as error:

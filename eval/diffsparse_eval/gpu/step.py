@@ -5,19 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from diffsparse_eval.gpu.speed import SHAPES, Shape
-from diffsparse_eval.gpu.stage import Options, Row, Talk
+from diffsparse_eval.gpu.stage import Channel, Options
+from diffsparse_eval.rows import Attempt
 from diffsparse_eval.suites import Case
-from diffsparse_eval.timing import seconds_of
+from diffsparse_eval.timing import Call, median_seconds
+
+if TYPE_CHECKING:
+    from diffsparse.site.compute import Site
+    from diffsparse.site.record import CallRecord
 
 STEPS, FIRST = 50, 9  # of the run, and the last dense one
 _SHOWN = 12  # operations that a row lists
-_ROUNDS = 5
+_ROUNDS, _SECONDS = 5, 15.0  # timed calls, and seconds that they may take
 
 
 def jobs(options: Options) -> list[str]:
@@ -25,20 +31,20 @@ def jobs(options: Options) -> list[str]:
     return [f"{shape.name}/{name}" for shape in SHAPES[1:3] for name in ("digest", "adaspa")]
 
 
-def run(job: str, options: Options, talk: Talk) -> None:
+def run(job: str, options: Options, channel: Channel) -> None:
     """Search once, then run sparse."""
     name, strategy_name = job.split("/")
     shape = next(shape for shape in SHAPES if shape.name == name).shrunk(options.shrink)
     with torch.inference_mode():
         layer = _Layer(shape, strategy_name, options)
         for kind, call in layer.calls():
-            talk.attempt(f"{strategy_name}, {kind}", name, partial(layer.measure, call, talk), again=True)
-        for kind, call in layer.calls():  # after all times, for a profiler stays in the way
-            talk.attempt(f"{strategy_name}, {kind}, profile", name, partial(layer.profile, call))
+            channel.attempt(f"{strategy_name}, {kind}", name, partial(layer.measure, call, channel), again=True)
+        for kind, call in layer.calls():  # after all times, since a profiler slows what comes after it
+            channel.attempt(f"{strategy_name}, {kind}, profile", name, partial(layer.profile, call))
 
 
 class _Layer:
-    """One attention module of a model, with all its heads, at a run's steps."""
+    """One attention module of a model, with all its heads, at the steps of a run."""
 
     def __init__(self, shape: Shape, name: str, options: Options) -> None:
         from diffsparse.orders.layout import Layout
@@ -46,32 +52,33 @@ class _Layer:
 
         dim, heads = (128, shape.heads) if options.on_gpu else (16, 2)
         block = 128 if options.on_gpu else 32
-        self.strategy: Any = {"digest": Digest, "adaspa": AdaSpa}[name](sparsity=0.8, block=block)
+        self.strategy = {"digest": Digest, "adaspa": AdaSpa}[name](sparsity=0.8, block=block)
         case = Case(shape.tokens, heads, dim, "bfloat16", block, ())
         tensors = case.tensors(options.device)
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors)  # as models have them
         self.qkv = q, k, v
-        self.layout, self.memory, self.options = Layout(*shape.grid, 0, shape.text), dict[str, Any](), options
+        self.layout, self.options = Layout(*shape.grid, 0, shape.text), options
+        self.memory: dict[str, object] = {}
         self.key_mask = shape.key_mask(options.device)
-        self.records: list[Any] = []
+        self.records: list[CallRecord] = []
 
-    def calls(self) -> list[tuple[str, Callable[[], Any]]]:
-        """Dense, as the user has it; the search; sparse steps."""
+    def calls(self) -> list[tuple[str, Call]]:
+        """The calls that are timed: dense as without a strategy, the step that searches, a sparse step."""
         return [
-            ("dense", partial(self._call, "dense", 0)),
-            ("search", partial(self._call, "observe", FIRST)),
-            ("sparse", partial(self._call, "attend", FIRST + 1)),
+            ("dense", self._dense),
+            ("search", partial(self._call, self.strategy.observe, FIRST)),
+            ("sparse", partial(self._call, self.strategy.attend, FIRST + 1)),
         ]
 
-    def _call(self, method: str, step: int) -> Any:
+    def _dense(self) -> Tensor:
+        return self._site(0).dense(*self.qkv)
+
+    def _call(self, method: Callable[[Tensor, Tensor, Tensor, Site], Tensor], step: int) -> Tensor:
         from diffsparse.strategies.base import in_order
 
-        site = self._site(step)
-        if method == "dense":
-            return site.dense(*self.qkv)
-        return in_order(self.strategy, getattr(self.strategy, method), self.qkv, site)
+        return in_order(self.strategy, method, self.qkv, self._site(step))
 
-    def _site(self, step: int) -> Any:
+    def _site(self, step: int) -> Site:
         from diffsparse.site.compute import DenseBackend, Site
         from diffsparse.site.record import CallRecord
 
@@ -91,23 +98,20 @@ class _Layer:
             key_mask=self.key_mask,
         )
 
-    def measure(self, call: Callable[[], Any], talk: Talk) -> Row:
+    def measure(self, call: Call, channel: Channel) -> Attempt:
         """Milliseconds of the device and of the host, peak memory."""
-        with talk.patience(60):
+        with channel.heartbeat(60):
             call()  # compiles, tries kernels
         self._synchronise()
         if self.options.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        times, host = [], []
-        for _ in range(_ROUNDS):
-            start = time.perf_counter()
-            times.append(seconds_of(lambda: host.append(_host_ms(call)), self.options.device))
-            if time.perf_counter() - start > 5:
-                break
+        host: list[float] = []
+        end = time.monotonic() + _SECONDS
+        seconds = median_seconds(lambda: host.append(_host_ms(call)), self.options.device, _ROUNDS, warm_up=0, end=end)
         record = self.records[-1]
         return {
             "verdict": "timed",
-            "ms": sorted(times)[len(times) // 2] * 1e3,
+            "ms": seconds * 1e3,
             "host_ms": min(host),
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if self.options.on_gpu else None,
             "density": float(record.density),
@@ -115,8 +119,8 @@ class _Layer:
             "why": "; ".join(record.passed_over) or record.reason,
         }
 
-    def profile(self, call: Callable[[], Any]) -> Row:
-        """Launches, and the operations that take the most."""
+    def profile(self, call: Call) -> Attempt:
+        """Launches, and the operations that take the most time."""
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.options.on_gpu else [])]
@@ -139,8 +143,8 @@ class _Layer:
             torch.cuda.synchronize()
 
 
-def _host_ms(call: Callable[[], Any]) -> float:
-    """Until the call returns, which on a GPU is before it is done."""
+def _host_ms(call: Call) -> float:
+    """Milliseconds until the call returns, which on a GPU is before it is done."""
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3

@@ -1,7 +1,7 @@
-"""What the rows say, in less than a hundred lines; `python -m diffsparse_eval.gpu.table` makes the tables of the docs.
+"""A summary of the rows in under a hundred lines; `python -m diffsparse_eval.gpu.table` makes the tables of the docs.
 
 Rows of a device are committed as `eval/results/gpu/<device>-<date>.jsonl`. README.md has one line for each such file,
-`docs/gpu.md` all that it says.
+`docs/gpu.md` its whole summary.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from diffsparse_eval.rows import AccountFacts, AccountRow
+from diffsparse_eval.tables import markdown_table
+
 _LONGEST = 95
 _ROOT = Path(__file__).parents[3]
 RESULTS = _ROOT / "eval/results/gpu"
@@ -21,7 +22,7 @@ _WHOLE = "hunyuan-video"  # the model whose whole run README.md names
 _COLUMNS = ("card", "cases right", *_SHAPES, f"whole run of {_WHOLE}")
 
 
-def summary(rows: list[Row], facts: Row, longest: int | None = _LONGEST) -> str:
+def summary(rows: list[AccountRow], facts: AccountFacts, longest: int | None = _LONGEST) -> str:
     """One verdict a kernel, then times; at most `longest` lines."""
     known = {**{name: value for name, value in facts.items() if name != "versions"}, **facts.get("versions", {})}
     lines = [", ".join(f"{name} {value}" for name, value in known.items() if value), ""]
@@ -34,20 +35,20 @@ def summary(rows: list[Row], facts: Row, longest: int | None = _LONGEST) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def verdicts(rows: list[Row]) -> dict[str, tuple[int, int, str]]:
-    """Of each kernel that was compared with float64: cases that are right, all cases, and what is wrong first."""
+def verdicts(rows: list[AccountRow]) -> dict[str, tuple[int, int, str]]:
+    """Of each kernel that was compared with float64: cases that are right, all cases, and the first that is wrong."""
     found: dict[str, tuple[int, int, str]] = {}
     for row in rows:
         if row["stage"] != "numerics" or row["verdict"] == "no time":
             continue
         right, all_, why = found.get(str(row["kernel"]), (0, 0, ""))
         good = row["verdict"] == "right"
-        told = f"{row['verdict']}: {row['shape']}" + (f" ({row['why']})" if row.get("why") else "")
-        found[str(row["kernel"])] = right + good, all_ + 1, why or ("" if good else told)
+        problem = f"{row['verdict']}: {row['shape']}" + (f" ({row['why']})" if row.get("why") else "")
+        found[str(row["kernel"])] = right + good, all_ + 1, why or ("" if good else problem)
     return found
 
 
-def _verdicts(rows: list[Row]) -> list[str]:
+def _verdicts(rows: list[AccountRow]) -> list[str]:
     found = verdicts(rows)
     if not found:
         return []
@@ -58,7 +59,7 @@ def _verdicts(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _ceilings(rows: list[Row]) -> list[str]:
+def _ceilings(rows: list[AccountRow]) -> list[str]:
     lines = []
     for row in rows:
         if row["stage"] == "facts" and row["ms"]:
@@ -67,10 +68,10 @@ def _ceilings(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _speed(rows: list[Row]) -> list[str]:
+def _speed(rows: list[AccountRow]) -> list[str]:
     """The fastest dense kernels of each shape, and ours beside them."""
     shown = _shown(rows)
-    timed = [row for row in _timed(rows) if row["kernel"].startswith("sdpa") or row["kernel"] in shown]
+    timed = [row for row in _timed(rows) if str(row["kernel"]).startswith("sdpa") or row["kernel"] in shown]
     lines = []
     for shape in dict.fromkeys(row["shape"] for row in timed):
         mine = [row for row in timed if row["shape"] == shape]
@@ -80,21 +81,21 @@ def _speed(rows: list[Row]) -> list[str]:
     return [title, *lines] if lines else []
 
 
-def _timed(rows: list[Row]) -> list[Row]:
+def _timed(rows: list[AccountRow]) -> list[AccountRow]:
     """Times at full size, without those of kernels that are wrong there."""
     speed = [row for row in rows if row["stage"] == "speed"]
     wrong = {(row["kernel"], row["shape"]) for row in speed if row["verdict"] == "wrong"}
     return [row for row in speed if row["verdict"] == "timed" and (row["kernel"], row["shape"]) not in wrong]
 
 
-def _shown(rows: list[Row]) -> set[str]:
-    """Of the kinds of the Triton kernel only the one that goes before the others."""
+def _shown(rows: list[AccountRow]) -> set[str]:
+    """Kernels that the summary shows: of the kinds of the Triton kernel only the first that ran."""
     here = {row["kernel"] for row in _timed(rows)}
     kinds = [name for name in ("triton-specialised", "triton-tma", "triton") if name in here]
     return {"gluon", "cpu", "torch", *kinds[:1]}
 
 
-def _speed_line(row: Row) -> str:
+def _speed_line(row: AccountRow) -> str:
     rate = "" if not row["tflops"] else f"{row['tflops']:7.1f} TFLOP/s"
     share = "" if row["share"] is None else f"{row['share']:6.2f}"
     speedup = f"{row['speedup']:7.2f}x" if row.get("speedup") and row["tflops"] else ""
@@ -103,7 +104,7 @@ def _speed_line(row: Row) -> str:
     )
 
 
-def _steps(rows: list[Row]) -> list[str]:
+def _steps(rows: list[AccountRow]) -> list[str]:
     lines = []
     for row in rows:
         if row["stage"] == "step" and row["ms"]:
@@ -113,14 +114,14 @@ def _steps(rows: list[Row]) -> list[str]:
     return ["a layer of a strategy, all heads", *lines] if lines else []
 
 
-def _launches(rows: list[Row], timed: Row) -> int | str:
-    """As the profile of the same call counted them."""
+def _launches(rows: list[AccountRow], timed: AccountRow) -> int | str:
+    """Launches of a call, as its profile counted them."""
     wanted = timed["shape"], f"{timed['kernel']}, profile"
     found = (row.get("launches") for row in rows if (row["shape"], row["kernel"]) == wanted)
     return next((count for count in found if count is not None), "?")
 
 
-def _whole(rows: list[Row]) -> list[str]:
+def _whole(rows: list[AccountRow]) -> list[str]:
     lines = []
     for row in rows:
         if row["stage"] == "end to end" and row["verdict"] == "timed":
@@ -132,46 +133,45 @@ def _whole(rows: list[Row]) -> list[str]:
     return ["whole models", *lines] if lines else []
 
 
-def _left_out(rows: list[Row]) -> list[str]:
-    """What failed outside of the numerics, the first of each kernel and stage, and how many more."""
+def _left_out(rows: list[AccountRow]) -> list[str]:
+    """Failures outside of the numerics: the first of each kernel and stage, and how many more."""
     bad = ("left out", "no time", "raised", "hang", "crash", "wrong")
-    found: dict[tuple[str, str, str], list[Row]] = {}
+    found: dict[tuple[str, str, str], list[AccountRow]] = {}
     for row in rows:
         if row["verdict"] in bad and row["stage"] != "numerics":
             kernel = str(row["kernel"] or "all").split(",")[0]
             found.setdefault((row["stage"], kernel, row["verdict"]), []).append(row)
     lines = []
-    for (stage, kernel, verdict), alike in found.items():
-        more = f", and {len(alike) - 1} more" if len(alike) > 1 else ""
-        lines.append(
-            f"  {stage}: {kernel} {verdict}: {alike[0]['shape'] or ''} {alike[0].get('why') or ''}"[:130] + more
-        )
+    for (stage, kernel, verdict), similar in found.items():
+        more = f", and {len(similar) - 1} more" if len(similar) > 1 else ""
+        first = similar[0]
+        lines.append(f"  {stage}: {kernel} {verdict}: {first['shape'] or ''} {first.get('why') or ''}"[:130] + more)
     return ["failed or left out", *lines[:20]] if lines else []
 
 
 # --- committed rows -----------------------------------------------------------------------------------------------
 
 
-def read(folder: Path = RESULTS) -> dict[str, list[Row]]:
+def read(folder: Path = RESULTS) -> dict[str, list[AccountRow]]:
     """The rows of each committed file, by its name."""
     files = sorted(folder.glob("*.jsonl"))
     return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
 
 
-def overview(results: dict[str, list[Row]]) -> str:
-    """The table of README.md: of each card the speed-up at 80 % sparsity, and the share of the dense kernel's speed."""
-    lines = [_markdown(_COLUMNS), _markdown(["---", *["---:"] * (len(_COLUMNS) - 1)])]
+def overview(results: dict[str, list[AccountRow]]) -> str:
+    """The table of README.md: each card's speed-up at 80 % sparsity, and the share of the dense kernel's speed."""
+    lines = []
     for name, rows in results.items():
         found = verdicts(rows).values()
         cases = f"{sum(right for right, _, _ in found)} of {sum(all_ for _, all_, _ in found)}"
-        lines.append(_markdown([name, cases, *(_cell(rows, shape) for shape in _SHAPES), _whole_cell(rows)]))
+        lines.append([name, cases, *(_cell(rows, shape) for shape in _SHAPES), _whole_cell(rows)])
     if not results:
-        lines.append(_markdown(["any", *["not measured"] * (len(_COLUMNS) - 1)]))
-    return "\n".join(lines)
+        lines.append(["any", *["not measured"] * (len(_COLUMNS) - 1)])
+    return markdown_table(_COLUMNS, lines)
 
 
-def _cell(rows: list[Row], shape: str) -> str:
-    """The fastest of our kernels over lists like a video's, a fifth of the blocks."""
+def _cell(rows: list[AccountRow], shape: str) -> str:
+    """The fastest of our kernels over lists like those of a video, with a fifth of the blocks."""
     timed = [
         row
         for row in _timed(rows)
@@ -180,12 +180,12 @@ def _cell(rows: list[Row], shape: str) -> str:
         and "means" not in row["kind"]
         and 0.19 < row["density"] < 0.25
     ]
-    best = min(timed, key=lambda row: row["ms"], default=None)
+    best = min(timed, key=lambda row: row["ms"] or 0.0, default=None)
     return "not measured" if best is None else f"{best['speedup']:.2f}x ({best['share']:.2f}, {best['kernel']})"
 
 
-def _whole_cell(rows: list[Row]) -> str:
-    """The fastest run of all steps, dense ones and searches with it."""
+def _whole_cell(rows: list[AccountRow]) -> str:
+    """The fastest run of all steps, dense ones and searches included."""
     ours = [
         row for row in rows if row["stage"] == "end to end" and row["verdict"] == "timed" and row["kernel"] != "dense"
     ]
@@ -193,22 +193,25 @@ def _whole_cell(rows: list[Row]) -> str:
     return "not measured" if best is None else f"{best['speedup']:.2f}x ({best['kind']})"
 
 
-def pages(results: dict[str, list[Row]]) -> dict[Path, str]:
-    """What README.md and docs/gpu.md should be."""
+def pages(results: dict[str, list[AccountRow]]) -> dict[Path, str]:
+    """The text that README.md and docs/gpu.md should have."""
     readme = _ROOT / "README.md"
     before, rest = readme.read_text().split(_BEGIN)
     after = rest.split(_END)[1]
     text = "# What GPUs make of the kernels\n\nWritten by `make gpu-tables` from `eval/results/gpu`.\n"
     for name, rows in results.items():
-        facts = {field: rows[-1].get(field) for field in ("device", "driver", "date", "commit", "versions")}
+        last = rows[-1]
+        facts: AccountFacts = {
+            "device": last["device"],
+            "driver": last["driver"],
+            "date": last["date"],
+            "commit": last["commit"],
+            "versions": last["versions"],
+        }
         text += f"\n## {name}\n```\n{summary(rows, facts, longest=None)}```\n"
     if not results:
         text += "\nNot measured yet: no account of a GPU is committed. `make gpu` makes one.\n"
     return {readme: f"{before}{_BEGIN}\n{overview(results)}\n{_END}{after}", _ROOT / "docs/gpu.md": text}
-
-
-def _markdown(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import time
 from functools import partial
 
-from diffsparse_eval.gpu.stage import Options, Row, Talk
+from diffsparse_eval import tune
+from diffsparse_eval.gpu.stage import Channel, Options
+from diffsparse_eval.rows import Attempt
 from diffsparse_eval.suites import Case
-from diffsparse_eval.timing import in_turns
-from diffsparse_kernels.backend.selftest import Sample, spot_check
-from diffsparse_kernels.backend.triton import launch as triton
-from diffsparse_kernels.backend.triton.tiles import HEAD_DIMS, Tile, tiles_for
+from diffsparse_kernels.backend.nvidia import chip
+from diffsparse_kernels.measured import HEAD_DIMS, Tile, tiles_for
 
-_SHAPE = (8192, 8)  # tokens, heads
-_DENSITY = 0.3
+_TOKENS, _HEADS = 8192, 8
+_ROUNDS, _SECONDS = 7, 3.0  # timed calls of a tile, and seconds that they may take
 _HAND_PICKED = (
     Tile(128, 8, 2, "tma"),
     Tile(64, 8, 3, "tma"),
@@ -28,33 +27,36 @@ def jobs(options: Options) -> list[str]:
     return ["tiles"]
 
 
-def run(job: str, options: Options, talk: Talk) -> None:
+def run(job: str, options: Options, channel: Channel) -> None:
     """Each size: the table's tiles, then others; a CPU has none to tune."""
     if not options.on_gpu:
-        return talk.row(kernel="all", shape="", verdict="nothing to tune")
+        return channel.row(kernel="all", shape="", verdict="nothing to tune")
     for head_dim, block in itertools.product(reversed(HEAD_DIMS), (128, 64)):
-        _tune(head_dim, block, options, talk)
+        _tune(head_dim, block, options, channel)
 
 
-def _tune(head_dim: int, block: int, options: Options, talk: Talk) -> None:
-    case = Case(*_SHAPE, head_dim, "bfloat16", block, ())
-    qkv, lists = case.tensors(options.device), case.lists(1 - _DENSITY, options.device)
-    listed = tiles_for(triton.chip(qkv[0].device), head_dim, block, block)
+def _tune(head_dim: int, block: int, options: Options, channel: Channel) -> None:
+    case = Case(_TOKENS, _HEADS, head_dim, "bfloat16", block, ())
+    qkv, lists = case.tensors(options.device), case.lists(1 - tune.TUNED_DENSITY, options.device)
+    listed = tiles_for(chip(qkv[0].device), head_dim, block, block)
     tiles = dict.fromkeys([*listed, *(tile for tile in _HAND_PICKED if tile.keys <= block)])
 
-    sample = Sample("", *qkv, lists, scale=head_dim**-0.5)
-
-    def measure(tile: Tile) -> Row:
-        call = partial(triton.block_sparse_attention, *qkv, lists, sample.scale, None, tile=tile)
-        error, limit = spot_check(call()[0], sample)
+    def measure(tile: Tile) -> Attempt:
+        error, limit, seconds = tune.time_tile(tile, qkv, lists, options.device, _ROUNDS, _SECONDS)
         if not error <= limit:
             return {"verdict": "wrong", "why": f"off by {error:.2e}, {limit:.2e} is explained", "error": error}
-        seconds = in_turns({"": [call]}, 7, options.device, time.monotonic() + 3)[""]
-        place = {"head_dim": head_dim, "q_block": block, "kv_block": block, "tile": tile._asdict()}
-        return {"verdict": "timed", "ms": seconds * 1e3, "tflops": _DENSITY * case.flops / seconds / 1e12, **place}
+        return {
+            "verdict": "timed",
+            "ms": seconds * 1e3,
+            "tflops": tune.TUNED_DENSITY * case.flops / seconds / 1e12,
+            "head_dim": head_dim,
+            "q_block": block,
+            "kv_block": block,
+            "tile": tune.as_row(tile),
+        }
 
     for tile in tiles:
-        talk.attempt(
+        channel.attempt(
             f"triton {tile.keys} keys, {tile.warps} warps, {tile.stages} stages, {tile.copy}",
             f"{head_dim}/{block}",
             partial(measure, tile),

@@ -17,13 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffsparse_kernels.lists import BlockLists, Boxes
+from diffsparse_kernels.case import Case
+from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.strips import strips
 
 _GATHER_BYTES = 4 * 2**20  # keys and values gathered at a time, about what caches hold
 _LOG2_E = math.log2(math.e)
 _NEVER = 1e30  # subtracted from the scores of keys that are not seen
 _STRIP_BYTES = 16 * 2**20  # scores of one strip of query rows
 SEES_WHOLE_ROWS = True  # so `attention_with_mass` can do without a cached LSE
+
+
+def capability(device: torch.device, case: Case | None = None) -> str | None:
+    """Why it can't run on `device`, or compute `case` there; None, for on a CPU it can all."""
+    return None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -111,7 +119,7 @@ class _Scratch:
         self._kept: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of `shape` whose values are whatever was there."""
+        """An uninitialised tensor of `shape`."""
         size = math.prod(shape)
         if name not in self._kept or self._kept[name].numel() < size:
             self._kept[name] = torch.empty(size, dtype=dtype, device="cpu")
@@ -123,11 +131,11 @@ class _Scratch:
 
 
 class _Group(NamedTuple):
-    """Query rows that keep equally many blocks: `row` counts blocks over [B, H, nQ], `idx` is [rows, cnt]."""
+    """Query rows that keep equally many blocks."""
 
-    row: Tensor
-    idx: Tensor
-    cnt: int
+    row: Tensor  # numbers of query blocks over [B, H, nQ]
+    idx: Tensor  # [rows, cnt]
+    cnt: int  # blocks of each list
     ragged: bool  # all of these lists end in the ragged last block, or none does
     cut: bool  # each of these lists has a block that boxes cut through, or none has
 
@@ -231,7 +239,7 @@ class _Bias:
         self._lists = self._hidden = self._dead = torch.empty(0, device="cpu")
 
     def of(self, row: Tensor, idx: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Bias [n, 1, q_block | 1, columns], one for each n-th of the rows; who sees nothing [n, 1, q_block | 1]."""
+        """Bias [n, 1, q_block | 1, columns], one for each n-th of the rows; which see nothing [n, 1, q_block | 1]."""
         lists, mask = self.work.lists, self.work.mask
         if mask is None and not self.cut:
             return None, None
@@ -305,9 +313,9 @@ def _product(
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """torch's flash kernel, which also tells the LSE; it wants values as wide as keys, and rows without gaps."""
+    """torch's flash kernel, which also returns the LSE; it needs values as wide as keys, and rows without gaps."""
     width = v.shape[-1]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # it reads others wrong, in silence
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # it reads others wrong without an error
     if width != q.shape[-1]:
         wide = max(width, q.shape[-1])
         q, k, v = (F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
@@ -326,18 +334,15 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _cut(x: Tensor, block: int) -> Tensor:
     """[B, H, N, D] -> [B, H, n, block, D], contiguous, the ragged tail filled with zeros."""
-    missing = -x.shape[2] % block
-    padded = F.pad(x, (0, 0, 0, missing)) if missing else x  # padding by nothing would copy
+    padding = -x.shape[2] % block
+    padded = F.pad(x, (0, 0, 0, padding)) if padding else x  # padding by nothing would copy
     blocks: Tensor = padded.contiguous().unflatten(2, (-1, block))
     return blocks
 
 
 def _strips(q: Tensor, k: Tensor, multiple: int) -> Iterator[slice]:
-    """Row ranges whose scores fit the budget, each but the last a multiple of `multiple` rows."""
     batch, heads, length, _ = q.shape
-    rows = max(_STRIP_BYTES // (batch * heads * k.shape[2] * 4) // multiple, 1) * multiple
-    for start in range(0, length, rows):
-        yield slice(start, min(start + rows, length))
+    return strips(length, batch * heads * k.shape[2] * 4, _STRIP_BYTES, multiple)
 
 
 def _scores(q: Tensor, keys: Tensor, scale: float, key_mask: Tensor | None, scratch: _Scratch) -> Tensor:

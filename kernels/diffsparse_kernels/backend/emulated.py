@@ -1,4 +1,9 @@
-"""Attention in 8 or 4 bits, emulated: the numbers that such a kernel would give, in plain torch, and no faster."""
+"""Attention in 2 to 8 bits, emulated: the numbers that such a kernel would give, in plain torch, and no faster.
+
+Queries, keys and values have a scale for each block; the softmax weights, taken against the maximum of their row, have
+one for each tile. Sums of the weights, and all that is accumulated, stay float32 (float64 for float64 inputs). The
+products of the rescaled numbers are those of the whole numbers up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffsparse_kernels.backend.reference import _join, _strips
-from diffsparse_kernels.errors import KernelInputError
-from diffsparse_kernels.functional import _check, _check_lists, _scale
-from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.checks import check_bits
+from diffsparse_kernels.lists import BlockLists
 from diffsparse_kernels.masks import each_head
-from diffsparse_kernels.ops import merge_means
+from diffsparse_kernels.strips import joined, strips
+
+_STRIP_BYTES = 256 * 2**20  # scores of one strip of query rows
 
 
 def quantise(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
@@ -20,7 +25,9 @@ def quantise(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
     The scale of a block is its largest magnitude over 2^(bits - 1) - 1.
 
     Args:
-        x: [..., N, D]. bits: from 2 to 8. block: rows that share a scale; the last block may be ragged.
+        x: [..., N, D].
+        bits: from 2 to 8.
+        block: rows that share a scale; the last block may be ragged.
 
     Returns:
         int8 [..., N, D], and scales [..., N, 1], equal within a block: float32, or float64 as x.
@@ -28,8 +35,7 @@ def quantise(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
     Raises:
         KernelInputError: bits out of range.
     """
-    if bits not in range(2, 9):
-        raise KernelInputError(f"wanted 2 to 8 bits; got {bits!r}")
+    check_bits(bits)
     x = _exact(x)
     top = _blocks(x.abs(), block).amax((-2, -1))  # [..., n]
     scale = _safe(top / _levels(bits)).repeat_interleave(block, -1)[..., : x.shape[-2], None]
@@ -45,46 +51,25 @@ def incoherence(x: Tensor, block: int) -> Tensor:
 
 
 def quantised_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: BlockLists,
-    *,
-    bits: int,
-    scale: float | None = None,
-    key_mask: Tensor | None = None,
-    means: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, key_mask: Tensor | None, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the listed blocks whose two products are of whole numbers (arXiv 2506.16054).
-
-    Queries, keys and values have a scale for each block; the softmax weights, taken against the maximum of their row,
-    have one for each tile. Sums of the weights, and all that is accumulated, stay float32 (float64 for
-    float64 inputs). The products of the rescaled numbers are those of the whole numbers up to rounding.
-
-    Args and returns as in `block_sparse_attention`; bits: 8 or 4, or any number from 2 to 8. Means are not rounded.
-    """
-    _check(q, k, v, key_mask)
-    _check_lists(q, k, lists)
+    """Attention over the listed blocks -> out, lse; the key mask is bool [B, N_kv] or [B, H, N_kv]."""
     numbers, steps = quantise(q, bits, lists.q_block)
-    q_rounded = numbers * steps * _scale(q, scale)
+    q_rounded = numbers * steps * scale
     k_rounded, v_rounded = (number * step for number, step in (quantise(x, bits, lists.kv_block) for x in (k, v)))
     mask, parts = lists.to_mask(), []
-    for rows in _strips(q, k, lists.q_block):
-        scores = q_rounded[:, :, rows] @ k_rounded.mT  # [B, H, rows, N_kv]
-        blocks = mask[:, :, rows.start // lists.q_block : blocks_of(rows.stop, lists.q_block)]
-        seen = blocks.repeat_interleave(lists.q_block, 2)[:, :, : scores.shape[2]]
-        seen = seen.repeat_interleave(lists.kv_block, 3)[..., : scores.shape[3]]
+    row_bytes = q.shape[0] * q.shape[1] * k.shape[2] * 8
+    for rows in strips(q.shape[2], row_bytes, _STRIP_BYTES, lists.q_block):
+        seen = lists.to_token_mask(rows, mask)
         seen = seen if key_mask is None else seen & each_head(key_mask)[:, :, None]
+        scores = q_rounded[:, :, rows] @ k_rounded.mT  # [B, H, rows, N_kv]
         scores = scores.masked_fill(~seen, -torch.inf)
         top = scores.amax(-1, keepdim=True)
         weights = (scores - top.masked_fill(top.isneginf(), 0)).exp()
         total = weights.sum(-1, keepdim=True)
         out = _rounded_tiles(weights, bits, lists) @ v_rounded / total.masked_fill(total == 0, 1)
         parts.append((out, (top + total.log())[..., 0]))
-    out, lse = _join(parts, q)
-    if means:
-        merge_means(q, k, v, lists, _scale(q, scale), key_mask, out, lse)
-    return out, lse
+    return joined(parts, q.dtype)
 
 
 def _rounded_tiles(weights: Tensor, bits: int, lists: BlockLists) -> Tensor:

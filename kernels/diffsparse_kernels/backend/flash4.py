@@ -1,7 +1,7 @@
 """Attention by FlashAttention-4 (arXiv 2603.05451), Hopper and Blackwell: our lists are its lists of full blocks.
 
-Wants the package `flash-attn-4`. It takes bfloat16 and float16, blocks of 128 by 128, no key mask, no boxes, no mass;
-all else is the triton backend's. The error is that of its kernel, and is checked on the device once before it is used.
+Needs the package `flash-attn-4`. It takes bfloat16 and float16, blocks of 128 by 128, no key mask, no boxes, no mass;
+all else is the triton backend's. The error is that of its kernel, which is tried on the device before it is used.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diffsparse_kernels.case import Case
-from diffsparse_kernels.lists import BlockLists, Boxes
+from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels.masks import Boxes
 
 try:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -21,25 +22,26 @@ except ImportError as error:
 BLOCK = 128
 
 
-def unfit(device: torch.device) -> str:
-    """Why the kernel does not run on `device`; empty if it does."""
+def capability(device: torch.device, case: Case | None = None) -> str | None:
+    """Why the kernel doesn't run on `device`, or can't compute `case` there; None if it can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return "flash-attn-4 knows block-sparse attention on Hopper and Blackwell (sm_90, sm_100) only"
-    return ""
+    return None if case is None else case_capability(case)
 
 
-def refuses(case: Case) -> str:
-    """What the kernel can't do of a case, which the triton backend then does; empty if it can do all."""
+def case_capability(case: Case) -> str | None:
+    """What the kernel can't do of a case, which the triton backend then does; None if it can do all."""
     if case.kind != "attend":
         return "it computes attention alone"
     if case.axes or case.masked:
         return "it takes no boxes and no key mask"
     if case.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16; got {case.dtype}"
-    blocks = case.q_block, case.kv_block
-    return "" if blocks == (BLOCK, BLOCK) else f"it takes blocks of {BLOCK}; got {blocks[0]} and {blocks[1]}"
+    if (case.q_block, case.kv_block) != (BLOCK, BLOCK):
+        return f"it takes blocks of {BLOCK}; got {case.q_block} and {case.kv_block}"
+    return None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:

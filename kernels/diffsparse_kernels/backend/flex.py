@@ -7,16 +7,24 @@ boxes and no block mass; the mass is taken from the device's own kernel.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
+from diffsparse_kernels.case import Case
+from diffsparse_kernels.catalog import load
 from diffsparse_kernels.errors import KernelInputError
-from diffsparse_kernels.lists import BlockLists, Boxes
+from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels.masks import Boxes
+
+
+def capability(device: torch.device, case: Case | None = None) -> str | None:
+    """Why it can't run on `device`, or compute `case` there; None, for what it can't do it raises, as does torch."""
+    return None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -58,7 +66,7 @@ def block_sparse_attention(
     """Attention over the listed blocks.
 
     Raises:
-        KernelInputError: boxes, which FlexAttention would have to be compiled for anew.
+        KernelInputError: boxes, which FlexAttention would have to be compiled for again.
     """
     if boxes is not None:
         raise KernelInputError("the flex backend takes no boxes; got some. Use backend='triton', or 'cpu' on the CPU")
@@ -71,11 +79,12 @@ def _flex(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile", UserWarning)
         out, aux = _kernel(q.device.type)(q, k, v, _hides(key_mask), blocks, scale, return_aux=AuxRequest(lse=True))
-    empty = aux.lse.isneginf()[..., None]
-    return out.masked_fill(empty, 0.0), aux.lse
+    lse = aux.lse
+    assert lse is not None  # it was asked for
+    return out.masked_fill(lse.isneginf()[..., None], 0.0), lse
 
 
-def _hides(key_mask: Tensor | None) -> Any:
+def _hides(key_mask: Tensor | None) -> Callable[..., Tensor] | None:
     """A score modifier that gives hidden keys -inf."""
     if key_mask is None:
         return None
@@ -83,11 +92,10 @@ def _hides(key_mask: Tensor | None) -> Any:
 
 
 @cache
-def _kernel(device: str) -> Any:
-    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+def _kernel(device: str) -> Callable[..., tuple[Tensor, AuxOutput]]:
+    kernel: Callable[..., tuple[Tensor, AuxOutput]] = flex_attention
+    return torch.compile(kernel, dynamic=False) if device == "cuda" else kernel
 
 
 def _own(device: str) -> ModuleType:
-    from diffsparse_kernels.registry import load
-
     return load("triton" if device == "cuda" else "cpu")

@@ -7,15 +7,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
+from diffsparse_kernels.case import Case
+from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.strips import joined, strips
 
-_STRIP_BYTES = 256 * 2**20
+_STRIP_BYTES = 256 * 2**20  # scores of one strip of query rows
+
+
+def capability(device: torch.device, case: Case | None = None) -> str | None:
+    """Why it can't run on `device`, or compute `case` there; None, for it can all."""
+    return None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out [B, H, N_q, D_v] and LSE [B, H, N_q]."""
     parts = [_softmax(_scores(q[:, :, rows], k, scale, key_mask), v) for rows in _strips(q, k)]
-    return _join(parts, q)
+    return joined(parts, q.dtype)
 
 
 def attention_with_mass(
@@ -59,21 +67,15 @@ def block_sparse_attention(
     parts = []
     for rows in _strips(q, k, lists.q_block):
         scores = _scores(q[:, :, rows], k, scale, key_mask)
-        blocks = mask[:, :, rows.start // lists.q_block : blocks_of(rows.stop, lists.q_block)]
-        tokens = blocks.repeat_interleave(lists.q_block, 2)[:, :, : scores.shape[2]]
-        tokens = tokens.repeat_interleave(lists.kv_block, 3)[..., : scores.shape[3]]
+        tokens = lists.to_token_mask(rows, mask)
         tokens = tokens if boxes is None else tokens & boxes.visible(rows)
         parts.append(_softmax(scores.masked_fill(~tokens, -torch.inf), v))
-    return _join(parts, q)
+    return joined(parts, q.dtype)
 
 
 def _strips(q: Tensor, k: Tensor, multiple: int = 1) -> Iterator[slice]:
-    """Row ranges whose scores fit the budget, each but the last a multiple of `multiple` rows."""
     batch, heads, length, _ = q.shape
-    row_bytes = batch * heads * k.shape[2] * 8
-    rows = max(_STRIP_BYTES // row_bytes // multiple, 1) * multiple
-    for start in range(0, length, rows):
-        yield slice(start, min(start + rows, length))
+    return strips(length, batch * heads * k.shape[2] * 8, _STRIP_BYTES, multiple)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
@@ -86,11 +88,6 @@ def _softmax(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     lse = scores.logsumexp(-1)
     weights = scores.softmax(-1).masked_fill(lse.isneginf()[..., None], 0.0)
     return weights @ v.to(scores.dtype), lse
-
-
-def _join(parts: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]:
-    outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs, 2).to(q.dtype), torch.cat(lses, 2)
 
 
 def tile_sums(weights: Tensor, q_block: int, kv_block: int) -> Tensor:

@@ -1,7 +1,8 @@
 """A kernel beside the reference in float64 on this device: `python -m diffsparse_kernels.backend.selftest`.
 
-Run by `trials.py` in a process of its own, for what it tries may hang or crash. Tolerances come from the data: twice
-the error of the same computation in plain torch with every step rounded to the inputs' dtype.
+Run by `trials.py` in a process of its own, since what it tries may hang or crash. Tolerances come from the data: twice
+the error of the same computation in plain torch with every step rounded to the inputs' dtype, or to eight bits where
+the case says so.
 """
 
 from __future__ import annotations
@@ -10,37 +11,44 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffsparse_kernels import means
-from diffsparse_kernels.backend import reference
-from diffsparse_kernels.case import Case
+from diffsparse_kernels.backend import emulated, reference
+from diffsparse_kernels.case import INTEGERS, Case
+from diffsparse_kernels.catalog import load
 from diffsparse_kernels.child import follow_parent, say
-from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
-from diffsparse_kernels.registry import load
+from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.masks import Boxes
 
 _MANY = 40_000  # keys: more than 16 bits count
-# Of the machine as it is, and no fault of a kernel.
+# Faults of the machine at this moment, not of a kernel.
 _PASSING = ("out of memory", "ALLOC_FAILED", "No space left", "C compiler", "busy or unavailable")
 _SUMS = 1e-3  # relative: sums of products in float32, in whatever order, are better than that
 _FAST = 2.0**-18  # what a GPU's fast exponent and logarithm may be off by, relatively
 REPEATS = 3  # there are no atomics, so a difference between two runs is a race
-KERNELS = {  # name -> backend, and the kind of tiles, where there are several
+Kernel = ModuleType | SimpleNamespace  # whatever has the functions of a back end
+KERNELS = {  # name -> back end, and which of its kernels, where there are several
     "cpu": ("cpu", ""),
     "reference": ("reference", ""),
     "gluon": ("gluon", ""),
     "triton": ("triton", "pointers"),
     "triton-tma": ("triton", "tma"),
     "triton-specialised": ("triton", "specialised"),
+    f"triton-{INTEGERS}": (f"triton {INTEGERS}", "eight bits"),
     "flash-attn-4": ("flash-attn-4", ""),
 }
 _WITH_TILES = ("attention", "attention_with_mass", "block_sparse_attention", "block_mass")
-_RESULTS = {"attend": ("output", "LSE"), "means": ("output", "LSE"), "mass": ("mass",)}
-_RESULTS["fused"] = (*_RESULTS["attend"], *_RESULTS["mass"])
+_RESULTS = {
+    "attend": ("output", "LSE"),
+    "means": ("output", "LSE"),
+    "mass": ("mass",),
+    "fused": ("output", "LSE", "mass"),
+}
 
 
 class Sample(NamedTuple):
@@ -79,41 +87,52 @@ def samples(case: Case, device: torch.device, long: bool = True) -> Iterator[Sam
 
     long: one with more keys than 16 bits count, too, for which a CPU takes seconds.
     """
-    generator = torch.Generator().manual_seed(0)
+    draw = _Draw(case, device)
     n_q, n_kv = 3 * case.q_block - 9, 6 * case.kv_block - case.kv_block // 2 - 4
-
-    def normal(length: int, dim: int, token_major: bool) -> Tensor:
-        shape = (2, length, 2, dim) if token_major else (2, 2, length, dim)
-        x = torch.randn(*shape, generator=generator).to(device, case.dtype)
-        x = x if case.copyable else torch.stack((x, x), -1)[..., 0]
-        return x.transpose(1, 2) if token_major else x
-
-    def make(name: str, mask: Tensor | None, keys: Tensor, token_major: bool, n_q: int = n_q) -> Sample:
-        n_kv = keys.shape[1]
-        dims = (n_q, case.head_dim), (n_kv, case.head_dim), (n_kv, case.value_dim)
-        q, k, v = (normal(*size, token_major) for size in dims)
-        sizes = {"q_block": case.q_block, "kv_block": case.kv_block, "q_len": n_q, "kv_len": n_kv}
-        lists = None if mask is None else BlockLists.from_mask(mask.to(device), **sizes)
-        boxes = _boxes(case.axes, n_q, n_kv, generator, device) if case.axes else None
-        return Sample(name, q, k, v, lists, keys.to(device) if case.masked else None, boxes)
-
-    mask = torch.rand(2, 2, 3, 6, generator=generator) < 0.7
+    mask = draw.less((2, 2, 3, 6), 0.7)
     mask[0, 0, 0] = False
     prefix = torch.arange(n_kv) < torch.tensor([[n_kv - case.kv_block // 3], [n_kv]])
-    holes = torch.rand(2, n_kv, generator=generator) < 0.8
+    holes = draw.less((2, n_kv), 0.8)
     holes[0, : case.kv_block] = False
     if case.kind in ("attend", "means"):
-        yield make("lists", mask, prefix, False)
-        yield make("one set of lists for all, token-major", mask[1:], holes, True)
+        yield draw.sample("lists", n_q, mask, prefix, False)
+        yield draw.sample("one set of lists for all, token-major", n_q, mask[1:], holes, True)
     if case.kind in ("fused", "mass"):
-        yield make("dense", None, prefix, False)
-    if case.kind != "means" and not case.axes:
-        yield make("dense, token-major", None, holes, True)
+        yield draw.sample("dense", n_q, None, prefix, False)
+    if case.kind != "means" and not case.axes and case.precision is None:
+        yield draw.sample("dense, token-major", n_q, None, holes, True)
     if long and case.kind == "attend" and not case.axes:
-        mask = torch.rand(2, 2, 1, blocks_of(_MANY, case.kv_block), generator=generator) < 0.02
+        mask = draw.less((2, 2, 1, blocks_of(_MANY, case.kv_block)), 0.02)
         mask[..., -1] = True
         keys = torch.arange(_MANY) < torch.tensor([[_MANY - 1], [_MANY - 1000]])
-        yield make(f"{_MANY} keys", mask, keys, False, case.q_block)
+        yield draw.sample(f"{_MANY} keys", case.q_block, mask, keys, False)
+
+
+class _Draw:
+    """Random inputs of a case, the same for every kernel."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self._case, self._device, self._generator = case, device, torch.Generator().manual_seed(0)
+
+    def less(self, shape: tuple[int, ...], share: float) -> Tensor:
+        """A bool mask of which this share is True."""
+        return torch.rand(*shape, generator=self._generator) < share
+
+    def sample(self, name: str, n_q: int, mask: Tensor | None, keys: Tensor, token_major: bool) -> Sample:
+        """Two samples of two heads. mask: of the blocks, None for dense attention. keys: bool [2, N_kv]."""
+        case, n_kv = self._case, keys.shape[1]
+        dims = (n_q, case.head_dim), (n_kv, case.head_dim), (n_kv, case.value_dim)
+        q, k, v = (self._normal(*size, token_major) for size in dims)
+        sizes = {"q_block": case.q_block, "kv_block": case.kv_block, "q_len": n_q, "kv_len": n_kv}
+        lists = None if mask is None else BlockLists.from_mask(mask.to(self._device), **sizes)
+        boxes = _boxes(case.axes, n_q, n_kv, self._generator, self._device) if case.axes else None
+        return Sample(name, q, k, v, lists, keys.to(self._device) if case.masked else None, boxes)
+
+    def _normal(self, length: int, dim: int, token_major: bool) -> Tensor:
+        shape = (2, length, 2, dim) if token_major else (2, 2, length, dim)
+        x = torch.randn(*shape, generator=self._generator).to(self._device, self._case.dtype)
+        x = x if self._case.copyable else torch.stack((x, x), -1)[..., 0]
+        return x.transpose(1, 2) if token_major else x
 
 
 def _boxes(axes: int, n_q: int, n_kv: int, generator: torch.Generator, device: torch.device) -> Boxes:
@@ -125,8 +144,8 @@ def _boxes(axes: int, n_q: int, n_kv: int, generator: torch.Generator, device: t
 # --- a result and what to make of it ------------------------------------------------------------------------------
 
 
-def compute(case: Case, kernel: Any, sample: Sample) -> tuple[Tensor, ...]:
-    """What a kernel gives for one call of a case. kernel: a backend's module, or whatever has its functions."""
+def compute(case: Case, kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
+    """What a kernel gives for one call of a case."""
     q, k, v, lists, key_mask, boxes, scale = sample[1:]
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.linspace(3, 6, q.shape[2], device=q.device).to(wide).expand(q.shape[:3])
@@ -150,18 +169,23 @@ def exact(case: Case, sample: Sample) -> tuple[Tensor, ...]:
 
 
 def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
-    """The same in plain torch, every step rounded to the inputs' dtype."""
+    """The same in plain torch, every step rounded to the inputs' dtype, or both products to eight bits."""
     if case.kind == "means":
         out, lse = compute(case, means, sample)
         return out, lse.to(out.dtype)
+    if case.precision is not None:
+        q, k, v, lists, key_mask, _, scale = sample[1:]
+        assert lists is not None
+        return emulated.quantised_attention(q, k, v, lists, scale, key_mask, 8)
     scores, out, lse = rounded_attention(sample)
-    attended = out, lse
+    if case.kind == "attend":
+        return out, lse
 
-    def block_mass(q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, *_: Any) -> Tensor:
+    def block_mass(q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, *_: object) -> Tensor:
         return reference.tile_sums((scores - lse[..., None].to(scores.dtype)).exp(), q_block, kv_block)
 
     mass = compute(case._replace(kind="mass"), SimpleNamespace(block_mass=block_mass), sample)
-    return {"attend": attended, "mass": mass, "fused": (*attended, *mass)}[case.kind]
+    return mass if case.kind == "mass" else (out, lse, *mass)
 
 
 def rounded_attention(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +197,7 @@ def rounded_attention(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def some_rows(sample: Sample, head: int, blocks: int = 6) -> tuple[Sample, Tensor]:
-    """A part of a large call that float64 can follow: one head, a few query blocks, the last too -> it, its rows."""
+    """A part of a large call that float64 can compute: one head, a few query blocks, the last too -> it, its rows."""
     lists = sample.lists
     assert lists is not None
     picked = torch.linspace(0, lists.q_blocks - 1, min(blocks, lists.q_blocks), device=lists.idx.device).round().long()
@@ -190,8 +214,9 @@ def some_rows(sample: Sample, head: int, blocks: int = 6) -> tuple[Sample, Tenso
 def difference(got: Tensor, want: Tensor, low: Tensor, least: float = _FAST) -> tuple[float, float]:
     """The largest error of `got`, infinite if it isn't finite where it should be, and the largest that is explained.
 
-    want: float64. low: the same in plain torch, as rounded as it may be: twice its error is explained, and one rounding
-    more, of `least` or of its dtype.
+    want: float64.
+    low: the same in plain torch, as rounded as it may be: twice its error is explained, and one rounding more.
+    least: relative size of that rounding, if its dtype has a smaller one.
     """
     alive = want.isfinite()
     if not torch.equal(got.isfinite(), alive) or not torch.equal(got[~alive].double(), want[~alive]):
@@ -211,22 +236,26 @@ def distance(got: Tensor, want: Tensor, low: Tensor) -> tuple[float, float]:
 
 
 class Finding(NamedTuple):
-    """What came of one call: what is wrong (empty: nothing), the largest error of the output, bits alike each time."""
+    """What came of one call.
+
+    problem: what is wrong; empty if nothing is.
+    error: the largest of the output.
+    equal: whether all repeats gave the same bits.
+    """
 
     problem: str
     error: float
     equal: bool
 
 
-def examine(case: Case, kernel: Any, sample: Sample, repeats: int = REPEATS) -> Finding:
+def examine(case: Case, kernel: Kernel, sample: Sample, repeats: int = REPEATS) -> Finding:
     """Compare a kernel's results for one call with the exact ones, and with those of the same call again."""
     results = [compute(case, kernel, sample) for _ in range(repeats)]
     equal = all(torch.equal(x, y) for again in results[1:] for x, y in zip(again, results[0], strict=True))
     parts = results[0], exact(case, sample), rounded(case, sample)
     wrong, errors = "" if equal else f"wrong: not the same twice ({sample.name})", []
     for name, got, want, low in zip(_RESULTS[case.kind], *parts, strict=True):
-        least = _SUMS if name == "LSE" else _FAST
-        found = [difference(got, want, low, least), *([distance(got, want, low)] if name == "output" else [])]
+        found = _errors(name, got, want, low)
         errors.append(found[0][0])
         off = next((pair for pair in found if not pair[0] <= pair[1]), None)
         if off is not None:
@@ -235,15 +264,22 @@ def examine(case: Case, kernel: Any, sample: Sample, repeats: int = REPEATS) -> 
     return Finding(wrong, errors[0], equal)
 
 
+def _errors(name: str, got: Tensor, want: Tensor, low: Tensor) -> list[tuple[float, float]]:
+    """The errors of a result, each with what is explained of it."""
+    largest = difference(got, want, low, _SUMS if name == "LSE" else _FAST)
+    return [largest, distance(got, want, low)] if name == "output" else [largest]
+
+
 def spot_check(out: Tensor, sample: Sample) -> tuple[float, float]:
     """Error of an output and what of it is explained, where it is worst, in a part of a call that is large.
 
     That is a few query blocks of the first and of the last head.
     """
     found: list[tuple[float, float]] = []
+    assert sample.lists is not None
+    attend = Case.of("attend", *sample[1:4], (sample.lists.q_block, sample.lists.kv_block))
     for head in {0, sample.q.shape[1] - 1}:
         part, rows = some_rows(sample, head)
-        attend = Case.of("attend", *sample[1:4], (part.lists.q_block, part.lists.kv_block))  # type: ignore[union-attr]
         compared = out[:1, head : head + 1, rows], exact(attend, part)[0], rounded_attention(part)[1]
         found += [difference(*compared), distance(*compared)]
     return max(found, key=lambda pair: pair[0] - pair[1])
@@ -257,15 +293,15 @@ def main(arguments: list[str]) -> None:
     place, name, words = arguments[0], arguments[1], arguments[2:]
     try:
         device = torch.zeros(1, device=place).device
-    except Exception as error:  # a device that is full or busy says nothing of the kernel
+    except Exception as error:  # of a device that is full or busy, not of the kernel
         return say(untried=_line(error))
     say(trying="the first call")
     try:
         say(verdict=_verdict(name, Case.read(words), device))
     except Exception as error:
-        told = _line(error)
-        passing = isinstance(error, torch.OutOfMemoryError) or any(sign in told for sign in _PASSING)
-        say(**({"untried": told} if passing else {"verdict": f"raised {told}"}))
+        line = _line(error)
+        passing = isinstance(error, torch.OutOfMemoryError) or any(sign in line for sign in _PASSING)
+        say(**({"untried": line} if passing else {"verdict": f"raised {line}"}))
 
 
 def _verdict(name: str, case: Case, device: torch.device) -> str:
@@ -279,16 +315,19 @@ def _verdict(name: str, case: Case, device: torch.device) -> str:
     return "right"
 
 
-def kernel_of(name: str) -> Any:
+def kernel_of(name: str) -> Kernel:
     """The functions of a kernel: a backend's module, or those of one kind of its tiles.
 
     name: one of `KERNELS`, or "module:attribute" for a kernel of one's own.
     """
     if ":" in name:
-        place, attribute = name.split(":")
-        return getattr(import_module(place), attribute)
+        module_name, attribute = name.split(":")
+        kernel: Kernel = getattr(import_module(module_name), attribute)
+        return kernel
     backend, kind = KERNELS[name]
     module = load(backend)
+    if kind == "eight bits":  # without boxes
+        return SimpleNamespace(block_sparse_attention=lambda *call: module.quantised_attention(*call[:-1], 8))
     if not kind:
         return module
     only = {function: partial(getattr(module, function), copy=kind) for function in _WITH_TILES}
@@ -296,7 +335,7 @@ def kernel_of(name: str) -> Any:
 
 
 def poison() -> None:
-    """From now on `torch.empty` gives NaN: what no kernel wrote must not pass for a result."""
+    """From now on `torch.empty` gives NaN: memory that no kernel wrote must not pass for a result."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 

@@ -2,9 +2,10 @@
 
 The first two each compute 64 of the 128 query rows, the third drives the copy engine. Tiles of keys and of values go
 round in two rings of `STAGES` slots, each with a barrier that says "full" (bytes have arrived) and one that says
-"empty" (both consumers have left). A consumer asks for the scores of the next tile before it weighs the values of this
-one, so that its softmax runs beside a matrix product (section 3.2, "intra-warpgroup overlap"), and the two consumers
-take turns at the tensor cores, so that one's softmax runs beside the other's products (section 3.1, "ping-pong").
+"empty" (both consumers have left). A consumer starts the scores of the next tile before the product with the values of
+this one, so that its softmax runs beside a matrix product (section 3.2, "intra-warpgroup overlap"), and the two
+consumers take turns at the tensor cores, so that one's softmax runs beside the other's products (section 3.1,
+"ping-pong").
 
 Only the last block of an ascending list can be ragged, so only the last tile is masked. A grid of one program for each
 query block, longest list first, does what a persistent kernel would: a program runs for 100 us and more, its set-up
@@ -30,8 +31,8 @@ copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def bring(tiles, b, h, start, turn, ring, full, empty, STAGES: gl.constexpr):
-    """Ask for the tile of keys or values at `start`, once both consumers have left its slot."""
+def request_tile(tiles, b, h, start, turn, ring, full, empty, STAGES: gl.constexpr):
+    """Start the copy of the tile of keys or values at `start`, once both consumers have left its slot."""
     slot = turn % STAGES
     mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
     mbarrier.expect(full.index(slot), tiles.block_type.nbytes)
@@ -63,12 +64,12 @@ def block_at(idx_at, turn, SPARSE: gl.constexpr):
 def produce(keys, values, k_ring, v_ring, k_full, k_empty, v_full, v_empty, idx_at, turns, b, h,
     KV_BLOCK: gl.constexpr, STAGES: gl.constexpr, SPARSE: gl.constexpr,
 ):  # fmt: skip
-    """Bring the tiles of all turns, in order; the block of the next turn is read while this one's slots fill."""
+    """Request the tiles of all turns, in order; the block of the next turn is read while this one's slots fill."""
     block = block_at(idx_at, 0, SPARSE)
     for turn in range(turns):
         ahead = block_at(idx_at, gl.minimum(turn + 1, turns - 1), SPARSE)
-        bring(keys, b, h, block * KV_BLOCK, turn, k_ring, k_full, k_empty, STAGES)
-        bring(values, b, h, block * KV_BLOCK, turn, v_ring, v_full, v_empty, STAGES)
+        request_tile(keys, b, h, block * KV_BLOCK, turn, k_ring, k_full, k_empty, STAGES)
+        request_tile(values, b, h, block * KV_BLOCK, turn, v_ring, v_full, v_empty, STAGES)
         block = ahead
 
 
@@ -126,7 +127,7 @@ def consume(q, late, first_row, k_ring, v_ring, k_full, k_empty, v_full, v_empty
     D: gl.constexpr, D_PAD: gl.constexpr, KV_BLOCK: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
     SPARSE: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Attention of half of the query rows; `left` keys of the last tile exist; `late` is 1 for who goes second."""
+    """Attention of half of the query rows; `left` keys of the last tile exist; `late` is 1 for the second consumer."""
     LISTED: gl.constexpr = SPARSE and MASKED  # without a mask a consumer need not know its block
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KV_BLOCK, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_PAD, 16])
@@ -154,19 +155,19 @@ def consume(q, late, first_row, k_ring, v_ring, k_full, k_empty, v_full, v_empty
         mbarrier.wait(mine, (before & 1) ^ 1 ^ late)
         next_scores = score(q, matrix(k_ring, turn, STAGES, KV_BLOCK, D_PAD), SCORES, ROWS, KV_BLOCK)
         await_tile(v_full, before, STAGES)
-        weighed = warpgroup_mma(rounded, matrix(v_ring, before, STAGES, KV_BLOCK, D_PAD), acc, is_async=True)
+        weighted = warpgroup_mma(rounded, matrix(v_ring, before, STAGES, KV_BLOCK, D_PAD), acc, is_async=True)
         mbarrier.arrive(other, count=1)
         scores = warpgroup_mma_wait(1, deps=(next_scores,))
         mbarrier.arrive(k_empty.index(turn % STAGES), count=1)
         scores = hide_keys(scores, turn == turns - 1, left, start, mask_at, clear, n_kv, SCORES, KV_BLOCK, MASKED)
         weights, highest, total, shrink = softmax_step(scores, scale, highest, total, MASKED)
-        acc = warpgroup_mma_wait(0, deps=(weighed,))
+        acc = warpgroup_mma_wait(0, deps=(weighted,))
         mbarrier.arrive(v_empty.index(before % STAGES), count=1)
         acc = acc * gl.convert_layout(shrink, OUT_ROW)[:, None]
         rounded = gl.convert_layout(weights.to(q.dtype), WEIGHTS)
     await_tile(v_full, turns - 1, STAGES)
-    weighed = warpgroup_mma(rounded, matrix(v_ring, turns - 1, STAGES, KV_BLOCK, D_PAD), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(weighed,))
+    weighted = warpgroup_mma(rounded, matrix(v_ring, turns - 1, STAGES, KV_BLOCK, D_PAD), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(weighted,))
 
     divisor = total
     if MASKED:  # a row may have seen no key at all
@@ -182,7 +183,7 @@ def consume(q, late, first_row, k_ring, v_ring, k_full, k_empty, v_full, v_empty
 
 @gluon.jit
 def leave_empty(out_ptr, lse_ptr, first_row, n_q, row_at, D: gl.constexpr, D_PAD: gl.constexpr, Q_BLOCK: gl.constexpr):
-    """What queries without any key get: 0, and -inf as their LSE."""
+    """Queries without any key get 0, and -inf as their LSE."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D_PAD, D_PAD // 8], [4, 1], [1, 0])
     rows = first_row + gl.arange(0, Q_BLOCK, layout=gl.SliceLayout(1, LAYOUT))
     dims = gl.arange(0, D_PAD, layout=gl.SliceLayout(0, LAYOUT))
@@ -256,7 +257,7 @@ def attend(queries, keys, values, out_ptr, lse_ptr, idx_ptr, cnt_ptr, order_ptr,
             left -= block_at(idx_at, turns - 1, SPARSE) * KV_BLOCK
         rows = q.reshape([Q_BLOCK, D_PAD])
         gl.warp_specialize(
-            [  # spelled out, for a sum of tuples forgets which of its parts are constants
+            [  # spelled out: a sum of tuples loses which of its parts are constants
                 (
                     consume,
                     (

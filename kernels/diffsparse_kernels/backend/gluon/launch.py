@@ -1,48 +1,66 @@
-"""Attention on Hopper (sm_90) in Gluon. The kernel is in `gluon_kernels.py`; what it can't do, the triton backend does.
+"""Attention on Hopper (sm_90) in Gluon. The kernel is in `kernels.py`; what it can't do, the triton backend does.
 
 It takes bfloat16 and float16 [B, H, N, D] whose rows are dense and whose addresses and strides are multiples of 16
 bytes, D at most 128, blocks of 128 queries and 64 or 128 keys, any key mask, no boxes, no mass. All else is the triton
-backend's, and so is everything where the kernel fails its test on the device. Scores, softmax and LSE are float32, and
-the error against float64 stays below twice that of plain attention in the same dtype.
+backend's, and so is everything where the kernel was wrong in its trial on the device. Scores, softmax and LSE are
+float32, and the error against float64 stays below twice that of plain attention in the same dtype.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import torch
-import triton as compiler
+import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from diffsparse_kernels.backend.gluon import kernels
-from diffsparse_kernels.backend.triton import launch as triton
-from diffsparse_kernels.backend.triton.tiles import HEAD_DIMS
+from diffsparse_kernels.backend.nvidia import LOG2E, mask_pointers, positive
 from diffsparse_kernels.case import Case
-from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
-from diffsparse_kernels.masks import mask_pointers
+from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.measured import HEAD_DIMS
 
 VERSIONS = (3, 6), (3, 10)  # of Triton, the last excluded: Gluon is experimental, and renames things
-_VERSION = tuple(int(part) for part in compiler.__version__.split(".")[:2])
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 if not VERSIONS[0] <= _VERSION < VERSIONS[1]:
-    raise ImportError(f"the gluon backend wants Triton 3.6 to 3.9; found {compiler.__version__}")
+    raise ImportError(f"the gluon backend wants Triton 3.6 to 3.9; found {triton.__version__}")
 
 Q_BLOCK = 128
 KV_BLOCKS = (64, 128)
 
 
-def unfit(device: torch.device) -> str:
-    """Why the kernel does not run on `device`; empty if it does."""
+class Constants(TypedDict):
+    """The constants of `kernels.attend`."""
+
+    D: int
+    D_PAD: int
+    KV_BLOCK: int
+    STAGES: int
+    SPARSE: bool
+    ORDERED: bool
+    MASKED: bool
+
+
+def capability(device: torch.device, case: Case | None = None) -> str | None:
+    """Why the kernel doesn't run on `device`, or can't compute `case` there; None if it can."""
+    reason = device_capability(device)
+    return reason if reason is not None or case is None else case_capability(case)
+
+
+def device_capability(device: torch.device) -> str | None:
+    """Why the kernel doesn't run on `device`; None if it does."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if torch.cuda.get_device_capability(device)[0] != 9:
         return "the gluon backend is for Hopper (sm_90)"
-    return ""
+    return None
 
 
-def refuses(case: Case) -> str:
-    """What the kernel can't do of a case, which the triton backend then does; empty if it can do all."""
+def case_capability(case: Case) -> str | None:
+    """What the kernel can't do of a case, which the triton backend then does; None if it can do all."""
     if case.kind != "attend":
         return "it computes attention alone"
     if case.axes:
@@ -55,7 +73,9 @@ def refuses(case: Case) -> str:
     if case.q_block != Q_BLOCK or case.kv_block not in KV_BLOCKS:
         wanted = f"{Q_BLOCK} queries and {' or '.join(map(str, KV_BLOCKS))} keys"
         return f"it takes blocks of {wanted}; got {case.q_block} and {case.kv_block}"
-    return "" if case.copyable else "it takes dense rows, with addresses and strides that are multiples of 16 bytes"
+    if not case.copyable:
+        return "it takes dense rows, with addresses and strides that are multiples of 16 bytes"
+    return None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -76,7 +96,7 @@ def block_sparse_attention(
     return _attend(q, k, v, scale, key_mask, lists.kv_block, lists)
 
 
-def constants(head_dim: int, kv_block: int, lists: BlockLists | None, masked: bool) -> dict[str, Any]:
+def constants(head_dim: int, kv_block: int, lists: BlockLists | None, masked: bool) -> Constants:
     """The constants of `kernels.attend`: as many stages as the shared memory of one block of threads holds."""
     padded = 64 if head_dim <= 64 else 128
     return {
@@ -90,7 +110,7 @@ def constants(head_dim: int, kv_block: int, lists: BlockLists | None, masked: bo
     }
 
 
-def layout() -> Any:
+def layout() -> gl.NVMMASharedLayout:
     """Of a tile [1, 1, rows, D_PAD] in shared memory, as the tensor cores read it."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
@@ -98,29 +118,22 @@ def layout() -> Any:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, kv_block: int, lists: BlockLists | None
 ) -> tuple[Tensor, Tensor]:
-    q, scale = triton.positive(q, scale)
+    q, scale = positive(q, scale)
     batch, heads, n_q, head_dim = q.shape
     out = q.new_empty(batch, heads, n_q, head_dim)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32)
     constant = constants(head_dim, kv_block, lists, key_mask is not None)
     programs = batch * heads * blocks_of(n_q, Q_BLOCK)
-    order = None if lists is None else lists.order
-
-    def tiles(x: Tensor, rows: int) -> TensorDescriptor:
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, constant["D_PAD"]], layout())
-
     with torch.cuda.device_of(q):
         kernels.attend[(programs,)](
-            tiles(q, Q_BLOCK),
-            tiles(k, kv_block),
-            tiles(v, kv_block),
+            _tiles(q, Q_BLOCK, constant["D_PAD"]),
+            _tiles(k, kv_block, constant["D_PAD"]),
+            _tiles(v, kv_block, constant["D_PAD"]),
             out,
             lse,
-            lse if lists is None else lists.idx.contiguous(),
-            lse if lists is None else lists.cnt.contiguous(),
-            lse if order is None else order,
+            *_list_pointers(lists, lse),
             *mask_pointers(key_mask, lse).values(),
-            scale * triton.LOG2E,
+            scale * LOG2E,
             n_q,
             k.shape[2],
             heads,
@@ -130,3 +143,14 @@ def _attend(
             num_warps=4,
         )
     return out, lse
+
+
+def _tiles(x: Tensor, rows: int, padded: int) -> TensorDescriptor:
+    """A descriptor of x [B, H, N, D] for the copy engine."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded], layout())
+
+
+def _list_pointers(lists: BlockLists | None, unread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if lists is None:
+        return unread, unread, unread
+    return lists.idx.contiguous(), lists.cnt.contiguous(), unread if lists.order is None else lists.order

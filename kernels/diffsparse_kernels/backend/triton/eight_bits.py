@@ -18,25 +18,19 @@ with int8 scores, and 0.033 with fp8.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+import triton
 from torch import Tensor
 
+from diffsparse_kernels.backend.nvidia import chip, positive
 from diffsparse_kernels.backend.triton import kernels
-from diffsparse_kernels.backend.triton import launch as triton
-from diffsparse_kernels.backend.triton.tiles import Tile, tiles_for
-from diffsparse_kernels.case import copyable
+from diffsparse_kernels.backend.triton import launch as plain
+from diffsparse_kernels.case import INTEGERS, PRECISIONS, copyable
 from diffsparse_kernels.errors import BackendError
 from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.masks import differs_by_head, fold_heads, unfold_heads
+from diffsparse_kernels.measured import Tile, tiles_for
 
-# precision -> type of queries and keys, of values
-PRECISIONS: dict[str, tuple[str, str]] = {
-    "int8": ("int8", "plain"),
-    "int8-int8": ("int8", "int8"),
-    "int8-fp8": ("int8", "fp8"),
-    "fp8": ("fp8", "fp8"),
-}
 _TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LIMITS = {"int8": 127.0, "fp8": 448.0}  # largest magnitudes
 _WEIGHT_ONE = {"int8": 127.0, "fp8": 256.0}  # what a weight of 1 becomes
@@ -53,28 +47,41 @@ def block_sparse_attention(
     Raises:
         BackendError: fp8 on a chip before sm_89.
     """
-    scores, values = PRECISIONS[precision]
-    chip = triton.chip(q.device)
-    if "fp8" in (scores, values) and q.is_cuda and chip < 89:
-        raise BackendError(f"precision {precision!r} wants sm_89 or later; got sm_{chip}. Use precision='int8'")
-    q, scale = triton.positive(q, scale)
+    reason = plain.chip_capability(q.device, precision)
+    if reason is not None:
+        raise BackendError(reason)
+    scores_in, values_in = PRECISIONS[precision]
+    q, scale = positive(q, scale)
     mean = k.mean(2, dtype=torch.float32)  # [B, H, D]
-    queries, q_scale, shift = _rounded_rows(q, mean, lists.q_block, scores, keys=False)
-    keys, k_scale, _ = _rounded_rows(k, mean, lists.kv_block, scores, keys=True)
-    extra: dict[str, Any] = {"q_scale_ptr": q_scale, "k_scale_ptr": k_scale, "SCALED": True, "VALUES": values}
-    if values != "plain":
-        v, extra["v_scale_ptr"] = _rounded_values(v, values)
-    sizes = max(q.shape[3], v.shape[2 if values != "plain" else 3]), lists.q_block, lists.kv_block
-    tile = tile_for(chip, *sizes, precision, copyable(queries, keys, v))
-    out, lse = triton.attend_rounded(queries, keys, v, lists, scale, key_mask, tile, q.dtype, extra)
+    queries, q_scale, shift = _rounded_rows(q, mean, lists.q_block, scores_in, keys=False)
+    keys, k_scale, _ = _rounded_rows(k, mean, lists.kv_block, scores_in, keys=True)
+    values, v_scale = (v, None) if values_in == "plain" else _rounded_values(v, values_in)
+    blocks = lists.q_block, lists.kv_block
+    sizes = max(q.shape[3], v.shape[3]), *blocks
+    tile = tile_for(chip(q.device), *sizes, precision, copyable(queries, keys, values))
+    rounded = plain.Rounded(q.dtype, values_in, q_scale, k_scale, v_scale)
+    out, lse, _ = plain.attend(queries, keys, values, scale, key_mask, blocks, lists=lists, tile=tile, rounded=rounded)
     return out, lse + shift * scale
 
 
+def quantised_attention(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, key_mask: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor]:
+    """The same with both products of integers; the key mask may differ by head."""
+    assert bits == 8
+    if not differs_by_head(key_mask):
+        return block_sparse_attention(q, k, v, lists, scale, key_mask, INTEGERS)
+    queries, keys, values = fold_heads(q, k, v)
+    rest = lists.by_head(q.shape[0]), scale, key_mask.flatten(0, 1), INTEGERS
+    out, lse = unfold_heads(q, *block_sparse_attention(queries, keys, values, *rest))
+    return out, lse
+
+
 def tile_for(chip: int, head_dim: int, q_block: int, kv_block: int, precision: str, copyable: bool) -> Tile:
-    """The table's tile whose warps all do the same; integer values want room for a second sum."""
-    together = {"MASS": True, "AXES": 0, "MASKED": False}
-    tile = triton.fitting(tiles_for(chip, head_dim, q_block, kv_block), 1, copyable, together)
-    most = 32 if precision == "int8-int8" or (chip >= 120 and precision == "int8") else 64
+    """The table's tile whose warps all do the same; integer values need room for a second sum."""
+    together = plain.flags_of(sparse=True, ordered=False, masked=False, boxes=None, mass=True)
+    tile = next(plain.capable_tiles(tiles_for(chip, head_dim, q_block, kv_block), 1, copyable, together))
+    most = 32 if precision == INTEGERS or (chip >= 120 and precision == "int8") else 64
     return tile._replace(keys=min(tile.keys, most), stages=2)
 
 
@@ -115,8 +122,8 @@ def _rounded_values(v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return rounded[..., :length], scale / _WEIGHT_ONE[kind]
 
 
-def _round(kernel: Any, programs: int, x: Tensor, block: int, **arguments: Any) -> None:
-    triton.launch(
+def _round(kernel: triton.runtime.JITFunction, programs: int, x: Tensor, block: int, **arguments: object) -> None:
+    plain.launch(
         kernel,
         programs,
         x,
@@ -124,9 +131,9 @@ def _round(kernel: Any, programs: int, x: Tensor, block: int, **arguments: Any) 
         **arguments,
         length=x.shape[2],
         heads=x.shape[1],
-        **triton.strides(x=x),
+        **plain.strides(x=x),
         D=x.shape[3],
-        D_PAD=triton.padded(x.shape[3]),
+        D_PAD=plain.padded(x.shape[3]),
         BLOCK=block,
-        UPCAST=triton.INTERPRETED,
+        UPCAST=plain.INTERPRETED,
     )

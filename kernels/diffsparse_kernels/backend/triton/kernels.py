@@ -17,7 +17,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def whose_turn(order_ptr, listed, n_q, heads, Q_BLOCK: tl.constexpr, ORDERED: tl.constexpr):
+def program_place(order_ptr, listed, n_q, heads, Q_BLOCK: tl.constexpr, ORDERED: tl.constexpr):
     """The query block of this program -> number of its list, block row, sample, head.
 
     Programs start in the order of their numbers, so the longest lists come first where an order says so. Where there
@@ -35,7 +35,7 @@ def whose_turn(order_ptr, listed, n_q, heads, Q_BLOCK: tl.constexpr, ORDERED: tl
 
 @triton.jit
 def matrix(ptr, length, row_stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, TMA: tl.constexpr):
-    """One head's [length, D] as `load_rows` wants it: a descriptor for the copy engine, or its address."""
+    """One head's [length, D] as `load_rows` takes it: a descriptor for the copy engine, or its address."""
     if TMA:
         return tl.make_tensor_descriptor(ptr, [length, D], [row_stride, 1], [ROWS, D_PAD])
     else:
@@ -100,7 +100,7 @@ def eight_bits(x, TYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def weigh(weights, v, acc, shrink, VALUES: tl.constexpr, UPCAST: tl.constexpr):
+def add_weighted(weights, v, acc, shrink, VALUES: tl.constexpr, UPCAST: tl.constexpr):
     """The running sum of weighted values, the weights rounded to what the values are."""
     if VALUES == "int8":
         rounded = eight_bits(weights * 127.0, VALUES, UPCAST)
@@ -160,7 +160,7 @@ def softmax_step(scores, scale, highest):
 
 @triton.jit
 def log2_of_cached(cached_ptr, rows, n_q):
-    """Cached LSE of the rows in base 2, [M]; +inf, which weighs nothing, where it is not finite or there is no row."""
+    """Cached LSE of the rows in base 2, [M]; +inf, a weight of zero, where it is not finite or there is no row."""
     cached = tl.load(cached_ptr + rows, mask=rows < n_q, other=float("inf"))
     return tl.where(tl.abs(cached) < float("inf"), cached * LOG2E, float("inf"))
 
@@ -196,7 +196,7 @@ def attend(
     by q_scale_ptr float32 [B, H, nQ] and k_scale_ptr [B, H, nK]. VALUES: "plain", or "int8" or "fp8": v_ptr is then
     [B, H, D_V, N_kv], rows `v_n` apart, to be multiplied by v_scale_ptr float32 [B, H, D_V].
     """
-    lists_at, row_block, b, h = whose_turn(order_ptr, listed, n_q, heads, Q_BLOCK, ORDERED)
+    lists_at, row_block, b, h = program_place(order_ptr, listed, n_q, heads, Q_BLOCK, ORDERED)
     first_row = row_block * Q_BLOCK
     rows = first_row + tl.arange(0, Q_BLOCK)  # [M]
     row_at = (b * heads + h) * n_q
@@ -261,7 +261,7 @@ def attend(
         weights, base, highest, shrink = softmax_step(scores, scale, highest)
         part_sum = tl.sum(weights, 1)
         total = total * shrink + part_sum
-        acc = weigh(weights, v, acc, shrink, VALUES, UPCAST)
+        acc = add_weighted(weights, v, acc, shrink, VALUES, UPCAST)
         if MASS:
             held = tl.where(part == 0, 0.0, held) + part_sum * tl.math.exp2(base - cached)
             tl.store(mass_at + block, tl.sum(held, 0))  # the last part of a block has it all
@@ -421,7 +421,7 @@ def round_values(
     v_ptr, scale_ptr, out_ptr, length, heads, x_b, x_h, x_n, x_d, out_n,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One block of values in eight bits, transposed, for tensor cores want eight bits along the sum.
+    """One block of values in eight bits, transposed: tensor cores need eight bits to lie along the sum.
 
     v_ptr [B, H, N, D] with strides; scale_ptr float32 [B, H, D]; out_ptr int8 or fp8 [B, H, D, out_n], contiguous.
     """

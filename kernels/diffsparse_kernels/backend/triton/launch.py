@@ -1,45 +1,83 @@
-"""Attention on NVIDIA GPUs in Triton: allocates, chooses a tile, launches. The kernels are in `triton_kernels.py`.
+"""Attention on NVIDIA GPUs in Triton: allocates, chooses a tile, launches the kernels of `kernels.py`.
 
 Inputs are [B, H, N, D] of float32, bfloat16 or float16 and any strides: [B, N, H, D] is read in place. D is at most
 128. Scores, softmax and LSE are float32; weights are rounded to the inputs' dtype before they meet the values. The
 error against float64 stays below twice that of plain attention in the same dtype, as the tests measure it.
+
+`copy`, an argument of the functions, has tiles of this kind load the keys, for the trials of one kind; None takes the
+best kind that was right in its trial.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import copy_context
-from typing import Any
+from typing import NamedTuple, TypedDict
 
 import torch
 import triton
 from torch import Tensor
 
 from diffsparse_kernels import trials
+from diffsparse_kernels.backend.nvidia import LOG2E, chip, mask_pointers, positive
 from diffsparse_kernels.backend.triton import kernels
-from diffsparse_kernels.backend.triton.tiles import HEAD_DIMS, Copy, Tile, tiles_for
-from diffsparse_kernels.case import DENSE_BLOCKS, Case
+from diffsparse_kernels.case import DENSE_BLOCKS, PRECISIONS, Case
 from diffsparse_kernels.errors import NoKernelError
-from diffsparse_kernels.lists import BlockLists, Boxes, blocks_of
-from diffsparse_kernels.masks import mask_pointers
+from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.means import Means
+from diffsparse_kernels.measured import HEAD_DIMS, Copy, Tile, tiles_for
 
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOG2E = 1.4426950408889634
 # Triton's interpreter multiplies bfloat16 as bit patterns: there it is computed in float32.
 INTERPRETED: bool = not isinstance(kernels.attend, triton.runtime.JITFunction)
 
 
-def unfit(device: torch.device) -> str:
-    """Why the kernels do not run on `device`; empty if they do."""
+class Flags(TypedDict):
+    """What `kernels.attend` has to do, as its constants."""
+
+    SPARSE: bool
+    ORDERED: bool
+    MASKED: bool
+    AXES: int
+    MASS: bool
+    SCALED: bool
+    VALUES: str
+
+
+class Rounded(NamedTuple):
+    """What `kernels.attend` needs of eight-bit inputs besides these.
+
+    dtype: of the output.
+    values: number format of v, "plain", "int8" or "fp8"; v is [B, H, D_V, N] unless it is plain.
+    q_scale: float32 [B, H, nQ].
+    k_scale: float32 [B, H, nK].
+    v_scale: float32 [B, H, D_V]; None if v is plain.
+    """
+
+    dtype: torch.dtype
+    values: str
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor | None
+
+
+def capability(device: torch.device, case: Case | None = None) -> str | None:
+    """Why the kernels don't run on `device`, or can't compute `case` there; None if they can."""
+    reason = device_capability(device)
+    return reason if reason is not None or case is None else case_capability(case) or _precision(device, case)
+
+
+def device_capability(device: torch.device) -> str | None:
+    """Why the kernels don't run on `device`; None if they do."""
     if device.type == "cpu" and not INTERPRETED:
         return "on the CPU it runs in Triton's interpreter only: set TRITON_INTERPRET=1"
-    return ""
+    return None
 
 
-def refuses(case: Case) -> str:
-    """What the kernels can't do of a case; empty if they can do all."""
+def case_capability(case: Case) -> str | None:
+    """What the kernels can't do of a case on any device; None if they can do all."""
     # Of rows that are sampled from a block there may be fewer.
     q_block = max(case.q_block, BLOCKS[0]) if case.kind == "mass" else case.q_block
     if q_block not in BLOCKS or case.kv_block not in BLOCKS:
@@ -49,14 +87,35 @@ def refuses(case: Case) -> str:
         return f"it wants float32, bfloat16 or float16; got {case.dtype}"
     if max(case.head_dim, case.value_dim) > HEAD_DIMS[-1]:
         return f"it wants heads of at most {HEAD_DIMS[-1]} channels; got {case.head_dim} and {case.value_dim}"
-    return ""
+    return None
+
+
+def _precision(device: torch.device, case: Case) -> str | None:
+    """What the kernels can't do in eight bits."""
+    if case.precision is None:
+        return None
+    if case.kind != "attend" or case.axes:
+        return "in eight bits it computes attention without boxes only"
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        return f"in eight bits it wants bfloat16 or float16; got {case.dtype}"
+    if case.head_dim <= 16 or case.kv_block <= 16:  # tensor cores add up 32 products at a time
+        sizes = f"{case.head_dim} and {case.kv_block}"
+        return f"in eight bits it wants heads of more than 16 channels and blocks of more than 16 keys; got {sizes}"
+    return chip_capability(device, case.precision)
+
+
+def chip_capability(device: torch.device, precision: str) -> str | None:
+    """Why the tensor cores of a GPU don't know this precision; None if they do."""
+    if "fp8" in PRECISIONS[precision] and device.type == "cuda" and chip(device) < 89:
+        return f"precision {precision!r} wants sm_89 or later; got sm_{chip(device)}. Use precision='int8'"
+    return None
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, copy: Copy | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention -> out, lse. `copy`, here and below: by tiles of this kind alone, for whoever tries them."""
-    return _attend(q, k, v, scale, key_mask, *DENSE_BLOCKS, copy=copy)[:2]
+    """Dense attention -> out, lse."""
+    return attend(q, k, v, scale, key_mask, DENSE_BLOCKS, copy=copy)[:2]
 
 
 def attention_with_mass(
@@ -71,7 +130,7 @@ def attention_with_mass(
     copy: Copy | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention, its LSE and the block mass, one pass."""
-    return _attend(q, k, v, scale, key_mask, q_block, kv_block, cached=lse, copy=copy)
+    return attend(q, k, v, scale, key_mask, (q_block, kv_block), cached=lse, copy=copy)
 
 
 def block_sparse_attention(
@@ -85,9 +144,9 @@ def block_sparse_attention(
     tile: Tile | None = None,
     copy: Copy | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the listed blocks; `tile` instead of the table's is for whoever measures them."""
+    """Attention over the listed blocks. `tile` instead of the table's serves to measure tiles."""
     blocks = lists.q_block, lists.kv_block
-    return _attend(q, k, v, scale, key_mask, *blocks, lists=lists, boxes=boxes, tile=tile, copy=copy)[:2]
+    return attend(q, k, v, scale, key_mask, blocks, lists=lists, boxes=boxes, tile=tile, copy=copy)[:2]
 
 
 def merge_means(
@@ -100,7 +159,7 @@ def merge_means(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Merge what the means of the blocks outside the lists give into out and lse, in place, whoever made these."""
+    """Merge what the means of the blocks outside the lists give into out and lse of any back end, in place."""
     means = Means.of(k, v, lists.kv_block, key_mask)
     (batch, heads, n_q, head_dim), kv_blocks = q.shape, means.key.shape[2]
     tile = means_tile(q.element_size())
@@ -130,7 +189,7 @@ def means_tile(itemsize: int) -> Tile:
     return Tile(16, 8, 1) if itemsize > 2 else Tile(64, 8, 2)
 
 
-def means_constants(head_dim: int, value_dim: int, q_block: int, tile: Tile) -> dict[str, Any]:
+def means_constants(head_dim: int, value_dim: int, q_block: int, tile: Tile) -> dict[str, int]:
     """The constants of `kernels.add_means` that sizes and tile decide."""
     sizes = {"D": head_dim, "D_V": value_dim, "D_PAD": padded(head_dim), "DV_PAD": padded(value_dim)}
     return {**sizes, "Q_BLOCK": q_block, "BLOCK_N": tile.keys}
@@ -153,13 +212,12 @@ def block_mass(
     (batch, heads, n_q, head_dim), n_kv = q.shape, k.shape[2]
     mass = q.new_empty(batch, heads, blocks_of(n_q, q_block), blocks_of(n_kv, kv_block), dtype=torch.float32)
     tile = measure_tile(chip(q.device), kv_block, q.element_size(), case.copyable)
-    if tile.copy != copy and not (copy is None and trusted(tile.copy, case, q.device)):
+    if not _allowed(tile.copy, copy, case, q.device):
         tile = tile._replace(copy="pointers")
     constants = measure_constants(head_dim, q_block, kv_block, tile)
-    grid = batch * heads * blocks_of(n_q, constants["BLOCK_M"])
     launch(
         kernels.measure,
-        grid,
+        batch * heads * blocks_of(n_q, constants["BLOCK_M"]),
         q,
         tile,
         q_ptr=q,
@@ -180,119 +238,131 @@ def block_mass(
     return mass
 
 
-def attend_rounded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: BlockLists,
-    scale: float,
-    key_mask: Tensor | None,
-    tile: Tile,
-    dtype: torch.dtype,
-    extra: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """`eight_bits` launches by this: rounded inputs, their scales in `extra`, the output's dtype."""
-    return _attend(
-        q, k, v, scale, key_mask, lists.q_block, lists.kv_block, lists=lists, tile=tile, dtype=dtype, extra=extra
-    )[:2]
-
-
-def _attend(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float,
     key_mask: Tensor | None,
-    q_block: int,
-    kv_block: int,
+    blocks: tuple[int, int],
     *,
     lists: BlockLists | None = None,
     cached: Tensor | None = None,
     boxes: Boxes | None = None,
     tile: Tile | None = None,
     copy: Copy | None = None,
-    dtype: torch.dtype | None = None,
-    extra: dict[str, Any] | None = None,
+    rounded: Rounded | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `kernels.attend` -> out, lse, mass (empty if there is no cached LSE)."""
-    rounded_values = extra is not None and extra["VALUES"] != "plain"  # [B, H, D_V, N]
-    value_dim = v.shape[2 if rounded_values else 3]
-    case = Case.of("attend" if cached is None else "fused", q, k, v, (q_block, kv_block), key_mask, boxes)
-    case = case._replace(dtype=q.dtype if dtype is None else dtype, value_dim=value_dim)
+    case = _case_of(q, k, v, blocks, key_mask, boxes, cached, rounded)
     check(case)
     q, scale = positive(q, scale)
-    (batch, heads, n_q, head_dim), n_kv = q.shape, k.shape[2]
-    q_blocks, kv_blocks = blocks_of(n_q, q_block), blocks_of(n_kv, kv_block)
-    out = q.new_empty(batch, heads, n_q, value_dim, dtype=dtype)
+    (batch, heads, n_q, _), n_kv = q.shape, k.shape[2]
+    q_blocks, kv_blocks = blocks_of(n_q, case.q_block), blocks_of(n_kv, case.kv_block)
+    out = q.new_empty(batch, heads, n_q, case.value_dim, dtype=case.dtype)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32)
     mass = q.new_empty((0,) if cached is None else (batch, heads, q_blocks, kv_blocks), dtype=torch.float32)
-    order = None if lists is None else lists.order
-    flags = flags_of(lists is not None, order is not None, key_mask is not None, boxes, cached is not None)
+    flags = _flags(lists, key_mask, boxes, cached, rounded)
     tile = tile or attend_tile(case, q.device, flags, copy)
-    arguments: dict[str, Any] = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "out_ptr": out,
-        "lse_ptr": lse,
-        "mass_ptr": mass,
-        "cached_ptr": q if cached is None else cached.float().contiguous(),
-        "idx_ptr": q if lists is None else lists.idx.contiguous(),
-        "cnt_ptr": q if lists is None else lists.cnt.contiguous(),
-        "order_ptr": q if order is None else order,
+    launch(
+        kernels.attend,
+        batch * heads * q_blocks,
+        q,
+        tile,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        out_ptr=out,
+        lse_ptr=lse,
+        mass_ptr=mass,
+        cached_ptr=q if cached is None else cached.float().contiguous(),
+        **_list_arguments(lists, q, batch * heads * q_blocks),
         **mask_pointers(key_mask, q),
-        **dict(zip(("place_ptr", "low_ptr", "high_ptr"), _pointers(boxes, q), strict=True)),
-        **dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), lse),
-        "scale_log2": scale * LOG2E,
-        "n_q": n_q,
-        "n_kv": n_kv,
-        "heads": heads,
-        "listed": batch * heads * q_blocks if lists is None else lists.cnt.numel(),
-        "width": 0 if lists is None else lists.idx.shape[3],
+        **_box_pointers(boxes, q),
+        **_scale_pointers(rounded, lse),
+        scale_log2=scale * LOG2E,
+        n_q=n_q,
+        n_kv=n_kv,
+        heads=heads,
         **strides(q=q, k=k, v=v),
-        **attend_constants(head_dim, value_dim, q_block, kv_block, tile),
+        **attend_constants(case.head_dim, case.value_dim, case.q_block, case.kv_block, tile),
         **flags,
-        "RAGGED": n_kv % kv_block != 0,
-        "UPCAST": upcast(q, v),
-    }
-    launch(kernels.attend, batch * heads * q_blocks, q, tile, **arguments | (extra or {}))
+        RAGGED=n_kv % case.kv_block != 0,
+        UPCAST=upcast(q, v),
+    )
     return out, lse, mass
 
 
-def flags_of(sparse: bool, ordered: bool, masked: bool, boxes: Boxes | None, mass: bool) -> dict[str, Any]:
-    """What `kernels.attend` has to do, as its constants."""
+def _case_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: tuple[int, int],
+    key_mask: Tensor | None,
+    boxes: Boxes | None,
+    cached: Tensor | None,
+    rounded: Rounded | None,
+) -> Case:
+    """The case; of rounded inputs, with the dtype and the channels of the output."""
+    case = Case.of("attend" if cached is None else "fused", q, k, v, blocks, key_mask, boxes)
+    if rounded is None:
+        return case
+    return case._replace(dtype=rounded.dtype, value_dim=v.shape[3 if rounded.values == "plain" else 2])
+
+
+def _flags(
+    lists: BlockLists | None,
+    key_mask: Tensor | None,
+    boxes: Boxes | None,
+    cached: Tensor | None,
+    rounded: Rounded | None,
+) -> Flags:
+    ordered = lists is not None and lists.order is not None
+    flags = flags_of(lists is not None, ordered, key_mask is not None, boxes, cached is not None)
+    if rounded is not None:
+        flags["SCALED"], flags["VALUES"] = True, rounded.values
+    return flags
+
+
+def flags_of(sparse: bool, ordered: bool, masked: bool, boxes: Boxes | None, mass: bool) -> Flags:
+    """The flags of inputs that are not rounded."""
     axes = 0 if boxes is None else boxes.place.shape[0]
-    plain = {"SCALED": False, "VALUES": "plain"}
-    return {"SPARSE": sparse, "ORDERED": ordered, "MASKED": masked, "AXES": axes, "MASS": mass, **plain}
+    return Flags(SPARSE=sparse, ORDERED=ordered, MASKED=masked, AXES=axes, MASS=mass, SCALED=False, VALUES="plain")
 
 
-def attend_tile(case: Case, device: torch.device, flags: dict[str, Any], copy: Copy | None = None) -> Tile:
-    """The first tile of the table whose needs are met, and whose kind is right on this device, or is `copy`."""
+def attend_tile(case: Case, device: torch.device, flags: Flags, copy: Copy | None = None) -> Tile:
+    """The first tile of the table whose needs are met, and whose kind is `copy`, or was right in its trial."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     tiles = tiles_for(chip(device), max(case.head_dim, case.value_dim), case.q_block, case.kv_block, name)
-    while True:
-        tile = fitting(tiles, case.dtype.itemsize, case.copyable, flags)
-        if tile.copy == copy or (copy is None and trusted(tile.copy, case, device)) or tile.copy == "pointers":
-            return tile
-        tiles = [other for other in tiles if other.copy != tile.copy]
+    capable = capable_tiles(tiles, case.dtype.itemsize, case.copyable, flags)
+    return next(tile for tile in capable if tile.copy == "pointers" or _allowed(tile.copy, copy, case, device))
 
 
-def trusted(copy: Copy, case: Case, device: torch.device) -> bool:
-    """Whether tiles of this kind are right on this device: compilers are young where they split the work of warps."""
-    return copy == "pointers" or not trials.verdict(f"triton-{copy}", case, device)
+def _allowed(kind: Copy, copy: Copy | None, case: Case, device: torch.device) -> bool:
+    """Whether tiles of this kind may be used: asked for, or right in their trial, which "pointers" never need.
+
+    Compilers are young where they split the work of warps.
+    """
+    if copy is not None:
+        return kind == copy
+    return kind == "pointers" or not trials.verdict(f"triton-{kind}", case, device)
 
 
-def fitting(tiles: list[Tile], itemsize: int, copyable: bool, flags: dict[str, Any]) -> Tile:
-    """The first tile that these inputs allow; float32 runs everywhere, but without tensor cores nobody tunes it."""
+def capable_tiles(tiles: list[Tile], itemsize: int, copyable: bool, flags: Flags) -> Iterator[Tile]:
+    """The tiles that these inputs allow, in order; float32, which no tensor core multiplies, has one that always runs.
+
+    itemsize: bytes of a number of the inputs.
+    """
     if itemsize > 2:
-        return Tile(min(16, tiles[-1].keys), 8, 1)
+        yield Tile(min(16, tiles[-1].keys), 8, 1)
+        return
     # Sums over the rows of warps that work apart, and boxes, are more than the compiler can specialise.
     together = flags["MASS"] or flags["AXES"] > 0
-    fits = {"pointers": True, "tma": copyable, "specialised": copyable and not together}
-    return next(tile for tile in tiles if fits[tile.copy])
+    kinds = {"pointers": True, "tma": copyable, "specialised": copyable and not together}
+    yield from (tile for tile in tiles if kinds[tile.copy])
 
 
-def attend_constants(head_dim: int, value_dim: int, q_block: int, kv_block: int, tile: Tile) -> dict[str, Any]:
+def attend_constants(head_dim: int, value_dim: int, q_block: int, kv_block: int, tile: Tile) -> dict[str, int]:
     """The constants of `kernels.attend` that sizes and tile decide."""
     return {
         "D": head_dim,
@@ -307,14 +377,14 @@ def attend_constants(head_dim: int, value_dim: int, q_block: int, kv_block: int,
     }
 
 
-def measure_tile(capability: int, kv_block: int, itemsize: int, copyable: bool) -> Tile:
+def measure_tile(chip: int, kv_block: int, itemsize: int, copyable: bool) -> Tile:
     """The tile of `kernels.measure`, which has room to spare on every chip."""
     if itemsize > 2:
         return Tile(min(16, kv_block), 8, 1)
-    return Tile(min(64, kv_block), 8, 3, "tma" if copyable and 90 <= capability < 120 else "pointers")
+    return Tile(min(64, kv_block), 8, 3, "tma" if copyable and 90 <= chip < 120 else "pointers")
 
 
-def measure_constants(head_dim: int, q_block: int, kv_block: int, tile: Tile) -> dict[str, Any]:
+def measure_constants(head_dim: int, q_block: int, kv_block: int, tile: Tile) -> dict[str, int]:
     """The constants of `kernels.measure` that sizes and tile decide."""
     return {
         "D": head_dim,
@@ -327,7 +397,7 @@ def measure_constants(head_dim: int, q_block: int, kv_block: int, tile: Tile) ->
     }
 
 
-def launch(kernel: Any, programs: int, q: Tensor, tile: Tile, **arguments: Any) -> None:
+def launch(kernel: triton.runtime.JITFunction, programs: int, q: Tensor, tile: Tile, **arguments: object) -> None:
     """Run `programs` of a kernel on q's device."""
 
     def run() -> None:
@@ -336,7 +406,7 @@ def launch(kernel: Any, programs: int, q: Tensor, tile: Tile, **arguments: Any) 
         kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
 
     with torch.cuda.device_of(q):
-        copy_context().run(run)  # the allocator is nobody else's business
+        copy_context().run(run)  # so the allocator is set for this launch only
 
 
 def _allocator(device: torch.device) -> Callable[[int, int, int | None], Tensor]:
@@ -348,35 +418,42 @@ def strides(**tensors: Tensor) -> dict[str, int]:
     return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bhnd")}
 
 
-def _pointers(boxes: Boxes | None, q: Tensor) -> tuple[Tensor, ...]:
-    return (q, q, q) if boxes is None else tuple(x.contiguous() for x in boxes)
+def _list_arguments(lists: BlockLists | None, unread: Tensor, programs: int) -> dict[str, object]:
+    if lists is None:
+        return {**dict.fromkeys(("idx_ptr", "cnt_ptr", "order_ptr"), unread), "listed": programs, "width": 0}
+    return {
+        "idx_ptr": lists.idx.contiguous(),
+        "cnt_ptr": lists.cnt.contiguous(),
+        "order_ptr": unread if lists.order is None else lists.order,
+        "listed": lists.cnt.numel(),
+        "width": lists.idx.shape[3],
+    }
 
 
-def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """The kernels take the maximum before they scale, which wants a positive scale."""
-    return (-q, -scale) if scale < 0 else (q, max(scale, 1e-30))
+def _box_pointers(boxes: Boxes | None, unread: Tensor) -> dict[str, Tensor]:
+    pointers = (unread,) * 3 if boxes is None else tuple(x.contiguous() for x in boxes)
+    return dict(zip(("place_ptr", "low_ptr", "high_ptr"), pointers, strict=True))
+
+
+def _scale_pointers(rounded: Rounded | None, unread: Tensor) -> dict[str, Tensor]:
+    if rounded is None:
+        return dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), unread)
+    v_scale = unread if rounded.v_scale is None else rounded.v_scale
+    return {"q_scale_ptr": rounded.q_scale, "k_scale_ptr": rounded.k_scale, "v_scale_ptr": v_scale}
 
 
 def check(case: Case) -> None:
     """Raise NoKernelError for what the kernels can't do."""
-    reason = refuses(case)
-    if reason:
+    reason = case_capability(case)
+    if reason is not None:
         raise NoKernelError(f"the triton backend can't do this: {reason}")
 
 
 def padded(head_dim: int) -> int:
-    """Head sizes are padded to powers of two in registers, at least the 16 that tensor cores want."""
+    """Head sizes are padded to powers of two in registers, at least the 16 that tensor cores need."""
     return int(max(16, triton.next_power_of_2(head_dim)))
 
 
 def upcast(*tensors: Tensor) -> bool:
     """Whether the interpreter is to compute in float32."""
     return INTERPRETED and any(x.dtype in (torch.bfloat16, torch.float8_e4m3fn) for x in tensors)
-
-
-def chip(device: torch.device) -> int:
-    """Its compute capability, such as 90; the interpreter passes for the oldest."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return int(10 * major + minor)

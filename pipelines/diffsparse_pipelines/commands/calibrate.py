@@ -2,53 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from diffsparse.errors import ConfigError, OutputFileError, UnknownNameError
-from diffsparse_pipelines import options
+from diffsparse_pipelines import values
+from diffsparse_pipelines.commands import checks
+from diffsparse_pipelines.commands.options import (
+    MODEL,
+    SAMPLING,
+    Block,
+    ModelOptions,
+    Prompts,
+    SamplingOptions,
+    Seeds,
+    Sparsity,
+    check_knobs,
+)
 from diffsparse_pipelines.prompts import read_prompts, read_seeds
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from diffsparse.plans.plan import Plan
+    from diffsparse.strategies.search import Search
 
 _SEARCH, _PARO, _VDIT = "Search", "Search of paro", "Search of sparse-vdit"
+_COUNT = checks.whole(1, values.MOST_COUNT)
 
 
-def calibrate(
-    out: Annotated[Path, typer.Option(help="The plan to write, a .safetensors file.", callback=options.file)],
-    strategy: Annotated[str, typer.Option(help="Whose plan: paro or sparse-vdit.", rich_help_panel=_SEARCH)] = "paro",
-    sparsity: options.Sparsity = None,
-    block: options.Block = None,
+@dataclass(frozen=True)
+class SearchOptions:
+    """Whose plan is searched, and the knobs of its search; None is the search's own."""
+
+    strategy: Annotated[str, typer.Option(help="Whose plan: paro or sparse-vdit.", rich_help_panel=_SEARCH)] = "paro"
+    sparsity: Sparsity = None
+    block: Block = None
     groups: Annotated[
         int | None,
         typer.Option(
             help="Parts of the run with masks or modes of their own.",
             show_default="paro 4, sparse-vdit one for each step",
             rich_help_panel=_SEARCH,
-            callback=options.whole(1, options.MOST_COUNT),
+            callback=_COUNT,
         ),
-    ] = None,
+    ] = None
     looks: Annotated[
         int,
         typer.Option(
             help="Steps at which a first, dense run is looked at.",
             rich_help_panel=_SEARCH,
-            callback=options.whole(1, options.MOST_COUNT),
+            callback=_COUNT,
         ),
-    ] = 4,
+    ] = 4
     orders: Annotated[
         str | None,
         typer.Option(
             help="Candidate token orders, separated by commas: FHW, ..., tile4x8x8, hilbert.",
             show_default="the six of the axes",
             rich_help_panel=_PARO,
-            callback=options.text,
+            callback=checks.text,
         ),
-    ] = None,
+    ] = None
     metric: Annotated[
         str | None,
         typer.Option(
@@ -56,145 +74,142 @@ def calibrate(
             show_default="recall",
             rich_help_panel=_PARO,
         ),
-    ] = None,
+    ] = None
     alpha: Annotated[
         float | None,
         typer.Option(
             help="Weight of sparsity in the paper's metric.",
             show_default="0.5",
             rich_help_panel=_PARO,
-            callback=options.number(most=1),
+            callback=checks.number(most=1),
         ),
-    ] = None,
+    ] = None
     bits: Annotated[
         int | None,
         typer.Option(
             help="Of the numbers that attention multiplies: 16, or 8 or 4, emulated.",
             show_default="16",
             rich_help_panel=_PARO,
-            callback=options.whole(4, 16),
+            callback=checks.whole(4, 16),
         ),
-    ] = None,
+    ] = None
     epsilon: Annotated[
         float | None,
         typer.Option(
             help="Largest relative error and cost at which a head is sparse.",
             show_default="0.1",
             rich_help_panel=_VDIT,
-            callback=options.number(),
+            callback=checks.number(),
         ),
-    ] = None,
+    ] = None
     weight: Annotated[
         float | None,
         typer.Option(
             help="Of the cost beside the error (the paper's lambda).",
             show_default="0.1",
             rich_help_panel=_VDIT,
-            callback=options.number(),
+            callback=checks.number(),
         ),
-    ] = None,
+    ] = None
     cost: Annotated[
         str | None,
         typer.Option(
             help="Of a mode: sparsity, or time as measured here.", show_default="sparsity", rich_help_panel=_VDIT
         ),
-    ] = None,
+    ] = None
     modes: Annotated[
         str | None,
         typer.Option(
             help="Candidates beside full, separated by commas.",
             show_default="skip,diagonal,multi-diagonal,stripe",
             rich_help_panel=_VDIT,
-            callback=options.text,
+            callback=checks.text,
         ),
-    ] = None,
-    prompts: options.Prompts = "2",
-    seeds: options.Seeds = "0",
+    ] = None
+
+    def search(self) -> Search:
+        """The search, with the knobs that were given.
+
+        Raises:
+            UnknownNameError: no such search. ConfigError: a knob that it doesn't have, or out of range.
+        """
+        from diffsparse.errors import closest
+        from diffsparse.strategies import SEARCHES, knobs_of, with_knobs
+
+        if self.strategy not in SEARCHES:
+            raise UnknownNameError(f"no search is called {self.strategy!r}; known: {closest(self.strategy, SEARCHES)}")
+        knobs = {name: value for name, value in vars(self).items() if name != "strategy"}
+        for name in ("orders", "modes"):
+            knobs[name] = knobs[name] and values.names(knobs[name])
+        known = {key: set(knobs_of(cls)) for key, cls in SEARCHES.items()}
+        check_knobs(knobs, {self.strategy: known[self.strategy]}, known)
+        search: Search = with_knobs(SEARCHES[self.strategy], knobs)
+        return search
+
+
+SEARCHING = SearchOptions()
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option(help="The plan to write, a .safetensors file.", callback=checks.file)],
+    searching: SearchOptions = SEARCHING,
+    prompts: Prompts = "2",
+    seeds: Seeds = "0",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan.")] = False,
-    model: options.Model = "tiny",
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    offload: options.Offload = "none",
-    vae_tiling: options.VaeTiling = False,
-    steps: options.Steps = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    frames: options.NumFrames = None,
-    guidance_scale: options.GuidanceScale = None,
-    negative_prompt: options.NegativePrompt = None,
+    model: ModelOptions = MODEL,
+    sampling: SamplingOptions = SAMPLING,
 ) -> None:
     """Search offline, on a few prompts, what a strategy that runs on a plan wants: orders and masks, or modes.
 
     A search that was interrupted goes on where it stopped, and ends with the same plan.
     """
-    knobs = {
-        "sparsity": sparsity,
-        "block": block,
-        "looks": looks,
-        "orders": orders and options.names(orders),
-        "metric": metric,
-        "alpha": alpha,
-        "bits": bits,
-        "epsilon": epsilon,
-        "weight": weight,
-        "cost": cost,
-        "modes": modes and options.names(modes),
-        "groups": groups,
-    }
-    from diffsparse_pipelines import preflight
+    from diffsparse.files import if_stopped
+    from diffsparse_pipelines.preflight import check
+    from diffsparse_pipelines.progress import say
 
-    search = _search(strategy, knobs)
-    chosen = options.sampling(steps, height, width, frames, guidance_scale, negative_prompt)
-    pairs = [(prompt, seed) for prompt in read_prompts(prompts, model) for seed in read_seeds(seeds)]
-    loading = {"dtype": dtype, "device": device, "offload": offload, "vae_tiling": vae_tiling}
-    preflight.admit(model, loading, chosen, [prompt for prompt, _ in pairs])
+    search, call = searching.search(), sampling.arguments()
+    pairs = [(prompt, seed) for prompt in read_prompts(prompts, model.name) for seed in read_seeds(seeds)]
+    model.admit(call, [prompt for prompt, _ in pairs])
     _check_out(out, overwrite)
-    _calibrate(model, search, pairs, chosen, loading, out)
-
-
-def _search(name: str, knobs: dict[str, Any]) -> Any:
-    from diffsparse.errors import closest
-    from diffsparse.strategies import SEARCHES, with_knobs
-
-    if name not in SEARCHES:
-        raise UnknownNameError(f"no search is called {name!r}; known: {closest(name, SEARCHES)}")
-    known = {key: {knob.name for knob in fields(cls)} for key, cls in SEARCHES.items()}
-    options.check_knobs(knobs, {name: known[name]}, known)
-    return with_knobs(SEARCHES[name], knobs)
+    with if_stopped(lambda: _kept(out)):
+        pipe = model.load()
+        arguments = model.call_arguments(pipe, call)
+        check(pipe, arguments)
+    plan = _calibrate(pipe, search, pairs, arguments, out)
+    say(summary(plan), highlight=False)
+    say(f"-> {out} ({out.stat().st_size / 2**20:.2f} MiB)")
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
     from diffsparse.files import writable
-    from diffsparse.insight.calibration import partial
+    from diffsparse.plans.store import partial_path
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out wants a .safetensors file; got {out.name!r}")
     writable(out)
-    writable(partial(out))
+    writable(partial_path(out))
     if out.exists() and not overwrite:
         raise OutputFileError(f"{out} exists; choose another --out or use --overwrite")
 
 
+def _kept(out: Path) -> str:
+    """What is kept of an earlier attempt, in a search that is stopped before its first run."""
+    from diffsparse.plans.store import partial_path
+
+    if not partial_path(out).exists():
+        return "nothing was written"
+    return f"the runs of an earlier attempt are kept in {partial_path(out)}; the same command goes on with the next"
+
+
 def _calibrate(
-    model: str,
-    search: Any,
-    pairs: list[tuple[str, int]],
-    chosen: dict[str, Any],
-    loading: dict[str, Any],
-    out: Path,
-) -> None:
+    pipe: DiffusionPipeline, search: Search, pairs: list[tuple[str, int]], arguments: dict[str, object], out: Path
+) -> Plan:
+    """Run the search over prompts and seeds, with a progress bar."""
     from diffsparse.insight.calibration import calibrate as search_over
-    from diffsparse_pipelines import families
-    from diffsparse_pipelines.generate import call_arguments, generation
-    from diffsparse_pipelines.preflight import check
+    from diffsparse_pipelines.generation import generation
     from diffsparse_pipelines.progress import bar, terminal
 
-    console = terminal()
-    with console.status(f"loading {model}"):
-        pipe = families.load(model, **loading)
-    arguments = call_arguments(pipe, families.defaults(model), chosen)
-    check(pipe, arguments)
-    with bar(console) as progress:
+    with bar(terminal()) as progress:
         task = progress.add_task("runs", total=search.passes * len(pairs))
 
         def run(prompt: str, seed: int) -> None:
@@ -202,17 +217,15 @@ def _calibrate(
 
         calls = [lambda pair=pair: run(*pair) for pair in pairs]
         names = [f"{prompt} | {seed} | {arguments}" for prompt, seed in pairs]
-        plan = search_over(pipe, search, calls, names, out, lambda done: progress.update(task, completed=done))
-    console.print(summary(plan), highlight=False)
-    console.print(f"-> {out} ({out.stat().st_size / 2**20:.2f} MiB)", soft_wrap=True)
+        return search_over(pipe, search, calls, names, out, lambda done: progress.update(task, completed=done))
 
 
 def summary(plan: Plan) -> str:
     """A few lines on what a plan holds."""
-    from diffsparse.strategies import STRATEGIES
+    from diffsparse.strategies import of_plan
 
     rows = [("strategy", plan.strategy), ("layout", str(plan.layout)), ("models", ", ".join(plan.models.values()))]
-    facts = STRATEGIES[plan.strategy](plan).facts()
+    facts = of_plan(plan).facts()
     rows += [(name, str(value)) for name, value in plan.settings.items() if name not in facts]
     rows += facts.items()
     return "\n".join(f"{name:<10} {value}" for name, value in rows)

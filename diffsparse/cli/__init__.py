@@ -1,0 +1,58 @@
+"""The command line: a table of commands, a parser of their options, and one line for whatever goes wrong.
+
+The parser, typer, comes with the extra "cli". Where it is missing, or another package of an extra that a command wants,
+the command line ends in one line that names the extra.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.util import find_spec
+from typing import NoReturn
+
+from diffsparse.cli.table import COMMANDS, EXTRAS, RICH
+from diffsparse.errors import DiffsparseError
+
+__all__ = ["COMMANDS", "RICH", "main"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; bad input, also what the parser refuses, ends with one line and exit code 2."""
+    try:
+        from diffsparse.cli import parser
+
+        code = parser.run(arguments)
+    except DiffsparseError as error:
+        _refuse(str(error))
+    except ImportError as error:
+        _refuse(_wanted(error))
+    except Exception as error:
+        if not _lacks_memory(error):
+            raise
+        _refuse(f"out of memory ({error}); lower --height, --width or --frames, or try --offload or --vae-tiling")
+    sys.exit(code)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _wanted(error: ImportError) -> str:
+    """Which package is missing, and the extra that brings it; an error that is of no such package is raised again.
+
+    Diffusers and transformers raise errors without a name, which say "requires the ... library".
+    """
+    named = [error.name.partition(".")[0]] if error.name else re.findall(r"\w+", str(error))
+    package = next((name for name in named if name in EXTRAS and find_spec(name) is None), None)
+    if package is None:
+        raise error
+    return f"this command wants the package {package}: pip install 'diffsparse[{EXTRAS[package]}]'"
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Of Python, of a GPU, or of torch on a CPU, which raises a plain RuntimeError."""
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("out of memory", "not enough memory", "can't allocate memory")
+    )

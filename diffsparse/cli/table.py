@@ -1,0 +1,50 @@
+"""The table of commands: subcommand -> where its function lives, imported when it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+
+RICH = find_spec("rich") is not None
+
+# name -> (module:function, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "generate": ("diffsparse_pipelines.commands.generate:generate", "Generate a video or an image from a prompt."),
+    "evaluate": (
+        "diffsparse_eval.commands.evaluate:evaluate",
+        "Compare strategies with dense attention: fidelity and speed.",
+    ),
+    "calibrate": (
+        "diffsparse_pipelines.commands.calibrate:calibrate",
+        "Search a plan offline, for strategies that run on one.",
+    ),
+    "hunt": (
+        "diffsparse_pipelines.commands.hunt:hunt",
+        "Search heads whose perturbation raises an objective (HeadHunter).",
+    ),
+    "simulate": (
+        "diffsparse_pipelines.commands.simulate:simulate",
+        "Tell what windowed attention can save, without running.",
+    ),
+    "inspect": (
+        "diffsparse_eval.commands.inspect:inspect",
+        "Draw attention, chosen blocks, orders and recall by head.",
+    ),
+    "bench": ("diffsparse_eval.commands.bench:bench", "Time the attention kernels beside torch's, in one process."),
+    "doctor": ("diffsparse_eval.commands.doctor:doctor", "Show versions, devices, and which backends run here."),
+}
+
+# package that an installation without extras may lack -> the extra that it comes with
+EXTRAS: dict[str, str] = {
+    **dict.fromkeys(("typer", "rich", "imageio", "imageio_ffmpeg", "PIL"), "cli"),
+    **dict.fromkeys(("transformers", "accelerate", "sentencepiece", "ftfy"), "cli"),
+    **dict.fromkeys(("matplotlib", "skimage", "scipy"), "eval"),
+}
+
+
+def command(name: str) -> Callable[..., None]:
+    """The function behind a row of the table."""
+    module, function = COMMANDS[name][0].split(":")
+    found: Callable[..., None] = getattr(import_module(module), function)
+    return found

@@ -1,0 +1,371 @@
+"""Rows of results: one definition of their fields and units for all that write and read them.
+
+A row is a plain dictionary, as JSON and CSV hold it. Fields marked `NotRequired` are missing in files of releases
+before the field was added. Names carry units: `psnr_db` is in dB, `*_seconds` in s, `ms` in milliseconds, `tflops` in
+10^12 operations a second, `*_gib` in GiB, `*_bytes` in bytes. Shares and densities lie in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NotRequired, TypedDict
+
+SCHEMA = 1  # of the files written today; files without the key `schema` have the same fields
+SCHEMA_KEY = "schema"
+
+
+class Origin(TypedDict):
+    """Where a row was measured.
+
+    device: name of the GPU, or of the processor with its threads.
+    dtype: of the model's weights, without the prefix "torch.".
+    versions: of Python and of the packages that decide a result.
+    commit: of the checkout, "+" behind it if files were changed; None outside of one.
+    """
+
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    commit: str | None
+
+
+class Fidelity(TypedDict):
+    """How close a video is to the dense one; all None where there is none to compare."""
+
+    psnr_db: float | None
+    psnr_db_min: float | None
+    ssim: float | None
+    latent_cosine: float | None
+
+
+class RunRow(Origin, Fidelity):
+    """One run of one strategy beside the dense run: what `evaluate` writes with and without weights.
+
+    The columns that reports show are explained in `DEFINITIONS`.
+
+    strategy, label, arguments: its name, its name with what differs from the defaults, its `repr`.
+    sparsity: as asked for; None if the strategy decides it.
+    steps, dense_steps: denoising steps of the run, and those without any sparse call.
+    attention_seconds: time inside self-attention.
+    memory_bytes: what the strategy keeps between steps.
+    fallbacks, backends: calls that went dense unplanned by their reason, and all calls by their backend.
+    dense_backend: the user's own, on which dense calls ran.
+    size: width x height x frames in pixels.
+    schedule: `repr` of the schedule of the sparse run.
+    """
+
+    model: str
+    strategy: str
+    label: str
+    arguments: str
+    sparsity: float | None
+    density: float
+    work: NotRequired[float]
+    sparse_density: float | None
+    steps: int
+    dense_steps: int
+    dense_seconds: float
+    seconds: float
+    speedup: float
+    attention_seconds: float
+    attention_share: float | None
+    attention_speedup: float | None
+    recall: float | None
+    memory_bytes: int
+    fallbacks: dict[str, int]
+    backends: dict[str, int]
+    dense_backend: str
+    prompt: str
+    seed: int
+    size: str
+    schedule: str
+
+
+class ResultRow(RunRow):
+    """A run with the model's weights, compared with the dense video of the same prompt and seed.
+
+    modes: share of heads in each mode, of a strategy that chooses by head.
+    heads: the modes of a layer's heads separated by spaces, by layer and step.
+    file: of the video or image, in the folder of the results.
+    """
+
+    modes: dict[str, float]
+    heads: dict[str, dict[str, str]]
+    file: str
+
+
+class StepSeconds(TypedDict):
+    """Seconds of a step of each kind; None if the run has no such step."""
+
+    dense_step_seconds: float | None
+    search_step_seconds: float | None
+    refresh_step_seconds: float | None
+    tail_step_seconds: NotRequired[float | None]
+    sparse_step_seconds: float | None
+
+
+class SpeedRow(RunRow, StepSeconds):
+    """A run that is extrapolated from passes with random weights; it has no fidelity. See `SPEED_DEFINITIONS`.
+
+    weights: "random".
+    passes: forward passes in a step: 2 with classifier-free guidance.
+    """
+
+    weights: str
+    expected_attention_share: float
+    expected_speedup: float | None
+    dense_pass_tflop: float
+    passes: int
+    layers: int | None
+
+
+class BenchRow(TypedDict):
+    """One kernel on one case of `bench`.
+
+    case: name of the case in a suite, or empty.
+    kind: dense, mass, sparse, means, raster or ordered.
+    pattern: of the block lists, random or ragged.
+    density: share of blocks computed.
+    ms: median time of a call.
+    tflops: of the operations that are needed.
+    speedup: over the fastest dense kernel of the same case.
+    efficiency: share of that kernel's speed for each operation.
+    max_error: against the reference in float64; None where it was not compared.
+    torch, triton: versions.
+    """
+
+    case: str
+    device: str
+    backend: str
+    kind: str
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: str
+    block: int
+    pattern: str
+    density: float
+    ms: float
+    tflops: float
+    speedup: float
+    efficiency: float
+    max_error: float | None
+    torch: str
+    triton: str | None
+    commit: str | None
+    seed: int
+
+
+class TileRow(TypedDict):
+    """One tile of the Triton kernel: see `diffsparse_kernels.measured.Tile`."""
+
+    keys: int
+    warps: int
+    stages: int
+    copy: str
+
+
+class TilesRow(TypedDict):
+    """A row of `tiles.json` in the cache folder: the fastest tiles of a device at one size, best first.
+
+    q_block, kv_block: tokens of a block of queries and of keys.
+    """
+
+    device: str
+    head_dim: int
+    q_block: int
+    kv_block: int
+    tiles: list[TileRow]
+
+
+class BreakEvenRow(TypedDict):
+    """A row of `break_even.json` in the cache folder.
+
+    dense_ms: of torch's dense attention.
+    break_even: density above which dense attention is faster than `backend`.
+    """
+
+    device: str
+    backend: str
+    dtype: str
+    head_dim: int
+    block: int
+    tokens: int
+    dense_ms: float
+    break_even: float
+
+
+class Attempt(TypedDict, total=False):
+    """What one attempt of the GPU account gives; each stage fills in its own fields.
+
+    kernel, shape, kind: what was tried, and on which size.
+    case: words of the kernel's case, for `diffsparse_kernels.case.Case.read`.
+    verdict: done, right, wrong, ran, timed, compiled, profiled, raised, hang, crash, no time, left out, ...
+    why: of a verdict that is not good.
+    error: largest error against float64. repeat_equal: whether repeated launches agree to the bit.
+    ms, host_ms: of the device, and of the host until the call returns.
+    share: of the fastest dense kernel's speed for each operation.
+    launches, ops: of a profile: kernels launched, and milliseconds of the operations that take the most.
+    tile, head_dim, q_block, kv_block: of a tile that was timed.
+    """
+
+    stage: str
+    shape: str | None
+    kernel: str | None
+    verdict: str
+    why: str
+    case: list[str]
+    kind: str
+    tokens: int
+    heads: int
+    density: float
+    ms: float | None
+    host_ms: float
+    tflops: float | None
+    gb_per_s: float
+    share: float | None
+    speedup: float
+    error: float | None
+    repeat_equal: bool | None
+    peak_gib: float | None
+    backend: str
+    backends: dict[str, int]
+    fallbacks: dict[str, int]
+    passed_over: dict[str, int]
+    launches: int
+    ops: dict[str, float]
+    psnr_db: float
+    seconds: float
+    dense_seconds: float
+    attention_share: float | None
+    attention_speedup: float | None
+    dense_step_seconds: float | None
+    search_step_seconds: float | None
+    sparse_step_seconds: float | None
+    layers: int | None
+    size: str
+    tile: TileRow
+    head_dim: int
+    q_block: int
+    kv_block: int
+
+
+class AccountFacts(TypedDict, total=False):
+    """What holds for all rows of one account of a GPU.
+
+    date: ISO 8601, of the start. driver: of CUDA. source: digest of the kernels' source.
+    """
+
+    date: str
+    device: str
+    driver: str
+    versions: dict[str, str]
+    commit: str | None
+    source: str
+
+
+class AccountRow(Attempt, AccountFacts, total=False):
+    """A row of `rows.jsonl`: an attempt, and where it was made."""
+
+    schema: int
+
+
+class InspectionFacts(TypedDict):
+    """How an inspection was made: the head of `inspect.json`.
+
+    label, strategy: the strategy with what differs from the defaults, and its `repr`.
+    sparsity, block: at which recall is measured.
+    layout: of the tokens.
+    looks: steps that were sampled, counted from 1.
+    """
+
+    model: str
+    label: str
+    strategy: str
+    schedule: str
+    sparsity: float
+    block: int
+    layout: str
+    looks: list[int]
+    prompts: list[str]
+    seed: int
+
+
+class HeadRow(TypedDict):
+    """One head of one layer in `inspect.json` and `recall.csv`; `recall_<order>` follows for each candidate order.
+
+    raster_recall, best_recall: of the best blocks in raster order, and in the best order.
+    best_order, own_order: that order, and the strategy's.
+    chosen_recall, chosen_density: of the strategy's own blocks; None if it did not run sparse.
+    """
+
+    model: str
+    layer: str
+    number: int
+    head: int
+    raster_recall: float
+    best_recall: float
+    best_order: str
+    own_order: str
+    chosen_recall: float | None
+    chosen_density: float | None
+
+
+DEFINITIONS = {
+    "psnr_db": "peak signal-to-noise ratio to the dense video in dB, over all frames at once; null: identical",
+    "psnr_db_min": "the lowest PSNR of a single frame, in dB; null: all frames identical",
+    "ssim": "structural similarity to the dense video (7x7 window), mean over frames; null: frames under 7 pixels",
+    "latent_cosine": "cosine similarity of the last step's latents",
+    "density": "share of attention blocks computed, over all self-attention calls (dense steps count as 1)",
+    "work": "attention computed, in dense passes: density, and what searches compute beside it (a mass pass is a half)",
+    "sparse_density": "share of attention blocks computed, over the calls that ran sparse",
+    "dense_seconds": "wall time of the untouched pipeline call, same prompt and seed, same process",
+    "seconds": "wall time of the call with the strategy on, its dense steps and searches included",
+    "speedup": "dense_seconds / seconds",
+    "attention_share": "share of the dense call's wall time that is spent in self-attention",
+    "attention_speedup": "time inside self-attention, dense over sparse, dense steps and searches included",
+    "recall": "softmax mass inside the chosen blocks when they were chosen",
+}
+
+SPEED_DEFINITIONS = {
+    "dense_step_seconds": "seconds of a step that is dense in all layers, on the user's own backend",
+    "search_step_seconds": "of a dense step that also sums block masses and chooses blocks",
+    "refresh_step_seconds": "of a sparse step that chooses its blocks again on the cached log-sum-exp",
+    "tail_step_seconds": "of a step that runs dense beside sparse, to keep what the dropped blocks gave (+tail)",
+    "sparse_step_seconds": "of a sparse step",
+    "dense_seconds": "seconds of a run of dense steps: transformer only, extrapolated",
+    "seconds": "the same with the strategy on, by its schedule: dense steps and searches included",
+    "speedup": "dense_seconds / seconds",
+    "attention_share": "share of a dense step that is spent in self-attention",
+    "attention_speedup": "time inside self-attention, dense over sparse, dense steps and searches included",
+    "work": "attention computed, in dense passes a step: density, and what searches compute beside it",
+    "expected_speedup": "from the count of operations alone, as if the machine did all of them equally fast; "
+    "null: what the strategy computes is not known before it runs",
+    "dense_pass_tflop": "operations of one dense forward pass, in units of 10^12",
+    "layers": "blocks of each kind that were built and timed, their times scaled to all; null: all were timed",
+}
+
+
+def number(row: Mapping[str, object], column: str) -> float | None:
+    """The number in a column; None where the row has none: rows of earlier releases lack some columns."""
+    value = row.get(column)
+    return value if isinstance(value, int | float) else None
+
+
+def flat(rows: Iterable[Mapping[str, object]]) -> list[dict[str, object]]:
+    """Rows of equal keys for CSV, without what fits into no cell; None where a row lacks a key."""
+    rows = list(rows)
+    keys = dict.fromkeys(key for row in rows for key in row)
+    plain = [key for key in keys if not any(isinstance(row.get(key), dict) for row in rows)]
+    return [{key: row.get(key) for key in plain} for row in rows]
+
+
+def check_schema(kept: Mapping[str, object]) -> None:
+    """Refuse a file of a later release; files without a schema are those of earlier ones.
+
+    Raises:
+        ValueError: the schema is not one that this release reads.
+    """
+    schema = kept.get(SCHEMA_KEY, SCHEMA)
+    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
+        raise ValueError(f"schema {schema!r}, and this release reads up to {SCHEMA}")

@@ -1,0 +1,55 @@
+"""The back ends by name: where their functions are, and on which kinds of devices they run.
+
+A back end is a module. It offers `capability(device, case)`, why it can't run there or can't compute this, and as many
+of these functions as it can; all tensors are [B, H, N, D], all key masks bool [B, N_kv]:
+
+    attention(q, k, v, scale, key_mask) -> out, lse
+    block_sparse_attention(q, k, v, lists, scale, key_mask, boxes) -> out, lse
+    attention_with_mass(q, k, v, lse, q_block, kv_block, scale, key_mask) -> out, lse, mass
+    block_mass(q, k, lse, q_block, kv_block, scale, key_mask) -> mass
+    merge_means(q, k, v, lists, scale, key_mask, out, lse), in place
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+from diffsparse_kernels.case import PRECISIONS
+
+_HERE = "diffsparse_kernels.backend"
+
+
+class Backend(NamedTuple):
+    """Where a back end is and where it runs.
+
+    module: where its functions are.
+    devices: the kinds of devices that it runs on.
+    default: the kinds on which it is used without being named.
+    """
+
+    module: str
+    devices: tuple[str, ...]
+    default: tuple[str, ...] = ()
+
+
+# In order of preference. The reference is exact and slow: on a GPU dense attention is the better answer.
+BACKENDS = {
+    "cpu": Backend(f"{_HERE}.cpu", ("cpu",), ("cpu",)),
+    "gluon": Backend(f"{_HERE}.gluon.launch", ("cuda",), ("cuda",)),
+    "triton": Backend(f"{_HERE}.triton.launch", ("cuda", "cpu"), ("cuda", "cpu")),
+    "reference": Backend(f"{_HERE}.reference", ("cpu", "cuda", "mps", "xpu"), ("cpu", "mps", "xpu")),
+    "flex": Backend(f"{_HERE}.flex", ("cuda", "cpu")),
+    "flash-attn-4": Backend(f"{_HERE}.flash4", ("cuda",)),
+}
+# Computed in few bits: `block_sparse_attention` with a precision, and `quantised_attention` with a number of bits.
+_QUANTISED = {f"triton {precision}": f"{_HERE}.triton.eight_bits" for precision in PRECISIONS}
+_QUANTISED |= {f"int{bits} emulated": f"{_HERE}.emulated" for bits in range(2, 9)}
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """The module of a back end, imported at the first call."""
+    return import_module(BACKENDS[name].module if name in BACKENDS else _QUANTISED[name])

@@ -1,0 +1,96 @@
+"""Checks of arguments: what was wanted, what was given, and what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffsparse_kernels.case import PRECISIONS
+from diffsparse_kernels.errors import BackendError, KernelInputError
+from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels.masks import Boxes
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+    """Tensors of one dtype and device, and a key mask that belongs to them."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise KernelInputError(f"wanted q, k, v as [B, H, N, D]; got {shapes}")
+    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise KernelInputError(
+            f"wanted q [B, H, N_q, D], k [B, H, N_kv, D], v [B, H, N_kv, D_v]; got {shapes}. "
+            "Expand grouped key heads first"
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES):
+        raise KernelInputError(f"wanted one float dtype for q, k, v; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise KernelInputError(f"wanted q, k, v on one device; got {q.device}, {k.device}, {v.device}")
+    if 0 in q.shape or 0 in v.shape:
+        raise KernelInputError(f"wanted at least one sample, head, token and channel; got {shapes}")
+    if key_mask is not None:
+        _check_key_mask(k, key_mask)
+
+
+def _check_key_mask(k: Tensor, key_mask: Tensor) -> None:
+    batch, heads, keys = k.shape[:3]
+    if key_mask.dtype != torch.bool or key_mask.shape not in ((batch, keys), (batch, heads, keys)):
+        raise KernelInputError(
+            f"wanted key_mask bool [{batch}, {keys}] or [{batch}, {heads}, {keys}]; "
+            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
+        )
+
+
+def check_lse(q: Tensor, lse: Tensor) -> None:
+    """A log-sum-exp for each query."""
+    if lse.shape != q.shape[:3]:
+        raise KernelInputError(f"wanted lse {tuple(q.shape[:3])}; got {tuple(lse.shape)}")
+
+
+def check_blocks(q_block: int, kv_block: int) -> None:
+    """Edges of blocks in tokens."""
+    if min(q_block, kv_block) < 1:
+        raise KernelInputError(f"wanted blocks of at least 1 token; got {q_block} and {kv_block}")
+
+
+def check_bits(bits: int) -> None:
+    """Bits of whole numbers."""
+    if bits not in range(2, 9):
+        raise KernelInputError(f"wanted 2 to 8 bits; got {bits!r}")
+
+
+def check_lists(q: Tensor, k: Tensor, lists: BlockLists) -> None:
+    """Lists that belong to these queries and keys."""
+    if (lists.q_len, lists.kv_len) != (q.shape[2], k.shape[2]):
+        raise KernelInputError(
+            f"the lists are for {lists.q_len} queries and {lists.kv_len} keys; got {q.shape[2]} and {k.shape[2]}. "
+            "Build them again for this length"
+        )
+    if lists.cnt.shape[0] not in (1, q.shape[0]) or lists.cnt.shape[1] != q.shape[1]:
+        raise KernelInputError(f"wanted lists [{q.shape[0]} or 1, {q.shape[1]}, nQ, W]; got {tuple(lists.idx.shape)}")
+    if lists.idx.device != q.device:
+        raise KernelInputError(f"the lists are on {lists.idx.device}, q on {q.device}; move one of them")
+
+
+def check_precision(q: Tensor, precision: str, boxes: Boxes | None, means: bool, backend: str | None) -> None:
+    """What the eight-bit kernels take."""
+    if precision not in PRECISIONS:
+        raise KernelInputError(f"wanted precision as one of {', '.join(PRECISIONS)}, or None; got {precision!r}")
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise KernelInputError(f"precision {precision!r} wants bfloat16 or float16 inputs; got {q.dtype}")
+    if boxes is not None or means:
+        raise KernelInputError(f"precision {precision!r} takes no boxes and no means; got some. Leave one of them away")
+    if backend not in (None, "triton"):
+        raise BackendError(f"precision {precision!r} wants the triton backend; got {backend!r}")
+
+
+def check_boxes(q: Tensor, k: Tensor, boxes: Boxes) -> None:
+    """Boxes that belong to these queries and keys."""
+    axes = boxes.place.shape[0]
+    wanted = (axes, k.shape[2]), (axes, q.shape[2]), (axes, q.shape[2])
+    if tuple(tuple(x.shape) for x in boxes) != wanted or any(x.dtype != torch.int32 for x in boxes):
+        got = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in boxes)
+        raise KernelInputError(f"wanted boxes as int32 [A, {k.shape[2]}] and twice [A, {q.shape[2]}]; got {got}")
+    if any(x.device != q.device for x in boxes):
+        raise KernelInputError(f"the boxes are on {boxes.place.device}, q on {q.device}; move one of them")

@@ -1,0 +1,21 @@
+"""Query rows in strips, so that the memory for their scores stays bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def strips(length: int, row_bytes: int, most_bytes: int, multiple: int = 1) -> Iterator[slice]:
+    """Ranges of `length` rows of `row_bytes` each that fit `most_bytes`; each but the last a multiple of `multiple`."""
+    rows = max(most_bytes // row_bytes // multiple, 1) * multiple
+    for start in range(0, length, rows):
+        yield slice(start, min(start + rows, length))
+
+
+def joined(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Outputs [B, H, rows, D_v] and LSEs [B, H, rows] of all strips -> out in `dtype`, lse."""
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 2).to(dtype), torch.cat(lses, 2)

@@ -1,0 +1,175 @@
+"""`diffsparse generate`: a video or an image from a prompt, with sparse attention and head guidance."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffsparse.errors import ConfigError
+from diffsparse_pipelines.commands import checks
+from diffsparse_pipelines.commands.options import (
+    GUIDANCE,
+    MODEL,
+    SAMPLING,
+    SPARSITY,
+    GuidanceOptions,
+    ModelOptions,
+    SamplingOptions,
+    Seed,
+    SparsityOptions,
+)
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from diffsparse.guidance.preset import Preset
+    from diffsparse.insight.cost import Estimate
+    from diffsparse.schedule import Schedule
+    from diffsparse.strategies import Strategy
+    from diffsparse_pipelines.families import Family
+    from diffsparse_pipelines.generation import Generation
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="What should be seen.", show_default="a caption for tiny")] = None,
+    out: Annotated[
+        Path, typer.Option(help="A file: .mp4, .gif, .png (a sheet of frames), .jpg.", callback=checks.file)
+    ] = Path("out.mp4"),
+    seed: Seed = 0,
+    image: Annotated[
+        Path | None, typer.Option(help="An input image, for models that take one.", callback=checks.file)
+    ] = None,
+    model: ModelOptions = MODEL,
+    sampling: SamplingOptions = SAMPLING,
+    sparsity: SparsityOptions = SPARSITY,
+    guidance: GuidanceOptions = GUIDANCE,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also generate without head guidance, and write both side by side: a .png file.",
+            rich_help_panel="Head guidance",
+            callback=checks.file,
+        ),
+    ] = None,
+) -> None:
+    """Generate a video or an image from a prompt, with sparse attention, with or without head guidance."""
+    from diffsparse_pipelines.preflight import check
+
+    call, schedule, strategy = sampling.arguments(), sparsity.schedule, _one(sparsity)
+    preset = guidance.preset()
+    family = _check_files(model.name, call, out, image, compare, preset)
+    if image is not None:
+        from diffsparse_pipelines.media import read_image
+
+        call["image"] = read_image(image)
+    call["prompt"] = prompt = _prompt(model.name, prompt)
+    model.admit(call, [prompt])
+    pipe = model.load(with_image=image is not None)
+    arguments = model.call_arguments(pipe, call)
+    check(pipe, arguments, schedule, preset, sparsity.later_searches or ())
+    _Run(pipe, arguments, seed, strategy, schedule, sparsity.strict, preset).write(out, family.fps, compare)
+
+
+def _one(sparsity: SparsityOptions) -> Strategy:
+    strategies = sparsity.strategies()
+    if len(strategies) != 1:
+        raise ConfigError(f"generate wants one strategy; got {sparsity.strategy!r}. To compare several, use evaluate")
+    return strategies[0]
+
+
+def _check_files(
+    model: str,
+    call: dict[str, object],
+    out: Path,
+    image: Path | None,
+    compare: Path | None,
+    preset: Preset | None,
+) -> Family:
+    """Refuse files that can't be written, or can't hold what will be generated; what is known of the model."""
+    from diffsparse.files import check_outputs
+    from diffsparse_pipelines import families, media
+
+    if compare is not None and preset is None:
+        raise ConfigError("--compare shows what head guidance does; it wants --heads")
+    if compare is not None and compare.suffix.lower() != ".png":
+        raise ConfigError(f"--compare wants a .png file; got {compare.name!r}")
+    _, family = families.resolve(model, image is not None)
+    known = family.hub or families.variant(model)
+    several = family.output == "video" and call.get("num_frames") != 1
+    media.check_suffix(out, None if not known else 2 if several else 1)
+    check_outputs({"--out": out, "--compare": compare}, {"--image": image})
+    return family
+
+
+def _prompt(model: str, prompt: str | None) -> str:
+    if prompt is not None:
+        return prompt
+    from diffsparse_pipelines import families
+
+    if families.variant(model):
+        from diffsparse_pipelines import tiny
+
+        return tiny.prompts(1)[0]
+    raise ConfigError(f"--prompt is missing: model {model!r} wants a text of what should be seen")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One generation under a strategy and head guidance, with what the terminal shows before and after it."""
+
+    pipe: DiffusionPipeline
+    arguments: dict[str, object]
+    seed: int
+    strategy: Strategy
+    schedule: Schedule
+    strict: bool
+    preset: Preset | None
+
+    def write(self, out: Path, fps: int, compare: Path | None) -> None:
+        """Generate into `out`; and into `compare` side by side with a run without head guidance."""
+        from diffsparse_pipelines import media
+        from diffsparse_pipelines.progress import say
+
+        plain, result = self._generate(compare is not None)
+        if plain is not None and compare is not None:
+            media.sheet({"head guidance off": plain.frames, "head guidance on": result.frames}, compare)
+            say(f"off and on, side by side -> {compare}")
+        media.save(result.frames, out, fps)
+        say(f"{result.seconds:.1f} s -> {out}")
+
+    def _generate(self, twice: bool) -> tuple[Generation | None, Generation]:
+        """One generation, and ahead of it, if asked for, one without head guidance."""
+        from diffsparse import apply, guide
+        from diffsparse_pipelines.generation import generation
+        from diffsparse_pipelines.preflight import compare
+        from diffsparse_pipelines.progress import bar, say, terminal
+
+        estimate = self._announce()
+        with ExitStack() as stack:
+            handle = stack.enter_context(apply(self.pipe, self.strategy, schedule=self.schedule, strict=self.strict))
+            progress = stack.enter_context(bar(terminal()))
+            plain = generation(self.pipe, self.arguments, self.seed, progress) if twice else None
+            guided = None if self.preset is None else stack.enter_context(guide(self.pipe, self.preset))
+            result = generation(self.pipe, self.arguments, self.seed, progress)
+        report = handle.report()
+        say(str(report), highlight=False)
+        if guided is not None:
+            say(str(guided.report()), highlight=False)
+        if estimate is not None and (found := compare(estimate, report, result.seconds)):
+            say(found, highlight=False)
+        return plain, result
+
+    def _announce(self) -> Estimate | None:
+        """Say what will run, and what it can be expected to save."""
+        from diffsparse_pipelines.preflight import announce, argument, preflight
+        from diffsparse_pipelines.progress import say
+
+        count = argument(self.pipe, self.arguments, "num_inference_steps")
+        say(f"{self.strategy}, {self.schedule.describe(count)}" if count else f"{self.strategy}")
+        estimate = preflight(self.pipe, self.arguments, self.strategy, self.schedule)
+        say(announce(estimate), highlight=False)
+        return estimate

@@ -1,0 +1,201 @@
+"""`diffsparse simulate`: what windows can save on a grid, without running anything."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffsparse.errors import ConfigError
+from diffsparse_pipelines import values
+from diffsparse_pipelines.commands import checks
+from diffsparse_pipelines.commands.options import Dilation, Frames, Height, SamplingOptions, Sparsity, Width, Window
+from diffsparse_pipelines.values import Cells
+
+if TYPE_CHECKING:
+    from diffsparse.strategies.gna.bounds import Bounds
+
+_MOST_CELLS, _MOST_TOKENS = 1024, 2**21
+_GRID, _WINDOWS, _TILES = "Size and sampling", "Strategy", "Tiles"
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """A grid of tokens: given, or that of a known model at a size."""
+
+    grid: Annotated[
+        str | None,
+        typer.Option(help="Tokens: frames x rows x columns.", show_default="the model's", rich_help_panel=_GRID),
+    ] = None
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A known name, whose grid is taken.", show_default="tiny", rich_help_panel=_GRID, callback=checks.text
+        ),
+    ] = None
+    height: Height = None
+    width: Width = None
+    frames: Frames = None
+
+    @property
+    def cells(self) -> Cells:
+        """Tokens along frames, rows and columns.
+
+        Raises:
+            UnknownNameError: no such model. ConfigError: a size that it can't make, or a grid too large to simulate.
+        """
+        from diffsparse_pipelines import families
+
+        size = SamplingOptions(height=self.height, width=self.width, frames=self.frames).arguments()
+        _exclude("--model", self.model is not None, "--grid", self.grid is not None)
+        _exclude("--height, --width or --frames", bool(size), "--grid", self.grid is not None)
+        grid = values.cells(self.grid, "--grid", 1) or families.grid(self.model or "tiny", size)
+        if max(grid) > _MOST_CELLS or math.prod(grid) > _MOST_TOKENS:  # each cell of an axis is tried
+            raise ConfigError(
+                f"a grid of {_text(grid)} tokens is too large to simulate: wanted at most {_MOST_CELLS} along an axis, "
+                f"and {_MOST_TOKENS} in all"
+            )
+        return grid
+
+
+@dataclass(frozen=True)
+class WindowOptions:
+    """Windows of attention, and the tiles in which a kernel computes them."""
+
+    window: Window = None
+    sparsity: Sparsity = None
+    stride: Annotated[
+        str | None,
+        typer.Option(
+            help="One or several, separated by commas.", show_default="the tile's edges", rich_help_panel=_WINDOWS
+        ),
+    ] = None
+    dilation: Dilation = None
+    block: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a tile; its edges are chosen to fit the windows.",
+            show_default="64",
+            rich_help_panel=_TILES,
+            callback=checks.whole(1, values.MOST_BLOCK),
+        ),
+    ] = None
+    q_tile: Annotated[
+        str | None, typer.Option(help="Edges of a tile of queries.", show_default="chosen", rich_help_panel=_TILES)
+    ] = None
+    kv_tile: Annotated[
+        str | None, typer.Option(help="Edges of a tile of keys.", show_default="the queries'", rich_help_panel=_TILES)
+    ] = None
+
+    def bounds(self, grid: Cells) -> list[Bounds]:
+        """What the windows can save at most on a grid, for each stride.
+
+        Raises:
+            ConfigError: options that exclude each other, or windows that don't fit the grid.
+        """
+        from diffsparse.strategies import with_knobs
+        from diffsparse.strategies.gna.bounds import bounds_of
+        from diffsparse.strategies.gna.strategy import GNA
+
+        keys, queries = values.cells(self.kv_tile, "--kv-tile", 1), values.cells(self.q_tile, "--q-tile", 1)
+        listed = [None] if self.stride is None else self.stride.split(",")
+        strides = [values.cells(part, "--stride", 1) for part in listed]
+        knobs = {
+            "window": values.cells(self.window, "--window", 0),
+            "dilation": values.cells(self.dilation, "--dilation", 1),
+            "sparsity": self.sparsity,
+            "block": self.block or 64,
+        }
+        chosen = [with_knobs(GNA, {**knobs, "stride": stride}) for stride in strides]
+        return [bounds_of(strategy.tiling(grid, queries), keys) for strategy in chosen]
+
+
+_GRIDS, _WINDOWED = GridOptions(), WindowOptions()
+
+
+def simulate(
+    grid: GridOptions = _GRIDS,
+    windows: WindowOptions = _WINDOWED,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            help="Of a dense step that attention takes, in [0, 1]: adds the end-to-end bounds.",
+            callback=checks.number(most=1),
+        ),
+    ] = None,
+    dense: Annotated[
+        float | None,
+        typer.Option(help="Share of the steps that stay dense.", show_default="0", callback=checks.number(most=1)),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell how much faster windowed attention (GNA) can be at most: by FLOPs, by tiles, end to end. Text is left out.
+
+    As in the paper's table: diffsparse simulate --grid 30x48x80 --window 18x24x24 --stride 1x1x1,16x8x8
+    --q-tile 4x8x8 --kv-tile 2x8x8 --share 0.607
+    """
+    _exclude("--sparsity", windows.sparsity is not None, "--window", windows.window is not None)
+    _exclude("--block", windows.block is not None, "--q-tile", windows.q_tile is not None)
+    if dense is not None and share is None:
+        raise ConfigError("--dense wants --share, the part of a dense step that attention takes")
+    cells = grid.cells
+    rows = [
+        {"grid": cells, **asdict(bounds), **_end_to_end(bounds, share, dense or 0.0)}
+        for bounds in windows.bounds(cells)
+    ]
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}, indent=1))
+    else:
+        _show(rows)
+
+
+def _exclude(option: str, given: bool, other: str, other_given: bool) -> None:
+    """Refuse two options that say the same."""
+    if given and other_given:
+        raise ConfigError(f"simulate takes no {option} beside {other}; leave one of the two out")
+
+
+def _end_to_end(bounds: Bounds, share: float | None, dense: float) -> dict[str, float]:
+    from diffsparse.insight.cost import end_to_end
+
+    if share is None:
+        return {}
+    return {
+        "end_to_end_flop_bound": end_to_end(share, bounds.flop_bound, dense),
+        "end_to_end_tile_bound": end_to_end(share, bounds.tile_bound, dense),
+    }
+
+
+# key of a row -> heading
+_COLUMNS = {
+    "window": "window",
+    "stride": "stride",
+    "q_tile": "query tile",
+    "kv_tile": "key tile",
+    "sparsity": "sparsity",
+    "density": "density",
+    "flop_bound": "FLOP bound",
+    "tile_bound": "tile bound",
+    "end_to_end_flop_bound": "end to end (FLOP)",
+    "end_to_end_tile_bound": "end to end (tile)",
+}
+
+
+def _show(rows: list[dict[str, Cells | float]]) -> None:
+    from diffsparse_pipelines.progress import show_table
+
+    columns = [name for name in _COLUMNS if name in rows[0]]
+    show_table(
+        [[_text(row[name]) for name in columns] for row in rows],
+        "r" * len(columns),
+        [_COLUMNS[name] for name in columns],
+        f"{_text(rows[0]['grid'])} tokens: speed-up of attention at most",
+        wrap=True,
+    )
+
+
+def _text(value: Cells | float) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else f"{value:.3f}"
