@@ -156,9 +156,11 @@ def test_a_short_budget_drops_the_last_stages(tmp_path: Path) -> None:
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a chip")
-    monkeypatch.setattr(registry, "obstacle", lambda name, device=None: "" if name == "gluon" else "not here")
+    known = {"gluon": lambda *_: None, "triton": registry.capability}
+    capability = {**dict.fromkeys(registry.BACKENDS, lambda *_: "not here"), **known}
+    monkeypatch.setattr(registry, "capability", lambda name, *asked: capability[name](name, *asked))
     monkeypatch.setattr(triton, "chip", lambda device: 90)
-    monkeypatch.setattr(triton, "trusted", lambda *_: pytest.fail("nobody's trial is asked for"))
+    monkeypatch.setattr(triton.trials, "verdict", lambda *_: pytest.fail("no trial is asked for"))
 
 
 @pytest.mark.usefixtures("hopper")
