@@ -341,7 +341,7 @@ class GuidanceOptions:
             return None
         from diffsparse.guidance.preset import Preset
 
-        return Preset.read(self.heads, strength=self.head_strength, scale=self.head_scale)
+        return Preset.read(self.heads, head_strength=self.head_strength, head_scale=self.head_scale)
 
 
 # what commands take by default
