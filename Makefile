@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 GPU_SECONDS ?= 480
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# The kernels must compile with what torch 2.11 comes with, too: a Triton aside, for the tests alone.
+# The kernels must compile with what torch 2.11 comes with, too: a second Triton, for the tests alone.
 SECOND_TRITON := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton-3.6
 
 # A machine with a GPU may have no network and no environment of ours: its own Python, our folders, wheels if carried.
@@ -25,7 +25,7 @@ help:
 
 $(VENV)/.user: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable .
+	$(INSTALL) --editable ".[all]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.user
@@ -51,7 +51,7 @@ gpu:
 gpu-wheels:
 	rm -rf .whl
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --platform any --python-version 3.12 --dest .whl \
-		--constraint constraints.txt diffusers rich ftfy wcwidth
+		--constraint constraints.txt diffusers rich ftfy wcwidth lazy-loader platformdirs
 
 gpu-tables: $(VENV)/.user
 	$(BIN)/python -m diffsparse_eval.gpu.table
@@ -65,7 +65,7 @@ format: $(VENV)/.dev
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --outdir dist
 	$(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls -t dist/*.whl | head -1)[cli]"
 	cd $(VENV)-wheel && bin/diffsparse doctor
 
 clean:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -52,11 +53,19 @@ class DenseBackend(NamedTuple):
 
 
 def multiply(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site) -> tuple[Tensor, Tensor]:
-    """Output [B, H, N, D] and LSE [B, H, N] of a sparse product, tokens as the lists count them."""
+    """Output [B, H, N, D] and LSE [B, H, N] of a sparse product by our kernels; tokens as the lists count them."""
     lists, scale, keys, means = blocks.lists, site.scale, site.key_mask, blocks.means
-    if blocks.bits < 16:
-        return kernels.quantised_attention(q, k, v, lists, bits=blocks.bits, scale=scale, key_mask=keys, means=means)
-    return kernels.block_sparse_attention(q, k, v, lists, scale=scale, key_mask=keys, boxes=blocks.boxes, means=means)
+    with kernels.record() as ran:
+        if blocks.bits < 16:
+            found = kernels.quantised_attention(
+                q, k, v, lists, bits=blocks.bits, scale=scale, key_mask=keys, means=means
+            )
+        else:
+            found = kernels.block_sparse_attention(
+                q, k, v, lists, scale=scale, key_mask=keys, boxes=blocks.boxes, means=means
+            )
+    site.record.ran_sparse(site.density(blocks, q.shape[1]), ran[0].name, ran[0].passed_over)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +80,7 @@ class Site(Place):
     key_mask: which tokens may be attended to: bool [B, N], or [B, H, N] where the tokens' order differs by head.
     strict: raise instead of falling back to dense attention.
     means: dropped blocks stand as their means in every product, whatever its `Blocks` say.
-    product: computes sparse products; a wrapper may put a function of its own here.
+    product: computes sparse products and reports what ran; a wrapper may put a function of its own here.
     """
 
     memory: dict[str, Any]
@@ -101,16 +110,20 @@ class Site(Place):
 
     def dense_with_lse(self, q: Tensor, k: Tensor, v: Tensor, *, reason: str = "search") -> tuple[Tensor, Tensor]:
         """Dense attention on our own kernels, and its log-sum-exp, float32 [B, H, N]."""
-        self._runs_search(q, k, v, reason)
-        return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)
+        with kernels.record() as ran:
+            found = kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)
+        self._ran_search(ran[0], reason)
+        return found
 
     def dense_with_mass(self, q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
         """Dense attention, its log-sum-exp and the `block_mass` that goes with it: a fused search."""
-        self._runs_search(q, k, v, "search")
+        with kernels.record() as ran:
+            found = kernels.attention_with_mass(
+                q, k, v, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask
+            )
+        self._ran_search(ran[0], "search")
         self.record.beside += MASS_PASS
-        return kernels.attention_with_mass(
-            q, k, v, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask
-        )
+        return found
 
     def block_mass(self, q: Tensor, k: Tensor, lse: Tensor, block: int) -> Tensor:
         """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK]; `lse` may be of an earlier step."""
@@ -138,8 +151,14 @@ class Site(Place):
 
     def compare(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         """What `sparse` would give, for comparison: never dense, and counted as work beside the call's."""
-        self.record.beside += self._computed(blocks.lists, blocks.means)
-        return self.product(q, k, v, blocks, self)[0]
+        self.record.beside += self.density(blocks, q.shape[1])
+        return self.product(q, k, v, blocks, replace(self, record=copy(self.record)))[0]
+
+    def density(self, blocks: Blocks, heads: int) -> Tensor:
+        """Share of dense attention that a product of `heads` heads computes: 0-dim, on the device of the lists."""
+        share = self._computed(blocks.lists)
+        share = share + (1 - share) / blocks.lists.kv_block if blocks.means else share  # a mean counts as one key
+        return share if blocks.heads is None else 1 - (1 - share) * heads / blocks.heads
 
     def in_order(self, orders: HeadOrders, method: Method, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Call `method(q, k, v, site)` with the tokens and their mask in another order; its output as q stands.
@@ -155,25 +174,14 @@ class Site(Place):
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         """The product, with tokens as the lists count them."""
-        self._runs_sparse(q, k, v, blocks)
         here = self
         if self.key_mask is not None:
             here = replace(self, key_mask=self.key_mask.expand(len(q), *self.key_mask.shape[1:]))
         out, _ = self.product(q, k, v, blocks, here)
         return out if blocks.residual is None else out.add_(blocks.residual)
 
-    def _runs_sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> None:
-        computed = self._computed(blocks.lists, blocks.means)
-        overall = computed if blocks.heads is None else 1 - (1 - computed) * q.shape[1] / blocks.heads
-        if blocks.bits < 16:
-            kernel = kernels.Choice(f"int{blocks.bits} emulated")
-        else:
-            kernel = kernels.kernel_for(q, k, v, blocks.lists, key_mask=self.key_mask, boxes=blocks.boxes)
-        self.record.ran_sparse(overall, kernel.name, kernel.passed_over)
-
-    def _runs_search(self, q: Tensor, k: Tensor, v: Tensor, reason: str) -> None:
-        """Note a dense call that our own kernel answers."""
-        kernel = kernels.kernel_for(q, k, v, key_mask=self.key_mask)
+    def _ran_search(self, kernel: kernels.Choice, reason: str) -> None:
+        """Note a dense call that our own kernel computed."""
         self.record.ran_dense(reason, planned=True, backend=kernel.name, kind="search", passed_over=kernel.passed_over)
 
     def _break_even(self, q: Tensor, lists: kernels.BlockLists) -> float:
@@ -181,10 +189,9 @@ class Site(Place):
         masked = self.key_mask is not None
         return kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block, q.shape[2], masked)
 
-    def _computed(self, lists: kernels.BlockLists, means: bool = False) -> Tensor:
-        """Share of dense attention that a product over `lists` computes: 0-dim, on their device."""
-        density = lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)  # gaps are computed too
-        return density + (1 - density) / lists.kv_block if means else density  # a mean counts as one key
+    def _computed(self, lists: kernels.BlockLists) -> Tensor:
+        """Share of dense attention in the listed blocks; gaps of tiles are computed too."""
+        return lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)
 
     def _known_density(self, lists: kernels.BlockLists) -> float | None:
         """The density as a number; on a device only from the next call with these lists on: no call waits for it."""

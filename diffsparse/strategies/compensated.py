@@ -14,7 +14,7 @@ from diffsparse.site.compute import Blocks, Product, Site
 from diffsparse.strategies.base import Attending, Strategy, Wrapper, as_strategy
 from diffsparse.strategies.digest import Digest
 from diffsparse.strategies.work import Kind, Outline, Step
-from diffsparse_kernels import BlockLists
+from diffsparse_kernels import BlockLists, merge_attention
 
 _WAYS = ("means", "tail")
 _SPARSE = ("sparse", "refresh")  # kinds of steps that drop blocks
@@ -106,13 +106,6 @@ class _Tail:
         lse = dense[1] + rest[..., 0].log()
         return cls(lists, out.bfloat16(), lse.masked_fill(none[..., 0], -torch.inf))
 
-    def merged(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Sparse output and LSE with the tail added to the softmax."""
-        both = torch.logaddexp(lse, self.lse)
-        base = both.masked_fill(both.isneginf(), 0)
-        mine, theirs = ((x - base).exp()[..., None] for x in (self.lse, lse))
-        return (theirs * out + mine * self.out).to(out.dtype), both
-
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
@@ -129,7 +122,7 @@ def _with_kept_tail(
     """
     sparse, tail = product(q, k, v, blocks, site), site.memory.get("tail")
     if isinstance(tail, _Tail) and tail.lists is blocks.lists:
-        return tail.merged(*sparse)
+        return merge_attention(*sparse, tail.out, tail.lse)
     _check_budget(budget, q, v, site)
     site.record.beside += site.record.density
     dense = site.dense_with_lse(q, k, v, reason="tail")

@@ -78,7 +78,7 @@ def inspect(
     seed: int = 0,
     model: str = "",
 ) -> Inspection:
-    """Run a pipeline with a strategy, and look at the attention of some steps on the way.
+    """Run a pipeline with a strategy, and record the attention of some of its steps.
 
     Args:
         pipe: the model, loaded.
@@ -99,7 +99,7 @@ def inspect(
     """
     count = argument(pipe, arguments, "num_inference_steps")
     if count is None:
-        raise ConfigError(f"{type(pipe).__name__} has no number of steps of its own; say --steps")
+        raise ConfigError(f"{type(pipe).__name__} has no number of steps of its own; give --steps")
     schedule = Schedule(0) if strategy == Dense() else schedule
     steps = sampled_steps(strategy, schedule, count, sampling.steps)
     inspector = Inspector(

@@ -83,7 +83,7 @@ def _embedded() -> str:
         return "Diffusers is not installed"
     try:
         from diffsparse_pipelines import tiny
-        from diffsparse_pipelines.tiny.build import VARIANTS
+        from diffsparse_pipelines.tiny.variants import VARIANTS
     except (ImportError, RuntimeError) as error:  # the latter is Diffusers' own, from what it imports
         return f"can't be loaded: {error}"
     missing = [name for name in VARIANTS if not (tiny.folder(name) / "model_index.json").is_file()]

@@ -1,4 +1,4 @@
-"""Pictures of an experiment: dense and each strategy side by side, and fidelity against work and speed."""
+"""Pictures of an experiment: dense and each strategy side by side, and fidelity over work and speed."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def write_tradeoff(rows: list[ResultRow], out: Path) -> None:
     panels = {"density": "share of attention computed, dense steps included", "speedup": "speed-up, end to end"}
     axes = figure.subplots(1, len(panels), sharey=True)
     for number, (name, points) in enumerate(_lines(rows).items()):
-        look = charts.line(number)
+        style = charts.line(number)
         for panel, column in zip(axes, panels, strict=True):
             points = sorted(points, key=lambda point: point[column])
             values, halves = ([point[key] for point in points] for key in ("psnr_db", "half"))
-            panel.errorbar([p[column] for p in points], values, halves, label=name, capsize=2, linewidth=1.2, **look)
+            panel.errorbar([p[column] for p in points], values, halves, label=name, capsize=2, linewidth=1.2, **style)
     for panel, text in zip(axes, panels.values(), strict=True):
         panel.set_xlabel(text)
         panel.grid(alpha=0.3)

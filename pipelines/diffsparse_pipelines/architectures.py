@@ -169,7 +169,7 @@ def architecture(name: str) -> Architecture:
     """
     if name in ("tiny", "tiny-twin"):
         from diffsparse_pipelines import tiny
-        from diffsparse_pipelines.tiny.build import TEXT_LENGTH, VAE_PATCH
+        from diffsparse_pipelines.tiny.variants import TEXT_LENGTH, VAE_PATCH
 
         file = tiny.folder("twin" if name == "tiny-twin" else "default") / "transformer" / "config.json"
         config = {key: value for key, value in json.loads(file.read_text()).items() if not key.startswith("_")}

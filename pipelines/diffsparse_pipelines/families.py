@@ -268,7 +268,7 @@ def variant(name: str) -> str | None:
         return "twin" if name == "tiny-twin" else "default"
     if _config(name, "model_index.json").get("_class_name") != "TinyPipeline":
         return None
-    from diffsparse_pipelines.tiny.build import VARIANTS
+    from diffsparse_pipelines.tiny.variants import VARIANTS
 
     heads = _config(name, "transformer/config.json").get("num_attention_heads")
     return next((key for key, sizes in VARIANTS.items() if sizes.heads == heads), "default")

@@ -21,9 +21,10 @@ from diffsparse_pipelines import tiny
 from diffsparse_pipelines.commands.hunt import HuntOptions
 from diffsparse_pipelines.generation import generation, generations
 from diffsparse_pipelines.hunting import Session
-from diffsparse_pipelines.tiny.data import CAPTIONS, render
-from diffsparse_pipelines.tiny.gates import agreement
+from diffsparse_pipelines.tiny.captions import CAPTIONS
 from support.tiny_pipelines import BUILDERS
+from training.data import render
+from training.gates import agreement
 
 SMALL = ["--model", "tiny-twin", "--steps", "2"]
 HUNT = ["hunt", *SMALL, "--objective", "contrast", "--prompts", "2", "--k", "1", "--rounds", "2", "--pool", "1-2.*"]

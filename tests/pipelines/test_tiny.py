@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from diffsparse_pipelines import tiny
-from diffsparse_pipelines.tiny import build, data, gates, sheet, train
-from diffsparse_pipelines.tiny.build import VARIANTS, Variant
+from diffsparse_pipelines.tiny.captions import CAPTIONS, COLOURS, Caption, sample
+from diffsparse_pipelines.tiny.variants import TEXT_LENGTH, VARIANTS, Variant
+from training import build, data, gates, sheet, train
 
 FLIPPED = {"left": "right", "right": "left", "up": "down", "down": "up"}
 SMALL = Variant(heads=1, ffn=64, frames=9, pixels=32, layers=2, head_dim=64)
@@ -28,8 +29,8 @@ def twin() -> Any:
     return pipe
 
 
-def real_clips(count: int, seed: int = 0) -> tuple[list[data.Caption], torch.Tensor]:
-    captions = data.sample(count, seed)
+def real_clips(count: int, seed: int = 0) -> tuple[list[Caption], torch.Tensor]:
+    captions = sample(count, seed)
     return captions, data.render(captions, 17, 64, torch.Generator().manual_seed(seed))
 
 
@@ -74,13 +75,13 @@ def test_prompts_are_seeded_and_of_the_known_kind() -> None:
     assert tiny.prompts(5) == tiny.prompts(5)
     assert tiny.prompts(5) != tiny.prompts(5, seed=1)
     assert len(set(tiny.prompts(144))) == 144
-    assert set(tiny.prompts(144)) == set(map(str, data.CAPTIONS))
+    assert set(tiny.prompts(144)) == set(map(str, CAPTIONS))
 
 
 def test_the_tokenizer_knows_every_word(twin: Any) -> None:
-    ids = twin.tokenizer(list(map(str, data.CAPTIONS))).input_ids
+    ids = twin.tokenizer(list(map(str, CAPTIONS))).input_ids
     assert not any(twin.tokenizer.unk_token_id in row for row in ids)
-    assert max(map(len, ids)) <= build.TEXT_LENGTH
+    assert max(map(len, ids)) <= TEXT_LENGTH
 
 
 def test_pieces_of_a_clip_are_computed_as_in_the_whole() -> None:
@@ -136,7 +137,7 @@ def test_the_judge_passes_real_clips_and_no_others() -> None:
         frames = clip.permute(1, 0, 2, 3)
         assert gates.judge(frames, caption).passed, caption
         assert not gates.judge(frames, dataclasses.replace(caption, direction=FLIPPED[caption.direction])).passed
-        other = next(colour for colour in data.COLOURS if colour != caption.colour)
+        other = next(colour for colour in COLOURS if colour != caption.colour)
         assert not gates.judge(frames, dataclasses.replace(caption, colour=other)).passed
         assert not gates.judge(frames[:1].expand(17, -1, -1, -1), caption).right_way
         assert not gates.judge(torch.rand(17, 3, 64, 64), caption).passed
@@ -152,7 +153,7 @@ def test_random_weights_fail_the_gates(twin: Any) -> None:
 
 
 def test_the_training_script_starts_from_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "diffsparse_pipelines.tiny.train", "--variant", "twin", "--steps", "1"]
+    command = [sys.executable, "-m", "training.train", "--variant", "twin", "--steps", "1"]
     command += ["--threads", "1", "--out", str(tmp_path / "run"), "--export", str(tmp_path / "pipe")]
     subprocess.run(command, check=True, capture_output=True)
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

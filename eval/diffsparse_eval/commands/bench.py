@@ -1,4 +1,4 @@
-"""`diffsparse bench`: our kernels beside torch's dense attention, or the tiles of our own."""
+"""`diffsparse bench`: our kernels beside torch's dense attention, or the tiles of the Triton kernel."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     backend: Annotated[str, typer.Option(help="Backends, separated by commas; all that run here if empty.")] = "",
     rounds: Annotated[
-        int, typer.Option(help="Timed turns of each contestant.", callback=checks.whole(1, values.MOST_COUNT))
+        int, typer.Option(help="Timed turns of each kernel.", callback=checks.whole(1, values.MOST_COUNT))
     ] = 7,
     tune: Annotated[bool, typer.Option("--tune", help="Time the Triton tiles instead, and keep the best.")] = False,
     out: Annotated[
@@ -105,7 +105,7 @@ def bench(
 
         return say(f"the best tiles are in {tune_tiles(device, rounds)}")
     if shrink > 1 and not suite:
-        raise ConfigError("--shrink wants --suite; other sizes are said by --tokens")
+        raise ConfigError("--shrink wants --suite; other sizes are given by --tokens")
     cases = _suite(suite, shrink) if suite else sizes.cases()
     out = Path(f"bench-{suite}.csv") if suite and out is None else out
     if out is not None:

@@ -158,7 +158,7 @@ class _Comparison:
 
 def _check_random(model: ModelOptions, guidance: GuidanceOptions) -> None:
     if guidance.heads is not None or model.offload != "none" or model.vae_tiling:
-        raise ConfigError("--random-weights times a bare transformer: leave out --heads, --offload and --vae-tiling")
+        raise ConfigError("--random-weights times the transformer alone: leave out --heads, --offload and --vae-tiling")
 
 
 def _without_weights(

@@ -76,7 +76,7 @@ def inspect(
     ] = "",
     looks: Annotated[
         int,
-        typer.Option(help="Steps at which to look, evenly spread.", callback=checks.whole(1, values.MOST_COUNT)),
+        typer.Option(help="Steps that are sampled, evenly spread.", callback=checks.whole(1, values.MOST_COUNT)),
     ] = 3,
     prompts: Prompts = "1",
     seed: Seed = 0,
@@ -95,7 +95,7 @@ def inspect(
     from diffsparse_pipelines.progress import bar, terminal
 
     knobs = replace(knobs, strategy=strategy, sparsity=sparsity)
-    looked_at = Sampling(looks, values.names(orders), _layers(layers), sparsity, knobs.block)
+    sampled = Sampling(looks, values.names(orders), _layers(layers), sparsity, knobs.block)
     made, schedule = knobs.made(), knobs.schedule
     texts = read_prompts(prompts, model.name)
     model.admit(sampling.arguments(), texts)
@@ -111,7 +111,7 @@ def inspect(
             texts,
             progress,
             arguments=call,
-            sampling=looked_at,
+            sampling=sampled,
             schedule=schedule,
             seed=seed,
             model=model.name,

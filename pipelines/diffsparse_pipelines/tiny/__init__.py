@@ -10,14 +10,17 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import WanPipeline
 
 from diffsparse_pipelines.loading import from_pretrained, no_bars
-from diffsparse_pipelines.tiny.build import TEXT_LENGTH, VARIANTS
-from diffsparse_pipelines.tiny.data import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, WORDS, sample
+from diffsparse_pipelines.tiny.captions import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, WORDS, sample
+from diffsparse_pipelines.tiny.variants import TEXT_LENGTH, VARIANTS
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 
 __all__ = ["TinyPipeline", "defaults", "folder", "known_words", "load", "prompts", "strange_words"]
 
@@ -32,7 +35,9 @@ class TinyPipeline(WanPipeline):  # type: ignore[misc]
     """
 
     @functools.wraps(WanPipeline.__call__)
-    def __call__(self, prompt: Any = None, *, num_frames: int = 17, **options: Any) -> Any:
+    def __call__(
+        self, prompt: str | list[str] | None = None, *, num_frames: int = 17, **options: object
+    ) -> WanPipelineOutput:
         """Generate `num_frames` frames; all other options are those of `WanPipeline`."""
         _LOG.addFilter(_not_about_rounding)
         try:
@@ -67,7 +72,7 @@ def load(variant: str = "default", dtype: torch.dtype = torch.float32) -> TinyPi
     return pipe
 
 
-def defaults(variant: str = "default") -> dict[str, Any]:
+def defaults(variant: str = "default") -> dict[str, int | float | str]:
     """The call arguments that a variant was trained for, without prompt and generator."""
     _known(variant)
     sizes = VARIANTS[variant]

@@ -1,4 +1,4 @@
-"""What the embedded model must show before its numbers are quoted: `python -m diffsparse_pipelines.tiny.gates`.
+"""What the embedded model must show before its numbers are quoted: `python -m training.gates`.
 
 1. At least 8 of 10 unselected clips show one object of the right colour that moves the right way.
 2. Its attention has structure: the best of six token orders for each head keeps at least 0.1 more of the softmax mass
@@ -34,9 +34,10 @@ from diffsparse.orders.named import AXES
 from diffsparse.strategies.blocks import keep_count
 from diffsparse_kernels import BlockLists, select_rows
 from diffsparse_pipelines import tiny
-from diffsparse_pipelines.tiny import build
-from diffsparse_pipelines.tiny.data import CAPTIONS, COLOURS, DIRECTIONS, Caption, sample
-from diffsparse_pipelines.tiny.sheet import generate
+from diffsparse_pipelines.tiny.captions import CAPTIONS, COLOURS, DIRECTIONS, Caption, sample
+from diffsparse_pipelines.tiny.variants import VARIANTS
+from training import build
+from training.sheet import generate
 
 BLOCK = 64
 SPARSITIES = (0.5, 0.8)
@@ -138,7 +139,7 @@ def _way(centres: np.ndarray, heading: tuple[int, int], frames: int) -> tuple[fl
 
 @dataclass(frozen=True)
 class Oracle:
-    """Keeps the blocks with the most true softmax mass, found anew at each call: what a search can hope for."""
+    """Keeps the blocks with the most true softmax mass, searched again at each call: an upper bound for any search."""
 
     sparsity: float
 
@@ -219,7 +220,7 @@ def structure(pipe: Any, options: dict[str, Any], clips: int) -> Structure:
 
 def random_weights(pipe: Any, variant: str) -> None:
     """Replace the trained transformer by an untrained one: the control of gate 3."""
-    pipe.transformer.load_state_dict(build.transformer(build.VARIANTS[variant], seed=2).state_dict())
+    pipe.transformer.load_state_dict(build.transformer(VARIANTS[variant], seed=2).state_dict())
 
 
 def _describe(found: Structure) -> str:
@@ -232,8 +233,8 @@ def _describe(found: Structure) -> str:
 
 def main() -> None:
     """Run the gates on the embedded weights; exit status 1 if one of them is not met."""
-    parser = argparse.ArgumentParser(prog="python -m diffsparse_pipelines.tiny.gates", description=main.__doc__)
-    parser.add_argument("--variant", choices=build.VARIANTS, default="default")
+    parser = argparse.ArgumentParser(prog="python -m training.gates", description=main.__doc__)
+    parser.add_argument("--variant", choices=VARIANTS, default="default")
     parser.add_argument("--clips", type=int, default=10, help="clips for gate 1 (default: %(default)s)")
     parser.add_argument("--structure-clips", type=int, default=3, help="clips for gate 2 (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print all findings as JSON")

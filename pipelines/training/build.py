@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +13,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from diffsparse_pipelines.tiny.data import CAPTIONS, WORDS
+from diffsparse_pipelines.tiny.captions import CAPTIONS, WORDS
+from diffsparse_pipelines.tiny.variants import VAE_PATCH, Variant
 
-VAE_PATCH = 2  # pixels per latent along height and width
 LATENT = 3 * VAE_PATCH**2
 LATENT_STD = 0.5
 TEXT_DIM = 64
-TEXT_LENGTH = 32
 SHIFT = 3.0
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Sizes of one shipped model: of its transformer, and of the clips it is trained for."""
-
-    heads: int
-    ffn: int
-    frames: int
-    pixels: int
-    layers: int = 6
-    head_dim: int = 64
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Tokens along frames, height and width."""
-        side = self.pixels // (2 * VAE_PATCH)
-        return self.frames, side, side
-
-
-VARIANTS = {
-    "default": Variant(heads=3, ffn=576, frames=17, pixels=64),
-    "twin": Variant(heads=2, ffn=384, frames=9, pixels=32),
-}
 
 
 def transformer(variant: Variant, seed: int = 1) -> WanTransformer3DModel:

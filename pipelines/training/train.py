@@ -1,7 +1,7 @@
-"""Train the embedded model: `python -m diffsparse_pipelines.tiny.train --minutes 60`. One process, CPU or GPU.
+"""Train the embedded model: `python -m training.train --minutes 60`. One process, CPU or GPU.
 
-The transformer predicts the clean latents x0 from x_t = (1 - t) x0 + t noise. A full clip is dear, so most steps see
-pieces of it: tokens picked on a regular grid, each at its true position, so that even a sixteenth of the tokens
+The transformer predicts the clean latents x0 from x_t = (1 - t) x0 + t noise. A full clip is expensive, so most steps
+see pieces of it: tokens picked on a regular grid, each at its true position, so that even a sixteenth of the tokens
 teaches where things are and how they move. Steps on all tokens come at the end.
 """
 
@@ -23,10 +23,11 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffsparse_pipelines.tiny import build, data
-from diffsparse_pipelines.tiny.build import TEXT_LENGTH, VARIANTS, Variant
+from diffsparse_pipelines.tiny.captions import CAPTIONS
+from diffsparse_pipelines.tiny.variants import TEXT_LENGTH, VARIANTS, Variant
+from training import build, data
 
-DROPPED = len(data.CAPTIONS)  # place of the empty caption
+DROPPED = len(CAPTIONS)  # place of the empty caption
 CHECKPOINT = "checkpoint"
 Axis = tuple[int, int]  # how many tokens, and how far apart
 
@@ -297,7 +298,7 @@ def _set_rate(optimiser: Any, rate: float) -> None:
 
 def main() -> None:
     """Train the tiny model, or go on from the checkpoint in the output folder."""
-    parser = argparse.ArgumentParser(prog="python -m diffsparse_pipelines.tiny.train", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.train", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log and weights")
     parser.add_argument("--variant", choices=VARIANTS, default="default")
     parser.add_argument("--minutes", type=float, help="length of the run in minutes of training")

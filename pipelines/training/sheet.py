@@ -13,7 +13,7 @@ from rich.progress import track
 from torch import Tensor
 
 from diffsparse_pipelines import tiny
-from diffsparse_pipelines.tiny.build import VARIANTS
+from diffsparse_pipelines.tiny.variants import VARIANTS
 
 
 def generate(pipe: Any, prompt: str, seed: int, **options: Any) -> Tensor:

@@ -2,54 +2,23 @@
 
 The object leaves a fading trail. Rotary positions are relative, so without one a model has to find the sign of a
 motion from pairs of frames alone; the trail shows in each frame where the object comes from. The background has a still
-grain that nothing in a frame foretells: as in real videos, the model must look at the same place in other frames.
+grain that cannot be predicted from one frame: as in real videos, the model must look at the same place in other frames.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-COLOURS = {"red": (1.0, 0.12, 0.1), "green": (0.1, 0.9, 0.2), "blue": (0.15, 0.3, 1.0), "yellow": (1.0, 0.9, 0.1)}
-SHAPES = ("circle", "square", "triangle")
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y grows downwards
-BACKGROUNDS = ("plain", "striped", "gradient")
+from diffsparse_pipelines.tiny.captions import CAPTIONS, COLOURS, DIRECTIONS, Caption
+
 FASTEST = 0.075  # share of the frame that an object crosses between two frames, at most
 TRAIL = 6  # earlier frames that still shine through
 _GLOW = 0.55  # opacity of the latest of them; the others fall off in a straight line
 CELL = 4  # pixels along the edge of one cell of a background's grain: a token of the model
 _GRAIN = 0.5  # how much darker than its background a cell can be
-
-
-@dataclass(frozen=True)
-class Caption:
-    """What a clip shows; `str()` gives the words that the model is trained on."""
-
-    colour: str
-    shape: str
-    direction: str
-    background: str
-
-    def __str__(self) -> str:
-        return f"a {self.colour} {self.shape} moving {self.direction} on a {self.background} background"
-
-
-CAPTIONS = tuple(Caption(*words) for words in itertools.product(COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS))
-WORDS = (
-    *("<pad>", "</s>", "<unk>", "a", "moving", "on", "background", "and", "over", "the"),
-    *(*COLOURS, *SHAPES, *DIRECTIONS, *BACKGROUNDS),
-)
-
-
-def sample(count: int, seed: int) -> list[Caption]:
-    """`count` captions, drawn with equal chance and without repeats as long as there are enough of them."""
-    generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(len(CAPTIONS), generator=generator) for _ in range(-(-count // len(CAPTIONS)))]
-    return [CAPTIONS[int(i)] for i in torch.cat(rounds or [torch.empty(0)])[:count]]
 
 
 def clips(batch: int, frames: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -59,7 +28,7 @@ def clips(batch: int, frames: int, size: int, generator: torch.Generator) -> tup
         batch: clips to draw.
         frames: frames of a clip.
         size: height and width in pixels.
-        generator: the only source of chance; its device is where the clips are drawn.
+        generator: the only source of randomness; its device is where the clips are drawn.
 
     Returns:
         video float32 [B, 3, F, H, W] in [-1, 1], and the place of each caption in `CAPTIONS`, int64 [B].

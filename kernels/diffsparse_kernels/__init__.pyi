@@ -1,0 +1,29 @@
+from .backend.emulated import incoherence as incoherence, quantise as quantise
+from .errors import (
+    BackendError as BackendError,
+    DiffsparseError as DiffsparseError,
+    KernelInputError as KernelInputError,
+    NoKernelError as NoKernelError,
+)
+from .functional import (
+    attention as attention,
+    attention_with_mass as attention_with_mass,
+    block_mass as block_mass,
+    block_sparse_attention as block_sparse_attention,
+    break_even as break_even,
+    default_block as default_block,
+    kernel_for as kernel_for,
+    quantised_attention as quantised_attention,
+)
+from .lists import BlockLists as BlockLists
+from .masks import Boxes as Boxes
+from .means import block_means as block_means, means_mass as means_mass, spread as spread
+from .merge import merge_attention as merge_attention
+from .registry import (
+    Choice as Choice,
+    backend_for as backend_for,
+    backends as backends,
+    forget_measurements as forget_measurements,
+    record as record,
+)
+from .select import select_heads as select_heads, select_mass as select_mass, select_rows as select_rows
