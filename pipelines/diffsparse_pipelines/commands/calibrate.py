@@ -53,7 +53,7 @@ class SearchOptions:
     looks: Annotated[
         int,
         typer.Option(
-            help="Steps at which a first, dense run is looked at.",
+            help="Steps of a first, dense run that are sampled.",
             rich_help_panel=_SEARCH,
             callback=_COUNT,
         ),
