@@ -59,12 +59,13 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         else:
             parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
 
-    @functools.wraps(command, assigned=("__doc__", "__name__"))
+    @functools.wraps(command, assigned=("__name__",))
     def called(**given: object) -> None:
         made = {name: hints[name](**{key: given.pop(key) for key in options}) for name, options in groups.items()}
         command(**given, **made)
 
     called.__dict__["__signature__"] = inspect.Signature(parameters)
+    called.__doc__ = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]  # what follows is for callers in Python
     return called
 
 

@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "simulate": (
         "diffsparse_pipelines.commands.simulate:simulate",
-        "Tell what windowed attention can save, without running.",
+        "Estimate what windowed attention can save, without running.",
     ),
     "inspect": (
         "diffsparse_eval.commands.inspect:inspect",

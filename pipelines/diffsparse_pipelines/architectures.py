@@ -336,7 +336,7 @@ def inputs(model: ModelMixin, size: tuple[int, int, int], text: int) -> Inputs:
 
 
 class MinimalPipeline:
-    """What of a pipeline `apply` looks at: a transformer, and a scheduler that can be set to any step."""
+    """What `apply` needs of a pipeline: a transformer, and a scheduler that can be set to any step."""
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         self.components = {"transformer": model}

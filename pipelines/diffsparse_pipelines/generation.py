@@ -44,9 +44,9 @@ def call_arguments(
         ConfigError: something was chosen that this pipeline doesn't take.
     """
     known = set(inspect.signature(type(pipe).__call__).parameters)
-    strange = sorted(name for name in chosen if name not in known and name not in ("height", "width"))
-    if strange:
-        raise ConfigError(f"{type(pipe).__name__} takes no {', '.join(strange)}; leave it out")
+    unknown = sorted(name for name in chosen if name not in known and name not in ("height", "width"))
+    if unknown:
+        raise ConfigError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave it out")
     return {name: value for name, value in {**defaults, **chosen}.items() if name in known}
 
 

@@ -71,12 +71,9 @@ def test_shells_complete_commands_and_options(
 # what is asked, a package that it wants, and the extra that brings it
 WITHOUT = [
     ("--help", "typer", "cli"),
-    ("simulate", "typer", "cli"),
     ("generate", "imageio_ffmpeg", "cli"),
     ("generate", "transformers", "cli"),
     ("hunt --out a.json --objective contrast", "scipy", "eval"),
-    ("evaluate --out results", "matplotlib", "eval"),
-    ("inspect --out pictures", "matplotlib", "eval"),
 ]
 
 

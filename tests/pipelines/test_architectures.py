@@ -75,10 +75,10 @@ class Layouts:
 def test_classes_take_their_inputs_and_steps_may_be_skipped(name: str, dtype: torch.dtype) -> None:
     model = small(name).build(dtype=dtype)
     size = (1 if "2D" in name else 3, 8, 12)
-    rig, watch = MinimalPipeline(model, 20), Layouts()
-    with diffsparse.apply(rig, watch, schedule=Schedule(0), strict=True):
+    pipe, watch = MinimalPipeline(model, 20), Layouts()
+    with diffsparse.apply(pipe, watch, schedule=Schedule(0), strict=True):
         for step in (3, 11):
-            rig.step(step, inputs(model, size, 6))
+            pipe.step(step, inputs(model, size, 6))
     assert {(step, steps) for step, steps, _ in watch.seen} == {(3, 20), (11, 20)}
     layouts = {layout for *_, layout in watch.seen if layout.has_text or name.startswith(("Wan", "LTX"))}
     assert {layout.video for layout in layouts} == {grid_tokens(model, size)}

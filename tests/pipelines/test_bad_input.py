@@ -105,7 +105,10 @@ EARLY: dict[str, tuple[list[str], str]] = {
     "random's searches": ([*GENERATE, "--strategy", "random", "--searches", "3"], "random takes no --searches"),
     "dense's sparsity": ([*GENERATE, "--strategy", "dense", "--sparsity", "0.5"], "dense takes no --sparsity"),
     "gna's order": ([*INSPECT, "--strategy", "gna", "--order", "FHW"], "gna takes no --order"),
-    "nobody's window": ([*EVALUATE, "--strategy", "adaspa,random", "--window", "4x4x4"], "adaspa, random takes no --w"),
+    "windows of none": (
+        [*EVALUATE, "--strategy", "adaspa,random", "--window", "4x4x4"],
+        "adaspa, random takes no --w",
+    ),
     "compensated random's window": ([*GENERATE, "--strategy", "random+means", "--window", "4x4x4"], "random takes no"),
     "sparsity beside a window": (
         [*GENERATE, "--strategy", "gna", "--window", "4x4x4", "--sparsity", "0.5"],
@@ -291,7 +294,7 @@ def test_a_saved_embedded_model_generates(here: Path, saved: Path) -> None:
 
 def test_a_folder_of_a_strange_pipeline(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("model").mkdir()
-    Path("model", "model_index.json").write_text('{"_class_name": "NobodysPipeline", "vae": 3}')
+    Path("model", "model_index.json").write_text('{"_class_name": "UnknownPipeline", "vae": 3}')
     before = ["generate", "--model", "model", "--prompt", "x"]
     with pytest.raises(SystemExit) as ended:
         main(before)
@@ -363,5 +366,5 @@ def test_a_slower_run_is_called_slower() -> None:
 
 
 def test_a_blocks_limit_is_that_of_the_strategies() -> None:
-    """It is told anew where the options are declared, for these are read without torch."""
+    """It stands twice, because options are declared without torch."""
     assert values.MOST_BLOCK == blocks.MOST_BLOCK

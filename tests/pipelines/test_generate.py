@@ -181,7 +181,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["bomb", "chunk"])
-def test_images_of_strangers(spoil: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_images(spoil: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PIL raises errors of its own kinds for a picture beyond all sizes, and for one that is broken inside."""
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(tmp_path / "a.png")
     if spoil == "bomb":

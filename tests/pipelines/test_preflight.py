@@ -41,7 +41,7 @@ def test_tokens_are_those_that_the_transformer_sees(name: str) -> None:
     assert preflight(pipe, call, Random(), Schedule()) is not None
 
 
-def test_sizes_of_the_embedded_model_and_sizes_that_nobody_knows() -> None:
+def test_sizes_of_the_embedded_model_and_unknown_sizes() -> None:
     pipe = tiny.load("twin")
     assert tokens(pipe, tiny.defaults("twin")) == Tokens(9 * 8 * 8, 32)
     pipe, call = BUILDERS["flux"]()

@@ -53,7 +53,7 @@ class SearchOptions:
     looks: Annotated[
         int,
         typer.Option(
-            help="Steps at which a first, dense run is looked at.",
+            help="Steps of a first, dense run that are sampled.",
             rich_help_panel=_SEARCH,
             callback=_COUNT,
         ),
@@ -162,6 +162,19 @@ def calibrate(
     """Search offline, on a few prompts, what a strategy that runs on a plan wants: orders and masks, or modes.
 
     A search that was interrupted goes on where it stopped, and ends with the same plan.
+
+    Args:
+        out: the plan to write, a .safetensors file; the work so far is kept beside it.
+        searching: whose plan, and the knobs of its search.
+        prompts: how many built-in prompts, or a file with one a line.
+        seeds: whole numbers separated by commas; each prompt is run with each.
+        overwrite: replace an existing plan.
+        model: which model, and how it is loaded.
+        sampling: size, steps and classifier-free guidance.
+
+    Raises:
+        ConfigError, UnknownNameError: an option that doesn't fit, or work so far of another search.
+        InputFileError: a file that can't be read. OutputFileError: `out` exists, or can't be written.
     """
     from diffsparse.files import if_stopped
     from diffsparse_pipelines.preflight import check

@@ -56,7 +56,23 @@ def generate(
         ),
     ] = None,
 ) -> None:
-    """Generate a video or an image from a prompt, with sparse attention, with or without head guidance."""
+    """Generate a video or an image from a prompt, with sparse attention, with or without head guidance.
+
+    Args:
+        prompt: what should be seen; a caption for the embedded models.
+        out: the file: .mp4, .gif, .png (a sheet of frames), .jpg.
+        seed: of the initial noise.
+        image: an input image, for models that take one.
+        model: which model, and how it is loaded.
+        sampling: size, steps and classifier-free guidance.
+        sparsity: the strategy and its knobs; it has to be one.
+        guidance: heads to guide away from.
+        compare: a .png file for frames without and with head guidance, side by side.
+
+    Raises:
+        ConfigError, UnknownNameError: an option that doesn't fit. InputFileError: a file that can't be read.
+        OutputFileError: `out` or `compare` can't be written.
+    """
     from diffsparse_pipelines.preflight import check
 
     call, schedule, strategy = sampling.arguments(), sparsity.schedule, _one(sparsity)

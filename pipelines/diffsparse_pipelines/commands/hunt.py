@@ -147,6 +147,17 @@ def hunt(
 
     A hunt that was interrupted goes on where it stopped, and ends with the same heads. The paper hunts without
     classifier-free guidance: --guidance-scale 1.
+
+    Args:
+        out: the preset to write, a .json file; a table (.md) and a sheet (.png) go beside it.
+        hunting: the objective, the prompts, and how heads are searched and checked.
+        overwrite: replace an existing preset.
+        model: which model, and how it is loaded.
+        sampling: size, steps and classifier-free guidance.
+
+    Raises:
+        ConfigError, UnknownNameError: an option that doesn't fit, or work so far of another hunt.
+        InputFileError: a file that can't be read. OutputFileError: `out` exists, or can't be written.
     """
     from diffsparse.guidance.objectives import objective as named
     from diffsparse_pipelines.machine import place

@@ -132,10 +132,20 @@ def simulate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell how much faster windowed attention (GNA) can be at most: by FLOPs, by tiles, end to end. Text is left out.
+    """Estimate how much faster windowed attention (GNA) can be at most: by FLOPs, by tiles, end to end. Text is left out.
 
     As in the paper's table: diffsparse simulate --grid 30x48x80 --window 18x24x24 --stride 1x1x1,16x8x8
     --q-tile 4x8x8 --kv-tile 2x8x8 --share 0.607
+
+    Args:
+        grid: the grid of tokens.
+        windows: windows and tiles.
+        share: of a dense step that attention takes; None leaves out the end-to-end bounds.
+        dense: share of the steps that stay dense.
+        as_json: print JSON instead of a table.
+
+    Raises:
+        ConfigError, UnknownNameError: an option that doesn't fit.
     """
     _exclude("--sparsity", windows.sparsity is not None, "--window", windows.window is not None)
     _exclude("--block", windows.block is not None, "--q-tile", windows.q_tile is not None)
