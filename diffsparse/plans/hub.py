@@ -1,7 +1,7 @@
 """Values that are one file each, shared in a folder or over the Hugging Face hub.
 
-`huggingface_hub.ModelHubMixin` is no base for them: it sets an attribute on each instance, which a frozen dataclass
-refuses, and writes the dataclass as JSON beside the file, which a plan's tensors can't be.
+`huggingface_hub.ModelHubMixin` is no base for them: it sets an attribute on instances, which a frozen dataclass such as
+`Preset` refuses, writes a model card and a configuration beside the one file, and asks the hub for them.
 """
 
 from __future__ import annotations

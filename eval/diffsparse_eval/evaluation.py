@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ def evaluate(
         InputFileError: the folder's `results.json` can't be read. OutputFileError: a file can't be written.
         DenseFallbackError: a call fell back to dense under `strict`.
     """
+    check_packages()
     check_files(out, FILES)
     results: Results[ResultRow] = Results(out, experiment.settings(pipe), overwrite)
     if results.rows:
@@ -67,6 +69,12 @@ def evaluate(
     pictures.write_sheet(rows, experiment.prompts[0], experiment.seeds[0], out)
     pictures.write_tradeoff(rows, out)
     return rows
+
+
+def check_packages() -> None:
+    """Raise ModuleNotFoundError, before any work, if what computes and draws the results is not installed."""
+    for name in ("matplotlib", "scipy", "skimage"):
+        import_module(name)
 
 
 def check_files(out: Path, names: tuple[str, ...]) -> None:

@@ -128,13 +128,14 @@ class _Comparison:
         """Load the model, run what is missing in `out`, and show the results."""
         from diffsparse_eval import report
         from diffsparse_eval.compared import guided
-        from diffsparse_eval.evaluation import FILES, check_files, evaluate
+        from diffsparse_eval.evaluation import FILES, check_files, check_packages, evaluate
         from diffsparse_eval.experiment import Experiment
         from diffsparse_pipelines import families
         from diffsparse_pipelines.preflight import check
         from diffsparse_pipelines.progress import bar, say, show_table, terminal
 
         _, family = families.resolve(self.model.name)
+        check_packages()
         check_files(out, FILES)
         pipe, schedule = self.model.load(), self.knobs.schedule
         call = self.model.call_arguments(pipe, self.sampling.arguments())
