@@ -87,10 +87,10 @@ def test_without_an_extra_a_command_ends_in_one_line_that_names_it(
     assert (done.returncode, done.stderr) == (2, wanted)
 
 
-def test_a_package_that_comes_with_no_extra_is_no_users_business(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "diffsparse.cli.parser", None)
-    with pytest.raises(ModuleNotFoundError, match="parser"):
-        main(["--help"])
+def test_a_module_that_is_in_no_extra_is_a_fault_and_shown_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMMANDS, "doctor", ("no_such_module:run", ""))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        main(["doctor"])
 
 
 BAD = {

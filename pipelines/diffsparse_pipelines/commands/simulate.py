@@ -132,7 +132,7 @@ def simulate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Estimate how much faster windowed attention (GNA) can be at most: by FLOPs, by tiles, end to end. Text is left out.
+    """Say how much faster windowed attention (GNA) can be at most: by FLOPs, by tiles, end to end. Text is left out.
 
     As in the paper's table: diffsparse simulate --grid 30x48x80 --window 18x24x24 --stride 1x1x1,16x8x8
     --q-tile 4x8x8 --kv-tile 2x8x8 --share 0.607
