@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, TypedDict
 
 import diffsparse
 from diffsparse import Dense, Schedule
@@ -13,7 +13,6 @@ from diffsparse.errors import ConfigError
 from diffsparse.files import write_csv, write_json
 from diffsparse.insight.inspection import Inspector, LayerView, sampled_steps
 from diffsparse.orders.named import AXES
-from diffsparse.strategies.planned import Planned
 from diffsparse_eval import charts
 from diffsparse_eval.compared import label, sparsity_of
 from diffsparse_eval.rows import SCHEMA, SCHEMA_KEY, HeadRow, InspectionFacts
@@ -58,12 +57,6 @@ class Sampling:
 class _Measured(TypedDict, total=False):
     sparsity: float
     block: int
-
-
-@runtime_checkable
-class _Blocked(Protocol):
-    @property
-    def block(self) -> int | None: ...
 
 
 def inspect(
@@ -116,14 +109,10 @@ def inspect(
 
 def _measured_at(strategy: Strategy, sampling: Sampling) -> _Measured:
     """Sparsity and block at which recall is measured: the strategy's own if it has them, else those given."""
-    if isinstance(strategy, Planned):
-        block = strategy.plan.settings.get("block")
-    else:
-        block = strategy.block if isinstance(strategy, _Blocked) else None
     measured: _Measured = {}
     if sparsity := sparsity_of(strategy) or sampling.sparsity:
         measured["sparsity"] = sparsity
-    if block := block or sampling.block:
+    if block := strategy.block or sampling.block:
         measured["block"] = block
     return measured
 

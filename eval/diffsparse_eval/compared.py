@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import diffsparse
 from diffsparse import Dense, Handle, Preset, Schedule
@@ -29,12 +29,6 @@ class Guided:
 Compared = Strategy | Guided
 
 
-@runtime_checkable
-class _Sparse(Protocol):
-    @property
-    def sparsity(self) -> float | None: ...
-
-
 def guided(compared: Iterable[Strategy], preset: Preset) -> tuple[Compared, ...]:
     """The strategies, and dense and each of them once more under head guidance."""
     compared = tuple(compared)
@@ -53,9 +47,9 @@ def applied(pipe: DiffusionPipeline, compared: Compared, schedule: Schedule, str
 
 
 def sparsity_of(compared: Compared) -> float | None:
-    """Share of the blocks to drop; None if the strategy decides it, 0 if it has no such knob."""
+    """Share of the blocks to drop; None if that is not known beforehand."""
     strategy = compared.strategy if isinstance(compared, Guided) else compared
-    return strategy.sparsity if isinstance(strategy, _Sparse) else 0.0
+    return strategy.sparsity
 
 
 def strategy_name(compared: Compared) -> str:
