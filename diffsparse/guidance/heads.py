@@ -12,6 +12,7 @@ import torch
 from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelError, closest
 from diffsparse.seam.models import spec_of
 from diffsparse.seam.targets import attentions
+from diffsparse.wrappers import class_of
 
 Heads = dict[str, tuple[int, ...]]  # attention module -> its heads, ascending; modules in the model's order
 
@@ -85,7 +86,7 @@ def names_of(model: torch.nn.Module, pattern: Iterable[str] = ("*",)) -> list[st
     """
     everywhere = list(_firsts(_places(model)))
     if not everywhere:
-        raise UnsupportedModelError(f"{type(model).__name__} has no stack of blocks with attention heads to name")
+        raise UnsupportedModelError(f"{class_of(model).__name__} has no stack of blocks with attention heads to name")
     patterns = [p for p in pattern if p != "*"]
     chosen = resolve(patterns, model) if patterns else {p.path: tuple(range(p.heads)) for p in everywhere}
     main = _main(everywhere)
@@ -144,7 +145,7 @@ def _match(name: str, everywhere: list[Place], model: torch.nn.Module) -> Iterat
         hits = [p for p in hits if p.block in _numbers(short["block"], p.block + 1)]
         wanted, span = f"block {name.rpartition('.')[0]!r}", short["head"]
     if not hits:
-        raise UnknownNameError(f"{name!r}: {type(model).__name__} has no {wanted}; it has {closest(name, known)}")
+        raise UnknownNameError(f"{name!r}: {class_of(model).__name__} has no {wanted}; it has {closest(name, known)}")
     for place in hits:
         heads = _numbers(span, place.heads)
         if not heads or heads[-1] >= place.heads:

@@ -33,6 +33,7 @@ from diffsparse.seam.call import Call
 from diffsparse.seam.clock import Moment
 from diffsparse.seam.models import argument_names, spec_of
 from diffsparse.seam.run import Layer, Run
+from diffsparse.wrappers import class_of
 
 if TYPE_CHECKING:
     from diffusers.hooks import ModelHook
@@ -220,7 +221,7 @@ class Guide:
         moment = self.run.clock.now
         if moment is None:
             raise ConfigError(
-                f"{type(model).__name__} ran, but none of its attention was recognised as self-attention over its "
+                f"{class_of(model).__name__} ran, but none of its attention was recognised as self-attention over its "
                 "latents, so there is nothing to perturb (see diffsparse.seam.models.SPECS)"
             )
         return moment

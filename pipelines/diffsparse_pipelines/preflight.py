@@ -16,6 +16,7 @@ from diffsparse.seam.geometry import Grid
 from diffsparse.seam.models import packed_grid, patch_of, spec_of
 from diffsparse.seam.targets import attentions, models_of
 from diffsparse.site.report import Report
+from diffsparse.wrappers import class_of
 from diffsparse_pipelines import families, machine
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def check(
             heads, dim = (model.config.get(name) for name in ("num_attention_heads", "attention_head_dim"))
             width = heads * dim if isinstance(heads, int) and isinstance(dim, int) else 0  # unknown for some
             need = count * width * model.dtype.itemsize * _ACTIVATIONS
-            machine.hold(need, pipe._execution_device, f"{count} tokens of {type(model).__name__}", _SMALLER)
+            machine.hold(need, pipe._execution_device, f"{count} tokens of {class_of(model).__name__}", _SMALLER)
 
 
 def _check_searches(searches: Sequence[int | float], steps: int | None) -> None:
@@ -181,7 +182,7 @@ def _check_schedule(model: ModelMixin, schedule: Schedule, steps: int | None) ->
     wrong = [layer for layer in schedule.dense_layers if not -count <= layer < count]
     if wrong:
         raise ConfigError(
-            f"--dense-layers wants numbers from {-count} to {count - 1}: {type(model).__name__} has {count} "
+            f"--dense-layers wants numbers from {-count} to {count - 1}: {class_of(model).__name__} has {count} "
             f"attention layers; got {', '.join(map(str, wrong))}"
         )
     for name in ("dense_first", "dense_last"):
@@ -195,7 +196,7 @@ def _check_sides(model: ModelMixin, made: Grid) -> None:
     for option, cells in zip(("--frames", "--height", "--width"), made[:3], strict=True):
         if not 1 <= cells <= most:
             raise ConfigError(
-                f"{option} makes {cells} tokens along that side; {type(model).__name__} wants at least 1"
+                f"{option} makes {cells} tokens along that side; {class_of(model).__name__} wants at least 1"
                 f"{f', and at most {most}' if most < math.inf else ''}"
             )
 
