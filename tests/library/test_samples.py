@@ -80,7 +80,7 @@ def test_what_digest_may_keep_is_counted_by_sample() -> None:
     strategy = Digest(0.6, (2,), BLOCK, memory=one / 2)
     outs, memory = run(strategy, qkv, None)
     alone, own = run(strategy, tuple(x[:1] for x in qkv), None)
-    assert memory["missing"].group == own["missing"].group == 2
+    assert memory["residual"].group == own["residual"].group == 2
     assert_same(outs, alone, 0)
 
 
