@@ -27,7 +27,7 @@ class Handle:
     """Result of `apply`: `report()` says what happened, `remove()` or leaving a `with` block undoes it."""
 
     def __init__(
-        self, strategy: Strategy, models: dict[str, Module], runs: list[Run], notes: tuple[str, ...] = ()
+        self, strategy: Strategy | Attending, models: dict[str, Module], runs: list[Run], notes: tuple[str, ...] = ()
     ) -> None:
         self.strategy = strategy
         self._models, self._runs, self._notes = models, runs, notes
@@ -96,7 +96,7 @@ def apply(
         uninstall(model)
         runs.append(install(name, model, asked, schedule, strict, pipe))
         _set_guidance(runs[-1], guidance)
-    return Handle(asked, models, runs, tuple(notes_on(target)))
+    return Handle(strategy, models, runs, tuple(notes_on(target)))
 
 
 def remove(target: DiffusionPipeline | Module) -> None:

@@ -152,7 +152,7 @@ class Site(Place):
     def compare(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         """What `sparse` would give, for comparison: never dense, and counted as work beside the call's."""
         self.record.beside += self.density(blocks, q.shape[1])
-        return self.product(q, k, v, blocks, replace(self, record=copy(self.record)))[0]
+        return multiply(q, k, v, blocks, replace(self, record=copy(self.record)))[0]
 
     def density(self, blocks: Blocks, heads: int) -> Tensor:
         """Share of dense attention that a product of `heads` heads computes: 0-dim, on the device of the lists."""

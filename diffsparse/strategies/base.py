@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
@@ -118,7 +118,6 @@ class Wrapper(Strategy):
         return self.strategy.facts()
 
 
-@runtime_checkable
 class Attending(Protocol):
     """Any object with this method may be used as a strategy; `as_strategy` wraps it."""
 
@@ -126,8 +125,16 @@ class Attending(Protocol):
         """Attention over q, k, v [B, H, N, D] -> [B, H, N, D]."""
 
 
+def is_attending(strategy: object) -> bool:
+    """Whether an object, not a class, has the method."""
+    return callable(getattr(strategy, "attend", None)) and not isinstance(strategy, type)
+
+
 class Foreign(Strategy):
-    """Makes a strategy of an object that has `attend`. What else it has of a strategy is used, the rest is default."""
+    """Makes a strategy of an object that has `attend`.
+
+    What else it has of a strategy is used, attributes as they are when it is wrapped; the rest is default.
+    """
 
     def __init__(self, inner: Attending) -> None:
         self.inner = inner
@@ -150,7 +157,9 @@ class Foreign(Strategy):
 
     def check(self, models: Models) -> None:
         """The object's own, if it has one."""
-        getattr(self.inner, "check", super().check)(models)
+        check = getattr(self.inner, "check", None)
+        if check is not None:
+            check(models)
 
     def expected(self, run: Outline) -> list[Step]:
         """The object's own, if it has one."""
@@ -180,11 +189,11 @@ def as_strategy(strategy: object) -> Strategy:
     """
     if isinstance(strategy, Strategy):
         return strategy
-    if isinstance(strategy, type) or not isinstance(strategy, Attending):
+    if not is_attending(strategy):
         raise ConfigError(
             f"a strategy is an object with a method attend(q, k, v, site), such as AdaSpa(); got {strategy!r}"
         )
-    return Foreign(strategy)
+    return Foreign(cast(Attending, strategy))
 
 
 def in_order(strategy: Strategy, method: Method, qkv: tuple[Tensor, Tensor, Tensor], site: Site) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.site.compute import Blocks, Product, Site
-from diffsparse.strategies.base import Attending, Strategy, Wrapper, as_strategy
+from diffsparse.strategies.base import Strategy, Wrapper, as_strategy, is_attending
 from diffsparse.strategies.digest import Digest
 from diffsparse.strategies.work import Kind, Outline, Step
 from diffsparse_kernels import BlockLists, merge_attention
@@ -41,7 +41,7 @@ class Compensated(Wrapper):
     def __post_init__(self) -> None:
         if self.by not in _WAYS:
             raise ConfigError(f"compensation wants one of {', '.join(_WAYS)}; got {self.by!r}")
-        if isinstance(self.strategy, Compensated | Digest) or not isinstance(self.strategy, Attending):
+        if isinstance(self.strategy, Compensated | Digest) or not is_attending(self.strategy):
             raise ConfigError(f"wanted a strategy that is not compensated yet; got {self.strategy!r}")
         if not isinstance(self.budget, int | float) or not self.budget > 0:
             raise ConfigError(f"budget wants a positive number of GiB; got {self.budget!r}")

@@ -117,7 +117,7 @@ class Results(Generic[R]):
                 f"{self.path} holds results of another experiment (it differs in {', '.join(changed)}); "
                 "choose another --out or use --overwrite"
             )
-        return cast(list[R], rows)
+        return cast(list[R], rows if SCHEMA_KEY in kept else [_renamed(row) for row in rows])
 
     def find(self, prompt: str, seed: int, strategy: Compared) -> R | None:
         """The row of a run that is done; None if it is not."""
@@ -133,6 +133,14 @@ class Results(Generic[R]):
     def _write(self) -> None:
         kept = {SCHEMA_KEY: SCHEMA, "settings": self.settings, "definitions": DEFINITIONS, "rows": self.rows}
         write_json(kept, self.path)
+
+
+def _renamed(row: dict[str, object]) -> dict[str, object]:
+    """A row without a schema: its head guidance has the knobs' names of today, by which it is found."""
+    arguments = str(row["arguments"])
+    if "Preset(" not in arguments:
+        return row
+    return {**row, "arguments": re.sub(r"\b(strength|scale)=", r"head_\1=", arguments)}
 
 
 def _key(row: RunRow) -> tuple[str, int, str]:

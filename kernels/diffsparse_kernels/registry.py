@@ -23,6 +23,7 @@ from diffsparse_kernels.errors import BackendError, NoKernelError
 from diffsparse_kernels.machine import device_name
 
 _YOUNG = ("gluon", "triton", "flash-attn-4")  # tried in a process of their own before they are used
+_INTEGER_DEVICES = ("cuda",)  # where eight bits are faster than none; in the interpreter they run if they are named
 _SUBSTITUTE = {"gluon": "triton", "flash-attn-4": "triton"}  # what computes the cases that a named one can't
 _USUAL = Case("attend", torch.bfloat16, 128, 128, 128, 128)  # what most models ask for
 USUAL = tuple(
@@ -115,7 +116,8 @@ def choose_quantised(case: Case, device: torch.device, bits: int) -> Choice:
 @cache
 def _choose_quantised(case: Case, device: torch.device, bits: int, named: str) -> Choice:
     emulated = f"int{bits} emulated"
-    if bits != 8 or named not in ("", "triton") or capability("triton", device) is not None:
+    usual = named == "triton" or (not named and device.type in _INTEGER_DEVICES)
+    if bits != 8 or not usual or capability("triton", device) is not None:
         return Choice(emulated)
     fast = f"triton {INTEGERS}"
     reason = capability("triton", device, case) or ("" if named else trials.verdict(f"triton-{INTEGERS}", case, device))

@@ -14,9 +14,10 @@ import pytest
 import diffsparse_eval.attention as attention_module
 import diffsparse_eval.commands.bench as bench_module
 import diffsparse_eval.experiment as experiment_module
-from diffsparse import Dense, Random
+from diffsparse import Dense, Preset, Random
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse_eval import report
+from diffsparse_eval.compared import Guided
 from diffsparse_eval.experiment import RESULTS, Experiment, Results, run
 from diffsparse_eval.gpu import table
 from diffsparse_eval.rows import SCHEMA, check_schema
@@ -157,6 +158,15 @@ def test_files_without_a_schema_go_on_and_those_of_later_releases_are_refused(tm
         file.write_text(json.dumps({**old, "schema": schema}))
         with pytest.raises(InputFileError, match=f"this release reads up to {SCHEMA}"):
             Results(tmp_path, SETTINGS)
+
+
+def test_guided_rows_without_a_schema_are_found_by_todays_names(tmp_path: Path) -> None:
+    compared = Guided(Dense(), Preset(("0.0",), head_strength=0.5, head_scale=2.0, rescale=0.1))
+    old = row(0, compared)
+    old["arguments"] = old["arguments"].replace("head_s", "s")
+    assert " strength=0.5, scale=2.0" in old["arguments"]
+    (tmp_path / RESULTS).write_text(json.dumps({"settings": SETTINGS, "definitions": {}, "rows": [old]}))
+    assert Results(tmp_path, SETTINGS).find("a", 0, compared) == row(0, compared)
 
 
 def test_committed_rows_of_earlier_releases_are_read() -> None:

@@ -151,6 +151,7 @@ CPU = torch.device("cpu")
 def gpu_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU as if it were a GPU."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(registry, "_INTEGER_DEVICES", ("cuda", "cpu"))
     with pretended(monkeypatch, "triton"):
         yield
 
@@ -174,6 +175,15 @@ def test_the_fast_kernel_runs_where_it_can(change: dict[str, object], reason: st
     assert len(choice.passed_over) == bool(reason)
     assert all(told.startswith(f"{FAST}: ") and reason in told for told in choice.passed_over)
     assert registry.choose_quantised(CASE._replace(**change), CPU, 4) == dk.Choice("int4 emulated")
+
+
+def test_the_interpreter_is_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton runs on the CPU, eight bits are emulated unless it is named."""
+    pytest.importorskip("triton")
+    with pretended(monkeypatch, "triton"):
+        assert registry.choose_quantised(CASE, CPU, 8) == dk.Choice("int8 emulated")
+        monkeypatch.setenv("DIFFSPARSE_BACKEND", "triton")
+        assert registry.choose_quantised(CASE, CPU, 8) == dk.Choice(FAST)
 
 
 @pytest.mark.usefixtures("gpu_here")

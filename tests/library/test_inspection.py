@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import diffsparse
-from diffsparse import AdaSpa, Dense, Layout, Random, Schedule
+from diffsparse import AdaSpa, Dense, Digest, Layout, Random, Schedule
 from diffsparse.errors import ConfigError, PlanError
 from diffsparse.insight import inspection
 from diffsparse.insight.calibration import calibrate
@@ -211,3 +211,15 @@ def test_an_unknown_order() -> None:
     with pytest.raises(ConfigError, match="order wants one of"):
         Inspector(Dense(), {0}, orders=("zigzag",))
     assert replace(Random(), order="WHF").order == "WHF"
+
+
+def test_what_digest_only_compares_is_not_taken_for_what_it_computes() -> None:
+    layout, memory = Layout(4, 8, 8), dict[str, Any]()
+    q, k, v = torch.randn(3, 1, 2, layout.tokens, 16)
+    inspector = Inspector(Digest(0.5, block=16, order="FHW"), {3, 4}, block=16, sparsity=0.5)
+    inspector.observe(q, k, v, site(layout, 3, 20, memory))
+    (view,) = inspector.views()
+    assert view.chosen is None, "a search chooses, but does not yet use its choice"
+    inspector.attend(q, k, v, site(layout, 4, 20, memory))
+    (view,) = inspector.views()
+    assert view.chosen is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,7 +113,25 @@ def test_the_least_that_is_a_strategy() -> None:
     assert strategy == as_strategy(strategy)
 
 
-@pytest.mark.parametrize("wrong", [None, "adaspa", Random, object()])
+class Forwarding:
+    """Hands `attend` on without having it; `check` is there and None."""
+
+    check = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "attend":
+            return Bare().attend
+        raise AttributeError(name)
+
+
+def test_strangers_may_forward_their_methods() -> None:
+    strategy, x = as_strategy(Forwarding()), torch.zeros(1, 1, 32, 4)
+    strategy.check({})
+    assert torch.equal(strategy.attend(x, x, x, site(LAYOUT)), x + 1)
+    Compensated(Forwarding())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [None, "adaspa", Random, object(), SimpleNamespace(attend=5)])
 def test_what_is_no_strategy(wrong: object) -> None:
     with pytest.raises(ConfigError, match="a strategy is an object with a method attend"):
         as_strategy(wrong)

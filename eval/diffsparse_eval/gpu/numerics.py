@@ -154,6 +154,8 @@ def _first_use(options: Options, channel: Channel) -> None:
     for case in (*registry.USUAL, *embedded):
         with channel.heartbeat(60):
             channel.attempt(FIRST_USE, str(case), partial(_choose, case, torch.device(options.device)))
+    with channel.heartbeat(60):
+        channel.attempt(FIRST_USE, "eight bits", partial(_choose_eight_bits, torch.device(options.device)))
 
 
 def _choose(case: Case, device: torch.device) -> Attempt:
@@ -162,6 +164,15 @@ def _choose(case: Case, device: torch.device) -> Attempt:
     compute(case, choice.module, next(iter(samples(case, device, long=False))))
     refused = [reason for reason in choice.passed_over if case.kind == "attend"]  # gluon has nothing but attention
     return {"verdict": "wrong" if refused else "right", "why": "; ".join(refused), "backend": choice.name}
+
+
+def _choose_eight_bits(device: torch.device) -> Attempt:
+    choice = registry.choose_quantised(_USUAL, device, 8)
+    return {
+        "verdict": "wrong" if choice.passed_over else "right",
+        "why": "; ".join(choice.passed_over),
+        "backend": choice.name,
+    }
 
 
 def _eight_bits(options: Options, channel: Channel) -> None:
