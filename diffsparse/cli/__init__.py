@@ -6,12 +6,10 @@ the command line ends in one line that names the extra.
 
 from __future__ import annotations
 
-import re
 import sys
-from importlib.util import find_spec
 from typing import NoReturn
 
-from diffsparse.cli.table import COMMANDS, EXTRAS, RICH
+from diffsparse.cli.table import COMMANDS, EXTRAS, RICH, missing
 from diffsparse.errors import DiffsparseError
 
 __all__ = ["COMMANDS", "RICH", "main"]
@@ -40,12 +38,8 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _wanted(error: ImportError) -> str:
-    """Which package is missing, and the extra that brings it; an error that is of no such package is raised again.
-
-    Diffusers and transformers raise errors without a name, which say "requires the ... library".
-    """
-    named = [error.name.partition(".")[0]] if error.name else re.findall(r"\w+", str(error))
-    package = next((name for name in named if name in EXTRAS and find_spec(name) is None), None)
+    """Which package is missing, and the extra that brings it; an error that is of no such package is raised again."""
+    package = missing(error)
     if package is None:
         raise error
     return f"this command wants the package {package}: pip install 'diffsparse[{EXTRAS[package]}]'"

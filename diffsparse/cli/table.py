@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -41,6 +42,15 @@ EXTRAS: dict[str, str] = {
     **dict.fromkeys(("transformers", "accelerate", "sentencepiece", "ftfy"), "cli"),
     **dict.fromkeys(("matplotlib", "skimage", "scipy"), "eval"),
 }
+
+
+def missing(error: ImportError) -> str | None:
+    """The package of an extra that this error says is not installed; None if it is of something else.
+
+    Diffusers and transformers raise errors without a name, which say "requires the ... library".
+    """
+    named = [error.name.partition(".")[0]] if error.name else re.findall(r"\w+", str(error))
+    return next((name for name in named if name in EXTRAS and find_spec(name) is None), None)
 
 
 def command(name: str) -> Callable[..., None]:

@@ -43,9 +43,9 @@ def order_masses(q: Tensor, k: Tensor, lse: Tensor, site: Site, orders: tuple[st
     return found
 
 
-def sampled_steps(strategy: Strategy, schedule: Schedule, steps: int, count: int) -> frozenset[int]:
+def sampled_steps(strategy: Strategy | Attending, schedule: Schedule, steps: int, count: int) -> frozenset[int]:
     """Up to `count` steps, evenly spread over those that `strategy` doesn't leave dense; over all if it leaves all."""
-    listed = strategy.kinds(schedule, steps)
+    listed = as_strategy(strategy).kinds(schedule, steps)
     open_ = [step for step, kind in enumerate(listed) if kind != "dense"] or list(range(steps))
     return frozenset(open_[(2 * i + 1) * len(open_) // (2 * count)] for i in range(count))
 

@@ -116,7 +116,7 @@ def _make(text: str, knobs: dict[str, Any]) -> Strategy:
         return cls.load(plan)
     if colon:
         raise ConfigError(f"strategy {name!r} takes no plan; got {text!r}")
-    return with_knobs(cls, knobs)
+    return as_strategy(with_knobs(cls, knobs))
 
 
 def with_knobs(make: Callable[..., T], knobs: dict[str, Any]) -> T:

@@ -13,6 +13,7 @@ from diffsparse.errors import ConfigError
 from diffsparse.files import write_csv, write_json
 from diffsparse.insight.inspection import Inspector, LayerView, sampled_steps
 from diffsparse.orders.named import AXES
+from diffsparse.strategies import as_strategy
 from diffsparse_eval import charts
 from diffsparse_eval.compared import label, sparsity_of
 from diffsparse_eval.rows import SCHEMA, SCHEMA_KEY, HeadRow, InspectionFacts
@@ -93,6 +94,7 @@ def inspect(
     count = argument(pipe, arguments, "num_inference_steps")
     if count is None:
         raise ConfigError(f"{type(pipe).__name__} has no number of steps of its own; give --steps")
+    strategy = as_strategy(strategy)
     schedule = Schedule(0) if strategy == Dense() else schedule
     steps = sampled_steps(strategy, schedule, count, sampling.steps)
     inspector = Inspector(

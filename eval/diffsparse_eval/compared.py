@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import diffsparse
 from diffsparse import Dense, Handle, Preset, Schedule
-from diffsparse.strategies import SEARCHES, Compensated, Strategy, knobs_of, name_of
+from diffsparse.strategies import SEARCHES, Compensated, Strategy, as_strategy, knobs_of, name_of
+from diffsparse.strategies.base import Foreign
 from diffsparse.strategies.planned import Planned
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def applied(pipe: DiffusionPipeline, compared: Compared, schedule: Schedule, str
 def sparsity_of(compared: Compared) -> float | None:
     """Share of the blocks to drop; None if that is not known beforehand."""
     strategy = compared.strategy if isinstance(compared, Guided) else compared
-    return strategy.sparsity
+    return as_strategy(strategy).sparsity
 
 
 def strategy_name(compared: Compared) -> str:
@@ -83,5 +84,6 @@ def _knobs(strategy: Strategy) -> Iterator[tuple[str, object, object]]:
             value = settings.get(name, default)
             yield name, tuple(value) if isinstance(value, list) else value, default
     else:
-        for name, default in knobs_of(type(strategy)).items():
-            yield name, vars(strategy)[name], default
+        own = strategy.inner if isinstance(strategy, Foreign) else strategy
+        for name, default in knobs_of(type(own)).items():
+            yield name, vars(own)[name], default

@@ -17,6 +17,7 @@ from diffsparse import Dense, Report, Schedule
 from diffsparse.errors import ConfigError
 from diffsparse.files import if_stopped, write_csv, write_text
 from diffsparse.insight.cost import Estimate, Flops, flops
+from diffsparse.strategies import as_strategy
 from diffsparse.strategies.work import KINDS, Kind
 from diffsparse_eval import environment, metrics
 from diffsparse_eval.compared import label, sparsity_of
@@ -153,7 +154,7 @@ def measure(
         ConfigError: the device can't hold the model, or the folder holds results of another experiment.
         InputFileError: the folder's `results.json` can't be read. OutputFileError: a file can't be written.
     """
-    compared = list(dict.fromkeys([Dense(), *strategies]))
+    compared = list(dict.fromkeys([Dense(), *map(as_strategy, strategies)]))
     results: Results[SpeedRow] = Results(out, test.settings(), overwrite)
     missing = [strategy for strategy in compared if results.find("", 0, strategy) is None]
     if missing:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
+from diffsparse.cli.table import missing
 from diffsparse.errors import ConfigError, InputFileError, UnknownNameError, closest
 from diffsparse_pipelines import machine
 
@@ -316,9 +317,11 @@ def _pretrained(source: str, family: Family, dtype: torch.dtype) -> DiffusionPip
             vae = diffusers.AutoencoderKLWan
             parts["vae"] = from_pretrained(vae, source, torch.float32, subfolder="vae")
         return from_pretrained(cls, source, dtype, **parts)
-    except (MemoryError, ImportError):
+    except MemoryError:
         raise
     except Exception as error:  # broken files raise errors of any kind
+        if isinstance(error, ImportError) and missing(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputFileError(
             f"can't load {source!r}: {reason} Wanted a folder written by save_pretrained, or a hub id and a connection "

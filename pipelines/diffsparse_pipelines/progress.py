@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from diffsparse.cli import RICH
 
@@ -18,12 +18,24 @@ T = TypeVar("T")
 
 
 def bar(console: Console) -> Progress:
-    """A progress display with counts, time spent and time left, which disappears when done."""
+    """A progress display with counts, time spent and time left: there with its first task, and gone when done."""
     from rich import progress as parts
+
+    class Bar(parts.Progress):
+        def __enter__(self) -> Bar:
+            return self
+
+        def add_task(self, *args: Any, **kwargs: Any) -> parts.TaskID:
+            self.start()
+            return super().add_task(*args, **kwargs)
+
+        def stop(self) -> None:
+            if self.live.is_started:
+                super().stop()
 
     columns = parts.TextColumn("{task.description}"), parts.BarColumn(), parts.MofNCompleteColumn()
     times = parts.TimeElapsedColumn(), parts.TimeRemainingColumn()
-    return parts.Progress(*columns, *times, console=console, transient=True)
+    return Bar(*columns, *times, console=console, transient=True)
 
 
 def terminal() -> Console:

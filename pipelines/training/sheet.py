@@ -35,7 +35,7 @@ def contact_sheet(clips: list[Tensor], every: int = 2, scale: int = 2) -> Image.
 
 def main() -> None:
     """Write a sheet of the first clips: prompts of seed 0, clip i drawn once with seed i."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.sheet", description=main.__doc__)
     parser.add_argument("--variant", choices=VARIANTS, default="default")
     parser.add_argument("--clips", type=int, default=10, help="number of clips (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("sheet.png"), help="PNG to write (default: %(default)s)")

@@ -13,10 +13,12 @@ from torch import Tensor
 import diffsparse
 from diffsparse import Compensated, Layout, Random, Schedule
 from diffsparse.errors import ConfigError
+from diffsparse.insight.inspection import sampled_steps
 from diffsparse.site.compute import Blocks, Site
-from diffsparse.strategies import STRATEGIES, name_of
+from diffsparse.strategies import STRATEGIES, name_of, parse
 from diffsparse.strategies.base import Foreign, Strategy, Wrapper, as_strategy
 from diffsparse.strategies.work import Outline, Step
+from diffsparse_eval import compared
 from diffsparse_kernels import BlockLists
 from support import tiny_transformers
 from support.sites import site
@@ -144,6 +146,26 @@ def test_strangers_keep_their_name_in_reports_and_in_what_wraps_them() -> None:
     model = tiny_transformers.build("WanTransformer3DModel")
     with diffsparse.apply(model, Bare()) as handle:
         assert "Bare" in handle.report().strategy
+
+
+@dataclass(frozen=True)
+class Duck:
+    """A stranger with knobs."""
+
+    block: int = 64
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        return site.dense(q, k, v)
+
+
+def test_strangers_in_the_table_are_named_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STRATEGIES, "duck", Duck)  # type: ignore[arg-type]
+    plain, other = parse("duck", block=None), parse("duck", block=32)
+    assert [repr(x) for x in (*plain, *other)] == ["Duck(block=64)", "Duck(block=32)"]
+    assert [compared.label(x) for x in (*plain, *other)] == ["duck", "duck block=32"]
+    assert compared.sparsity_of(plain[0]) is None
+    assert plain == parse("duck")
+    assert sampled_steps(Duck(), Schedule(1), 4, 1) == {2}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from diffsparse.cli import main
+from diffsparse.errors import InputFileError
+from diffsparse_pipelines import families, tiny
 from support.tiny_pipelines import BUILDERS, ODD
 
 SEARCHED = ("paro", "sparse-vdit")
@@ -64,3 +66,26 @@ def test_every_strategy_by_every_command(name: str, tmp_path: Path, monkeypatch:
             ]
         )
         assert out.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes"), InputFileError),
+        (ImportError("it requires the onnxruntime library"), InputFileError),
+        (ModuleNotFoundError("No module named 'sentencepiece'", name="sentencepiece"), ModuleNotFoundError),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_wants_a_package(
+    error: ImportError, wanted: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of an extra is named as such; any other is a reason why the checkpoint can't be loaded."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("diffsparse.cli.table.find_spec", lambda name: None)
+    monkeypatch.setattr("diffsparse_pipelines.loading.from_pretrained", fails)
+    with pytest.raises(wanted, match=str(error)):
+        families.load(str(tiny.folder("twin")), device="cpu")

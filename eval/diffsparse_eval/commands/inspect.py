@@ -25,6 +25,7 @@ from diffsparse_pipelines.commands.options import (
 from diffsparse_pipelines.prompts import read_prompts
 
 if TYPE_CHECKING:
+    from diffsparse.schedule import Schedule
     from diffsparse.strategies import Strategy
     from diffsparse_eval.attention import Inspection
 
@@ -52,6 +53,12 @@ class InspectedOptions(SparsityOptions):
         if len(made) != 1:
             raise ConfigError(f"inspect wants one strategy; got {self.strategy!r}")
         return made[0]
+
+    def schedule_of(self, made: Strategy) -> Schedule:
+        """The dense steps and layers; none beside those of a strategy that is always dense."""
+        from diffsparse import Dense, Schedule
+
+        return Schedule(0) if made == Dense() else self.schedule
 
 
 INSPECTED = InspectedOptions()
@@ -96,7 +103,8 @@ def inspect(
 
     knobs = replace(knobs, strategy=strategy, sparsity=sparsity)
     sampled = Sampling(looks, values.names(orders), _layers(layers), sparsity, knobs.block)
-    made, schedule = knobs.made(), knobs.schedule
+    made = knobs.made()
+    schedule = knobs.schedule_of(made)
     texts = read_prompts(prompts, model.name)
     model.admit(sampling.arguments(), texts)
     for name in FILES:

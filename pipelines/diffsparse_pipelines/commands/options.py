@@ -1,8 +1,8 @@
 """Options that several commands share, as four dataclasses: model, sampling, sparsity, head guidance.
 
 A command takes them as parameters (`model: ModelOptions = ModelOptions()`), the command line shows one option for each
-field (`diffsparse.cli.flat`). A field is what was typed; methods and properties give the values made of it. A command
-that wants other defaults, or not all of the options, subclasses: a field without `typer.Option` is no option.
+field (`diffsparse.cli.parser.flat`). A field is what was typed; methods and properties give the values made of it. A
+command that wants other defaults, or not all of the options, subclasses: a field without `typer.Option` is no option.
 """
 
 from __future__ import annotations
