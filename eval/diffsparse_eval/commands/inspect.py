@@ -54,11 +54,12 @@ class InspectedOptions(SparsityOptions):
             raise ConfigError(f"inspect wants one strategy; got {self.strategy!r}")
         return made[0]
 
-    def schedule_of(self, made: Strategy) -> Schedule:
+    @property
+    def schedule(self) -> Schedule:
         """The dense steps and layers; none beside those of a strategy that is always dense."""
-        from diffsparse import Dense, Schedule
+        from diffsparse.schedule import Schedule
 
-        return Schedule(0) if made == Dense() else self.schedule
+        return Schedule(0) if self.strategy.strip().lower() == "dense" else super().schedule
 
 
 INSPECTED = InspectedOptions()
@@ -103,8 +104,7 @@ def inspect(
 
     knobs = replace(knobs, strategy=strategy, sparsity=sparsity)
     sampled = Sampling(looks, values.names(orders), _layers(layers), sparsity, knobs.block)
-    made = knobs.made()
-    schedule = knobs.schedule_of(made)
+    made, schedule = knobs.made(), knobs.schedule
     texts = read_prompts(prompts, model.name)
     model.admit(sampling.arguments(), texts)
     for name in FILES:
