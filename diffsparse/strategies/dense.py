@@ -15,8 +15,6 @@ from diffsparse.strategies.work import Outline, Step
 class Dense(Strategy):
     """Every call on the user's own backend: bit-identical to an untouched pipeline, but timed and reported."""
 
-    sparsity = 0.0
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Dense attention over q, k, v [B, H, N, D]."""
         return site.dense(q, k, v)

@@ -50,7 +50,7 @@ def applied(pipe: DiffusionPipeline, compared: Compared, schedule: Schedule, str
 def sparsity_of(compared: Compared) -> float | None:
     """Share of the blocks to drop; None if that is not known beforehand."""
     strategy = compared.strategy if isinstance(compared, Guided) else compared
-    return as_strategy(strategy).sparsity
+    return 0.0 if strategy == Dense() else as_strategy(strategy).sparsity
 
 
 def strategy_name(compared: Compared) -> str:

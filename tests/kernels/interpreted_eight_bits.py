@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import means
+from diffsparse_kernels import means, registry
 from diffsparse_kernels.backend import selftest
 from diffsparse_kernels.backend.triton import eight_bits
 from diffsparse_kernels.backend.triton import launch as triton
@@ -43,7 +43,9 @@ def test_without_the_mean_the_scores_of_common_keys_are_worse(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("by_head", [False, True])
-def test_eight_bits_take_the_fast_kernel(by_head: bool) -> None:
+def test_eight_bits_take_the_fast_kernel(by_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_INTEGER_DEVICES", ("cpu",))  # the interpreter in the place of a GPU
+    registry._choose_quantised.cache_clear()
     size = SIZES[0]
     qkv, mask = size.qkv(torch.bfloat16), random_mask(size)
     mask[0, 0, 0] = False
