@@ -90,6 +90,11 @@ def exact(share: float | Fraction) -> Fraction:
     return share if isinstance(share, Fraction) else Fraction(str(share))
 
 
+def evenly_spread(count: int, length: int) -> set[int]:
+    """Up to `count` places out of `length`, 0-based: the middles of equal parts."""
+    return {(2 * i + 1) * length // (2 * count) for i in range(count)}
+
+
 def nearest(number: Fraction) -> int:
     """The nearest whole number; halves go up, always (`round` sends them to the even one)."""
     return math.floor(number + Fraction(1, 2))

@@ -12,8 +12,7 @@ import torch
 
 from diffsparse.guidance.hooks import Guide
 from diffsparse.guidance.preset import Preset
-from diffsparse.seam.hooks import run_of
-from diffsparse.seam.patch import attach, detach
+from diffsparse.seam.patch import attach, detach, guidance_of
 from diffsparse.seam.targets import entrances_of, models_of
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def guide(
     chosen, entrances = preset.of(models), entrances_of(target)
     guides = []
     for name, model in models.items():
-        earlier = getattr(run_of(model), "guidance", None)
+        earlier = guidance_of(model)
         if earlier is not None:
             earlier.unhook()
         guides.append(Guide(preset, model, chosen[name], reuse, entrances[name]))

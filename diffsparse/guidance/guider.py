@@ -17,8 +17,7 @@ from diffsparse.orders.layout import Layout
 from diffsparse.plans.sealed import Values
 from diffsparse.seam.call import Call
 from diffsparse.seam.clock import Moment
-from diffsparse.seam.hooks import run_of
-from diffsparse.seam.patch import attach, detach
+from diffsparse.seam.patch import attach, detach, guidance_of
 from diffsparse.seam.run import Layer, Perturber, Run
 from diffsparse.seam.targets import DEFAULT_NAME
 from diffsparse.wrappers import unwrapped
@@ -95,7 +94,7 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
         self._count_prepared += 1
         if not self._is_slg_enabled() or self._count_prepared != self.num_conditions:
             return
-        before = getattr(run_of(denoiser), "guidance", None)
+        before = guidance_of(denoiser)
         heads = resolve(self.preset.heads, unwrapped(denoiser))
         perturbing = _Pass(self.preset, heads, lambda: self.cleanup_models(denoiser))
         attach(DEFAULT_NAME, denoiser, perturbing, None)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from diffsparse.guidance.preset import Preset
 from diffsparse.orders.layout import Layout
 from diffsparse.seam.call import Call
 from diffsparse.seam.clock import Moment
+from diffsparse.seam.compiled import untraced
 from diffsparse.seam.models import argument_names, spec_of
 from diffsparse.seam.run import Layer, Run
 from diffsparse.wrappers import class_of
@@ -40,15 +41,6 @@ if TYPE_CHECKING:
     from diffusers.hooks.hooks import BaseState
 
     from diffsparse.guidance.passes import Output
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _untraced(method: Callable[P, R]) -> Callable[P, R]:
-    """A method that torch.compile leaves out of its graphs."""
-    found: Callable[P, R] = torch.compiler.disable(method)
-    return found
 
 
 @dataclass
@@ -155,7 +147,7 @@ class Guide:
 
     # --- forward passes ---------------------------------------------------------------------------------------------
 
-    @_untraced
+    @untraced
     def _before(self, model: torch.nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         if self.busy:
             return
@@ -173,16 +165,14 @@ class Guide:
 
         Comparing the values waits for the device: it is done once for a pipeline call.
         """
-        context = self.run.context.current
-        name = getattr(context, "name", context)
-        if latents is None or batch % 2 or name not in (None, "cond_uncond"):
+        if latents is None or batch % 2 or self.run.context.name not in (None, "cond_uncond"):
             return False
         if not getattr(self.run.clock.pipe, "do_classifier_free_guidance", True):
             return False
         half = batch // 2
         return all(torch.equal(latents[i], latents[half + i]) for i in range(half))
 
-    @_untraced
+    @untraced
     def _after(
         self, model: torch.nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], out: Output
     ) -> Output | None:

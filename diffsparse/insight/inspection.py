@@ -14,7 +14,7 @@ from torch import Tensor
 import diffsparse_kernels as kernels
 from diffsparse.orders.named import AUTO, AXES, RASTER, check_order, permutation_on
 from diffsparse.plans.sums import Index, Sums
-from diffsparse.schedule import Schedule
+from diffsparse.schedule import Schedule, evenly_spread
 from diffsparse.site.compute import Blocks, Method, Site
 from diffsparse.strategies.base import Attending, Strategy, Wrapper, as_strategy, found_orders, in_order
 from diffsparse.strategies.blocks import keep_count
@@ -47,7 +47,7 @@ def sampled_steps(strategy: Strategy | Attending, schedule: Schedule, steps: int
     """Up to `count` steps, evenly spread over those that `strategy` doesn't leave dense; over all if it leaves all."""
     listed = as_strategy(strategy).kinds(schedule, steps)
     open_ = [step for step, kind in enumerate(listed) if kind != "dense"] or list(range(steps))
-    return frozenset(open_[(2 * i + 1) * len(open_) // (2 * count)] for i in range(count))
+    return frozenset(open_[place] for place in evenly_spread(count, len(open_)))
 
 
 class Inspector(Wrapper):

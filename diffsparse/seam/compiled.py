@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from diffsparse.orders.layout import kept
 from diffsparse.seam.call import Call
 from diffsparse.seam.geometry import Geometry
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Place = tuple[Tensor, int, int | None, Tensor]  # handle of the layer, number, encoder tokens, `begun`
 
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
@@ -56,6 +59,12 @@ def register(receiver: Receiver) -> Tensor:
 def scalar(number: int) -> Tensor:
     """On the CPU and no inference tensor, whatever surrounds the caller: reading it waits for no device."""
     return torch.tensor(number, device="cpu")
+
+
+def untraced(method: Callable[P, R]) -> Callable[P, R]:
+    """A method that torch.compile leaves out of its graphs."""
+    found: Callable[P, R] = torch.compiler.disable(method)
+    return found
 
 
 # --- what is traced --------------------------------------------------------------------------------------------------

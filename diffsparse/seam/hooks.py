@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from diffsparse.schedule import Schedule
 from diffsparse.seam import processors
+from diffsparse.seam.compiled import untraced
 from diffsparse.seam.copies import LAYER, hide_traces, show_traces
 from diffsparse.seam.models import Inputs, argument_names, patch_of, spec_of
 from diffsparse.seam.parallel import shard_of
@@ -105,7 +106,7 @@ class _PassHook:
         else:
             self._begin(model, inputs)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def _begin(self, model: Module, inputs: Inputs) -> None:
         run = self.run
         run.grid = run.spec.grid(self.patch, inputs).grid()

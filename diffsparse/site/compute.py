@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -53,19 +52,19 @@ class DenseBackend(NamedTuple):
 
 
 def multiply(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site) -> tuple[Tensor, Tensor]:
-    """Output [B, H, N, D] and LSE [B, H, N] of a sparse product by our kernels; tokens as the lists count them."""
-    lists, scale, keys, means = blocks.lists, site.scale, site.key_mask, blocks.means
+    """Output [B, H, N, D] and LSE [B, H, N] of a sparse product by our kernels, which is the call's own."""
     with kernels.record() as ran:
-        if blocks.bits < 16:
-            found = kernels.quantised_attention(
-                q, k, v, lists, bits=blocks.bits, scale=scale, key_mask=keys, means=means
-            )
-        else:
-            found = kernels.block_sparse_attention(
-                q, k, v, lists, scale=scale, key_mask=keys, boxes=blocks.boxes, means=means
-            )
+        found = _multiplied(q, k, v, blocks, site)
     site.record.ran_sparse(site.density(blocks, q.shape[1]), ran[0].name, ran[0].passed_over)
     return found
+
+
+def _multiplied(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site) -> tuple[Tensor, Tensor]:
+    """Output and LSE, tokens as the lists count them."""
+    lists, scale, keys, means = blocks.lists, site.scale, site.key_mask, blocks.means
+    if blocks.bits < 16:
+        return kernels.quantised_attention(q, k, v, lists, bits=blocks.bits, scale=scale, key_mask=keys, means=means)
+    return kernels.block_sparse_attention(q, k, v, lists, scale=scale, key_mask=keys, boxes=blocks.boxes, means=means)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +151,7 @@ class Site(Place):
     def compare(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         """What `sparse` would give, for comparison: never dense, and counted as work beside the call's."""
         self.record.beside += self.density(blocks, q.shape[1])
-        return multiply(q, k, v, blocks, replace(self, record=copy(self.record)))[0]
+        return _multiplied(q, k, v, blocks, self)[0]
 
     def density(self, blocks: Blocks, heads: int) -> Tensor:
         """Share of dense attention that a product of `heads` heads computes: 0-dim, on the device of the lists."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from diffsparse.errors import ConfigError, UnknownNameError, closest
 from diffsparse.plans.plan import Plan
 from diffsparse.strategies.adaspa import AdaSpa
-from diffsparse.strategies.base import Foreign, Strategy, as_strategy
+from diffsparse.strategies.base import Strategy, as_given, as_strategy
 from diffsparse.strategies.compensated import Compensated
 from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.digest import Digest
@@ -61,7 +61,7 @@ def name_of(strategy: object) -> str:
     """The name under which `parse` knows the strategy; of others, that of the class in small letters."""
     if isinstance(strategy, Compensated):
         return f"{name_of(strategy.strategy)}+{strategy.by}"
-    cls = type(strategy.inner if isinstance(strategy, Foreign) else strategy)
+    cls = type(as_given(strategy))
     return next((name for name, known in STRATEGIES.items() if known is cls), cls.__name__.lower())
 
 

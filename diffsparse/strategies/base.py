@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import ParamSpec, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -16,6 +16,8 @@ from diffsparse.schedule import Schedule
 from diffsparse.site.compute import Method, Site
 from diffsparse.strategies.work import Kind, Outline, Step
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Models = Mapping[str, nn.Module]  # the transformers of a pipeline, by their names there
 
 _ASKED = ("order", "block", "sparsity", "needs_grid")
@@ -147,8 +149,7 @@ class Foreign(Strategy):
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The object's own, if it has one."""
-        out: Tensor = getattr(self.inner, "observe", super().observe)(q, k, v, site)
-        return out
+        return self._method("observe", super().observe)(q, k, v, site)
 
     @property
     def observes(self) -> bool:
@@ -157,19 +158,20 @@ class Foreign(Strategy):
 
     def check(self, models: Models) -> None:
         """The object's own, if it has one."""
-        check = getattr(self.inner, "check", None)
-        if check is not None:
-            check(models)
+        self._method("check", super().check)(models)
 
     def expected(self, run: Outline) -> list[Step]:
         """The object's own, if it has one."""
-        steps: list[Step] = getattr(self.inner, "expected", super().expected)(run)
-        return steps
+        return self._method("expected", super().expected)(run)
 
     def facts(self) -> dict[str, str]:
         """The object's own, if it has some."""
-        facts: dict[str, str] = getattr(self.inner, "facts", super().facts)()
-        return facts
+        return self._method("facts", super().facts)()
+
+    def _method(self, name: str, default: Callable[P, R]) -> Callable[P, R]:
+        """The object's method of that name; the default where it has none, or None."""
+        own: Callable[P, R] | None = getattr(self.inner, name, None)
+        return default if own is None else own
 
     def __repr__(self) -> str:
         return repr(self.inner)
@@ -194,6 +196,11 @@ def as_strategy(strategy: object) -> Strategy:
             f"a strategy is an object with a method attend(q, k, v, site), such as AdaSpa(); got {strategy!r}"
         )
     return Foreign(cast(Attending, strategy))
+
+
+def as_given(strategy: object) -> object:
+    """The object that `as_strategy` was given."""
+    return strategy.inner if isinstance(strategy, Foreign) else strategy
 
 
 def in_order(strategy: Strategy, method: Method, qkv: tuple[Tensor, Tensor, Tensor], site: Site) -> Tensor:

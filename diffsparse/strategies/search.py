@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffsparse.plans.sealed import Values
 from diffsparse.plans.sums import LayerSums, Sums
+from diffsparse.schedule import evenly_spread
 from diffsparse.site.compute import Site
 from diffsparse.strategies.base import Strategy
 
@@ -51,4 +52,4 @@ def sums_of(sums: Sums, site: Site) -> LayerSums:
 
 def is_sampled(site: Site, count: int) -> bool:
     """Whether this step is one of `count` evenly spread ones; all are if the length of the run is unknown."""
-    return not site.steps or site.step in {(2 * i + 1) * site.steps // (2 * count) for i in range(count)}
+    return not site.steps or site.step in evenly_spread(count, site.steps)

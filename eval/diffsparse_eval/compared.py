@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import diffsparse
 from diffsparse import Dense, Handle, Preset, Schedule
 from diffsparse.strategies import SEARCHES, Compensated, Strategy, as_strategy, knobs_of, name_of
-from diffsparse.strategies.base import Foreign
+from diffsparse.strategies.base import as_given
 from diffsparse.strategies.planned import Planned
 
 if TYPE_CHECKING:
@@ -84,6 +84,6 @@ def _knobs(strategy: Strategy) -> Iterator[tuple[str, object, object]]:
             value = settings.get(name, default)
             yield name, tuple(value) if isinstance(value, list) else value, default
     else:
-        own = strategy.inner if isinstance(strategy, Foreign) else strategy
+        own = as_given(strategy)
         for name, default in knobs_of(type(own)).items():
             yield name, vars(own)[name], default

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffsparse.files import write_csv, write_text
 from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.rows import DEFINITIONS, ResultRow, flat, number
-from diffsparse_eval.tables import markdown_table
+from diffsparse_pipelines.tables import markdown_table
 
 # column -> (heading, digits)
 _COLUMNS = {

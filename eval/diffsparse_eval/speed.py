@@ -18,17 +18,18 @@ from diffsparse.errors import ConfigError
 from diffsparse.files import if_stopped, write_csv, write_text
 from diffsparse.insight.cost import Estimate, Flops, flops
 from diffsparse.strategies import as_strategy
+from diffsparse.strategies.base import as_given
 from diffsparse.strategies.work import KINDS, Kind
 from diffsparse_eval import environment, metrics
 from diffsparse_eval.compared import label, sparsity_of
 from diffsparse_eval.experiment import Results, Settings, dense_backend
 from diffsparse_eval.report import meanings
 from diffsparse_eval.rows import SPEED_DEFINITIONS, SpeedRow, StepSeconds, flat, number
-from diffsparse_eval.tables import markdown_table
 from diffsparse_eval.timing import Stopwatch
 from diffsparse_pipelines import machine
 from diffsparse_pipelines.architectures import Architecture, MinimalPipeline, inputs
 from diffsparse_pipelines.preflight import grid_tokens, layout
+from diffsparse_pipelines.tables import markdown_table
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -167,7 +168,7 @@ def measure(
     return rows
 
 
-def sampled_steps(test: SpeedTest, strategy: Strategy) -> dict[Kind, int]:
+def timed_steps(test: SpeedTest, strategy: Strategy) -> dict[Kind, int]:
     """The first step of each kind: those that are run. Dense steps are the same for all strategies."""
     listed = strategy.kinds(test.schedule, test.steps)
     wanted = [kind for kind in KINDS if kind in listed and (kind != "dense" or strategy == Dense())]
@@ -177,7 +178,7 @@ def sampled_steps(test: SpeedTest, strategy: Strategy) -> dict[Kind, int]:
 def count_passes(test: SpeedTest, missing: list[Strategy]) -> int:
     """Forward passes that `run` will make."""
     compared = dict.fromkeys([Dense(), *missing])
-    return (test.rounds + 1) * sum(len(sampled_steps(test, strategy)) for strategy in compared)
+    return (test.rounds + 1) * sum(len(timed_steps(test, strategy)) for strategy in compared)
 
 
 class _Timer:
@@ -205,7 +206,7 @@ class _Timer:
     def passes(self, strategy: Strategy) -> tuple[Passes, Report]:
         """One pass of each kind."""
         test = self.test
-        steps, seconds = sampled_steps(test, strategy), dict[Kind, float]()
+        steps, seconds = timed_steps(test, strategy), dict[Kind, float]()
         self.pipe.begin()
         with diffsparse.apply(self.pipe, strategy, schedule=test.schedule, strict=test.strict) as handle:
             for kind, step in steps.items():
@@ -238,7 +239,7 @@ def _row(
     return {
         "model": test.name,
         "weights": "random",
-        "strategy": type(strategy).__name__.lower(),
+        "strategy": type(as_given(strategy)).__name__.lower(),
         "label": label(strategy),
         "arguments": repr(strategy),
         "sparsity": sparsity_of(strategy),

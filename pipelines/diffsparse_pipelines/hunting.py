@@ -22,6 +22,7 @@ from diffsparse.guidance.preset import Preset
 from diffsparse.seam.targets import models_of
 from diffsparse_pipelines import generation, media
 from diffsparse_pipelines.progress import bar, say, show_table, terminal
+from diffsparse_pipelines.tables import markdown_table
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -213,8 +214,7 @@ def markdown(preset: Preset) -> str:
         f"{preset.head_strength:g}, scale {preset.head_scale:g}"
     )
     chosen = ", ".join(f"{head} ({score:.4f})" for head, score in about["score"]["when chosen"].items())
-    cells = [list(_HEADINGS), ["---", *["---:"] * (len(_HEADINGS) - 1)], *_rows(preset)]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in cells)
+    table = markdown_table(_HEADINGS, _rows(preset))
     return f"{line}\n\nHeads, with the score of the set when each joined: {chosen}\n\n{table}\n"
 
 

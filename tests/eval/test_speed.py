@@ -26,10 +26,10 @@ TWIN = SpeedTest("tiny-twin", architecture("tiny-twin"), (9, 32, 32), 50, 2)
 
 
 def test_one_step_of_each_kind_is_sampled() -> None:
-    assert speed.sampled_steps(TWIN, AdaSpa()) == {"search": 9, "sparse": 10, "refresh": 29}
-    assert speed.sampled_steps(TWIN, Dense()) == {"dense": 0}
-    assert speed.sampled_steps(replace(TWIN, schedule=Schedule(0)), Random()) == {"sparse": 0}
-    tailed = speed.sampled_steps(TWIN, Compensated(AdaSpa(), "tail"))
+    assert speed.timed_steps(TWIN, AdaSpa()) == {"search": 9, "sparse": 10, "refresh": 29}
+    assert speed.timed_steps(TWIN, Dense()) == {"dense": 0}
+    assert speed.timed_steps(replace(TWIN, schedule=Schedule(0)), Random()) == {"sparse": 0}
+    tailed = speed.timed_steps(TWIN, Compensated(AdaSpa(), "tail"))
     assert tailed == {"search": 9, "tail": 10, "sparse": 11, "refresh": 29}
     assert speed.count_passes(TWIN, [AdaSpa(), Random()]) == 4 * (1 + 3 + 1)
 

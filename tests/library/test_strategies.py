@@ -16,7 +16,7 @@ from diffsparse.errors import ConfigError
 from diffsparse.insight.inspection import sampled_steps
 from diffsparse.site.compute import Blocks, Site
 from diffsparse.strategies import STRATEGIES, name_of, parse
-from diffsparse.strategies.base import Foreign, Strategy, Wrapper, as_strategy
+from diffsparse.strategies.base import Foreign, Strategy, Wrapper, as_given, as_strategy
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_eval import compared
 from diffsparse_kernels import BlockLists
@@ -165,6 +165,7 @@ def test_strangers_in_the_table_are_named_and_compared(monkeypatch: pytest.Monke
     assert [compared.label(x) for x in (*plain, *other)] == ["duck", "duck block=32"]
     assert compared.sparsity_of(plain[0]) is None
     assert plain == parse("duck")
+    assert [type(as_given(x)) for x in (*plain, Random())] == [Duck, Random]
     assert sampled_steps(Duck(), Schedule(1), 4, 1) == {2}
 
 

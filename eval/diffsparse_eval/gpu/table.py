@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from diffsparse_eval.rows import AccountFacts, AccountRow
-from diffsparse_eval.tables import markdown_table
+from diffsparse_pipelines.tables import markdown_table
 
 _LONGEST = 95
 _ROOT = Path(__file__).parents[3]
