@@ -29,8 +29,10 @@ def best_recall(mass: Tensor, sparsity: float) -> Tensor:
     return torch.stack((best.sum((0, 2, 3)), mass.sum((0, 2, 3))))
 
 
-def order_masses(q: Tensor, k: Tensor, lse: Tensor, site: Site, orders: tuple[str, ...], block: int) -> list[Tensor]:
-    """Softmax mass of the blocks, float32 [B, H, n, n], with the tokens of q, k [B, H, N, D] in each of the orders."""
+def order_masses(
+    q: Tensor, k: Tensor, lse: Tensor, site: Site, orders: tuple[str, ...], block: kernels.Block
+) -> list[Tensor]:
+    """Softmax mass of the blocks, float32 [B, H, nQ, nK], with the tokens of q, k [B, H, N, D] in each order."""
     found = []
     for order in orders:
         if order == RASTER:
@@ -70,7 +72,7 @@ class Inspector(Wrapper):
         steps: sampled ones, from 0.
         orders: candidates; raster order is always among them.
         sparsity: at which recall is measured.
-        block: edge of a block in tokens, None for the machine's default.
+        block: tokens of a block, or its queries and keys; None for the machine's default.
         layers: which self-attention layers, by number in the order of running; None for all.
 
     Raises:
@@ -78,7 +80,7 @@ class Inspector(Wrapper):
     """
 
     sparsity: float
-    block: int
+    block: kernels.Block
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class Inspector(Wrapper):
         *,
         orders: tuple[str, ...] = AXES,
         sparsity: float = 0.8,
-        block: int | None = None,
+        block: kernels.Block | None = None,
         layers: Collection[int] | None = None,
     ) -> None:
         self.orders = tuple(dict.fromkeys((RASTER, *orders)))
@@ -176,12 +178,12 @@ class LayerView:
     number: of the layer, in the order of running.
     orders: candidates.
     recall: mass in the best blocks of each row, in each order, [orders, H].
-    mass: block maps in each order, [orders, H, c, c], 1 where attention would be uniform.
+    mass: block maps in each order, [orders, H, rows, columns], 1 where attention would be uniform.
     own_orders: the strategy's order of each head.
     chosen: mass that the strategy's blocks hold, [H]; None, as all that follows, if it didn't choose at these steps.
     density: their share of all blocks, [H].
-    own: block maps in the strategy's order, [H, c, c].
-    kept: share of the calls in which a block is computed, [H, c, c].
+    own: block maps in the strategy's order, [H, rows, columns].
+    kept: share of the calls in which a block is computed, [H, rows, columns].
     """
 
     model: str
@@ -233,13 +235,13 @@ def _own_orders(strategy: Strategy, model: str, layer: str, heads: int) -> tuple
 
 
 def _relative(mass: Tensor) -> Tensor:
-    """Maps [..., c, c] in units of uniform attention."""
+    """Maps [..., rows, columns] in units of uniform attention."""
     mean: Tensor = mass.mean((-2, -1), keepdim=True)
     return mass / mean.clamp(min=torch.finfo(mass.dtype).tiny)
 
 
 def _pooled(blocks: Tensor) -> Tensor:
-    """Block maps [B, H, nQ, nK] -> [H, c, c]: means over the batch, and over blocks where there are more than CELLS."""
+    """Block maps [B, H, nQ, nK] -> [H, rows, columns], at most CELLS of each: means over the batch and over blocks."""
     rows, columns = (min(n, CELLS) for n in blocks.shape[-2:])
     return F.adaptive_avg_pool2d(blocks.mean(0), (rows, columns))
 

@@ -9,6 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from diffsparse_kernels import Block, edges
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -97,12 +99,12 @@ class Layout:
         """bool [blocks]: the blocks that hold at least one text token that is not plain."""
         return _text_blocks(self, block)
 
-    def text_sink(self, block: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
-        """bool [blocks, blocks]: rows and columns that hold text and so are never dropped (None without text)."""
+    def text_sink(self, block: Block, device: torch.device | str = "cpu") -> torch.Tensor | None:
+        """bool [nQ, nK]: rows and columns that hold text and so are never dropped (None without text)."""
         if self.text_before + self.text_after == self.plain_before + self.plain_after:
             return None
-        text = self.text_blocks(block).to(device, non_blocking=True)
-        return text[:, None] | text[None, :]
+        rows, columns = (self.text_blocks(edge).to(device, non_blocking=True) for edge in edges(block))
+        return rows[:, None] | columns
 
     def __str__(self) -> str:
         text = f" + {self.text_before}|{self.text_after} text" if self.has_text else ""

@@ -114,25 +114,32 @@ class Site(Place):
         self._ran_search(ran[0], reason)
         return found
 
-    def dense_with_mass(self, q: Tensor, k: Tensor, v: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    def dense_with_mass(self, q: Tensor, k: Tensor, v: Tensor, block: kernels.Block) -> tuple[Tensor, Tensor, Tensor]:
         """Dense attention, its log-sum-exp and the `block_mass` that goes with it: a fused search."""
+        q_block, kv_block = kernels.edges(block)
         with kernels.record() as ran:
             found = kernels.attention_with_mass(
-                q, k, v, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask
+                q, k, v, q_block=q_block, kv_block=kv_block, scale=self.scale, key_mask=self.key_mask
             )
         self._ran_search(ran[0], "search")
         self.record.beside += MASS_PASS
         return found
 
-    def block_mass(self, q: Tensor, k: Tensor, lse: Tensor, block: int) -> Tensor:
+    def block_mass(self, q: Tensor, k: Tensor, lse: Tensor, block: kernels.Block) -> Tensor:
         """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK]; `lse` may be of an earlier step."""
         self.record.beside += MASS_PASS
-        return kernels.block_mass(q, k, lse, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask)
+        q_block, kv_block = kernels.edges(block)
+        return kernels.block_mass(
+            q, k, lse, q_block=q_block, kv_block=kv_block, scale=self.scale, key_mask=self.key_mask
+        )
 
-    def means_mass(self, q: Tensor, k: Tensor, lse: Tensor, block: int) -> Tensor:
+    def means_mass(self, q: Tensor, k: Tensor, lse: Tensor, block: kernels.Block) -> Tensor:
         """`block_mass` by the mean keys of the blocks alone: never more, but for rounding."""
-        self.record.beside += MASS_PASS / block
-        return kernels.means_mass(q, k, lse, q_block=block, kv_block=block, scale=self.scale, key_mask=self.key_mask)
+        q_block, kv_block = kernels.edges(block)
+        self.record.beside += MASS_PASS / kv_block
+        return kernels.means_mass(
+            q, k, lse, q_block=q_block, kv_block=kv_block, scale=self.scale, key_mask=self.key_mask
+        )
 
     def sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | kernels.BlockLists) -> Tensor:
         """Block-sparse attention [B, H, N, D]; dense, with the reason reported, where that is faster."""
@@ -185,8 +192,8 @@ class Site(Place):
 
     def _break_even(self, q: Tensor, lists: kernels.BlockLists) -> float:
         """Density above which dense attention is faster."""
-        masked = self.key_mask is not None
-        return kernels.break_even(q.device, q.dtype, q.shape[-1], lists.kv_block, q.shape[2], masked)
+        masked, block = self.key_mask is not None, (lists.q_block, lists.kv_block)
+        return kernels.break_even(q.device, q.dtype, q.shape[-1], block, q.shape[2], masked)
 
     def _computed(self, lists: kernels.BlockLists) -> Tensor:
         """Share of dense attention in the listed blocks; gaps of tiles are computed too."""

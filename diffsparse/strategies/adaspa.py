@@ -29,7 +29,7 @@ class AdaSpa(OnlineSearch):
     sparsity: share of blocks dropped, in [0, 1).
     searches: later searches; an int is a step counted from 0, a float a fraction of the run. The default is the
         paper's step 30 of 50. Runs of ten steps or fewer skip fractions: their few sparse steps don't repay one.
-    block: edge of a block in tokens, the paper's 64.
+    block: tokens of a block, or its queries and keys; the paper's 64.
     head_adaptive: give heads that hold their mass in few blocks a sparsity of (1+s)/2, as many of the others
         (3s-1)/2, and leave the rest at s (section 4.3). The mean is s: where others can't be lowered as far (s below
         1/3), or those would keep less than a block, both move by less.
@@ -45,8 +45,8 @@ class AdaSpa(OnlineSearch):
       Padded text has no mass.
     - Each sample of a batch has its own blocks, and so has each guidance branch.
     - A layer that first runs late (the second expert of Wan 2.2) makes its first search there, densely.
-    - Kept between steps, for each layer, branch and sample: 4HN bytes of LSE and 4H(N/block)^2 (1 - s) of blocks;
-      a search needs 4H(N/block)^2 more for a moment.
+    - Kept between steps, for each layer, branch and sample: 4HN bytes of LSE and 4H nQ nK (1 - s) of blocks, nQ
+      rows of nK; a search needs 4H nQ nK more for a moment.
     """
 
     head_adaptive: bool = True

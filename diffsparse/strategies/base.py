@@ -15,6 +15,7 @@ from diffsparse.orders.per_head import HeadOrders
 from diffsparse.schedule import Schedule
 from diffsparse.site.compute import Method, Site
 from diffsparse.strategies.work import Kind, Outline, Step
+from diffsparse_kernels import Block, edges
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,13 +32,13 @@ class Strategy(ABC):
 
     order: of the tokens when `attend` is called, a name of `diffsparse.orders`; "auto" finds each head's own and wants
         `block` too.
-    block: edge of its blocks in tokens.
+    block: tokens of a block, or its queries and keys.
     sparsity: share of the blocks that it drops; None if that is not known beforehand.
     needs_grid: it means nothing where the tokens' places on the grid are unknown; such calls run dense.
     """
 
     order: str = RASTER
-    block: int | None = None
+    block: Block | None = None
     sparsity: float | None = None
     needs_grid: bool = False
 
@@ -229,6 +230,7 @@ def found_orders(strategy: Strategy, site: Site) -> tuple[str, ...]:
 
 
 def _block_of(strategy: Strategy) -> int:
+    """Tokens that an order gathers: a block of keys."""
     if strategy.block is None:
         raise ConfigError(f"order 'auto' wants a strategy with a block; {strategy!r} has none")
-    return strategy.block
+    return edges(strategy.block)[1]

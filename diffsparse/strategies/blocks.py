@@ -8,6 +8,7 @@ from fractions import Fraction
 from diffsparse.errors import ConfigError
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import exact, nearest
+from diffsparse_kernels import Block, edges
 
 MOST_BLOCK = 4096  # tokens: a larger one is attention over all of them, at the price of padding
 
@@ -18,10 +19,33 @@ def check_share(name: str, value: float) -> None:
         raise ConfigError(f"{name} wants a number in [0, 1), the share of blocks to drop; got {value!r}")
 
 
-def check_block(block: int) -> None:
-    """Raise ConfigError unless `block` is a positive whole number of tokens, and none beyond all use."""
-    if not isinstance(block, int) or isinstance(block, bool) or not 1 <= block <= MOST_BLOCK:
-        raise ConfigError(f"block wants a number of tokens from 1 to {MOST_BLOCK}, such as 64 or 128; got {block!r}")
+def check_block(block: Block) -> None:
+    """Raise ConfigError unless `block` is a positive whole number of tokens, and none beyond all use, or two of them.
+
+    Of two, those of queries and of keys, one divides the other: each larger block is then a run of whole smaller ones,
+    so that no border of one kind cuts what an order of the tokens, or the end of the text, has put into the other.
+    """
+    pair = edges(block)
+    if len(pair) != 2 or not all(type(edge) is int and 1 <= edge <= MOST_BLOCK for edge in pair):
+        raise ConfigError(
+            f"block wants a number of tokens from 1 to {MOST_BLOCK}, such as 64 or 128, or two of them, of queries and "
+            f"of keys, such as (128, 64); got {block!r}"
+        )
+    if max(pair) % min(pair):
+        raise ConfigError(
+            f"block wants queries and keys of which one divides the other, such as (128, 64), so that each larger "
+            f"block is a run of whole smaller ones; got {block!r}"
+        )
+
+
+def check_square(block: Block) -> None:
+    """Raise ConfigError unless `block` is one number: some methods have the same blocks for queries and for keys."""
+    check_block(block)
+    if isinstance(block, tuple):
+        raise ConfigError(
+            f"block wants one number of tokens here, such as {min(block)}: windows and plans are of square "
+            f"blocks; got {block!r}"
+        )
 
 
 def check_count(name: str, value: int) -> None:
@@ -41,20 +65,23 @@ def keep_count(sparsity: float | Fraction, blocks: int) -> int:
     return max(1, nearest((1 - exact(sparsity)) * blocks))
 
 
-def row_density(sparsity: float, block: int, layout: Layout | None) -> float:
+def row_density(sparsity: float, block: Block, layout: Layout | None) -> float:
     """Share of blocks computed if each row keeps `keep_count` of them, those with text first, and rows of text all."""
     if layout is None:
         return 1 - sparsity
-    blocks, text = layout.blocks(block), _text(layout, block)
-    return (text * blocks + (blocks - text) * max(keep_count(sparsity, blocks), text)) / blocks**2
+    (rows, text_rows), (columns, text_columns) = (_counts(layout, edge) for edge in edges(block))
+    kept = max(keep_count(sparsity, columns), text_columns)
+    return (text_rows * columns + (rows - text_rows) * kept) / (rows * columns)
 
 
-def with_text(density: float, block: int, layout: Layout | None) -> float:
+def with_text(density: float, block: Block, layout: Layout | None) -> float:
     """Share of blocks computed where a share `density` is chosen without regard to text, whose blocks are kept too."""
     if layout is None:
         return density
-    return 1 - (1 - density) * (1 - _text(layout, block) / layout.blocks(block)) ** 2
+    (rows, text_rows), (columns, text_columns) = (_counts(layout, edge) for edge in edges(block))
+    return 1 - (1 - density) * (1 - text_rows / rows) * (1 - text_columns / columns)
 
 
-def _text(layout: Layout, block: int) -> int:
-    return int(layout.text_blocks(block).sum())
+def _counts(layout: Layout, edge: int) -> tuple[int, int]:
+    """Blocks of `edge` tokens, and those of them that hold text."""
+    return layout.blocks(edge), int(layout.text_blocks(edge).sum())

@@ -14,7 +14,7 @@ from diffsparse.site.compute import Blocks, Product, Site
 from diffsparse.strategies.base import Strategy, Wrapper, as_strategy, is_attending
 from diffsparse.strategies.digest import Digest
 from diffsparse.strategies.work import Kind, Outline, Step
-from diffsparse_kernels import BlockLists, merge_attention
+from diffsparse_kernels import BlockLists, edges, merge_attention
 
 _WAYS = ("means", "tail")
 _SPARSE = ("sparse", "refresh")  # kinds of steps that drop blocks
@@ -26,7 +26,7 @@ class Compensated(Wrapper):
 
     by: "means": each dropped block stands in the same softmax as its mean key and mean value, weighted by its number of
         keys, as in PISA (arXiv 2602.01077), Sol-Attn (2607.24027) and, with centroids, SVG-EAR (2603.08982). Costs
-        about 1 / block of dense attention at every step, and no memory.
+        about one key for each block at every step, and no memory.
         "tail": output and normaliser of what is left out are kept and merged, as in FlashBlock (2602.05305). The first
         sparse step after each choice of blocks runs dense too, and keeps for each query what the dropped blocks gave:
         O_rest = (O - w O_s) / (1 - w) with w = exp(LSE_s - LSE). Later steps merge it by its LSE.
@@ -56,7 +56,7 @@ class Compensated(Wrapper):
     def _with_means(self, step: Step) -> Step:
         if step.kind not in _SPARSE or step.density is None or self.block is None:
             return step
-        return replace(step, density=step.density + (1 - step.density) / self.block)
+        return replace(step, density=step.density + (1 - step.density) / edges(self.block)[1])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The strategy's attention over q, k, v [B, H, N, D], each sparse product compensated."""

@@ -17,7 +17,7 @@ from diffsparse.site.record import MASS_PASS
 from diffsparse.strategies.blocks import with_text
 from diffsparse.strategies.online import OnlineSearch
 from diffsparse.strategies.work import Outline
-from diffsparse_kernels import block_means, select_heads, spread
+from diffsparse_kernels import block_means, edges, select_heads, spread
 
 _LEAST = 1e-3  # of the blocks, beside the best of each row
 
@@ -87,9 +87,10 @@ class Digest(OnlineSearch):
     def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The blocks of the layer with the largest shortfall of their means, bool [B, H, nQ, nK]."""
         shortfall = (mass - site.means_mass(q, k, site.memory["lse"], self.block)).clamp(min=0)
-        rows = (q.shape[2] - self.block * torch.arange(mass.shape[2], device=q.device)).clamp(max=self.block)
+        q_block, _ = edges(self.block)
+        rows = (q.shape[2] - q_block * torch.arange(mass.shape[2], device=q.device)).clamp(max=q_block)
         shortfall *= rows[:, None] / mass.sum(-1, keepdim=True).clamp(min=1e-30)  # 1, but for the drift of the LSE
-        shortfall *= spread(v, self.block, site.key_mask)[:, :, None]
+        shortfall *= spread(v, self._keys, site.key_mask)[:, :, None]
         share = self._share(self.density(site.steps, site.memory["first"]))
         shortfall = site.shard.all_heads(shortfall)  # one threshold for the heads of all ranks
         mask = site.shard.own(select_heads(shortfall.flatten(1, 2)[:, None], share).view_as(shortfall), 1)
@@ -115,19 +116,19 @@ class Digest(OnlineSearch):
     def _sparse_density(self, run: Outline) -> float:
         share = self._share(self.density(run.steps, run.search or 0))
         if run.layout is not None:
-            share = with_text(max(share, 1 / run.layout.blocks(self.block)), self.block, run.layout)  # a row its best
-        return share + (1 - share) / self.block
+            share = with_text(max(share, 1 / run.layout.blocks(self._keys)), self.block, run.layout)  # a row its best
+        return share + (1 - share) / self._keys
 
     def _beside(self, run: Outline) -> tuple[float, float]:
         """Masses of blocks and of means; and in dense searches the product that gives the residual."""
-        masses = MASS_PASS * (1 + 1 / self.block)
+        masses = MASS_PASS * (1 + 1 / self._keys)
         compared = self._sparse_density(run) if self._lifetime(run.steps, run.search or 0) else 0.0
         return masses + compared, masses
 
     def _affordable(self, residual: Tensor, site: Site) -> tuple[Tensor, int]:
         """Means over groups of as few tokens as the memory allows, and how many those are."""
         wanted = site.layers * residual[0].nbytes / 2**30
-        group = math.ceil(min(wanted / self.memory, self.block)) if self.memory else self.block
+        group = math.ceil(min(wanted / self.memory, self._keys)) if self.memory else self._keys
         if group <= 1:
             return residual, 1
         site.record.note = (
@@ -145,8 +146,13 @@ class Digest(OnlineSearch):
 
     def _share(self, density: float) -> float:
         """Of the blocks, so that with one key for each of the others `density` is computed."""
-        mean = 1 / self.block
-        return max((density - mean) / (1 - mean), _LEAST) if self.block > 1 else 1.0
+        mean = 1 / self._keys
+        return max((density - mean) / (1 - mean), _LEAST) if self._keys > 1 else 1.0
+
+    @property
+    def _keys(self) -> int:
+        """Keys of a block, which a mean stands for."""
+        return edges(self.block)[1]
 
 
 def _left(steps: int | None, first: int) -> int:

@@ -14,7 +14,7 @@ from diffsparse.site.record import MASS_PASS
 from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_share, row_density
 from diffsparse.strategies.work import Outline, Step
-from diffsparse_kernels import BlockLists, default_block
+from diffsparse_kernels import Block, BlockLists, default_block, edges
 
 _FEW_STEPS = 10
 
@@ -30,12 +30,12 @@ class OnlineSearch(Strategy):
     sparsity: share of blocks dropped, in [0, 1).
     searches: later searches; an int is a step counted from 0, a float a fraction of the run. Runs of ten steps or
         fewer skip fractions: their few sparse steps don't repay one.
-    block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
+    block: tokens of a block, or its queries and keys; by default 128 on a machine with a GPU, else 64.
     """
 
     sparsity: float = 0.8
     searches: tuple[int | float, ...] = (0.6,)
-    block: int = field(default_factory=default_block)
+    block: Block = field(default_factory=default_block)
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)
@@ -112,8 +112,8 @@ class OnlineSearch(Strategy):
     def _search(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> None:
         mask = self.choose(mass, q, k, v, site)
         site.record.searched(recall_of(mass, mask))
-        n = site.layout.tokens
-        lists = BlockLists.from_mask(mask, q_block=self.block, kv_block=self.block, q_len=n, kv_len=n)
+        n, (q_block, kv_block) = site.layout.tokens, edges(self.block)
+        lists = BlockLists.from_mask(mask, q_block=q_block, kv_block=kv_block, q_len=n, kv_len=n)
         site.memory.update(lists=lists, searched=site.step)
 
 

@@ -13,7 +13,7 @@ from diffsparse.site.compute import Site
 from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_share, keep_count, row_density
 from diffsparse.strategies.work import Outline, Step
-from diffsparse_kernels import BlockLists, default_block, select_rows
+from diffsparse_kernels import Block, BlockLists, default_block, edges, select_rows
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Random(Strategy):
 
     sparsity: share of blocks dropped, in [0, 1). Blocks that hold text are always kept.
     seed: which blocks; they differ by layer and head, and stay the same over steps, branches and runs.
-    block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
+    block: tokens of a block, or its queries and keys; by default 128 on a machine with a GPU, else 64.
     order: of the tokens (`diffsparse.orders`).
     """
 
     sparsity: float = 0.8
     seed: int = 0
-    block: int = field(default_factory=default_block)
+    block: Block = field(default_factory=default_block)
     order: str = RASTER
 
     def __post_init__(self) -> None:
@@ -49,11 +49,13 @@ class Random(Strategy):
         return run.constant(row_density(self.sparsity, self.block, run.layout))
 
     def _draw(self, q: Tensor, site: Site) -> BlockLists:
-        n = site.layout.blocks(self.block)
+        tokens, (q_block, kv_block) = site.layout.tokens, edges(self.block)
+        rows, columns = site.layout.blocks(q_block), site.layout.blocks(kv_block)
         # Drawn on the CPU, so that every device gets the same blocks.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + site.index)
-        scores = torch.rand(1, q.shape[1] * site.shard.degree, n, n, generator=generator)  # of all ranks, so that each
+        scores = torch.rand(
+            1, q.shape[1] * site.shard.degree, rows, columns, generator=generator
+        )  # of all ranks, so that each
         scores = site.shard.own(scores, 1).to(q.device)  # head gets its own, [1, H, nQ, nK]
-        mask = select_rows(scores, keep_count(self.sparsity, n), site.layout.text_sink(self.block, q.device))
-        tokens = site.layout.tokens
-        return BlockLists.from_mask(mask, q_block=self.block, kv_block=self.block, q_len=tokens, kv_len=tokens)
+        mask = select_rows(scores, keep_count(self.sparsity, columns), site.layout.text_sink(self.block, q.device))
+        return BlockLists.from_mask(mask, q_block=q_block, kv_block=kv_block, q_len=tokens, kv_len=tokens)

@@ -17,6 +17,7 @@ from diffsparse.strategies import as_strategy
 from diffsparse_eval import charts
 from diffsparse_eval.compared import label, sparsity_of
 from diffsparse_eval.rows import SCHEMA, SCHEMA_KEY, HeadRow, InspectionFacts
+from diffsparse_kernels import Block, written
 from diffsparse_pipelines import generation
 from diffsparse_pipelines.preflight import argument
 
@@ -52,12 +53,12 @@ class Sampling:
     orders: tuple[str, ...] = AXES
     layers: tuple[int, ...] | None = None
     sparsity: float | None = None
-    block: int | None = None
+    block: Block | None = None
 
 
 class _Measured(TypedDict, total=False):
     sparsity: float
-    block: int
+    block: Block
 
 
 def inspect(
@@ -139,7 +140,7 @@ def _facts(
         "strategy": repr(inspector.strategy),
         "schedule": repr(schedule),
         "sparsity": inspector.sparsity,
-        "block": inspector.block,
+        "block": written(inspector.block),
         "layout": str(inspector.sums.layout),
         "looks": sorted(step + 1 for step in steps),
         "prompts": prompts,

@@ -162,7 +162,7 @@ def _mass_calls(case: Case, inputs: list[QKV], backend: str, failed: Failed) -> 
     """The mass pass, on log-sum-exps that the backend has made itself; None if it fails."""
     from diffsparse_kernels import attention, block_mass
 
-    mass = partial(block_mass, q_block=case.block, kv_block=case.block, backend=backend)
+    mass = partial(block_mass, q_block=case.q_block, kv_block=case.kv_block, backend=backend)
     try:
         lses = [attention(*qkv, backend=backend)[1] for qkv in inputs]
     except Exception as error:
@@ -228,6 +228,7 @@ def _short(error: Exception) -> str:
 
 def _row(case: Case, device: str, entry: Entry, seconds: float, dense: float) -> BenchRow:
     from diffsparse_eval import environment
+    from diffsparse_kernels import written
 
     share = 0.5 if entry.kind == "mass" else entry.density  # the mass pass has one product of two
     versions = environment.versions()
@@ -240,7 +241,7 @@ def _row(case: Case, device: str, entry: Entry, seconds: float, dense: float) ->
         "heads": case.heads,
         "head_dim": case.head_dim,
         "dtype": case.dtype,
-        "block": case.block,
+        "block": written(case.block),
         "pattern": case.pattern,
         "density": entry.density,
         "ms": seconds * 1e3,

@@ -72,7 +72,8 @@ def label(compared: Compared) -> str:
         if knob == "sparsity":
             parts.append(f"{value:g}")
         elif value != default:
-            parts.append(f"{knob}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
+            joint = "x" if knob == "block" else "+"
+            parts.append(f"{knob}={joint.join(map(str, value)) if isinstance(value, tuple) else value}")
     return " ".join(parts)
 
 

@@ -124,6 +124,7 @@ class BenchRow(TypedDict):
 
     case: name of the case in a suite, or empty.
     kind: dense, mass, sparse, means, raster or ordered.
+    block: tokens of a block, or "128x64", queries and keys.
     pattern: of the block lists, random or ragged.
     density: share of blocks computed.
     ms: median time of a call.
@@ -142,7 +143,7 @@ class BenchRow(TypedDict):
     heads: int
     head_dim: int
     dtype: str
-    block: int
+    block: int | str
     pattern: str
     density: float
     ms: float
@@ -181,6 +182,7 @@ class TilesRow(TypedDict):
 class BreakEvenRow(TypedDict):
     """A row of `break_even.json` in the cache folder.
 
+    block: as in `BenchRow`.
     dense_ms: of torch's dense attention.
     break_even: density above which dense attention is faster than `backend`.
     """
@@ -189,7 +191,7 @@ class BreakEvenRow(TypedDict):
     backend: str
     dtype: str
     head_dim: int
-    block: int
+    block: int | str
     tokens: int
     dense_ms: float
     break_even: float
@@ -284,7 +286,7 @@ class InspectionFacts(TypedDict):
     strategy: str
     schedule: str
     sparsity: float
-    block: int
+    block: int | str
     layout: str
     looks: list[int]
     prompts: list[str]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn.attention import SDPBackend
 
-    from diffsparse_kernels import BlockLists
+    from diffsparse_kernels import Block, BlockLists
 
     QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -20,11 +20,11 @@ _FRAMES = 21  # of the video on which ragged lists are modelled
 
 @dataclass(frozen=True)
 class Case:
-    """One size, of batch 1, with square blocks.
+    """One size, of batch 1.
 
     tokens, heads, head_dim: [1, heads, tokens, head_dim].
     dtype: such as "bfloat16".
-    block: tokens of a block.
+    block: tokens of a block, or its queries and keys.
     sparsities: shares of the blocks that are dropped.
     pattern: "random" keeps equally many blocks in each row, anywhere; "ragged" keeps those that attention over a video
         would: near in space and time, some everywhere, by one threshold a head, so that rows differ in length.
@@ -35,7 +35,7 @@ class Case:
     heads: int
     head_dim: int
     dtype: str
-    block: int
+    block: Block
     sparsities: tuple[float, ...]
     pattern: Pattern = "random"
     name: str = ""
@@ -52,18 +52,34 @@ class Case:
     def lists(self, sparsity: float, device: str) -> BlockLists:
         """The blocks that are kept: (1 - sparsity) of all, about, and at least one in each row."""
         from diffsparse_kernels import BlockLists, select_heads, select_rows
+        from diffsparse_kernels.lists import blocks_of
 
-        mass = (_video_mass if self.pattern == "ragged" else _noise)(self.heads, self._edge).to(device)
+        rows, columns = blocks_of(self.tokens, self.q_block), blocks_of(self.tokens, self.kv_block)
+        mass = (_video_mass if self.pattern == "ragged" else _noise)(self.heads, rows, columns).to(device)
         if self.pattern == "ragged":
             mask = select_heads(mass, 1 - sparsity) | (mass == mass.amax(-1, keepdim=True))
         else:
-            mask = select_rows(mass, max(1, round((1 - sparsity) * self._edge)))
-        sizes = {"q_block": self.block, "kv_block": self.block, "q_len": self.tokens, "kv_len": self.tokens}
+            mask = select_rows(mass, max(1, round((1 - sparsity) * columns)))
+        sizes = {"q_block": self.q_block, "kv_block": self.kv_block, "q_len": self.tokens, "kv_len": self.tokens}
         return BlockLists.from_mask(mask, **sizes)
 
     def shrunk(self, by: int) -> Case:
         """The same case in small, for a machine without a GPU."""
-        return replace(self, tokens=max(self.tokens // by, 2 * self.block + 1), heads=2)
+        return replace(self, tokens=max(self.tokens // by, 2 * max(self.q_block, self.kv_block) + 1), heads=2)
+
+    @property
+    def q_block(self) -> int:
+        """Queries of a block."""
+        from diffsparse_kernels import edges
+
+        return edges(self.block)[0]
+
+    @property
+    def kv_block(self) -> int:
+        """Keys of a block."""
+        from diffsparse_kernels import edges
+
+        return edges(self.block)[1]
 
     @property
     def nbytes(self) -> int:
@@ -76,14 +92,10 @@ class Case:
     @property
     def label(self) -> str:
         """The name, if there is one, and the sizes."""
-        sizes = f"{self.tokens} x {self.heads} x {self.head_dim} in blocks of {self.block}, {self.dtype}"
+        from diffsparse_kernels import written
+
+        sizes = f"{self.tokens} x {self.heads} x {self.head_dim} in blocks of {written(self.block)}, {self.dtype}"
         return f"{self.name}, {self.pattern}, {sizes}" if self.name else sizes
-
-    @property
-    def _edge(self) -> int:
-        from diffsparse_kernels.lists import blocks_of
-
-        return blocks_of(self.tokens, self.block)
 
     @property
     def flops(self) -> float:
@@ -91,22 +103,24 @@ class Case:
         return 4.0 * self.heads * self.tokens**2 * self.head_dim
 
 
-def _noise(heads: int, edge: int) -> torch.Tensor:
+def _noise(heads: int, rows: int, columns: int) -> torch.Tensor:
     import torch
 
-    return torch.rand(1, heads, edge, edge, generator=torch.Generator().manual_seed(1))
+    return torch.rand(1, heads, rows, columns, generator=torch.Generator().manual_seed(1))
 
 
-def _video_mass(heads: int, edge: int) -> torch.Tensor:
+def _video_mass(heads: int, rows: int, columns: int) -> torch.Tensor:
     """Mass that falls with the distance in space and in time, at another rate in each head, under heavy noise."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    place = torch.arange(edge) * _FRAMES / edge
-    frame, within = place.floor(), place.frac()
-    distances = [(x[:, None] - x[None]).abs() for x in (frame / _FRAMES, within)]
+    queries, keys = (torch.arange(count) * _FRAMES / count for count in (rows, columns))  # in frames
+    distances = [
+        (queries.floor()[:, None] - keys.floor()).abs() / _FRAMES,
+        (queries.frac()[:, None] - keys.frac()).abs(),
+    ]
     rate = 2 + 30 * torch.rand(heads, 2, 1, 1, generator=generator)
-    noise = torch.randn(heads, edge, edge, generator=generator).exp()
+    noise = torch.randn(heads, rows, columns, generator=generator).exp()
     mass = (-rate[:, 0] * distances[0] - rate[:, 1] * distances[1]).exp() * noise
     mass[..., 0] += 1.0  # keys that all queries attend to
     return mass[None]

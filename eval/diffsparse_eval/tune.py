@@ -17,7 +17,7 @@ from diffsparse.files import folder, locked, write_json
 from diffsparse_eval.rows import BreakEvenRow, TileRow, TilesRow
 from diffsparse_eval.suites import Case
 from diffsparse_eval.timing import median_seconds
-from diffsparse_kernels import BlockLists, backends, block_sparse_attention, forget_measurements
+from diffsparse_kernels import Block, BlockLists, backends, block_sparse_attention, forget_measurements, written
 from diffsparse_kernels.backend.selftest import Sample, spot_check
 from diffsparse_kernels.machine import cache_folder, device_name
 from diffsparse_kernels.measured import BREAK_EVEN, HEAD_DIMS, TUNED, Tile, read_rows, tiles_for
@@ -29,6 +29,7 @@ _SECONDS = 9.0
 _DENSITIES = (0.25, 0.75)  # time is taken as a straight line through these
 _TRIED = {"cpu": ("cpu",), "cuda": ("gluon", "triton", "flash-attn-4")}  # flex compiles for longer than this may take
 TILES_KEPT = 3  # of each size in the table
+_BLOCKS: tuple[Block, ...] = (128, (128, 64), 64)
 TUNED_DENSITY = 0.3  # of the lists that tiles are timed on
 
 
@@ -66,11 +67,11 @@ def measure_break_even(device: str, seconds: float = _SECONDS) -> tuple[list[Bre
 
 
 def _sizes(kind: str) -> Iterator[Case]:
-    lengths, dtypes, heads = {
-        "cpu": ((1024, 4096), ("float32", "bfloat16"), 1),
-        "cuda": ((8192, 32_768), ("bfloat16",), 8),
+    lengths, blocks, dtypes, heads = {
+        "cpu": ((1024, 4096), (128, 64), ("float32", "bfloat16"), 1),
+        "cuda": ((8192, 32_768), _BLOCKS, ("bfloat16",), 8),
     }[kind]
-    for tokens, block, head_dim, dtype in itertools.product(lengths, (128, 64), (128, 64), dtypes):
+    for tokens, block, head_dim, dtype in itertools.product(lengths, blocks, (128, 64), dtypes):
         yield Case(tokens, heads, head_dim, dtype, block, ())
 
 
@@ -83,7 +84,7 @@ def _break_even_row(case: Case, device: str, backend: str) -> BreakEvenRow:
         "backend": backend,
         "dtype": case.dtype,
         "head_dim": case.head_dim,
-        "block": case.block,
+        "block": written(case.block),
         "tokens": case.tokens,
         "dense_ms": dense * 1e3,
         "break_even": crossing(low, high, dense),
@@ -126,7 +127,7 @@ def tune_tiles(device: str, rounds: int = 7, tokens: int = 8192, heads: int = 8)
     obstacle = backends(torch.device(device))["triton"]
     if obstacle != "available":
         raise ConfigError(f"--tune wants a device with the triton backend; {device}: {obstacle}")
-    sizes = list(itertools.product(HEAD_DIMS, (64, 128)))
+    sizes = list(itertools.product(HEAD_DIMS, _BLOCKS))
     rows = [
         _best_tiles(Case(tokens, heads, head_dim, "bfloat16", block, ()), device, rounds)
         for head_dim, block in track(sizes, "sizes")
@@ -137,7 +138,7 @@ def tune_tiles(device: str, rounds: int = 7, tokens: int = 8192, heads: int = 8)
 def _best_tiles(case: Case, device: str, rounds: int) -> TilesRow:
     qkv, lists = case.tensors(device), case.lists(1 - TUNED_DENSITY, device)
     times: dict[Tile, float] = {}
-    for tile in candidates(device, case.head_dim, case.block):
+    for tile in candidates(device, case.head_dim, case.q_block, case.kv_block):
         try:
             error, limit, seconds = time_tile(tile, qkv, lists, device, rounds)
         except Exception:  # too much memory, or more than the compiler can do
@@ -145,21 +146,21 @@ def _best_tiles(case: Case, device: str, rounds: int) -> TilesRow:
         if error <= limit:
             times[tile] = seconds
     fastest = sorted(times, key=lambda tile: times[tile])
-    return tiles_row(device_name(device), case.head_dim, case.block, case.block, map(as_row, fastest))
+    return tiles_row(device_name(device), case.head_dim, case.q_block, case.kv_block, map(as_row, fastest))
 
 
-def candidates(device: str, head_dim: int, block: int) -> list[Tile]:
+def candidates(device: str, head_dim: int, q_block: int, kv_block: int) -> list[Tile]:
     """Tiles worth a try: the table's, and their neighbours of the same kind."""
     from diffsparse_kernels.backend.nvidia import chip
 
-    table = tiles_for(chip(torch.device(device)), head_dim, block, block)
+    table = tiles_for(chip(torch.device(device)), head_dim, q_block, kv_block)
     near = (
         tile._replace(keys=keys, warps=warps, stages=stages)
         for tile in table
         for keys in (32, 64, 128)
         for warps in ({tile.warps} if tile.copy == "specialised" else {4, 8})
         for stages in (2, 3, 4)
-        if keys <= block
+        if keys <= kv_block
     )
     return list(dict.fromkeys([*table, *near]))
 

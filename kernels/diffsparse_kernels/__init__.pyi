@@ -8,6 +8,7 @@ from .errors import (
 from .functional import (
     attention as attention,
     attention_with_mass as attention_with_mass,
+    best_block as best_block,
     block_mass as block_mass,
     block_sparse_attention as block_sparse_attention,
     break_even as break_even,
@@ -15,7 +16,7 @@ from .functional import (
     kernel_for as kernel_for,
     quantised_attention as quantised_attention,
 )
-from .lists import BlockLists as BlockLists
+from .lists import Block as Block, BlockLists as BlockLists, edges as edges, written as written
 from .masks import Boxes as Boxes
 from .means import block_means as block_means, means_mass as means_mass, spread as spread
 from .merge import merge_attention as merge_attention

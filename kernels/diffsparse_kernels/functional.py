@@ -18,7 +18,7 @@ from diffsparse_kernels.checks import (
     check_qkv,
 )
 from diffsparse_kernels.errors import BackendError, KernelInputError
-from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels.lists import Block, BlockLists, edges
 from diffsparse_kernels.machine import device_name
 from diffsparse_kernels.masks import Boxes, differs_by_head, fold_heads, unfold_heads
 from diffsparse_kernels.measured import density_limit
@@ -264,25 +264,33 @@ def kernel_for(
 
 
 def break_even(
-    device: torch.device, dtype: torch.dtype, head_dim: int, block: int, tokens: int, masked: bool = False
+    device: torch.device, dtype: torch.dtype, head_dim: int, block: Block, tokens: int, masked: bool = False
 ) -> float:
-    """Density above which dense attention is faster than block-sparse attention of `block` tokens.
+    """Density above which dense attention is faster than block-sparse attention in blocks of `block` tokens.
 
     As `diffsparse doctor --measure` found it on this device, else a cautious default.
 
     Raises:
         NoKernelError: no kernel of the device can do it.
     """
-    case = Case("attend", dtype, head_dim, head_dim, block, block, masked)
+    case = Case("attend", dtype, head_dim, head_dim, *edges(block), masked)
     return density_limit(choose(case, device).name, device_name(device), dtype, head_dim, block, tokens)
 
 
 def default_block() -> int:
-    """Edge of a block in tokens that suits this machine: 128 where there is a CUDA device, 64 where there is none.
+    """Edge of a square block that suits this machine: 128 tokens where there is a CUDA device, 64 where there is none.
 
     The fastest GPU kernels take blocks of 128 queries only; smaller ones reload keys and values twice as often.
     """
-    return 128 if torch.cuda.is_available() else 64
+    return edges(best_block())[0]
+
+
+def best_block() -> Block:
+    """The block that suits this machine where it need not be square: 128 queries x 64 keys with a CUDA device, else 64.
+
+    As many queries as the fastest GPU kernels want, and as few keys as these take, for a finer choice.
+    """
+    return (128, 64) if torch.cuda.is_available() else 64
 
 
 def rows_per_sample(length: int, block: int, every: int, like: Tensor) -> Tensor:

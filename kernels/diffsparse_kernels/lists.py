@@ -10,6 +10,19 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from diffsparse_kernels.errors import KernelInputError
 
+Block = int | tuple[int, int]  # tokens of a block: one number, or those of queries and of keys
+
+
+def edges(block: Block) -> tuple[int, int]:
+    """Queries and keys of a block."""
+    return block if isinstance(block, tuple) else (block, block)
+
+
+def written(block: Block) -> int | str:
+    """A block as tables have it: 64, or "128x64" where queries and keys differ."""
+    q_block, kv_block = edges(block)
+    return q_block if q_block == kv_block else f"{q_block}x{kv_block}"
+
 
 def blocks_of(length: int, block: int) -> int:
     """Number of blocks of `block` tokens in `length`; the last may be ragged."""

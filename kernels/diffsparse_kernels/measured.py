@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 import torch
 
+from diffsparse_kernels.lists import Block, edges, written
 from diffsparse_kernels.machine import cache_folder
 
 BREAK_EVEN = "break_even.json"
@@ -53,7 +54,7 @@ class _BreakEven(TypedDict):
     backend: str
     dtype: str
     head_dim: int
-    block: int
+    block: int | str
     tokens: int
     break_even: float
 
@@ -90,19 +91,23 @@ def measured_backend(device: str) -> str | None:
     return next((row["backend"] for row in _break_even() if row["device"] == device), None)
 
 
-def density_limit(backend: str, device: str, dtype: torch.dtype, head_dim: int, block: int, tokens: int) -> float:
-    """Density above which dense attention is faster, as measured nearest to this size, else the default."""
+def density_limit(backend: str, device: str, dtype: torch.dtype, head_dim: int, block: Block, tokens: int) -> float:
+    """Density above which dense attention is faster, as measured nearest to this size, else the default.
+
+    Blocks that are not square, where none such were measured, count as squares of their smaller edge.
+    """
+    q_block, kv_block = (64 if edge <= 64 else 128 for edge in edges(block))
     known = [
         row
         for row in _break_even()
         if (row["device"], row["backend"]) == (device, backend)
         and row["dtype"] == str(dtype).removeprefix("torch.")
         and row["head_dim"] == (64 if head_dim <= 64 else 128)
-        and row["block"] == (64 if block <= 64 else 128)
     ]
-    if not known:
-        return _DEFAULTS[backend] + (_WIDE_BLOCKS if backend == "cpu" and block >= 128 else 0.0)
-    return float(min(known, key=lambda row: abs(math.log(row["tokens"] / tokens)))["break_even"])
+    for size in (written((q_block, kv_block)), min(q_block, kv_block)):
+        if rows := [row for row in known if row["block"] == size]:
+            return float(min(rows, key=lambda row: abs(math.log(row["tokens"] / tokens)))["break_even"])
+    return _DEFAULTS[backend] + (_WIDE_BLOCKS if backend == "cpu" and min(edges(block)) >= 128 else 0.0)
 
 
 def tiles_for(chip: int, head_dim: int, q_block: int, kv_block: int, device: str | None = None) -> list[Tile]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from diffsparse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffsparse_kernels import Block
 
 MOST = 1_000_000  # pixels, frames: whether the machine can hold them is checked elsewhere
 MOST_STEPS = 10_000
@@ -58,6 +63,24 @@ def wholes(text: str, option: str, least: int, most: int) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def blocks(text: str, option: str) -> tuple[Block, ...]:
+    """One or more blocks, separated by commas: tokens ("64"), or queries x keys ("128x64").
+
+    Raises:
+        ConfigError: none, or something else.
+    """
+    return tuple(_block(part, option) for part in names(text) or ("",))
+
+
+def block(text: str | None, option: str) -> Block | None:
+    """One of these; None if nothing is given.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    return None if text is None else _block(text, option)
+
+
 def layers(text: str, option: str) -> tuple[int, ...]:
     """Numbers of layers, separated by commas; negative ones count from the end, and an empty text is an empty tuple.
 
@@ -90,6 +113,16 @@ def cells(text: str | None, option: str, least: int) -> Cells | None:
 def names(text: str) -> tuple[str, ...]:
     """Names separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _block(text: str, option: str) -> Block:
+    edges = [part.strip() for part in text.split("x")]
+    if len(edges) > 2 or not all(_is_whole(edge, 1, MOST_BLOCK) for edge in edges):
+        raise ConfigError(
+            f"{option} wants a whole number from 1 to {MOST_BLOCK}, or queries x keys such as 128x64; got {text!r}"
+        )
+    queries, keys = int(edges[0]), int(edges[-1])
+    return queries if queries == keys else (queries, keys)
 
 
 def _is_whole(text: str, least: int, most: int) -> bool:

@@ -281,7 +281,7 @@ from diffsparse_eval import suites, tune
 from diffsparse_kernels.measured import Tile, tiles_for
 suites.SUITES["gpu"] = lambda: [suites.Case(60, 9, 32, "bfloat16", 32, (0.5,), "ragged", "small")]
 tune.HEAD_DIMS = (64,)
-tune.candidates = lambda device, head_dim, block: [Tile(64, 4, 2, "tma"), Tile(32, 4, 2)]
+tune.candidates = lambda device, head_dim, q_block, kv_block: [Tile(64, 4, 2, "tma"), Tile(32, 4, 2)]
 path = tune.tune_tiles("cpu", rounds=1, tokens=70, heads=1)
 assert len(json.loads(path.read_text())[0]["tiles"]) == 2, path.read_text()
 main(["bench", "--suite", "gpu", "--shrink", "600", "--backend", "triton", "--rounds", "1", "--out", sys.argv[1]])

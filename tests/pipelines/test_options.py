@@ -81,7 +81,7 @@ def test_help_is_for_the_command_line_and_arguments_are_for_callers(name: str) -
 def test_options_together() -> None:
     assert SparsityOptions(dense_first="2", dense_layers="0,-1").schedule == Schedule(2, 0, (0, -1))
     assert SparsityOptions(sparsity=0.5, searches="3").strategies() == [Digest(0.5, searches=(3,))]
-    assert SparsityOptions("gna,digest", block=16).strategies([0.5, None, 0.5]) == [
+    assert SparsityOptions("gna,digest", block="16").strategies([0.5, None, 0.5]) == [
         GNA(sparsity=0.5, block=16),
         Digest(0.5, block=16),
         GNA(block=16),

@@ -16,7 +16,7 @@ from diffsparse.orders.layout import Layout, kept
 from diffsparse.orders.per_head import HeadOrders
 from diffsparse.site.compute import Blocks, Site
 from diffsparse.strategies.base import Strategy
-from diffsparse.strategies.blocks import check_block, check_share
+from diffsparse.strategies.blocks import check_share, check_square
 from diffsparse.strategies.gna.windows import Cells, Flags, Tiling, fit, fit_sparsity, tiles_of
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists, Boxes, default_block
@@ -56,7 +56,7 @@ class GNA(Strategy):
     needs_grid = True
 
     def __post_init__(self) -> None:
-        check_block(self.block)
+        check_square(self.block)
         for name, least in (("window", 0), ("stride", 1), ("dilation", 1)):
             _check_cells(name, getattr(self, name), least)
         if not isinstance(self.causal, tuple) or [type(flag) for flag in self.causal] != [bool] * 3:

@@ -18,7 +18,7 @@ from diffsparse.plans.sealed import Values
 from diffsparse.plans.sums import Sums
 from diffsparse.site.compute import Site
 from diffsparse.strategies.base import Strategy
-from diffsparse.strategies.blocks import check_block, check_count, check_share, keep_count
+from diffsparse.strategies.blocks import check_count, check_share, check_square, keep_count
 from diffsparse.strategies.paro.strategy import MOST_ORDERS, pack
 from diffsparse.strategies.planned import group_of
 from diffsparse.strategies.search import Watcher, is_sampled, sums_of
@@ -75,7 +75,7 @@ class PAROSearch:
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)
-        check_block(self.block)
+        check_square(self.block)
         if not isinstance(self.orders, tuple) or not self.orders:
             raise ConfigError(f"orders wants a tuple of one or more orders; got {self.orders!r}")
         for order in self.orders:

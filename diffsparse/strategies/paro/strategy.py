@@ -15,7 +15,7 @@ from diffsparse.orders.layout import Layout
 from diffsparse.orders.named import check_order
 from diffsparse.orders.per_head import HeadOrders
 from diffsparse.site.compute import Blocks, Site
-from diffsparse.strategies.blocks import check_block, check_count, check_number, check_share, with_text
+from diffsparse.strategies.blocks import check_count, check_number, check_share, check_square, with_text
 from diffsparse.strategies.planned import Check, Part, Planned, group_of, list_of, one_of
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists
@@ -77,7 +77,7 @@ class PARO(Planned):
     def _settings() -> dict[str, Check]:
         return {
             "sparsity": check_share,
-            "block": lambda _, block: check_block(block),
+            "block": lambda _, block: check_square(block),
             "orders": list_of(lambda _, order: check_order(order), most=MOST_ORDERS),
             "groups": check_count,
             "metric": one_of("recall", "paper"),

@@ -18,7 +18,7 @@ from diffsparse.plans.sealed import Values
 from diffsparse.plans.sums import Sums
 from diffsparse.site.compute import Site
 from diffsparse.strategies.base import Strategy
-from diffsparse.strategies.blocks import check_block, check_count, check_number, check_share, keep_count
+from diffsparse.strategies.blocks import check_count, check_number, check_share, check_square, keep_count
 from diffsparse.strategies.planned import group_of
 from diffsparse.strategies.search import Watcher, is_sampled, sums_of
 from diffsparse.strategies.sparse_vdit.strategy import FULL, MODES, SKIP, head_lists, head_orders
@@ -82,7 +82,7 @@ class SparseVDiTSearch:
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)
-        check_block(self.block)
+        check_square(self.block)
         for name in ("epsilon", "weight"):
             check_number(name, getattr(self, name))
         if not isinstance(self.modes, tuple) or not self.modes or not set(self.modes) <= set(MODES[1:]):

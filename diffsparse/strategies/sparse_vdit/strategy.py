@@ -14,7 +14,7 @@ from diffsparse.orders.layout import Layout
 from diffsparse.orders.named import RASTER
 from diffsparse.orders.per_head import HeadOrders
 from diffsparse.site.compute import Blocks, Site
-from diffsparse.strategies.blocks import check_block, check_count, check_number, check_share, keep_count, with_text
+from diffsparse.strategies.blocks import check_count, check_number, check_share, check_square, keep_count, with_text
 from diffsparse.strategies.planned import Check, Part, Planned, group_of, list_of, one_of, optional
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists, select_rows
@@ -110,7 +110,7 @@ class SparseVDiT(Planned):
     def _settings() -> dict[str, Check]:
         return {
             "sparsity": check_share,
-            "block": lambda _, block: check_block(block),
+            "block": lambda _, block: check_square(block),
             "groups": optional(check_count),
             "modes": list_of(one_of(*MODES[1:]), most=len(MODES)),
             "costs": list_of(check_number, most=len(MODES)),

@@ -47,7 +47,7 @@ class SizeOptions:
     sparsity: Annotated[str, typer.Option(help="Shares of blocks dropped.")] = "0.5,0.8,0.9"
     head_dim: Annotated[str, typer.Option(help="Channels of a head.")] = "64,128"
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32,bfloat16"
-    block: Annotated[str, typer.Option(help="Edges of a block in tokens.")] = "64,128"
+    block: Annotated[str, typer.Option(help="Tokens of a block, or queries x keys such as 128x64.")] = "64,128"
     heads: Annotated[int, typer.Option(help="Heads.", callback=checks.whole(1, values.MOST_BLOCK))] = 4
 
     def cases(self) -> list[Case]:
@@ -64,7 +64,7 @@ class SizeOptions:
         shares = values.shares(self.sparsity, "--sparsity")
         lengths = values.wholes(self.tokens, "--tokens", 1, _MOST_TOKENS)
         widths = values.wholes(self.head_dim, "--head-dim", 1, values.MOST_BLOCK)
-        blocks = values.wholes(self.block, "--block", 1, values.MOST_BLOCK)
+        blocks = values.blocks(self.block, "--block")
         product = itertools.product(dtypes, widths, lengths, blocks)
         return [Case(n, self.heads, d, name, b, shares) for name, d, n, b in product]
 

@@ -103,7 +103,7 @@ def inspect(
     from diffsparse_pipelines.progress import bar, terminal
 
     knobs = replace(knobs, strategy=strategy, sparsity=sparsity)
-    sampled = Sampling(looks, values.names(orders), _layers(layers), sparsity, knobs.block)
+    sampled = Sampling(looks, values.names(orders), _layers(layers), sparsity, values.block(knobs.block, "--block"))
     made, schedule = knobs.made(), knobs.schedule
     texts = read_prompts(prompts, model.name)
     model.admit(sampling.arguments(), texts)

@@ -22,6 +22,7 @@ from diffsparse_kernels.backend.selftest import Kernel, Sample, kernel_of, spot_
 from diffsparse_kernels.backend.triton.launch import merge_means
 from diffsparse_kernels.case import Case as KernelCase
 from diffsparse_kernels.case import Kind
+from diffsparse_kernels.lists import blocks_of
 
 if TYPE_CHECKING:
     from diffsparse.orders.per_head import HeadOrders
@@ -207,7 +208,7 @@ class _ShapeBench:
 
     def _does(self, name: str, kind: Kind) -> bool:
         case, masked = self.case, self.key_mask is not None
-        sizes = case.head_dim, case.head_dim, case.block, case.block
+        sizes = case.head_dim, case.head_dim, case.q_block, case.kv_block
         return does(name, KernelCase(kind, torch.bfloat16, *sizes, masked), torch.device(self.options.device))
 
     def dense(self) -> Iterator[Candidate]:
@@ -236,13 +237,13 @@ class _ShapeBench:
             if pattern == "ragged" and self.options.on_gpu:
                 calls = [partial(_with_means, kernel, *qkv, lists, *rest) for qkv in self.inputs]
                 yield self._candidate(name, f"{pattern} lists with means{masked}", share, calls)
-        block = self.case.block
+        blocks = self.case.q_block, self.case.kv_block
         lse = torch.full(self.inputs[0][0].shape[:3], 12.0, device=self.options.device)
         if hasattr(kernel, "block_mass") and self._does(name, "mass"):
-            calls = [partial(kernel.block_mass, q, k, lse, block, block, *rest) for q, k, _ in self.inputs]
+            calls = [partial(kernel.block_mass, q, k, lse, *blocks, *rest) for q, k, _ in self.inputs]
             yield self._candidate(name, f"block mass{masked}", 0.5, calls)  # one product of two
         if hasattr(kernel, "attention_with_mass") and self._does(name, "fused"):
-            calls = [partial(kernel.attention_with_mass, *qkv, lse, block, block, *rest) for qkv in self.inputs]
+            calls = [partial(kernel.attention_with_mass, *qkv, lse, *blocks, *rest) for qkv in self.inputs]
             yield self._candidate(name, f"dense with LSE and mass{masked}", 1.0, calls)
 
     def around(self) -> Iterator[Candidate]:
@@ -252,10 +253,10 @@ class _ShapeBench:
         from diffsparse.orders.per_head import HeadOrders
 
         case, device = self.case, self.options.device
-        blocks = -(-case.tokens // case.block)
-        masses = [torch.rand(1, case.heads, blocks, blocks, device=device) for _ in self.inputs]
-        sizes = {"q_block": case.block, "kv_block": case.block, "q_len": case.tokens, "kv_len": case.tokens}
-        masks = [select_rows(mass, blocks // 5) for mass in masses]
+        rows, columns = blocks_of(case.tokens, case.q_block), blocks_of(case.tokens, case.kv_block)
+        masses = [torch.rand(1, case.heads, rows, columns, device=device) for _ in self.inputs]
+        sizes = {"q_block": case.q_block, "kv_block": case.kv_block, "q_len": case.tokens, "kv_len": case.tokens}
+        masks = [select_rows(mass, columns // 5) for mass in masses]
         orders = HeadOrders.of(
             AXES,
             torch.arange(case.heads) % len(AXES),
@@ -263,7 +264,7 @@ class _ShapeBench:
             torch.device(device),
         )
         around: dict[str, Sequence[Call]] = {
-            "select by row": [partial(select_rows, mass, blocks // 5) for mass in masses],
+            "select by row": [partial(select_rows, mass, columns // 5) for mass in masses],
             "select by head": [partial(select_heads, mass, 0.2) for mass in masses],
             "lists from a mask": [partial(BlockLists.from_mask, mask, **sizes) for mask in masks],
             "orders, q k v out": [partial(_apply_all, orders, qkv) for qkv in self.inputs],

@@ -139,6 +139,7 @@ class SearchOptions:
         if self.strategy not in SEARCHES:
             raise UnknownNameError(f"no search is called {self.strategy!r}; known: {closest(self.strategy, SEARCHES)}")
         knobs = {name: value for name, value in vars(self).items() if name != "strategy"}
+        knobs["block"] = values.block(self.block, "--block")
         for name in ("orders", "modes"):
             knobs[name] = knobs[name] and values.names(knobs[name])
         known = {key: set(knobs_of(cls)) for key, cls in SEARCHES.items()}

@@ -62,12 +62,11 @@ Sparsity = Annotated[
     ),
 ]
 Block = Annotated[
-    int | None,
+    str | None,
     typer.Option(
-        help="Edge of a block in tokens.",
+        help="Tokens of a block, or queries x keys such as 128x64.",
         show_default=DEFAULT_BLOCK,
         rich_help_panel=_SPARSE,
-        callback=checks.whole(1, values.MOST_BLOCK),
     ),
 ]
 Window = Annotated[
@@ -266,7 +265,7 @@ class SparsityOptions:
     def knobs(self) -> dict[str, object]:
         """Knobs of strategies by their names, all but the sparsity; None if not given."""
         return {
-            "block": self.block,
+            "block": values.block(self.block, "--block"),
             "order": self.order,
             "searches": self.later_searches,
             "head_adaptive": self.head_adaptive,
