@@ -88,13 +88,15 @@ def _head(axes: Sequence[Axes], view: LayerView, head: int) -> None:
 
 def _map(axes: Axes, mass: ArrayLike, title: str, kept: ArrayLike | None = None) -> None:
     """Key blocks from left to right, query blocks downwards; blocks that were dropped are grey."""
-    axes.imshow(np.asarray(mass).clip(_LOWEST, _HIGHEST), norm=LogNorm(_LOWEST, _HIGHEST), cmap="magma")
+    mass = np.asarray(mass).clip(_LOWEST, _HIGHEST)
+    aspect = mass.shape[1] / mass.shape[0]  # as many tokens along both sides
+    axes.imshow(mass, norm=LogNorm(_LOWEST, _HIGHEST), cmap="magma", aspect=aspect)
     if kept is not None:
         kept = np.asarray(kept)
         veil = np.zeros((*kept.shape, 4))
         veil[..., :3] = int(_SKIPPED[1:3], 16) / 255
         veil[..., 3] = 1 - kept
-        axes.imshow(veil)
+        axes.imshow(veil, aspect=aspect)
     axes.set(xticks=[], yticks=[], visible=True)
     axes.spines[:].set(linewidth=0.5, color=_SKIPPED)
     axes.set_title(title, fontsize=8, color=_INK)

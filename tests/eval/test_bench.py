@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import diffsparse_kernels as dk
 import diffsparse_kernels.backend.cpu
 from diffsparse.cli import main
 from diffsparse_eval import bench, doctor, environment, suites, tune
-from diffsparse_eval.commands.bench import _HEADINGS
+from diffsparse_eval.commands.bench import _HEADINGS, SizeOptions
 from diffsparse_eval.rows import SCHEMA
 from diffsparse_kernels import machine
 from diffsparse_pipelines import progress
@@ -236,6 +237,23 @@ def test_ragged_lists_are_ragged_and_of_the_density_asked_for() -> None:
     assert 0.2 <= float(lists.density()) < 0.25
     assert len(lists.cnt.unique()) > 10
     assert (lists.cnt > 0).all()
+
+
+@pytest.mark.parametrize("pattern", ["random", "ragged"])
+def test_queries_and_keys_of_a_block_may_differ(pattern: suites.Pattern) -> None:
+    case = suites.Case(500, 2, 16, "float32", (32, 16), (0.5,), pattern)
+    lists = case.lists(0.5, "cpu")
+    assert (lists.q_block, lists.kv_block, *lists.cnt.shape) == (32, 16, 1, 2, 16)
+    assert 0.45 <= float(lists.density()) < 0.55
+    troubles = bench.Troubles()
+    rows = bench.measure(case, "cpu", ["cpu"], 1, troubles)
+    assert troubles == bench.Troubles()
+    assert {row["kind"]: row["block"] for row in rows} == dict.fromkeys(("dense", "mass", "sparse", "means"), "32x16")
+    assert case.label.endswith("in blocks of 32x16, float32" if pattern == "random" else "float32")
+    assert SizeOptions(block="64, 32x16,8x8").cases()[-3:] == [
+        replace(SizeOptions(block=block).cases()[-1], block=made)
+        for block, made in (("64", 64), ("32x16", (32, 16)), ("8", 8))
+    ]
 
 
 def test_a_foreign_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

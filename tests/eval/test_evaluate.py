@@ -22,6 +22,7 @@ from diffsparse_eval import pictures, report, rows
 from diffsparse_eval.commands.evaluate import ComparedOptions, strategies
 from diffsparse_eval.compared import label
 from diffsparse_eval.rows import DEFINITIONS
+from diffsparse_kernels import best_block
 from diffsparse_pipelines.prompts import read_prompts, read_seeds
 
 COMMAND = ["evaluate", "--model", "tiny-twin", "--steps", "4", "--block", "16", "--prompts", "2"]
@@ -207,6 +208,8 @@ def test_modes_of_heads_are_told_by_spans_of_steps() -> None:
 def test_blocks_suit_the_machine(gpu: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     assert {strategy().block for strategy in (AdaSpa, Digest, GNA, Random, PAROSearch, SparseVDiTSearch)} == {block}
+    assert best_block() == ((128, 64) if gpu else 64)
     assert AdaSpa(block=32).block == 32
     assert label(Digest(0.8)) == "digest 0.8"
     assert label(Digest(0.8, block=192 - block)) == f"digest 0.8 block={192 - block}"
+    assert label(Digest(0.8, block=(32, 16))) == "digest 0.8 block=32x16"

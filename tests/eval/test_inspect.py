@@ -62,6 +62,13 @@ def test_dense_attention_may_be_inspected_too(tmp_path: Path) -> None:
     assert (row["chosen_recall"], row["chosen_density"]) == (1.0, 1.0)
 
 
+def test_blocks_of_more_queries_than_keys(tmp_path: Path) -> None:
+    call([*COMMAND, "--layers", "1", "--orders", "WHF", "--block", "32x16", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "inspect.json").read_text())
+    assert (found["block"], found["label"]) == ("32x16", "adaspa 0.8 block=32x16")
+    assert 0 < found["rows"][0]["chosen_density"] < 0.3
+
+
 BAD = {
     "two strategies": (["--strategy", "adaspa,random"], "inspect wants one strategy"),
     "layers": (["--layers", "-1"], "--layers wants whole numbers from 0"),
@@ -90,21 +97,26 @@ def test_recall_is_measured_as_the_strategy_runs() -> None:
     assert _measured_at(PARO(plan), sampling) == {"sparsity": 0.6, "block": 8}
 
 
-def view(heads: int, cells: int = 6, ran: bool = True) -> LayerView:
-    own: Any = torch.rand(heads, cells, cells)
+def view(heads: int, cells: tuple[int, int] = (6, 6), ran: bool = True) -> LayerView:
+    own: Any = torch.rand(heads, *cells)
     figures = (torch.rand(heads), torch.rand(heads), own, own.round()) if ran else (None,) * 4
-    recall, mass = torch.rand(2, heads), torch.rand(2, heads, cells, cells)
+    recall, mass = torch.rand(2, heads), torch.rand(2, heads, *cells)
     return LayerView("transformer", "blocks.0", 0, ("FHW", "hilbert"), recall, mass, ("FHW",) * heads, *figures)
 
 
 @pytest.mark.parametrize("heads", [1, 9])
 @pytest.mark.parametrize("ran", [True, False])
-def test_charts_of_any_number_of_heads(heads: int, ran: bool, tmp_path: Path) -> None:
-    views = [view(heads, ran=ran), view(max(1, heads - 1), ran=ran)]
+@pytest.mark.parametrize("cells", [(6, 6), (3, 6)], ids=str)
+def test_charts_of_any_number_of_heads(heads: int, ran: bool, cells: tuple[int, int], tmp_path: Path) -> None:
+    views = [view(heads, cells, ran), view(max(1, heads - 1), ran=ran)]
     figure = charts.maps(views[0], FACTS)
     shown = [axes for axes in figure.axes if axes.get_visible() and axes.images]
     assert len(shown) == heads * (3 if ran else 2)
+    assert all(axes.images[0].get_array().shape == cells for axes in shown)
     assert max(figure.get_size_inches()) < 22
+    figure.draw_without_rendering()
+    for axes in shown:
+        assert axes.bbox.width == pytest.approx(axes.bbox.height, abs=1), "as many tokens along both sides"
     for made in (charts.recall(views, FACTS), charts.orders(views, FACTS)):
         charts.save(made, tmp_path / "a.png")
         with Image.open(tmp_path / "a.png") as picture:

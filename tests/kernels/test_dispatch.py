@@ -179,6 +179,14 @@ def test_what_was_measured_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert dk.backend_for(cpu) == "reference"
     assert dk.break_even(cpu, torch.float32, 40, 32, 900) == 0.3
     assert dk.break_even(cpu, torch.float32, 64, 64, 7000) == 0.5
+    assert dk.break_even(cpu, torch.float32, 64, (128, 64), 900) == 0.3  # the smaller edge, where the pair has no row
+    assert dk.break_even(cpu, torch.float32, 64, (128, 128), 900) == 1.0
+    rows.append(row | {"block": "128x64", "tokens": 1024, "break_even": 0.4})
+    (tmp_path / "break_even.json").write_text(json.dumps(rows))
+    dk.forget_measurements()
+    assert dk.break_even(cpu, torch.float32, 64, (128, 64), 900) == 0.4
+    assert dk.break_even(cpu, torch.float32, 64, (64, 128), 900) == 0.3
+    assert dk.break_even(cpu, torch.float32, 64, 64, 900) == 0.3
     assert dk.break_even(cpu, torch.bfloat16, 64, 64, 7000) == 1.0  # the reference's default
     (tmp_path / "break_even.json").write_text("half a fi")
     dk.forget_measurements()

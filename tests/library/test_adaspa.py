@@ -29,13 +29,18 @@ def weights(q, k, scale, key_mask):
     return scores if key_mask is None else scores.masked_fill(~key_mask[None, :], -math.inf)
 
 
+def sides(block):
+    """Queries and keys of a block."""
+    return block if isinstance(block, tuple) else (block, block)
+
+
 def block_sums(weight, block):
-    """W_sum[p, q]: sum over each block x block tile (the last ones may be ragged)."""
-    n = -(-weight.shape[0] // block)
-    out = torch.zeros(n, n, dtype=torch.float64)
-    for p in range(n):
-        for q in range(n):
-            out[p, q] = weight[p * block : (p + 1) * block, q * block : (q + 1) * block].sum()
+    """W_sum[p, q]: sum over each tile (the last ones may be ragged)."""
+    rows, columns = sides(block)
+    out = torch.zeros(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns), dtype=torch.float64)
+    for p in range(out.shape[0]):
+        for q in range(out.shape[1]):
+            out[p, q] = weight[p * rows : (p + 1) * rows, q * columns : (q + 1) * columns].sum()
     return out
 
 
@@ -51,10 +56,13 @@ def best_rows(mass, keep, sink):
 
 
 def text_sink(layout, block):
-    n = -(-layout.tokens // block)
     video = range(layout.text_before, layout.text_before + layout.video)
-    text = [any(t not in video for t in range(b * block, min((b + 1) * block, layout.tokens))) for b in range(n)]
-    return [[text[i] or text[j] for j in range(n)] for i in range(n)]
+
+    def text(side):
+        starts = range(0, layout.tokens, side)
+        return [any(t not in video for t in range(a, min(a + side, layout.tokens))) for a in starts]
+
+    return [[row or column for column in text(sides(block)[1])] for row in text(sides(block)[0])]
 
 
 def keep_of(sparsity, n):
@@ -65,7 +73,7 @@ def keep_of(sparsity, n):
 
 def head_masks(masses, knobs, layout):
     """Section 4.3: recall at uniform sparsity decides each head's own."""
-    s, n, heads = knobs.sparsity, masses[0].shape[0], len(masses)
+    s, n, heads = knobs.sparsity, masses[0].shape[1], len(masses)
     sink = text_sink(layout, knobs.block)
     masks = [best_rows(mass, keep_of(s, n), sink) for mass in masses]
     if not knobs.head_adaptive:
@@ -82,11 +90,15 @@ def head_masks(masses, knobs, layout):
     return [best_rows(m, keep_of(x, n), sink) for m, x in zip(masses, sparsities, strict=True)]
 
 
+def by_token(mask, block, n):
+    """[nQ, nK] -> [n, n]."""
+    rows, columns = sides(block)
+    return mask.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :n]
+
+
 def masked_attention(q, k, v, scale, key_mask, mask, block):
     scores = weights(q, k, scale, key_mask)
-    n = q.shape[0]
-    tokens = mask.repeat_interleave(block, 0)[:n].repeat_interleave(block, 1)[:, :n]
-    return scores.masked_fill(~tokens, -math.inf).softmax(-1).nan_to_num(0.0) @ v.double()
+    return scores.masked_fill(~by_token(mask, block, len(q)), -math.inf).softmax(-1).nan_to_num(0.0) @ v.double()
 
 
 @dataclass
@@ -131,10 +143,9 @@ def make_site(layout, memory, step, steps, key_mask=None, scale=None):
 
 def eager_error(q, k, v, scale, key_mask, masks, block):
     """Error of plain float32 masked attention against float64: what the hardware's precision costs."""
-    n = q.shape[-2]
     worst = 0.0
     for h in range(q.shape[0]):
-        tokens = masks[h].repeat_interleave(block, 0)[:n].repeat_interleave(block, 1)[:, :n]
+        tokens = by_token(masks[h], block, q.shape[-2])
         tokens = tokens if key_mask is None else tokens & key_mask[None, :]
         plain = torch.nn.functional.scaled_dot_product_attention(
             q[h][None].float(), k[h][None].float(), v[h][None].float(), attn_mask=tokens[None], scale=scale
@@ -161,6 +172,7 @@ LAYOUTS = {
     "suffix": Layout(3, 4, 5, text_after=9),
     "both-ragged": Layout(2, 5, 7, text_before=3, text_after=5),
 }
+LARGE = Layout(5, 9, 11, text_before=13, text_after=7)
 
 
 KNOBS = [
@@ -168,11 +180,14 @@ KNOBS = [
     AdaSpa(0.75, (4, 7), 4),
     AdaSpa(0.6, block=8, head_adaptive=False),
     AdaSpa(0.2, block=4, recall_threshold=0.3),
+    AdaSpa(0.6, block=(8, 4)),
+    AdaSpa(0.6, block=(4, 12)),
 ]
+CASES = [(layout, knobs) for layout in LAYOUTS.values() for knobs in KNOBS]
+CASES += [(LARGE, AdaSpa(0.6, block=block)) for block in ((128, 64), (64, 128), (32, 64))]
 
 
-@pytest.mark.parametrize("knobs", KNOBS, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize(("layout", "knobs"), CASES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_equals_the_paper_on_random_inputs(layout, knobs):
     steps, first, batch, heads, dim = 12, 2, 2, 5, 16
@@ -294,6 +309,12 @@ def test_heads_are_raised_as_far_as_others_can_be_lowered(s, keeps):
         ({"sparsity": -0.1}, "sparsity wants"),
         ({"sparsity": math.nan}, "sparsity wants"),
         ({"block": 0}, "block wants a number of tokens from 1"),
+        ({"block": (64,)}, "block wants a number of tokens from 1"),
+        ({"block": (64, 0)}, "block wants a number of tokens from 1"),
+        ({"block": (True, 1)}, "block wants a number of tokens from 1"),
+        ({"block": (64, 8192)}, r"from 1 to 4096, .* got \(64, 8192\)"),
+        ({"block": [64, 32]}, "block wants a number of tokens from 1"),
+        ({"block": (64, 48)}, r"of which one divides the other, such as \(128, 64\), .* got \(64, 48\)"),
         ({"recall_threshold": 1.5}, r"recall_threshold wants a number in \[0, 1\]"),
         ({"recall_threshold": math.nan}, r"recall_threshold wants a number in \[0, 1\]"),
         ({"searches": (1.5,)}, "searches wants an int >= 0 or a fraction"),

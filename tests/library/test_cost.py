@@ -207,12 +207,15 @@ def compared(pipe: Any, layout: Layout) -> dict[str, tuple[Any, float]]:
         "random": (Random(0.7, block=BLOCK), 0),
         "adaspa": (AdaSpa(0.7, (4,), BLOCK, head_adaptive=False), 0),
         "adaspa by head": (AdaSpa(0.7, block=BLOCK, recall_threshold=0), 0.5 / layout.blocks(BLOCK)),
+        "adaspa, tall": (AdaSpa(0.7, (4,), (2 * BLOCK, BLOCK), head_adaptive=False), 0),
+        "random, wide": (Random(0.7, block=(BLOCK, 2 * BLOCK)), 0),
         "paro": (paro, 0.02 if layout.has_text else 0),
         "sparse-vdit": (vdit, 0.02 if layout.has_text else 0),
         "gna": (GNA(block=BLOCK), 0),
     }
     digests: dict[str, tuple[Any, float]] = {
         "digest": (Digest(0.6, block=BLOCK), 0.06),
+        "digest, tall": (Digest(0.6, block=(2 * BLOCK, BLOCK)), 0.06),
         "digest without dense steps": (Digest(0.85, searches=(4,), block=BLOCK), 0.06),
     }
     wrapped: dict[str, tuple[Any, float]] = {

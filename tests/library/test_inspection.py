@@ -112,6 +112,24 @@ def test_chosen_is_the_mass_inside_the_strategys_blocks(order: str) -> None:
     assert place.record.beside == 0, "looking is no work of the strategy's"
 
 
+def test_maps_of_unequal_blocks_have_a_row_for_each_block_of_queries() -> None:
+    layout = Layout(3, 4, 6)
+    q, k, v = tensors(layout)
+    block = 2 * BLOCK, BLOCK
+    inspector, place = Inspector(Random(0.6, block=block), {0}, block=block), site(layout)
+    inspector.attend(q, k, v, place)
+    view, mask = only(inspector), place.memory["lists"].to_mask()
+    mass = exact.tile_sums(weights(q, k), *block)
+    best = mass.sort(-1, descending=True).values[..., : keep_count(0.8, mass.shape[-1])]
+    torch.testing.assert_close(view.raster.double(), best.sum((0, 2, 3)) / mass.sum((0, 2, 3)), rtol=1e-4, atol=0)
+    assert view.chosen is not None
+    assert view.kept is not None
+    held = (mass * mask).sum((0, 2, 3)) / mass.sum((0, 2, 3))
+    torch.testing.assert_close(view.chosen.double(), held, rtol=1e-4, atol=0)
+    assert torch.equal(view.kept, mask.float().mean(0))
+    assert view.mass.shape[2:] == mask.shape[2:]
+
+
 @dataclass(frozen=True)
 class Halves:
     """Odd heads dense; even heads turned around, and only the first key block."""

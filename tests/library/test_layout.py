@@ -41,18 +41,21 @@ def layouts(draw):
 LAYOUTS = layouts()
 
 
-@given(LAYOUTS, st.integers(1, 12))
-def test_text_sink_covers_exactly_the_blocks_with_text(layout, block):
+@given(LAYOUTS, st.integers(1, 12), st.integers(1, 12))
+def test_text_sink_covers_exactly_the_blocks_with_text(layout, rows, columns):
     first, last = layout.text_before - layout.plain_before, layout.tokens - layout.text_after + layout.plain_after
     text = [not first <= t < last for t in range(layout.tokens)]
-    by_block = [any(text[start : start + block]) for start in range(0, layout.tokens, block)]
-    assert layout.text_blocks(block).tolist() == by_block
-    assert layout.blocks(block) == len(by_block)
-    sink = layout.text_sink(block)
+    by_row, by_column = (
+        [any(text[start : start + block]) for start in range(0, layout.tokens, block)] for block in (rows, columns)
+    )
+    assert layout.text_blocks(rows).tolist() == by_row
+    assert layout.blocks(rows) == len(by_row)
+    sink, square = layout.text_sink((rows, columns)), layout.text_sink(rows)
     if not any(text):
-        assert sink is None
+        assert sink is square is None
     else:
-        assert sink.tolist() == [[a or b for b in by_block] for a in by_block]
+        assert sink.tolist() == [[a or b for b in by_column] for a in by_row]
+        assert square.tolist() == [[a or b for b in by_row] for a in by_row]
 
 
 @given(LAYOUTS)

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import diffsparse
-from diffsparse import GNA, AdaSpa, Compensated, Random, Schedule
+from diffsparse import GNA, AdaSpa, Compensated, Layout, PAROSearch, Random, Schedule, SparseVDiTSearch
 from diffsparse.errors import BackendError, ConfigError
+from diffsparse.strategies.base import found_orders, in_order
+from support import exact
+from support.sites import site
 from support.tiny_transformers import build, inputs, tensors
 
 ALWAYS = Schedule(dense_first=0)
@@ -42,6 +45,54 @@ def test_text_is_always_kept() -> None:
         assert mask[..., -1, :].all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [(128, 64), (64, 128), (32, 64), 64], ids=str)
+@pytest.mark.parametrize("layout", [Layout(5, 9, 11), Layout(4, 9, 11, text_before=13, text_after=70)], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_blocks_of_any_sides_are_what_is_attended_to(
+    layout: Layout, block: int | tuple[int, int], dtype: torch.dtype
+) -> None:
+    """In two samples with hidden keys: the lists as a mask of tokens, the rows' counts, text, and what is reported."""
+    rows, columns = (block, block) if isinstance(block, int) else block
+    n, scale = layout.tokens, 16**-0.5
+    q, k, v = (torch.randn(2, 3, n, 16, dtype=dtype) for _ in range(3))
+    keys = torch.ones(2, n, dtype=torch.bool)
+    keys[0, 100:300], keys[1, -5:] = False, False
+    here = site(layout, key_mask=keys)
+    out = Random(0.7, block=block).attend(q, k, v, here)
+    mask = here.memory["lists"].to_mask()
+    allowed = exact.element_mask(mask, rows, columns, n, n) & keys[:, None, None]
+    want, _ = exact.softmax_attention(q, k, v, allowed, scale)
+    assert (out.double() - want).abs().max() <= exact.tolerance(want, exact.eager(q, k, v, allowed, scale))
+
+    text = torch.ones(n, dtype=torch.bool)
+    text[layout.span] = False
+    by_row, by_column = (torch.tensor([part.any() for part in text.split(side)]) for side in (rows, columns))
+    assert mask[..., by_column].all()
+    assert mask[:, :, by_row].all()
+    kept = max(round(0.3 * len(by_column)), int(by_column.sum()))
+    assert (mask[:, :, ~by_row].sum(-1) == kept).all()
+    assert float(here.record.density) == pytest.approx(float(mask.float().mean()))
+
+
+@pytest.mark.parametrize("block", [32, (64, 32), (8, 32)], ids=str)
+def test_orders_gather_blocks_of_keys(block: int | tuple[int, int]) -> None:
+    """Order "auto" makes boxes of them: blocks of queries are runs of boxes, or parts of one."""
+    layout, strategy = Layout(4, 8, 8), Random(0.5, block=block, order="auto")
+    frame, row, column = torch.cartesian_prod(*(torch.arange(side) for side in (4, 8, 8))).T
+    boxes = torch.randn(8, 16)[(frame // 2) * 4 + (row // 4) * 2 + column // 4]  # each of 2 x 4 x 4 tokens
+    x = (boxes + 0.1 * torch.randn(3, layout.tokens, 16))[None]
+    here = site(layout)
+    in_order(strategy, strategy.attend, (x, x, x), here)
+    assert found_orders(strategy, here) == ("tile2x4x4",) * 3
+
+
+@pytest.mark.parametrize("make", [GNA, PAROSearch, SparseVDiTSearch])
+def test_windows_and_plans_want_square_blocks(make: type) -> None:
+    with pytest.raises(ConfigError, match=r"such as 64: windows and plans are of square blocks; got \(128, 64\)"):
+        make(block=(128, 64))
+
+
 def test_a_backend_that_nobody_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a strategy whose first question is how dense it may be."""
     monkeypatch.setenv("DIFFSPARSE_BACKEND", "fast")
@@ -51,7 +102,7 @@ def test_a_backend_that_nobody_knows_is_named(monkeypatch: pytest.MonkeyPatch) -
             tensors(model, kwargs)
 
 
-@pytest.mark.parametrize("knobs", [{"seed": -1}, {"seed": 0.5}, {"sparsity": 1.0}, {"block": 0}])
-def test_bad_knobs_are_refused(knobs: dict[str, float]) -> None:
+@pytest.mark.parametrize("knobs", [{"seed": -1}, {"seed": 0.5}, {"sparsity": 1.0}, {"block": 0}, {"block": (8, 0)}])
+def test_bad_knobs_are_refused(knobs: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="wants"):
         Random(**knobs)  # type: ignore[arg-type]
