@@ -54,10 +54,12 @@ class Flops:
     attention: the two products of self-attention over the grid, for each of the model's attention modules in order
         (0 for those that are never sparse).
     rest: everything else that multiplies matrices.
+    head_dim: channels of a head of the first of these modules; None if it is not known.
     """
 
     attention: tuple[float, ...]
     rest: float
+    head_dim: int | None = None
 
     @property
     def total(self) -> float:
@@ -91,7 +93,8 @@ def flops(model: nn.Module, video: int, text: int) -> Flops:
             crossed += products * video * text * (2 if image else 1)
         else:
             attention.append(products * (video + (0 if name.endswith("attn2") else joint)) ** 2)
-    return Flops(tuple(attention), crossed + sum(_linear(model, video, text, joint)))
+    head_dim = next((_width(module) // _heads(module) for _, module in attentions(model)), None)
+    return Flops(tuple(attention), crossed + sum(_linear(model, video, text, joint)), head_dim)
 
 
 def _linear(model: nn.Module, video: int, text: int, joint: int) -> list[float]:
@@ -127,7 +130,12 @@ def _reads(name: str, words: tuple[str, ...]) -> bool:
 def _width(module: Attention) -> int:
     """Heads times head size of the queries."""
     width = getattr(module, "inner_dim", None)
-    return int(width or getattr(module, "heads", None) or module.num_heads) * (1 if width else int(module.head_dim))
+    return int(width or _heads(module) * int(module.head_dim))
+
+
+def _heads(module: Attention) -> int:
+    """Of the queries."""
+    return int(getattr(module, "heads", None) or module.num_heads)
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,8 @@ class Estimate:
         None if what the strategy computes is unknown before it runs: some strategies can't say, and windows need the
         `layout` of the tokens.
         """
-        said = [step.work for step in as_strategy(strategy).steps(Outline.of(schedule, steps, layout))]
+        run = Outline.of(schedule, steps, layout, count.head_dim)
+        said = [step.work for step in as_strategy(strategy).steps(run)]
         works = [work for work in said if work is not None]
         if len(works) < len(said):
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,8 +13,9 @@ from torch import Tensor
 import diffsparse_kernels as kernels
 from diffsparse.errors import DenseFallbackError
 from diffsparse.orders.per_head import HeadOrders
+from diffsparse.site.charge import MASS_PASS, summary_work
 from diffsparse.site.place import Place
-from diffsparse.site.record import MASS_PASS, CallRecord
+from diffsparse.site.record import CallRecord
 from diffsparse.site.timing import Reading
 
 
@@ -24,7 +26,7 @@ class Blocks:
     lists: which key blocks each query block visits.
     orders: the order of the tokens that the lists count in; None if they count q, k, v as these stand.
     boxes: hide keys token by token within the listed blocks; they count the tokens as the lists do.
-    means: dropped blocks stand as their mean keys and values.
+    summary: how dropped blocks stand for their keys, or what was made for it, in tokens as the lists count them.
     residual: [B, H, N, D], added to the output of the tokens as the lists count them, unless the call runs dense.
     bits: of the numbers multiplied: 16 leaves them as they are; 8 and 4 are emulated where no kernel does them.
     heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
@@ -33,7 +35,7 @@ class Blocks:
     lists: kernels.BlockLists
     orders: HeadOrders | None = None
     boxes: kernels.Boxes | None = None
-    means: bool = False
+    summary: kernels.Summary | kernels.Summaries | None = None
     residual: Tensor | None = None
     bits: int = 16
     heads: int | None = None
@@ -55,16 +57,19 @@ def multiply(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site) -> tup
     """Output [B, H, N, D] and LSE [B, H, N] of a sparse product by our kernels, which is the call's own."""
     with kernels.record() as ran:
         found = _multiplied(q, k, v, blocks, site)
-    site.record.ran_sparse(site.density(blocks, q.shape[1]), ran[0].name, ran[0].passed_over)
+    site.record.ran_sparse(site.density(blocks, q), ran[0].name, ran[0].passed_over)
     return found
 
 
 def _multiplied(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site) -> tuple[Tensor, Tensor]:
     """Output and LSE, tokens as the lists count them."""
-    lists, scale, keys, means = blocks.lists, site.scale, site.key_mask, blocks.means
+    lists, scale, keys, summary = blocks.lists, site.scale, site.key_mask, blocks.summary
     if blocks.bits < 16:
-        return kernels.quantised_attention(q, k, v, lists, bits=blocks.bits, scale=scale, key_mask=keys, means=means)
-    return kernels.block_sparse_attention(q, k, v, lists, scale=scale, key_mask=keys, boxes=blocks.boxes, means=means)
+        rounded = partial(kernels.quantised_attention, bits=blocks.bits)
+        return rounded(q, k, v, lists, scale=scale, key_mask=keys, summary=summary)
+    return kernels.block_sparse_attention(
+        q, k, v, lists, scale=scale, key_mask=keys, boxes=blocks.boxes, summary=summary
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ class Site(Place):
     scale: of the scores; None is 1/sqrt(D).
     key_mask: which tokens may be attended to: bool [B, N], or [B, H, N] where the tokens' order differs by head.
     strict: raise instead of falling back to dense attention.
-    means: dropped blocks stand as their means in every product, whatever its `Blocks` say.
+    summary: how dropped blocks stand for their keys in every product whose `Blocks` say nothing of it.
     product: computes sparse products and reports what ran; a wrapper may put a function of its own here.
     """
 
@@ -88,7 +93,7 @@ class Site(Place):
     scale: float | None = None
     key_mask: Tensor | None = None
     strict: bool = False
-    means: bool = False
+    summary: kernels.Summary | None = None
     product: Product = field(default=multiply, repr=False)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, *, reason: str = "strategy") -> Tensor:
@@ -141,14 +146,22 @@ class Site(Place):
             q, k, lse, q_block=q_block, kv_block=kv_block, scale=self.scale, key_mask=self.key_mask
         )
 
+    def summarise(self, k: Tensor, v: Tensor, block: int) -> kernels.Summaries:
+        """First-order summaries of the key blocks; counted with the product that uses them."""
+        return kernels.summarise(k, v, block, scale=self.scale, key_mask=self.key_mask)
+
+    def summary_error(self, q: Tensor, summaries: kernels.Summaries, q_block: int, kv_block: int) -> Tensor:
+        """Estimated error of each tile's summary, float32 [B, H, nQ, nK]."""
+        self.record.beside += MASS_PASS / kv_block
+        return kernels.summary_error(q, summaries, q_block=q_block, scale=self.scale)
+
     def sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | kernels.BlockLists) -> Tensor:
         """Block-sparse attention [B, H, N, D]; dense, with the reason reported, where that is faster."""
         blocks = Blocks(blocks) if isinstance(blocks, kernels.BlockLists) else blocks
-        lists, limit = blocks.lists, self._break_even(q, blocks.lists)
-        known = self._known_density(lists)
+        blocks = replace(blocks, summary=blocks.summary or self.summary)
+        known, limit = self._known_density(blocks, q), self._break_even(q, blocks.lists)
         if blocks.bits == 16 and known is not None and known > limit:
             return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
-        blocks = replace(blocks, means=True) if self.means and not blocks.means else blocks
 
         def product(q: Tensor, k: Tensor, v: Tensor, here: Site) -> Tensor:
             return here._sparse(q, k, v, blocks)
@@ -157,14 +170,13 @@ class Site(Place):
 
     def compare(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         """What `sparse` would give, for comparison: never dense, and counted as work beside the call's."""
-        self.record.beside += self.density(blocks, q.shape[1])
+        self.record.beside += self.density(blocks, q)
         return _multiplied(q, k, v, blocks, self)[0]
 
-    def density(self, blocks: Blocks, heads: int) -> Tensor:
-        """Share of dense attention that a product of `heads` heads computes: 0-dim, on the device of the lists."""
-        share = self._computed(blocks.lists)
-        share = share + (1 - share) / blocks.lists.kv_block if blocks.means else share  # a mean counts as one key
-        return share if blocks.heads is None else 1 - (1 - share) * heads / blocks.heads
+    def density(self, blocks: Blocks, q: Tensor) -> Tensor:
+        """Share of dense attention that a product with q [B, H, N, D] computes: 0-dim, on the device of the lists."""
+        share = self._computed(blocks, q)
+        return share if blocks.heads is None else 1 - (1 - share) * q.shape[1] / blocks.heads
 
     def in_order(self, orders: HeadOrders, method: Method, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Call `method(q, k, v, site)` with the tokens and their mask in another order; its output as q stands.
@@ -195,15 +207,19 @@ class Site(Place):
         masked, block = self.key_mask is not None, (lists.q_block, lists.kv_block)
         return kernels.break_even(q.device, q.dtype, q.shape[-1], block, q.shape[2], masked)
 
-    def _computed(self, lists: kernels.BlockLists) -> Tensor:
-        """Share of dense attention in the listed blocks; gaps of tiles are computed too."""
-        return lists.density() * (lists.q_len * lists.kv_len / self.layout.tokens**2)
+    def _computed(self, blocks: Blocks, q: Tensor) -> Tensor:
+        """Share of dense attention in the listed blocks and in summaries; gaps of tiles are computed too."""
+        lists, by, tokens = blocks.lists, blocks.summary, self.layout.tokens
+        share = lists.density() * (lists.q_len * lists.kv_len / tokens**2)
+        edges = {"q_block": lists.q_block, "kv_block": lists.kv_block}
+        kind = by.by if isinstance(by, kernels.Summaries) else by
+        return share + summary_work(kind, 1 - share, **edges, tokens=tokens, head_dim=q.shape[3])
 
-    def _known_density(self, lists: kernels.BlockLists) -> float | None:
+    def _known_density(self, blocks: Blocks, q: Tensor) -> float | None:
         """The density as a number; on a device only from the next call with these lists on: no call waits for it."""
-        of, reading = self.memory.get("density", (lambda: None, None))
+        lists, (of, reading) = blocks.lists, self.memory.get("density", (lambda: None, None))
         if of() is not lists:
-            reading = Reading(self._computed(lists))
+            reading = Reading(self._computed(blocks, q))
             self.memory["density"] = weakref.ref(lists), reading  # strategies may make new lists at each call
         number: float | None = reading.value()
         return number

@@ -14,7 +14,6 @@ from diffsparse.site.timing import Mark, elapsed, mark, passed
 Kind = Literal["dense", "search", "sparse"]
 
 PLANNED = "schedule"
-MASS_PASS = 0.5  # a second pass over the keys that sums the mass of blocks: one product of attention's two
 
 
 @dataclass

@@ -88,8 +88,8 @@ def of_plan(plan: Plan) -> Planned:
 def parse(names: str, **knobs: Any) -> list[Strategy]:
     """Strategies from a comma-separated list such as "adaspa,random+means,paro:plan.safetensors".
 
-    Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon. `+means` or
-    `+tail` makes up for what it drops (`Compensated`).
+    Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon. `+means`,
+    `+first-order` or `+tail` makes up for what it drops (`Compensated`).
 
     Raises:
         UnknownNameError: a name that is no strategy's.

@@ -1,4 +1,4 @@
-"""Compensation of what a strategy drops: by the means of the dropped blocks, or by what they gave when last seen."""
+"""Compensation of what a strategy drops: by summaries of the dropped blocks, or by what they gave when last seen."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
+from diffsparse.site.charge import summary_work
 from diffsparse.site.compute import Blocks, Product, Site
 from diffsparse.strategies.base import Strategy, Wrapper, as_strategy, is_attending
-from diffsparse.strategies.digest import Digest
+from diffsparse.strategies.tangent import Tangent
 from diffsparse.strategies.work import Kind, Outline, Step
-from diffsparse_kernels import BlockLists, edges, merge_attention
+from diffsparse_kernels import BlockLists, Summary, merge_attention
 
-_WAYS = ("means", "tail")
+_WAYS = ("means", "first-order", "tail")
 _SPARSE = ("sparse", "refresh")  # kinds of steps that drop blocks
 
 
@@ -27,6 +28,9 @@ class Compensated(Wrapper):
     by: "means": each dropped block stands in the same softmax as its mean key and mean value, weighted by its number of
         keys, as in PISA (arXiv 2602.01077), Sol-Attn (2607.24027) and, with centroids, SVG-EAR (2603.08982). Costs
         about one key for each block at every step, and no memory.
+        "first-order": the same, with the mass that varied scores add and, for each block of queries, one matrix that
+        moves the mean values with the query; ours. It wants blocks of similar tokens. Costs D / N +
+        D / (2 q_block kv_block) more, and no memory.
         "tail": output and normaliser of what is left out are kept and merged, as in FlashBlock (2602.05305). The first
         sparse step after each choice of blocks runs dense too, and keeps for each query what the dropped blocks gave:
         O_rest = (O - w O_s) / (1 - w) with w = exp(LSE_s - LSE). Later steps merge it by its LSE.
@@ -35,13 +39,13 @@ class Compensated(Wrapper):
     """
 
     strategy: Strategy
-    by: Literal["means", "tail"] = "means"
+    by: Literal["means", "first-order", "tail"] = "means"
     budget: float = 4.0
 
     def __post_init__(self) -> None:
         if self.by not in _WAYS:
             raise ConfigError(f"compensation wants one of {', '.join(_WAYS)}; got {self.by!r}")
-        if isinstance(self.strategy, Compensated | Digest) or not is_attending(self.strategy):
+        if isinstance(self.strategy, Compensated | Tangent) or not is_attending(self.strategy):
             raise ConfigError(f"wanted a strategy that is not compensated yet; got {self.strategy!r}")
         if not isinstance(self.budget, int | float) or not self.budget > 0:
             raise ConfigError(f"budget wants a positive number of GiB; got {self.budget!r}")
@@ -51,17 +55,22 @@ class Compensated(Wrapper):
     def expected(self, run: Outline) -> list[Step]:
         """What each step computes: the strategy's own, and what makes up for the rest."""
         steps = self.strategy.steps(run)
-        return [self._with_means(step) for step in steps] if self.by == "means" else _with_tails(steps)
+        return _with_tails(steps) if self.by == "tail" else [self._summarised(self.by, step, run) for step in steps]
 
-    def _with_means(self, step: Step) -> Step:
+    def _summarised(self, by: Summary, step: Step, run: Outline) -> Step:
+        """At most: as if no head ran dense."""
         if step.kind not in _SPARSE or step.density is None or self.block is None:
             return step
-        return replace(step, density=step.density + (1 - step.density) / edges(self.block)[1])
+        tokens, head_dim = None if run.layout is None else run.layout.tokens, run.head_dim
+        if by == "first-order" and (tokens is None or head_dim is None):
+            return replace(step, density=None)
+        extra = summary_work(by, 1 - step.density, self.block, tokens or 1, head_dim or 1)
+        return replace(step, density=step.density + extra)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The strategy's attention over q, k, v [B, H, N, D], each sparse product compensated."""
-        if self.by == "means":
-            return self.strategy.attend(q, k, v, replace(site, means=True))
+        if self.by != "tail":
+            return self.strategy.attend(q, k, v, replace(site, summary=self.by))
         product = partial(_with_kept_tail, site.product, self.budget)
         return self.strategy.attend(q, k, v, replace(site, product=product))
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from diffsparse.errors import ConfigError
 from diffsparse.orders.named import check_order
 from diffsparse.schedule import exact
+from diffsparse.site.charge import MASS_PASS
 from diffsparse.site.compute import Blocks, Site
-from diffsparse.site.record import MASS_PASS
 from diffsparse.strategies.blocks import with_text
 from diffsparse.strategies.online import OnlineSearch
 from diffsparse.strategies.work import Outline
@@ -71,7 +71,7 @@ class Digest(OnlineSearch):
         lifetime = self._lifetime(site.steps, site.memory["first"])
         site.memory.pop("residual", None)
         if lifetime:
-            residual = (out - site.compare(q, k, v, Blocks(site.memory["lists"], means=True))).bfloat16()
+            residual = (out - site.compare(q, k, v, Blocks(site.memory["lists"], summary="means"))).bfloat16()
             site.memory["residual"] = _Residual(*self._affordable(residual, site), site.step + lifetime)
         return out
 
@@ -82,7 +82,7 @@ class Digest(OnlineSearch):
             kept = None
             del site.memory["residual"]
         residual = None if kept is None else kept.rows_of(q.shape[2])
-        return site.sparse(q, k, v, Blocks(site.memory["lists"], means=True, residual=residual))
+        return site.sparse(q, k, v, Blocks(site.memory["lists"], summary="means", residual=residual))
 
     def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The blocks of the layer with the largest shortfall of their means, bool [B, H, nQ, nK]."""

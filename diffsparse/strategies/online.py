@@ -9,8 +9,8 @@ from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.schedule import check_amount, exact, nearest
+from diffsparse.site.charge import MASS_PASS
 from diffsparse.site.compute import Site
-from diffsparse.site.record import MASS_PASS
 from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_share, row_density
 from diffsparse.strategies.work import Outline, Step

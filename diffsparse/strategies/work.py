@@ -23,7 +23,7 @@ KINDS: tuple[Kind, ...] = ("dense", "search", "refresh", "tail", "sparse")
 class Step:
     """One step in the layers that may be sparse.
 
-    density: share of attention computed by blocks and means, as a report counts it; None if only the run will show.
+    density: share of attention computed by blocks and summaries, as a report counts it; None if only the run will show.
     beside: what is computed beside that, in dense passes: mass passes, and products that are only compared.
     new: share of the layers whose blocks are new.
     """
@@ -49,18 +49,20 @@ class Outline:
     """A run before it starts: `steps` long, sparse from step `first` until before `end`, both 0-based.
 
     layout: of the tokens, None if it is not known; without it text counts as none, and blocks as shares.
+    head_dim: channels of a head, None if it is not known.
     """
 
     steps: int
     first: int
     end: int
     layout: Layout | None = None
+    head_dim: int | None = None
 
     @classmethod
-    def of(cls, schedule: Schedule, steps: int, layout: Layout | None = None) -> Outline:
+    def of(cls, schedule: Schedule, steps: int, layout: Layout | None = None, head_dim: int | None = None) -> Outline:
         """The run of a schedule."""
         first, end = schedule.bounds(steps)
-        return cls(steps, first, steps if end is None else end, layout)
+        return cls(steps, first, steps if end is None else end, layout, head_dim)
 
     @property
     def search(self) -> int | None:

@@ -181,7 +181,7 @@ def _variants(case: Case, lists: BlockLists, backend: str) -> dict[Kind, Callabl
     from diffsparse_kernels import block_sparse_attention
 
     kernel = partial(block_sparse_attention, lists=lists, backend=backend)
-    found: dict[Kind, Callable[..., object]] = {"means": partial(kernel, means=True)}
+    found: dict[Kind, Callable[..., object]] = {"means": partial(kernel, summary="means")}
     frames, rest = divmod(case.tokens, 256)
     if rest:
         return found

@@ -15,10 +15,11 @@ from .functional import (
     default_block as default_block,
     kernel_for as kernel_for,
     quantised_attention as quantised_attention,
+    summarise as summarise,
+    summary_error as summary_error,
 )
 from .lists import Block as Block, BlockLists as BlockLists, edges as edges, written as written
 from .masks import Boxes as Boxes
-from .means import block_means as block_means, means_mass as means_mass, spread as spread
 from .merge import merge_attention as merge_attention
 from .registry import (
     Choice as Choice,
@@ -28,3 +29,10 @@ from .registry import (
     record as record,
 )
 from .select import select_heads as select_heads, select_mass as select_mass, select_rows as select_rows
+from .summaries import (
+    Summaries as Summaries,
+    Summary as Summary,
+    block_means as block_means,
+    means_mass as means_mass,
+    spread as spread,
+)

@@ -18,14 +18,14 @@ PRECISIONS: dict[str, tuple[str, str]] = {
     "fp8": ("fp8", "fp8"),
 }
 INTEGERS = "int8-int8"  # both products are of integers
-Kind = Literal["attend", "fused", "mass", "means"]
+Kind = Literal["attend", "fused", "mass", "summaries"]
 
 
 class Case(NamedTuple):
     """A class of calls.
 
-    kind: "attend" (dense or over lists), "fused" (dense with the block mass), "mass" (that alone), "means" (merged into
-        what another kernel gave).
+    kind: "attend" (dense or over lists), "fused" (dense with the block mass), "mass" (that alone), "summaries" (merged
+        into what another kernel gave).
     dtype: of q, k, v.
     head_dim: channels of queries and keys.
     value_dim: channels of values.

@@ -7,7 +7,7 @@ of these functions as it can; all tensors are [B, H, N, D], all key masks bool [
     block_sparse_attention(q, k, v, lists, scale, key_mask, boxes) -> out, lse
     attention_with_mass(q, k, v, lse, q_block, kv_block, scale, key_mask) -> out, lse, mass
     block_mass(q, k, lse, q_block, kv_block, scale, key_mask) -> mass
-    merge_means(q, k, v, lists, scale, key_mask, out, lse), in place
+    merge_summaries(q, k, v, lists, scale, key_mask, summaries, out, lse), in place
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from diffsparse_kernels.case import PRECISIONS
 from diffsparse_kernels.errors import BackendError, KernelInputError
 from diffsparse_kernels.lists import BlockLists
 from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.summaries import SUMMARIES, Summaries, Summary
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -73,16 +74,61 @@ def check_lists(q: Tensor, k: Tensor, lists: BlockLists) -> None:
         raise KernelInputError(f"the lists are on {lists.idx.device}, q on {q.device}; move one of them")
 
 
-def check_precision(q: Tensor, precision: str, boxes: Boxes | None, means: bool, backend: str | None) -> None:
+def check_precision(q: Tensor, precision: str, boxes: Boxes | None, summary: bool, backend: str | None) -> None:
     """What the eight-bit kernels take."""
     if precision not in PRECISIONS:
         raise KernelInputError(f"wanted precision as one of {', '.join(PRECISIONS)}, or None; got {precision!r}")
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise KernelInputError(f"precision {precision!r} wants bfloat16 or float16 inputs; got {q.dtype}")
-    if boxes is not None or means:
-        raise KernelInputError(f"precision {precision!r} takes no boxes and no means; got some. Leave one of them away")
+    if boxes is not None or summary:
+        raise KernelInputError(
+            f"precision {precision!r} takes no boxes and no summary; got one. Leave one of them away"
+        )
     if backend not in (None, "triton"):
         raise BackendError(f"precision {precision!r} wants the triton backend; got {backend!r}")
+
+
+def check_summary_name(by: object) -> None:
+    """A way to summarise."""
+    if by not in SUMMARIES:
+        raise KernelInputError(f"wanted a summary by one of {', '.join(SUMMARIES)}; got {by!r:.60}")
+
+
+def check_summary(k: Tensor, v: Tensor, lists: BlockLists, summary: Summary | Summaries | None) -> None:
+    """A summary of the blocks of these keys and values, or the name of one."""
+    if not isinstance(summary, Summaries):
+        return None if summary is None else check_summary_name(summary)
+    wide, (dim, value_dim) = (*k.shape[:2], lists.kv_blocks), (k.shape[3], v.shape[3])
+    wanted = {"key": (*wide, dim), "value": (*wide, value_dim), "variance": wide, "spread": wide, "steepness": wide}
+    _check_parts(summary, wanted, k)
+    one = (*wide[:2], 1, dim, value_dim)
+    if summary.slope is not None and summary.slope.shape not in (one, (*wide, dim, value_dim)):
+        raise KernelInputError(
+            f"wanted a slope {(*wide, dim, value_dim)}, or {one} for all blocks; got {tuple(summary.slope.shape)}"
+        )
+
+
+def _check_parts(summary: Summaries, wanted: dict[str, tuple[int, ...]], like: Tensor) -> None:
+    for name, shape in wanted.items():
+        part = getattr(summary, name)
+        if part is not None and (tuple(part.shape) != shape or part.device != like.device):
+            raise KernelInputError(
+                f"wanted summaries whose {name} is {shape} on {like.device}; got {tuple(part.shape)} on {part.device}. "
+                "Make them of these keys, in blocks of this length"
+            )
+
+
+def check_summary_error(q: Tensor, summaries: Summaries) -> None:
+    """Summaries of first order that belong to these queries."""
+    if any(x is None for x in (summaries.variance, summaries.spread, summaries.steepness)):
+        raise KernelInputError(
+            "wanted summaries with variance, spread and steepness; got none. Summarise by first-order"
+        )
+    key = summaries.key
+    if q.ndim != 4 or q.shape[:2] != key.shape[:2] or q.shape[3] != key.shape[3]:
+        raise KernelInputError(f"wanted q [B, H, N, D] for mean keys {tuple(key.shape)}; got {tuple(q.shape)}")
+    if q.device != key.device:
+        raise KernelInputError(f"the summaries are on {key.device}, q on {q.device}; move one of them")
 
 
 def check_boxes(q: Tensor, k: Tensor, boxes: Boxes) -> None:

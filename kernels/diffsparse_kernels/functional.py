@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from diffsparse_kernels import ops
+from diffsparse_kernels import summaries as plain
 from diffsparse_kernels.case import DENSE_BLOCKS, Case
 from diffsparse_kernels.catalog import BACKENDS
 from diffsparse_kernels.checks import (
@@ -16,6 +17,9 @@ from diffsparse_kernels.checks import (
     check_lse,
     check_precision,
     check_qkv,
+    check_summary,
+    check_summary_error,
+    check_summary_name,
 )
 from diffsparse_kernels.errors import BackendError, KernelInputError
 from diffsparse_kernels.lists import Block, BlockLists, edges
@@ -23,6 +27,7 @@ from diffsparse_kernels.machine import device_name
 from diffsparse_kernels.masks import Boxes, differs_by_head, fold_heads, unfold_heads
 from diffsparse_kernels.measured import density_limit
 from diffsparse_kernels.registry import Choice, check_known, choose
+from diffsparse_kernels.summaries import Summaries, Summary
 
 
 def attention(
@@ -153,7 +158,7 @@ def block_sparse_attention(
     scale: float | None = None,
     key_mask: Tensor | None = None,
     boxes: Boxes | None = None,
-    means: bool = False,
+    summary: Summary | Summaries | None = None,
     precision: str | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -170,33 +175,36 @@ def block_sparse_attention(
         scale: as in `attention`.
         key_mask: as in `attention`.
         boxes: hide keys within the listed blocks.
-        means: let each dropped block stand in the same softmax as its mean key and mean value, weighted by its number
-            of keys: n * exp(q . mean key * scale). Costs about 1 / kv_block of dense attention. Keys that boxes hide
-            in listed blocks stay hidden.
+        summary: let each dropped block stand in the same softmax: by "means", at about 1 / kv_block of dense attention;
+            to "first-order", at D / N + D / (2 q_block kv_block) more; or as the `Summaries` say that `summarise` made
+            of these keys and values. Keys that boxes hide in listed blocks stay hidden.
         precision: None for the inputs' own, or eight bits on the triton backend: "int8" (scores), "int8-int8",
-            "int8-fp8" (scores, weighted values) or "fp8"; `eight_bits` says what each costs. Without boxes and means.
+            "int8-fp8" (scores, weighted values) or "fp8"; `eight_bits` says what each costs. Without boxes and summary.
         backend: as in `attention`.
 
     Returns:
         As `attention`.
 
     Raises:
-        KernelInputError: shapes, dtypes, devices, lists or boxes that don't fit. BackendError: as in `attention`.
+        KernelInputError: arguments that don't fit each other. BackendError: as in `attention`.
     """
     check_qkv(q, k, v, key_mask)
     check_lists(q, k, lists)
+    check_summary(k, v, lists, summary)
     if precision is not None:
-        check_precision(q, precision, boxes, means, backend)
+        check_precision(q, precision, boxes, summary is not None, backend)
     if boxes is not None:
         check_boxes(q, k, boxes)
     like = q
     if differs_by_head(key_mask):
         q, k, v, key_mask, lists = *fold_heads(q, k, v), key_mask.flatten(0, 1), lists.by_head(q.shape[0])
+        summary = summary.by_head() if isinstance(summary, Summaries) else summary
     arguments = q, k, v, *_parts(lists), _scale(q, scale), key_mask
     if precision is not None:
         out, lse = ops.eight_bit_attention(*arguments, precision)
     else:
-        out, lse = ops.block_sparse_attention(*arguments, *(boxes or (None,) * 3), means, _named(q, backend))
+        hidden = boxes or (None,) * 3
+        out, lse = ops.block_sparse_attention(*arguments, *hidden, *_stand_ins(summary), _named(q, backend))
     out, lse = unfold_heads(like, out, lse)
     return out, lse
 
@@ -210,7 +218,7 @@ def quantised_attention(
     bits: int,
     scale: float | None = None,
     key_mask: Tensor | None = None,
-    means: bool = False,
+    summary: Summary | Summaries | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks whose two products are of whole numbers (PAROAttention, arXiv 2506.16054).
 
@@ -228,19 +236,81 @@ def quantised_attention(
         bits: of the numbers multiplied, from 2 to 8.
         scale: as in `attention`.
         key_mask: as in `attention`.
-        means: as in `block_sparse_attention`; means are not rounded.
+        summary: as in `block_sparse_attention`; summaries are not rounded.
 
     Returns:
         As `attention`.
 
     Raises:
-        KernelInputError: shapes, dtypes, devices, lists or bits that don't fit.
+        KernelInputError: shapes, dtypes, devices, lists, bits or summaries that don't fit.
     """
     check_qkv(q, k, v, key_mask)
     check_lists(q, k, lists)
+    check_summary(k, v, lists, summary)
     check_bits(bits)
-    out, lse = ops.quantised_attention(q, k, v, *_parts(lists), _scale(q, scale), key_mask, means, bits)
+    rest = _scale(q, scale), key_mask, *_stand_ins(summary), bits
+    out, lse = ops.quantised_attention(q, k, v, *_parts(lists), *rest)
     return out, lse
+
+
+def summarise(
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    by: Summary = "first-order",
+) -> Summaries:
+    """What each block of keys stands as where it is not computed, for `block_sparse_attention` and `summary_error`.
+
+    Costs D / (2 N) of dense attention, and nothing to speak of by means alone.
+
+    Args:
+        k: [B, H, N, D].
+        v: [B, H, N, D_v].
+        block: keys of a block; the last may be ragged.
+        scale: of the scores, 1/sqrt(D) by default.
+        key_mask: as in `attention`; masked keys count for nothing.
+        by: "means", or "first-order" for all of it.
+
+    Returns:
+        `Summaries`, in float32 or better, with one for each of the nK blocks.
+
+    Raises:
+        KernelInputError: shapes, dtypes, devices or blocks that don't fit.
+    """
+    check_qkv(k, k, v, key_mask)
+    check_blocks(block, block)
+    check_summary_name(by)
+    return plain.summarise(k, v, block, _scale(k, scale), key_mask, by)
+
+
+def summary_error(q: Tensor, summaries: Summaries, *, q_block: int, scale: float | None = None) -> Tensor:
+    """Estimated error of each block's first-order summary, for each block of queries: compute the largest.
+
+    With p = softmax over blocks b of (q . mean key * scale + log n), the expected squares of first and second order,
+
+        e^2 = sum over rows of p^2 (|q|^2 steepness^2 + (|q|^2 variance spread / 2)^2)
+
+    as if queries had no preferred direction. Ours. Takes no values and no state, and costs 0.5 / kv_block of dense
+    attention.
+
+    Args:
+        q: [B, H, N_q, D], of any dtype that `attention` takes.
+        summaries: of the keys, by `summarise` with "first-order" and the same scale.
+        q_block: queries of a block; the last may be ragged.
+        scale: of the scores, 1/sqrt(D) by default.
+
+    Returns:
+        e, float32 or better [B, H, nQ, nK]; 0 for a block whose keys are all masked.
+
+    Raises:
+        KernelInputError: summaries by means, or of other shapes or devices.
+    """
+    check_blocks(q_block, 1)
+    check_summary_error(q, summaries)
+    return plain.summary_error(q, summaries, q_block, _scale(q, scale))
 
 
 def kernel_for(
@@ -314,6 +384,11 @@ def _named(q: Tensor, name: str | None) -> str:
 
 def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _stand_ins(summary: Summary | Summaries | None) -> tuple[str, list[Tensor | None]]:
+    """A summary as the ops take it: its name, empty for none, and its parts, empty if they are to be made."""
+    return (summary.by, list(summary)) if isinstance(summary, Summaries) else (summary or "", [])
 
 
 def _parts(lists: BlockLists) -> tuple[Tensor, Tensor, Tensor | None, int, int]:

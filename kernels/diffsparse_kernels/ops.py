@@ -5,34 +5,48 @@ The back end is chosen within an op, where no compiler looks, and recorded there
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from diffsparse_kernels import means as plain_means
+from diffsparse_kernels import summaries as plain
 from diffsparse_kernels.case import DENSE_BLOCKS, Case
 from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.registry import Choice, check_named, choose, choose_quantised, running
+from diffsparse_kernels.summaries import Summaries, Summary
 
 
-def merge_means(
+def merge_summaries(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     lists: BlockLists,
     scale: float,
     key_mask: Tensor | None,
+    summary: str,
+    parts: Sequence[Tensor | None],
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Merge what the means of the blocks outside the lists give into out and lse of any back end, in place."""
+    """Merge what the summaries of the blocks outside the lists give into out and lse of any back end, in place.
+
+    summary: how they are made, empty for none at all.
+    parts: those of `Summaries` made before; none if they are to be made here.
+    """
+    if not summary:
+        return
+    made = (k, v, lists.kv_block, scale, key_mask, cast(Summary, summary))
+    summaries = Summaries._make(parts) if parts else plain.summarise(*made)
     try:
-        case = Case.of("means", q, k, v, (lists.q_block, lists.kv_block), key_mask)
-        merge = getattr(choose(case, q.device).module, "merge_means", plain_means.merge_means)
+        case = Case.of("summaries", q, k, v, (lists.q_block, lists.kv_block), key_mask)
+        merge = getattr(choose(case, q.device).module, "merge_summaries", plain.merge_summaries)
     except NoKernelError:  # plain torch always can
-        merge = plain_means.merge_means
-    merge(q, k, v, lists, scale, key_mask, out, lse)
+        merge = plain.merge_summaries
+    merge(q, k, v, lists, scale, key_mask, summaries, out, lse)
 
 
 @torch.library.custom_op("diffsparse_kernels::attention", mutates_args=())
@@ -147,7 +161,8 @@ def quantised_attention(
     kv_block: int,
     scale: float,
     key_mask: Tensor | None,
-    means: bool,
+    summary: str,
+    summaries: Sequence[Tensor | None],
     bits: int,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention in whole numbers, by the fastest that can -> out, lse."""
@@ -155,8 +170,7 @@ def quantised_attention(
     case = Case.of("attend", q, k, v, (q_block, kv_block), key_mask)
     kernel = running(choose_quantised(case, q.device, bits))
     out, lse = kernel.quantised_attention(q, k, v, lists, scale, key_mask, bits)
-    if means:
-        merge_means(q, k, v, lists, scale, key_mask, out, lse)
+    merge_summaries(q, k, v, lists, scale, key_mask, summary, summaries, out, lse)
     return out, lse
 
 
@@ -180,7 +194,8 @@ def block_sparse_attention(
     place: Tensor | None,
     low: Tensor | None,
     high: Tensor | None,
-    means: bool,
+    summary: str,
+    summaries: Sequence[Tensor | None],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention -> out, lse."""
@@ -189,10 +204,9 @@ def block_sparse_attention(
     case = Case.of("attend", q, k, v, (q_block, kv_block), key_mask, boxes)
     kernel = running(choose(case, q.device, backend))
     out, lse = kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
-    if means:
-        out, lse = out.contiguous(), lse.contiguous()
-        merge_means(q, k, v, lists, scale, key_mask, out, lse)
-    return out.contiguous(), lse.contiguous()
+    out, lse = out.contiguous(), lse.contiguous()
+    merge_summaries(q, k, v, lists, scale, key_mask, summary, summaries, out, lse)
+    return out, lse
 
 
 @block_sparse_attention.register_fake

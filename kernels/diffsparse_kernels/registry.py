@@ -27,7 +27,7 @@ _INTEGER_DEVICES = ("cuda",)  # where eight bits are faster than none; in the in
 _SUBSTITUTE = {"gluon": "triton", "flash-attn-4": "triton"}  # what computes the cases that a named one can't
 _USUAL = Case("attend", torch.bfloat16, 128, 128, 128, 128)  # what most models ask for
 USUAL = tuple(
-    _USUAL._replace(kind=kind, masked=masked) for masked in (False, True) for kind in ("attend", "mass", "means")
+    _USUAL._replace(kind=kind, masked=masked) for masked in (False, True) for kind in ("attend", "mass", "summaries")
 )
 
 

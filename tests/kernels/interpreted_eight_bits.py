@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import means, registry
+from diffsparse_kernels import registry, summaries
 from diffsparse_kernels.backend import selftest
 from diffsparse_kernels.backend.triton import eight_bits
 from diffsparse_kernels.backend.triton import launch as triton
@@ -65,8 +65,9 @@ def test_means_join_unrounded() -> None:
     size = SIZES[1]
     qkv, lists = size.qkv(torch.float16), size.lists(random_mask(size))
     out, lse = dk.quantised_attention(*qkv, lists, bits=8)
-    means.merge_means(*qkv, lists, size.scale, None, out, lse)
-    got, got_lse = dk.quantised_attention(*qkv, lists, bits=8, means=True)
+    means = dk.summarise(*qkv[1:], lists.kv_block, by="means")
+    summaries.merge_summaries(*qkv, lists, size.scale, None, means, out, lse)
+    got, got_lse = dk.quantised_attention(*qkv, lists, bits=8, summary="means")
     torch.testing.assert_close(got, out, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(got_lse, lse, atol=1e-3, rtol=1e-3)
 

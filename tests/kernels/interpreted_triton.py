@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import KernelInputError, functional, means
+from diffsparse_kernels import KernelInputError, functional, summaries
 from diffsparse_kernels.backend.triton import launch as triton
 from support import exact
 from support.cases import KEY_MASKS, MASKS, Size, assert_attention, prefixes, random_boxes, random_mask, seen
@@ -125,7 +127,8 @@ def test_dense_with_mass(size: Size, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)
-def test_means_merge_as_they_do_in_plain_torch(size: Size, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("by", dk.summaries.SUMMARIES)
+def test_summaries_merge_as_they_do_in_plain_torch(size: Size, dtype: torch.dtype, by: dk.Summary) -> None:
     """In place, into the output of any kernel; the same with padded keys, and where nothing was seen before."""
     q, k, v = size.qkv(dtype)
     mask, keys = random_mask(size, 0.4), torch.rand(size.batch, size.kv_len) < 0.7
@@ -133,12 +136,13 @@ def test_means_merge_as_they_do_in_plain_torch(size: Size, dtype: torch.dtype) -
     lists = size.lists(mask)
     exact_ = [x.double() for x in (q, k, v)]
     rest = lists, size.scale, keys
+    made = partial(dk.summarise, block=size.kv_block, key_mask=keys, by=by)
     want, want_lse = dk.block_sparse_attention(*exact_, lists, key_mask=keys, backend="reference")
-    means.merge_means(*exact_, *rest, want, want_lse)
+    summaries.merge_summaries(*exact_, *rest, made(*exact_[1:]), want, want_lse)
     low, low_lse = dk.block_sparse_attention(q, k, v, lists, key_mask=keys, backend="reference")
     got, lse = low.clone(), low_lse.clone()
-    means.merge_means(q, k, v, *rest, low, low_lse)
-    triton.merge_means(q, k, v, *rest, got, lse)
+    summaries.merge_summaries(q, k, v, *rest, made(k, v), low, low_lse)
+    triton.merge_summaries(q, k, v, *rest, made(k, v), got, lse)
     limit = 2 * (low.double() - want).abs().max().item() + torch.finfo(dtype).eps * max(1.0, want.abs().max().item())
     assert (got.double() - want).abs().max().item() <= limit
     assert torch.equal(lse.isneginf(), want_lse.isneginf())

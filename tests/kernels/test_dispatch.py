@@ -53,9 +53,11 @@ def test_ops_obey_the_rules_of_custom_ops(dtype: torch.dtype, masked: bool) -> N
     check(ops.attention_with_mass, (q, k, v, lse, 16, 16, 0.25, keys, "cpu"), test_utils=tests)
     check(ops.block_mass, (q, k, lse, 16, 16, 0.25, keys, "cpu"), test_utils=tests)
     boxes = random_boxes(Size(q_len=48, kv_len=48)) if masked else (None,) * 3
-    arguments = (q, k, v, blocks.idx, blocks.cnt, blocks.ordered().order, 16, 16, 0.25, keys, *boxes, not masked, "cpu")
-    check(ops.block_sparse_attention, arguments, test_utils=tests)
-    check(ops.quantised_attention, (*arguments[:10], masked, 8), test_utils=tests)
+    arguments = (q, k, v, blocks.idx, blocks.cnt, blocks.ordered().order, 16, 16, 0.25, keys)
+    made = list(dk.summarise(k, v, 16, scale=0.25, key_mask=keys))
+    for summary in (("", []), ("means", []), ("first-order", made)):
+        check(ops.block_sparse_attention, (*arguments, *boxes, *summary, "cpu"), test_utils=tests)
+        check(ops.quantised_attention, (*arguments, *summary, 8), test_utils=tests)
 
 
 def test_fullgraph_compile_gives_the_eager_result() -> None:
@@ -64,7 +66,9 @@ def test_fullgraph_compile_gives_the_eager_result() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _, lse = dk.attention(q, k, v)
         mass = dk.block_mass(q, k, lse, q_block=16, kv_block=16)
-        return dk.block_sparse_attention(q, k, v, blocks)[0] * mass.sum()
+        made = dk.summarise(k, v, 16)
+        parts = [dk.block_sparse_attention(q, k, v, blocks, summary=s)[0] for s in (None, "means", made)]
+        return sum(parts) * mass.sum() * dk.summary_error(q, made, q_block=16).sum()
 
     inputs = qkv()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

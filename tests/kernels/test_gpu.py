@@ -47,7 +47,7 @@ def calls(size: Size, backend: str) -> dict[str, Any]:
     return {
         "dense": partial(dk.attention, q, k, v, backend=backend),
         "sparse": partial(dk.block_sparse_attention, q, k, v, lists, backend=backend),
-        "means": partial(dk.block_sparse_attention, q, k, v, lists, means=True, backend=backend),
+        "means": partial(dk.block_sparse_attention, q, k, v, lists, summary="means", backend=backend),
         "fused": partial(dk.attention_with_mass, q, k, v, lse, **blocks),
         "mass": partial(dk.block_mass, q, k, lse, **blocks),
     }

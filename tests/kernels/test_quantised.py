@@ -118,7 +118,7 @@ def test_means_join_unrounded(size: Size) -> None:
     q, k, v = size.qkv(torch.float64)
     lists = size.lists(MASKS["random"](size))
     out, lse = dk.quantised_attention(q, k, v, lists, bits=8)
-    got, got_lse = dk.quantised_attention(q, k, v, lists, bits=8, means=True)
+    got, got_lse = dk.quantised_attention(q, k, v, lists, bits=8, summary="means")
     total, summed = lse.exp()[..., None], out * lse.exp()[..., None]
     for number in range(lists.kv_blocks):
         block = slice(number * size.kv_block, (number + 1) * size.kv_block)

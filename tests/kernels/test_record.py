@@ -33,7 +33,7 @@ def test_one_entry_for_each_call(by_head: bool) -> None:
         dk.attention_with_mass(q, k, v, lse, **BLOCKS, key_mask=keys)
         dk.attention_with_mass(q, k, v, **BLOCKS, key_mask=keys, backend="reference")
         dk.block_mass(q, k, lse, **BLOCKS, key_mask=keys)
-        dk.block_sparse_attention(q, k, v, lists(), means=True, key_mask=keys)
+        dk.block_sparse_attention(q, k, v, lists(), summary="means", key_mask=keys)
         dk.block_sparse_attention(q, k, v, lists(), key_mask=keys, backend="reference")
     dk.attention(q, k, v)
     assert ran == [CPU, CPU, dk.Choice("reference"), CPU, CPU, dk.Choice("reference")]

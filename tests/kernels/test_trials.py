@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffsparse_kernels import child, means, trials
+from diffsparse_kernels import child, summaries, trials
 from diffsparse_kernels.backend import cpu, emulated, reference
 from diffsparse_kernels.backend import selftest as proof
 from diffsparse_kernels.case import Case
@@ -198,12 +198,12 @@ def test_a_cache_that_cannot_be_read_or_written_stops_nobody(a_machine: Path, mo
     assert trials.found(CPU) == []
 
 
-@pytest.mark.parametrize("kind", ["attend", "mass", "fused", "means"])
+@pytest.mark.parametrize("kind", ["attend", "mass", "fused", "summaries"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("copyable", [False, True])
 def test_the_proof_passes_what_is_right(kind: str, masked: bool, copyable: bool) -> None:
     case = Case(kind, torch.bfloat16, 24, 24, 16, 32, masked, 0, copyable)  # type: ignore[arg-type]
-    kernel = SimpleNamespace(**vars(cpu), merge_means=means.merge_means)
+    kernel = SimpleNamespace(**vars(cpu), merge_summaries=summaries.merge_summaries)
     for sample in proof.samples(case, CPU):
         assert proof.examine(case, kernel, sample).problem == ""
         assert (sample.key_mask is not None) == masked
@@ -254,7 +254,7 @@ def test_the_proof_sees_small_faults(scale: float, shift: float) -> None:
         assert (error > limit) == (scale != 1)
 
 
-@pytest.mark.parametrize("kind", ["mass", "fused", "means"])
+@pytest.mark.parametrize("kind", ["mass", "fused", "summaries"])
 def test_the_proof_sees_what_is_wrong(kind: str) -> None:
     case = Case(kind, torch.bfloat16, 16, 16, 16, 16)  # type: ignore[arg-type]
 
@@ -265,7 +265,7 @@ def test_the_proof_sees_what_is_wrong(kind: str) -> None:
         out, lse, found = reference.attention_with_mass(*arguments)  # type: ignore[arg-type]
         return out, lse + 0.1, found
 
-    off = SimpleNamespace(block_mass=mass, attention_with_mass=fused, merge_means=lambda *_: None)
+    off = SimpleNamespace(block_mass=mass, attention_with_mass=fused, merge_summaries=lambda *_: None)
     for sample in proof.samples(case, CPU):
         assert proof.examine(case, off, sample).problem.startswith("wrong: the")
 
@@ -273,7 +273,7 @@ def test_the_proof_sees_what_is_wrong(kind: str) -> None:
 def test_the_cases_are_read_as_they_were_written() -> None:
     for case in (
         CASE,
-        Case("means", torch.float16, 64, 72, 128, 64, True, 3, False),
+        Case("summaries", torch.float16, 64, 72, 128, 64, True, 3, False),
         CASE._replace(precision="int8-int8"),
     ):
         assert Case.read(case.words()) == case

@@ -11,7 +11,9 @@ from torch import Tensor
 import diffsparse
 from diffsparse import GNA, AdaSpa, Compensated, Dense, Layout, Random, Schedule
 from diffsparse.errors import ConfigError
+from diffsparse.site.compute import Blocks
 from diffsparse.strategies import name_of, parse
+from diffsparse_kernels import BlockLists, block_sparse_attention
 from support import exact
 from support.sites import site
 from support.tiny_pipelines import BUILDERS, run
@@ -26,7 +28,7 @@ BLOCK, SCALE = 8, 16**-0.5
 
 @pytest.fixture(autouse=True)
 def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 2.0)
 
 
 def qkv(layout: Layout, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +78,23 @@ def _with_means(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, keys: Tensor | No
 
 
 @pytest.mark.parametrize("place", LAYOUTS)
+def test_first_order_is_the_kernel_s(place: str) -> None:
+    """Of the same blocks; its formula is tested there. A block more or less would show."""
+    layout, keys = LAYOUTS[place], padded(LAYOUTS[place])
+    q, k, v = qkv(layout)
+    strategy = Random(0.6, block=BLOCK)
+    mask = exact.tile_sums(kept(strategy, layout, None).double(), BLOCK, BLOCK) > 0
+    lists = BlockLists.from_mask(mask, q_block=BLOCK, kv_block=BLOCK, q_len=layout.tokens, kv_len=layout.tokens)
+    here = site(layout, key_mask=keys)
+    out = Compensated(strategy, "first-order").attend(q, k, v, here)
+    want = block_sparse_attention(q, k, v, lists, scale=here.scale, key_mask=keys, summary="first-order")[0]
+    torch.testing.assert_close(out, want)
+    computed = float(here.record.density)
+    share = (computed - 16 * (1 / layout.tokens + 1 / (2 * BLOCK * BLOCK)) - 1 / BLOCK) / (1 - 1 / BLOCK)
+    assert share == pytest.approx(float(here.density(Blocks(lists), q)), abs=1e-6)
+
+
+@pytest.mark.parametrize("place", LAYOUTS)
 def test_tails_equal_the_formula(place: str) -> None:
     """The search step is dense; later the tail joins with the weight and the output that it had then."""
     layout, keys = LAYOUTS[place], padded(LAYOUTS[place])
@@ -99,7 +118,7 @@ def test_tails_equal_the_formula(place: str) -> None:
     assert memory["tail"].nbytes == 2 * 2 * layout.tokens * (16 * 2 + 4)
 
 
-@pytest.mark.parametrize("by", ["means", "tail"])
+@pytest.mark.parametrize("by", ["means", "first-order", "tail"])
 def test_nothing_dropped_is_dense(by: Any) -> None:
     layout, memory = Layout(3, 4, 5), {}
     q, k, v = qkv(layout)
@@ -110,7 +129,7 @@ def test_nothing_dropped_is_dense(by: Any) -> None:
         torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("by", ["means", "tail"])
+@pytest.mark.parametrize("by", ["means", "first-order", "tail"])
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox", "ltx", "flux", "sd3"])
 def test_on_pipelines(name: str, by: Any) -> None:
     """With all but one block dropped it stays finite; dense in the end, it is undone exactly."""
@@ -120,7 +139,8 @@ def test_on_pipelines(name: str, by: Any) -> None:
     with diffsparse.apply(pipe, strategy, schedule=Schedule(dense_first=1)) as handle:
         out = run(pipe, call)
     assert torch.isfinite(out).all()
-    assert handle.report().sparse_density < 1
+    least = 2 if by == "first-order" else 1  # in blocks of 8 it costs more than it saves
+    assert handle.report().sparse_density < least
     assert torch.equal(run(pipe, call), before)
 
 
@@ -134,6 +154,7 @@ def test_names_and_knobs() -> None:
     one, two = parse("adaspa+means, random+tail", sparsity=0.7)
     assert (one, two) == (Compensated(AdaSpa(0.7)), Compensated(Random(0.7), "tail"))
     assert (name_of(one), one.sparsity, one.order) == ("adaspa+means", 0.7, "FHW")
+    assert parse("adaspa+first-order", sparsity=0.7) == [Compensated(AdaSpa(0.7), "first-order")]
     assert Compensated(GNA((2, 2, 2))).sparsity is Compensated(Dense()).sparsity is None
     for wrong in ("adaspa+mean", "adaspa+means+tail", "digest+means"):
         with pytest.raises(ConfigError):

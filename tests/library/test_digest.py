@@ -190,12 +190,12 @@ def test_the_residual_is_added_until_it_is_old() -> None:
     q, k, v = (torch.randn(1, 2, layout.tokens, 16) for _ in range(3))
     strategy = Digest(0.8, block=BLOCK)
     dense = strategy.observe(q, k, v, site(layout, 2, steps=15, memory=memory))
-    plain, _ = kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)
+    plain, _ = kernels.block_sparse_attention(q, k, v, memory["lists"], summary="means")
     assert (plain - dense).abs().max() > 0.1
     again = strategy.attend(q, k, v, site(layout, 3, steps=15, memory=memory))
     torch.testing.assert_close(again, plain + (dense - plain).bfloat16())
     later = strategy.attend(q + 1, k, v, site(layout, 7, steps=15, memory=memory))
-    other, _ = kernels.block_sparse_attention(q + 1, k, v, memory["lists"], means=True)
+    other, _ = kernels.block_sparse_attention(q + 1, k, v, memory["lists"], summary="means")
     torch.testing.assert_close(later, other + (dense - plain).bfloat16())
     last = site(layout, 8, steps=15, memory=memory)
     torch.testing.assert_close(strategy.attend(q + 1, k, v, last), exact_attention(q + 1, k, v))
@@ -208,11 +208,11 @@ def test_the_residual_outlives_a_search_and_is_dropped_when_old() -> None:
     strategy = Digest(0.9, block=4)
     assert strategy.search_steps(15, 2) == {5: False}
     dense = strategy.observe(q, k, v, site(layout, 2, steps=15, memory=memory))
-    residual = (dense - kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)[0]).bfloat16()
+    residual = (dense - kernels.block_sparse_attention(q, k, v, memory["lists"], summary="means")[0]).bfloat16()
     assert memory["residual"].nbytes == 2 * q.numel()
     for step in (5, 8, 9):
         out = strategy.attend(2 * q, k, v, site(layout, step, steps=15, memory=memory))
-        plain, _ = kernels.block_sparse_attention(2 * q, k, v, memory["lists"], means=True)
+        plain, _ = kernels.block_sparse_attention(2 * q, k, v, memory["lists"], summary="means")
         torch.testing.assert_close(out, plain + residual if step < 9 else plain)
     assert memory["searched"] == 5
     assert "residual" not in memory
@@ -252,7 +252,7 @@ def test_little_memory_keeps_means_over_neighbours(share: float, group: int) -> 
     here = site(layout, 2, steps=15, memory=memory)
     dense = strategy.observe(q, k, v, here)
     assert (f"means over {group} tokens" in here.record.note) == (group > 1)
-    plain, _ = kernels.block_sparse_attention(q, k, v, memory["lists"], means=True)
+    plain, _ = kernels.block_sparse_attention(q, k, v, memory["lists"], summary="means")
     got = strategy.attend(q, k, v, site(layout, 3, steps=15, memory=memory))
     want = torch.cat([part.mean(2, keepdim=True).expand_as(part) for part in (dense - plain).split(group, 2)], 2)
     torch.testing.assert_close(got, plain + want, atol=2**-8 * float(want.abs().max()), rtol=0)
@@ -283,7 +283,7 @@ def test_nothing_dropped_is_dense_and_the_rest_is_compensated() -> None:
         want, out = strategy.observe(q, k, v, here), strategy.attend(q, k, v, here)
         errors.append((out - want).norm().item())
         lists = here.memory["lists"]
-        torch.testing.assert_close(out, kernels.block_sparse_attention(q, k, v, lists, means=True)[0])
+        torch.testing.assert_close(out, kernels.block_sparse_attention(q, k, v, lists, summary="means")[0])
         plain, _ = kernels.block_sparse_attention(q, k, v, lists)
         assert torch.allclose(out, plain) == (sparsity == 0)
         assert errors[-1] <= (plain - want).norm().item() + 1e-4

@@ -40,14 +40,14 @@ class Place:
 
 
 def moved(value: Any, device: str) -> Any:
-    """Tensors with their strides and all that lies between, lists, boxes and tuples of these; others as they are."""
+    """Tensors with their strides and all that lies between, and whatever is made of tensors; others as they are."""
     if isinstance(value, Tensor) and value.device.type != device:
         memory = torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage())
         return memory.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
     if isinstance(value, dk.BlockLists):
         return value.to(device)
-    if isinstance(value, dk.Boxes):
-        return dk.Boxes(*(moved(x, device) for x in value))
+    if isinstance(value, dk.Boxes | dk.Summaries):
+        return value._make(moved(x, device) for x in value)
     return tuple(moved(x, device) for x in value) if isinstance(value, tuple) else value
 
 

@@ -27,6 +27,7 @@ def every(layout: Layout, sparsity: float) -> dict[str, Any]:
             "random": lambda order: Random(sparsity, block=BLOCK, order=order),
             "digest": lambda order: Digest(sparsity, (2,), BLOCK, order=order),
             "means": lambda order: Compensated(Random(sparsity, block=BLOCK, order=order), "means"),
+            "first-order": lambda order: Compensated(Random(sparsity, block=BLOCK, order=order), "first-order"),
             "tail": lambda order: Compensated(AdaSpa(sparsity, (2,), BLOCK, head_adaptive=False, order=order), "tail"),
         }.items()
     }

@@ -43,8 +43,8 @@ _ALL = (  # of every kernel that can do them
         {"kind": "fused", "masked": True},
         {"kind": "mass"},
         {"kind": "mass", "q_block": 16, "masked": True},
-        {"kind": "means"},
-        {"kind": "means", "masked": True, "head_dim": 72, "value_dim": 72},
+        {"kind": "summaries"},
+        {"kind": "summaries", "masked": True, "head_dim": 72, "value_dim": 72},
     )),
 )  # fmt: skip
 _GLUON = tuple(
@@ -90,7 +90,7 @@ def does(kernel: str, case: Case, device: torch.device) -> bool:
         return False
     if kind in ("", "pointers"):
         return True
-    if case.kind in ("mass", "means"):
+    if case.kind in ("mass", "summaries"):
         return case.kind == "mass" and triton.measure_tile(chip(device), case.kv_block, 2, True).copy == kind
     flags = triton.flags_of(True, True, case.masked, None, case.kind == "fused") | {"AXES": case.axes}
     return triton.attend_tile(case, device, flags, cast(Copy, kind)).copy == kind
@@ -101,7 +101,7 @@ def _small(kernel: str, listed: list[Case]) -> list[Case]:
     small = [case._replace(q_block=max(case.q_block // 4, 16), kv_block=max(case.kv_block // 4, 16)) for case in listed]
     if kernel.startswith("triton"):
         return small[::4]
-    return [case for case in small if case.kind != "means"]
+    return [case for case in small if case.kind != "summaries"]
 
 
 def jobs(options: Options) -> list[str]:
@@ -182,7 +182,7 @@ def _eight_bits(options: Options, channel: Channel) -> None:
     def measure(precision: str, case: Case) -> Attempt:
         worst, equal = 0.0, True
         for sample in itertools.islice(samples(case, torch.device(options.device)), 2):
-            q, k, v, lists, key_mask, _, scale = sample[1:]
+            q, k, v, lists, key_mask, _, scale = sample[1:8]
             assert lists is not None
             results = [block_sparse_attention(q, k, v, lists, scale, key_mask, precision) for _ in range(LAUNCHES)]
             exact, _ = reference.block_sparse_attention(q.double(), k.double(), v.double(), lists, scale, key_mask)

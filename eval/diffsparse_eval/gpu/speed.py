@@ -17,9 +17,9 @@ from diffsparse_eval.gpu.stage import Channel, Options, label
 from diffsparse_eval.rows import Attempt
 from diffsparse_eval.suites import Case, Pattern, sdpa
 from diffsparse_eval.timing import Call, in_turns
-from diffsparse_kernels import BlockLists, select_heads, select_rows
+from diffsparse_kernels import BlockLists, select_heads, select_rows, summarise
 from diffsparse_kernels.backend.selftest import Kernel, Sample, kernel_of, spot_check
-from diffsparse_kernels.backend.triton.launch import merge_means
+from diffsparse_kernels.backend.triton.launch import merge_summaries
 from diffsparse_kernels.case import Case as KernelCase
 from diffsparse_kernels.case import Kind
 from diffsparse_kernels.lists import blocks_of
@@ -296,7 +296,8 @@ def _with_means(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     out, lse = kernel.block_sparse_attention(q, k, v, lists, scale, mask)
-    merge_means(q, k, v, lists, scale, mask, out, lse)
+    means = summarise(k, v, lists.kv_block, scale=scale, key_mask=mask, by="means")
+    merge_summaries(q, k, v, lists, scale, mask, means, out, lse)
     return out, lse
 
 

@@ -17,13 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffsparse_kernels import means
+from diffsparse_kernels import summaries
 from diffsparse_kernels.backend import emulated, reference
 from diffsparse_kernels.case import INTEGERS, Case
 from diffsparse_kernels.catalog import load
 from diffsparse_kernels.child import follow_parent, say
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.summaries import Summary
 
 _MANY = 40_000  # keys: more than 16 bits count
 # Faults of the machine at this moment, not of a kernel.
@@ -45,7 +46,7 @@ KERNELS = {  # name -> back end, and which of its kernels, where there are sever
 _WITH_TILES = ("attention", "attention_with_mass", "block_sparse_attention", "block_mass")
 _RESULTS = {
     "attend": ("output", "LSE"),
-    "means": ("output", "LSE"),
+    "summaries": ("output", "LSE"),
     "mass": ("mass",),
     "fused": ("output", "LSE", "mass"),
 }
@@ -62,6 +63,7 @@ class Sample(NamedTuple):
     key_mask: Tensor | None = None
     boxes: Boxes | None = None
     scale: float = 0.1
+    summary: Summary = "means"  # of dropped blocks, where these are to be merged
 
     def double(self) -> Sample:
         """The same in float64."""
@@ -94,12 +96,14 @@ def samples(case: Case, device: torch.device, long: bool = True) -> Iterator[Sam
     prefix = torch.arange(n_kv) < torch.tensor([[n_kv - case.kv_block // 3], [n_kv]])
     holes = draw.less((2, n_kv), 0.8)
     holes[0, : case.kv_block] = False
-    if case.kind in ("attend", "means"):
+    if case.kind in ("attend", "summaries"):
         yield draw.sample("lists", n_q, mask, prefix, False)
         yield draw.sample("one set of lists for all, token-major", n_q, mask[1:], holes, True)
+    if case.kind == "summaries":
+        yield draw.sample("first order", n_q, mask, holes, False)._replace(summary="first-order")
     if case.kind in ("fused", "mass"):
         yield draw.sample("dense", n_q, None, prefix, False)
-    if case.kind != "means" and not case.axes and case.precision is None:
+    if case.kind != "summaries" and not case.axes and case.precision is None:
         yield draw.sample("dense, token-major", n_q, None, holes, True)
     if long and case.kind == "attend" and not case.axes:
         mask = draw.less((2, 2, 1, blocks_of(_MANY, case.kv_block)), 0.02)
@@ -146,7 +150,7 @@ def _boxes(axes: int, n_q: int, n_kv: int, generator: torch.Generator, device: t
 
 def compute(case: Case, kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
     """What a kernel gives for one call of a case."""
-    q, k, v, lists, key_mask, boxes, scale = sample[1:]
+    q, k, v, lists, key_mask, boxes, scale = sample[1:8]
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.linspace(3, 6, q.shape[2], device=q.device).to(wide).expand(q.shape[:3])
     tiles = lse, case.q_block, case.kv_block, scale, key_mask
@@ -159,22 +163,23 @@ def compute(case: Case, kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
     if case.kind == "attend":
         return tuple(kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes))
     merged = q.new_ones(*q.shape[:3], v.shape[3]), lse.clone()
-    kernel.merge_means(q, k, v, lists, scale, key_mask, *merged)
+    made = summaries.summarise(k, v, case.kv_block, scale, key_mask, sample.summary)
+    kernel.merge_summaries(q, k, v, lists, scale, key_mask, made, *merged)
     return merged
 
 
 def exact(case: Case, sample: Sample) -> tuple[Tensor, ...]:
     """The same by the reference, in float64."""
-    return compute(case, SimpleNamespace(**vars(reference), merge_means=means.merge_means), sample.double())
+    return compute(case, SimpleNamespace(**vars(reference), merge_summaries=summaries.merge_summaries), sample.double())
 
 
 def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
     """The same in plain torch, every step rounded to the inputs' dtype, or both products to eight bits."""
-    if case.kind == "means":
-        out, lse = compute(case, means, sample)
+    if case.kind == "summaries":
+        out, lse = compute(case, summaries, sample)
         return out, lse.to(out.dtype)
     if case.precision is not None:
-        q, k, v, lists, key_mask, _, scale = sample[1:]
+        q, k, v, lists, key_mask, _, scale = sample[1:8]
         assert lists is not None
         return emulated.quantised_attention(q, k, v, lists, scale, key_mask, 8)
     scores, out, lse = rounded_attention(sample)
@@ -331,7 +336,7 @@ def kernel_of(name: str) -> Kernel:
     if not kind:
         return module
     only = {function: partial(getattr(module, function), copy=kind) for function in _WITH_TILES}
-    return SimpleNamespace(**only, merge_means=module.merge_means)
+    return SimpleNamespace(**only, merge_summaries=module.merge_summaries)
 
 
 def poison() -> None:

@@ -25,8 +25,9 @@ from diffsparse_kernels.case import DENSE_BLOCKS, PRECISIONS, Case
 from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
-from diffsparse_kernels.means import Means
 from diffsparse_kernels.measured import HEAD_DIMS, Copy, Tile, tiles_for
+from diffsparse_kernels.summaries import Summaries
+from diffsparse_kernels.summaries import merge_summaries as merge_plainly
 
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -149,19 +150,21 @@ def block_sparse_attention(
     return attend(q, k, v, scale, key_mask, blocks, lists=lists, boxes=boxes, tile=tile, copy=copy)[:2]
 
 
-def merge_means(
+def merge_summaries(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     lists: BlockLists,
     scale: float,
     key_mask: Tensor | None,
+    summaries: Summaries,
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Merge what the means of the blocks outside the lists give into out and lse of any back end, in place."""
-    means = Means.of(k, v, lists.kv_block, key_mask)
-    (batch, heads, n_q, head_dim), kv_blocks = q.shape, means.key.shape[2]
+    """Merge what the summaries of the blocks outside the lists give into out and lse of any back end, in place."""
+    if summaries.by != "means":
+        return merge_plainly(q, k, v, lists, scale, key_mask, summaries, out, lse)
+    (batch, heads, n_q, head_dim), kv_blocks = q.shape, summaries.key.shape[2]
     tile = means_tile(q.element_size())
     launch(
         kernels.add_means,
@@ -169,9 +172,9 @@ def merge_means(
         q,
         tile,
         q_ptr=q,
-        key_ptr=means.key.to(q.dtype).contiguous(),
-        value_ptr=means.value.to(q.dtype).contiguous(),
-        bias_ptr=(means.bias(lists) * LOG2E).expand(batch, heads, -1, -1).contiguous(),
+        key_ptr=summaries.key.to(q.dtype).contiguous(),
+        value_ptr=summaries.value.to(q.dtype).contiguous(),
+        bias_ptr=(summaries.bias(lists) * LOG2E).expand(batch, heads, -1, -1).contiguous(),
         out_ptr=out,
         lse_ptr=lse,
         scale_log2=scale * LOG2E,

@@ -1,0 +1,337 @@
+"""Stand-ins for dropped blocks of keys: their means, and how the values vary with the keys about these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.masks import each_head, fold_heads
+from diffsparse_kernels.strips import strips
+
+Summary = Literal["means", "first-order"]  # how a block that is not listed stands for its keys
+SUMMARIES: tuple[Summary, ...] = ("means", "first-order")
+
+_LOG2_E = math.log2(math.e)
+_STRIP_BYTES = 64 * 2**20  # scores that exist at a time
+_CACHE_BYTES = 4 * 2**20  # what stays in the processor's cache
+_GROUP_BYTES = 256 * 2**20  # what exists at a time of matrices for each block
+_KEPT_BYTES = 64 * 2**20  # slopes that are kept
+_MOST_BIAS = 3.0  # beyond, a few keys hold the mass of a block, and the scores are no normal distribution
+_Part = tuple[slice, slice]  # samples, heads
+_NOWHERE = -1e30  # log count of a block without keys, where -inf would give NaN
+
+
+class Summaries(NamedTuple):
+    """What stands for each block of n keys, in float32 or better.
+
+    By "means" a block counts to a query q as n keys with the mean key and the mean value: n * exp(q . key * scale).
+    "first-order" adds what varies about the means. Scores with the variance |q|^2 t raise the mass of the block by
+    exp(|q|^2 t / 2), if they are a normal distribution; and the softmax within the block moves its value by q H, to
+    first order in the scores. All dropped blocks of a query block share one matrix, the mean of their H by the weights
+    that its mean query gives them: it costs next to nothing, and keeps nearly all that one for each row would gain.
+    Means are PISA's (arXiv 2602.01077) and Sol-Attn's (2607.24027), one H for all blocks is PISA's; the matrix of each
+    query block is ours.
+
+    key: mean key [B, H, nK, D].
+    value: mean value [B, H, nK, D_v].
+    log_count: log n, [B|1, H|1, nK], -inf where all keys are masked.
+    variance: t = scale^2 * mean |k - mean key|^2 / D, [B, H, nK]; None adds no mass.
+    spread: root mean square distance of the values to their mean, [B, H, nK]; for `summary_error` alone.
+    steepness: |H|_F / sqrt(D), [B, H, nK]; for `summary_error` alone.
+    slope: H = scale * mean (k - mean key)(v - mean value)^T, [B, H, nK, D, D_v], or [B, H, 1, D, D_v], one for all
+        blocks. None, where there is a steepness: too large to keep, it is made where it is needed, heads in groups.
+    """
+
+    key: Tensor
+    value: Tensor
+    log_count: Tensor
+    variance: Tensor | None = None
+    spread: Tensor | None = None
+    steepness: Tensor | None = None
+    slope: Tensor | None = None
+
+    @property
+    def by(self) -> Summary:
+        """What they are."""
+        return "means" if self.slope is None and self.steepness is None else "first-order"
+
+    def by_head(self) -> Summaries:
+        """The same for heads that stand as samples of one head, [B * H, 1, ...]."""
+        return self._each(lambda x: fold_heads(x)[0])
+
+    def part(self, part: _Part) -> Summaries:
+        """The same for some samples and heads."""
+        return self._each(lambda x: x[part])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Summaries:
+        wide = self._replace(log_count=self.log_count.expand(self.key.shape[:3]))
+        return Summaries._make(None if x is None else change(x) for x in wide)
+
+    def bias(self, lists: BlockLists) -> Tensor:
+        """What to add to the scores of the mean keys: log n, and -inf where a block is listed; [B, H, nQ, nK]."""
+        bias = self.log_count[:, :, None].masked_fill(lists.to_mask(), -torch.inf)
+        return bias.expand(*self.key.shape[:2], -1, -1)
+
+
+def summarise(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, by: Summary) -> Summaries:
+    """Summaries over the real keys of each block; a ragged last block has fewer."""
+    means = _means(k, v, block, key_mask)
+    if by == "means":
+        return means
+    slope_bytes = k.shape[3] * v.shape[3] * means.key[..., 0].nbytes
+    found: list[list[Tensor]] = [[], [], [], []]
+    for samples, heads in _groups(k, v, block):
+        part = _varied(k, v, block, scale, key_mask, means, (samples, heads))
+        kept = part if slope_bytes <= _KEPT_BYTES else part[:3]
+        for parts, tensor in zip(found, kept, strict=False):
+            parts.append(tensor.flatten(0, 1))
+    joined = (torch.cat(parts).unflatten(0, k.shape[:2]) for parts in found if parts)
+    return means._replace(**dict(zip(("variance", "spread", "steepness", "slope"), joined, strict=False)))
+
+
+def _means(k: Tensor, v: Tensor, block: int, key_mask: Tensor | None) -> Summaries:
+    exact = torch.promote_types(k.dtype, torch.float32)
+    if key_mask is None:
+        count = _sums(torch.ones(1, 1, k.shape[2], 1, dtype=exact, device=k.device), block)
+    else:
+        seen = each_head(key_mask)[..., None]  # [B, H|1, N, 1]
+        k, v = (x.masked_fill(~seen, 0) for x in (k, v))
+        count = _sums(seen.to(exact), block)
+    key, value = (_sums(x, block) / count.clamp(min=1) for x in (k, v))
+    return Summaries(key, value, count[..., 0].log())
+
+
+def _varied(
+    k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, means: Summaries, part: _Part
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Variance, spread, steepness and slope of some heads.
+
+    Keys and values are centred first: where they have much in common, their products would cancel.
+    """
+    seen = None if key_mask is None else each_head(key_mask).expand(k.shape[:3])[part]
+    counts = means.log_count.exp().expand(k.shape[0], k.shape[1], -1)[part].clamp(min=1)
+    keys, values = (
+        _centred(x[part], mean[part], block, seen) for x, mean in ((k, means.key), (v, means.value))
+    )  # [b, h, nK, n, D]
+    slope = (keys.mT @ values).mul_((scale / counts)[..., None, None])
+    variance, spread = (x.square().sum((-1, -2)) / counts for x in (keys, values))
+    steepness = torch.linalg.vector_norm(slope, dim=(-1, -2)) * k.shape[3] ** -0.5
+    return variance * (scale**2 / k.shape[3]), spread.sqrt(), steepness, slope
+
+
+def _centred(x: Tensor, mean: Tensor, block: int, seen: Tensor | None) -> Tensor:
+    """Distances of rows to the mean of their block, [B, H, nK, block, D]; 0 for masked ones and beyond the last."""
+    padding = mean.shape[2] * block - x.shape[2]
+    if padding:
+        x = torch.nn.functional.pad(x, (0, 0, 0, padding))
+        there = torch.arange(x.shape[2], device=x.device) < x.shape[2] - padding
+        seen = there.expand(x.shape[:3]) if seen is None else torch.nn.functional.pad(seen, (0, padding))
+    centred: Tensor = x.unflatten(2, (-1, block)) - mean[:, :, :, None]
+    return centred if seen is None else centred.masked_fill_(~seen.unflatten(2, (-1, block))[..., None], 0)
+
+
+def _groups(k: Tensor, v: Tensor, block: int) -> Iterator[_Part]:
+    """Samples and heads, as many as have room for the matrices of their blocks, twice, and for their keys and values.
+
+    Flattened and joined, the groups give all heads in order.
+    """
+    batch, heads, length, dim = k.shape
+    numbers = 2 * blocks_of(length, block) * dim * v.shape[3] + length * (dim + v.shape[3])
+    head_bytes = numbers * torch.promote_types(k.dtype, torch.float32).itemsize
+    for samples in strips(batch, heads * head_bytes, _GROUP_BYTES):
+        for part in strips(heads, (samples.stop - samples.start) * head_bytes, _GROUP_BYTES):
+            yield samples, part
+
+
+def merge_summaries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_mask: Tensor | None,
+    summaries: Summaries,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Merge what the summaries of the blocks outside the lists give into out [B, H, N_q, D_v] and lse, in place.
+
+    Plain torch, a few rows of blocks at a time, so that nothing leaves the cache between its uses. The summaries'
+    weights meet those of `out` in one softmax, so their own output, which `merge_attention` would need, never exists.
+    """
+    bias = summaries.bias(lists)
+    if summaries.by == "means":
+        return _merge(q, lists, scale, summaries, bias, None, out, lse)
+    for part in _groups(k, v, lists.kv_block):
+        slopes = mixed_slopes(q, k, v, lists, scale, key_mask, summaries, bias, part)
+        _merge(q[part], lists, scale, summaries.part(part), bias[part], slopes, out[part], lse[part])
+
+
+def mixed_slopes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    key_mask: Tensor | None,
+    summaries: Summaries,
+    bias: Tensor,
+    part: _Part,
+) -> Tensor:
+    """The slope of all dropped blocks together, as each query block weighs them; [b, h, nQ, D, D_v], 0 if none is.
+
+    bias: `summaries.bias(lists)`.
+    part: samples and heads.
+    """
+    some = summaries.part(part)
+    slope = some.slope
+    if slope is None:
+        slope = _varied(k, v, lists.kv_block, scale, key_mask, summaries, part)[3]
+    if slope.shape[2] == 1:
+        return slope.expand(-1, -1, lists.q_blocks, -1, -1)
+    middle = _means(q[part], q[part][..., :0], lists.q_block, None).key  # [b, h, nQ, D]
+    weights = torch.baddbmm(bias[part].flatten(0, 1), middle.flatten(0, 1), some.key.flatten(0, 1).mT, alpha=scale)
+    weights = weights.softmax(-1).nan_to_num_(0)
+    return (weights @ slope.flatten(3).flatten(0, 1)).view(*middle.shape, -1)
+
+
+def _merge(
+    q: Tensor,
+    lists: BlockLists,
+    scale: float,
+    summaries: Summaries,
+    bias: Tensor,
+    slopes: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """`merge_summaries` for some heads, with the bias and the slopes of each query block."""
+    bias, keys = bias * _LOG2_E, summaries.key.mul(scale * _LOG2_E).mT  # [B, H, nQ, nK], [B, H, D, nK]
+    for blocks, rows in _strips(q, lists.q_block, keys.shape[-1]):
+        by_block = blocks.stop - blocks.start, -1
+        queries = q[:, :, rows].to(keys.dtype)
+        scores = queries @ keys  # [B, H, rows, nK], powers of two: torch's exp is slower
+        scores.unflatten(2, by_block).add_(bias[:, :, blocks, None])
+        if summaries.variance is not None:
+            scores.add_(_log2_mass(queries, summaries.variance))
+        theirs = lse[:, :, rows, None] * _LOG2_E
+        top = torch.maximum(scores.amax(-1, keepdim=True), theirs)
+        top.masked_fill_(top.isneginf(), 0)
+        weights, share = scores.sub_(top).exp2_(), theirs.sub_(top).exp2_()
+        ours = weights.sum(-1, keepdim=True)
+        total = ours + share
+        lse[:, :, rows] = (top + total.log2()).div_(_LOG2_E)[..., 0]
+        total.masked_fill_(total == 0, 1)
+        merged = out[:, :, rows].to(keys.dtype).mul_(share.div_(total)).flatten(0, 1)  # in place where it needs no copy
+        merged.baddbmm_(weights.div_(total).flatten(0, 1), summaries.value.flatten(0, 1))
+        if slopes is not None:
+            steps = (queries * ours.div_(total)).unflatten(2, by_block) @ slopes[:, :, blocks]  # [B, H, nQ, rows, D_v]
+            merged.add_(steps.view_as(merged))
+        if merged.data_ptr() != out[:, :, rows].data_ptr():
+            out[:, :, rows] = merged.view_as(out[:, :, rows])
+
+
+def _log2_mass(q: Tensor, variance: Tensor) -> Tensor:
+    """What varied scores add to the mass of a block, as a power of two: [B, H, rows, nK]."""
+    squares = q.square().sum(-1, keepdim=True).mul_(_LOG2_E / 2)
+    return (squares * variance[:, :, None]).clamp_(max=_MOST_BIAS * _LOG2_E)
+
+
+def _strips(q: Tensor, q_block: int, kv_blocks: int) -> Iterator[tuple[slice, slice]]:
+    """Whole query blocks and their rows, as many as fit a processor's cache; a ragged last block comes alone."""
+    batch, heads, length, dim = q.shape
+    whole, most = length // q_block * q_block, _CACHE_BYTES if q.device.type == "cpu" else _GROUP_BYTES
+    for rows in strips(whole, 4 * batch * heads * (2 * dim + kv_blocks), most, q_block):
+        yield slice(rows.start // q_block, rows.stop // q_block), rows
+    if whole < length:
+        yield slice(whole // q_block, whole // q_block + 1), slice(whole, length)
+
+
+def summary_error(q: Tensor, summaries: Summaries, q_block: int, scale: float) -> Tensor:
+    """Estimated error of each tile's summary, [B, H, nQ, nK], a few rows of blocks at a time."""
+    keys, moments = summaries.key, (summaries.steepness, summaries.variance, summaries.spread)
+    steepness, variance, spread = (x for x in moments if x is not None)
+    flat = keys.flatten(0, 1).mul(scale * _LOG2_E).mT  # [B * H, D, nK]
+    bias = summaries.log_count.clamp(min=_NOWHERE).mul(_LOG2_E).expand(keys.shape[:3]).flatten(0, 1)[:, None]
+    found = []
+    for blocks, rows in _strips(q, q_block, keys.shape[2]):
+        queries = q[:, :, rows].to(keys.dtype).flatten(0, 1)
+        squares = queries.square().sum(-1, keepdim=True)  # [B * H, rows, 1]
+        scores = torch.baddbmm(bias, queries, flat)  # powers of two
+        weights = scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
+        once = squares / weights.sum(-1, keepdim=True).square_()
+        rowwise = torch.cat((once, once * squares), -1).unflatten(1, (blocks.stop - blocks.start, -1))
+        sums = rowwise.mT @ weights.square_().unflatten(1, rowwise.shape[1:3])  # [B * H, blocks, 2, nK]
+        found.append(sums)
+    first, second = torch.cat(found, 1).unflatten(0, keys.shape[:2]).unbind(3)
+    curved = variance * spread / 2
+    error: Tensor = first * steepness.square()[:, :, None] + second * curved.square()[:, :, None]
+    return error.sqrt()
+
+
+def means_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    q_block: int,
+    kv_block: int,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """`block_mass` as the mean keys have it: the sum over rows of n * exp(q . mean key * scale - lse).
+
+    exp is convex, so no block has less mass than its mean says. The difference is what is lost where its means
+    stand for it. Costs 1 / kv_block of the scores of dense attention.
+
+    Args and returns as in `block_mass`; float32 or better [B, H, nQ, nK].
+    """
+    means = _means(k, k, kv_block, key_mask)
+    keys = (means.key * ((q.shape[-1] ** -0.5 if scale is None else scale) * _LOG2_E)).mT  # [B, H, D, nK]
+    bias, masses = means.log_count[:, :, None] * _LOG2_E, []
+    row_bytes = q.shape[0] * q.shape[1] * keys.shape[-1] * keys.element_size()
+    for rows in strips(q.shape[2], row_bytes, _STRIP_BYTES, q_block):
+        cached = lse[:, :, rows, None].to(keys.dtype) * _LOG2_E
+        cached = cached.masked_fill(~cached.isfinite(), torch.inf)  # such rows count for nothing
+        weights = (q[:, :, rows].to(keys.dtype) @ keys + bias - cached).exp2()
+        masses.append(_sums(weights, q_block))
+    return torch.cat(masses, 2)
+
+
+def block_means(x: Tensor, block: int, key_mask: Tensor | None = None) -> Tensor:
+    """Mean of the rows of each block.
+
+    Args:
+        x: [B, H, N, D].
+        block: in tokens; the last may be ragged.
+        key_mask: bool [B, N] or [B, H, N], rows that count.
+
+    Returns:
+        [B, H, nK, D] of x's dtype; 0 where no row counts.
+    """
+    return _means(x, x[..., :0], block, key_mask).key.to(x.dtype)
+
+
+def spread(x: Tensor, block: int, key_mask: Tensor | None = None) -> Tensor:
+    """How far the rows of each block lie from their mean: the root of their mean square distance.
+
+    Args as in `block_means`; returns float32 or better [B, H, nK].
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square()  # [B, H, N, 1], x is not copied
+    of = _means(x, squares, block, key_mask)
+    return (of.value[..., 0] - of.key.square().sum(-1)).clamp(min=0).sqrt()
+
+
+def _sums(x: Tensor, block: int) -> Tensor:
+    """[B, H, N, D] -> [B, H, nK, D], accumulated in float32 or better, without a copy of the whole."""
+    exact, whole = torch.promote_types(x.dtype, torch.float32), x.shape[2] // block * block
+    sums = x[:, :, :whole].unflatten(2, (-1, block)).sum(3, dtype=exact) if whole else x[:, :, :0].to(exact)
+    if whole == x.shape[2]:
+        return sums
+    return torch.cat([sums, x[:, :, whole:].sum(2, keepdim=True, dtype=exact)], 2)

@@ -1,0 +1,322 @@
+"""Summaries that stand for dropped blocks, against the formulas written out block by block."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import diffsparse_kernels as dk
+from diffsparse_kernels import summaries
+from support import exact
+from support.cases import MASKS, Size, random_boxes, random_mask, seen
+from support.places import Place, places
+
+PLACES = places("cpu", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = [
+    Size(),
+    Size(batch=1, q_len=97, kv_len=97),  # ragged by one token
+    Size(q_len=95, kv_len=95, dim=40),
+    Size(q_len=64, kv_len=200, dim=72, q_block=16, kv_block=64),
+    Size(dim=64, value_dim=24),
+    Size(batch=1, heads=2, q_len=517, kv_len=517, dim=64, q_block=64, kv_block=64),
+]
+BOTH = pytest.mark.parametrize("by", summaries.SUMMARIES)
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+class Block(NamedTuple):
+    """What is known of the keys of one block of one head."""
+
+    count: int
+    key: Tensor
+    value: Tensor
+    variance: Tensor
+    spread: Tensor
+    slope: Tensor
+
+
+def described(k: Tensor, v: Tensor, real: Tensor, scale: float) -> Block:
+    """k [n, D], v [n, D_v] and which of them are real, in the dtype of the inputs."""
+    k, v = k[real], v[real]
+    n = max(len(k), 1)
+    key, value = k.sum(0) / n, v.sum(0) / n
+    slope = scale / n * (k - key).mT @ (v - value)
+    variance = scale**2 * ((k - key) ** 2).sum() / (n * k.shape[1])
+    return Block(len(k), key, value, variance, (((v - value) ** 2).sum() / n).sqrt(), slope)
+
+
+def blocks_of(k: Tensor, v: Tensor, real: Tensor, size: Size) -> list[Block]:
+    parts = (x.split(size.kv_block) for x in (k, v, real))
+    return [described(*part, size.scale) for part in zip(*parts, strict=True)]
+
+
+def stands_in(q: Tensor, blocks: list[Block], scale: float, first: bool) -> tuple[Tensor, Tensor]:
+    """Scores [rows, b] and values [rows, b, D_v] of blocks that a query block q [rows, D] dropped."""
+    logs = [torch.tensor(b.count, dtype=q.dtype).log() for b in blocks]
+    scores = torch.stack([scale * (q @ b.key) + log for b, log in zip(blocks, logs, strict=True)], -1)
+    values = torch.stack([b.value for b in blocks]).expand(len(q), -1, -1)
+    if not first:
+        return scores, values
+    squares = (q * q).sum(-1)
+    mass = torch.stack([(squares * b.variance / 2).clamp(max=3) for b in blocks], -1)
+    middle = torch.stack([scale * (q.mean(0) @ b.key) + log for b, log in zip(blocks, logs, strict=True)])
+    shares = middle.softmax(-1).nan_to_num(0)
+    slope = sum(share * b.slope for share, b in zip(shares, blocks, strict=True))
+    return scores + mass, values + (q @ slope)[:, None]
+
+
+def written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Size,
+    mask: Tensor,
+    keys: Tensor,
+    by: dk.Summary = "means",
+    visible: Tensor | bool = True,
+) -> tuple[Tensor, Tensor]:
+    """softmax over kept keys and the summaries of dropped blocks; in the dtype of the inputs. keys: bool [B, H, N]."""
+    allowed = exact.element_mask(mask, size.q_block, size.kv_block, size.q_len, size.kv_len) & keys[:, :, None]
+    kept = (q @ k.mT * size.scale).masked_fill(~(allowed & visible), -torch.inf)
+    out, lse = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype), torch.zeros(q.shape[:3], dtype=q.dtype)
+    for b in range(len(q)):
+        for h in range(q.shape[1]):
+            blocks = blocks_of(k[b, h], v[b, h], keys[b, h], size)
+            for number, rows in enumerate(torch.arange(size.q_len).split(size.q_block)):
+                scores, values = kept[b, h, rows], v[b, h].expand(len(rows), -1, -1)
+                dropped = [one for one, listed in zip(blocks, mask[b, h, number], strict=True) if not listed]
+                if dropped:
+                    theirs = stands_in(q[b, h, rows], dropped, size.scale, by == "first-order")
+                    scores, values = torch.cat((scores, theirs[0]), -1), torch.cat((values, theirs[1]), 1)
+                weights = scores.softmax(-1).nan_to_num(0)
+                out[b, h, rows] = (weights[:, None] @ values)[:, 0]
+                lse[b, h, rows] = scores.logsumexp(-1)
+    return out, lse
+
+
+def all_keys(size: Size) -> Tensor:
+    return torch.ones(size.batch, size.heads, size.kv_len, dtype=torch.bool)
+
+
+@BOTH
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["random", "full", "empty"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_dropped_blocks_stand_as_their_summaries(
+    size: Size, kind: str, dtype: torch.dtype, masked: bool, place: Place, by: dk.Summary
+) -> None:
+    qkv, mask = size.qkv(dtype), MASKS[kind](size)
+    keys = torch.rand(size.batch, size.kv_len) < (0.7 if masked else 1.1)
+    if masked:
+        keys[0] = False  # a sample without any key gets 0 and -inf
+        keys[-1, : size.kv_block] = size.batch == 1  # and a block without any counts for nothing
+    out, lse = place(dk.block_sparse_attention, *qkv, size.lists(mask), summary=by, key_mask=keys if masked else None)
+    each = keys[:, None].expand(-1, size.heads, -1)
+    want, want_lse = written_out(*(x.double() for x in qkv), size, mask, each, by)
+    low, low_lse = written_out(*qkv, size, mask, each, by)
+    assert (out.double() - want).abs().max().item() <= exact.tolerance(want, low)
+    alive = ~want_lse.isneginf()
+    assert torch.equal(lse.isneginf(), ~alive)
+    if alive.any():
+        limit = exact.tolerance(want_lse[alive], low_lse[alive])
+        assert (lse.double() - want_lse)[alive].abs().max().item() <= limit
+
+
+@BOTH
+@pytest.mark.parametrize("place", PLACES)
+def test_keys_that_each_head_has_of_its_own(place: Place, by: dk.Summary) -> None:
+    size = Size(q_len=95, kv_len=95)
+    qkv, mask, keys = size.qkv(torch.float64), MASKS["random"](size), torch.rand(2, 3, 95) < 0.6
+    keys[0, 1, :40] = False  # a whole block
+    want = written_out(*qkv, size, mask, keys, by)
+    for summary in (by, dk.summarise(*qkv[1:], 32, key_mask=keys, by=by)):
+        got = place(dk.block_sparse_attention, *qkv, size.lists(mask), summary=summary, key_mask=keys)
+        torch.testing.assert_close(got, want)
+    mass = dk.means_mass(*qkv[:2], want[1], q_block=32, kv_block=32, key_mask=keys)
+    spread = dk.spread(qkv[2], 32, keys)
+    for head in range(size.heads):
+        part, real = slice(head, head + 1), keys[:, head]
+        q, k, v = (x[:, part] for x in qkv)
+        alone = dk.means_mass(q, k, want[1][:, part], q_block=32, kv_block=32, key_mask=real)
+        torch.testing.assert_close(mass[:, part], alone)
+        torch.testing.assert_close(spread[:, part], dk.spread(v, 32, real))
+
+
+@BOTH
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_dropped_is_dense_and_equal_keys_lose_nothing(place: Place, by: dk.Summary) -> None:
+    size = Size(q_len=95, kv_len=95)
+    q, k, v = size.qkv(torch.float64)
+    full, none = (MASKS[kind](size) for kind in ("full", "empty"))
+    dense = dk.attention(q, k, v, backend="reference")
+    torch.testing.assert_close(place(dk.block_sparse_attention, q, k, v, size.lists(full), summary=by), dense)
+    blocks = torch.arange(95) // size.kv_block
+    k = k[:, :, blocks * size.kv_block]  # keys alike within a block: their mean says all, even with every block dropped
+    dense = dk.attention(q, k, v, backend="reference")
+    torch.testing.assert_close(place(dk.block_sparse_attention, q, k, v, size.lists(none), summary=by), dense)
+
+
+@BOTH
+@pytest.mark.parametrize("place", PLACES)
+def test_boxes_hide_keys_in_kept_blocks_only(place: Place, by: dk.Summary) -> None:
+    size = Size(q_len=95, kv_len=95)
+    qkv, mask, boxes = size.qkv(torch.float64), MASKS["random"](size), random_boxes(size)
+    got = place(dk.block_sparse_attention, *qkv, size.lists(mask), summary=by, boxes=boxes)
+    torch.testing.assert_close(got, written_out(*qkv, size, mask, all_keys(size), by, seen(boxes)))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_summaries_made_before_and_one_slope_for_all_blocks(place: Place) -> None:
+    """Without a variance no mass is added; a slope that all blocks share moves each row's values by q H."""
+    size = Size(q_len=95, kv_len=70, value_dim=24)
+    q, k, v = size.qkv(torch.float64)
+    mask, keys = random_mask(size), all_keys(size)
+    mask[:, :, 0] = True
+    slope = torch.randn(2, 3, 1, 32, 24, dtype=torch.float64)
+    made = dk.summarise(k, v, 32, by="means")
+    assert made.by == "means"
+    plain = written_out(q, k, v, size, mask, keys)
+    moved = made._replace(slope=slope)
+    assert moved.by == "first-order"
+    out, lse = place(dk.block_sparse_attention, q, k, v, size.lists(mask), summary=moved)
+    kept = dk.block_sparse_attention(q, k, v, size.lists(mask), backend="reference")[1]
+    share = 1 - (kept - plain[1]).exp()[..., None]  # of the row's weight, on summaries
+    torch.testing.assert_close(lse, plain[1])
+    torch.testing.assert_close(out, plain[0] + share * (q @ slope[:, :, 0]))
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_what_is_known_of_a_block(size: Size, dtype: torch.dtype, masked: bool, offset: float) -> None:
+    """Also of keys and values that have much in common: their products must not cancel."""
+    _, k, v = size.qkv(torch.float32)
+    k, v = ((x + offset * torch.randn(1, size.heads, 1, x.shape[3])).to(dtype) for x in (k, v))
+    keys = torch.rand(size.batch, size.heads, size.kv_len) < (0.7 if masked else 1.1)
+    keys[0, 0, : size.kv_block] &= not masked  # a whole block
+    made = dk.summarise(k, v, size.kv_block, scale=size.scale, key_mask=keys if masked else None)
+    for b in range(size.batch):
+        for h in range(size.heads):
+            whole = blocks_of(k[b, h].double(), v[b, h].double(), keys[b, h], size)
+            for number, want in enumerate(whole):
+                got = Block(0, *(x[b, h, number].double() for x in (made[0], made[1], *made[3:5], made.slope)))
+                for one, other in zip(got[1:], want[1:], strict=True):
+                    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, offset))
+                count = made.log_count.expand(size.batch, size.heads, -1)[b, h, number].exp()
+                assert count.item() == pytest.approx(want.count)
+                steepness = want.slope.norm().item() / size.dim**0.5
+                assert made.steepness[b, h, number].item() == pytest.approx(steepness, rel=1e-3, abs=1e-5 * offset)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_estimated_error(size: Size, dtype: torch.dtype, masked: bool) -> None:
+    q, k, v = size.qkv(dtype)
+    keys = torch.rand(size.batch, size.heads, size.kv_len) < (0.7 if masked else 1.1)
+    if masked:
+        keys[0, 0], keys[-1, -1, : size.kv_block] = False, False
+    made = dk.summarise(k, v, size.kv_block, scale=size.scale, key_mask=keys if masked else None)
+    got = dk.summary_error(q, made, q_block=size.q_block, scale=size.scale)
+    assert tuple(got.shape) == size.blocks
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    for b in range(size.batch):
+        for h in range(size.heads):
+            blocks = blocks_of(k[b, h].double(), v[b, h].double(), keys[b, h], size)
+            shares = stands_in(q[b, h].double(), blocks, size.scale, False)[0].softmax(-1).nan_to_num(0)
+            squares = q[b, h].double().square().sum(-1)
+            for number, one in enumerate(blocks):
+                first = squares * one.slope.square().sum() / size.dim
+                second = (squares * one.variance * one.spread / 2) ** 2
+                parts = (shares[:, number] ** 2 * (first + second)).split(size.q_block)
+                want = torch.stack([part.sum() for part in parts]).sqrt()
+                torch.testing.assert_close(got[b, h, :, number].double(), want, rtol=1e-4, atol=1e-6)
+                assert one.count or not got[b, h, :, number].any()
+
+
+@BOTH
+def test_heads_in_groups_and_slopes_that_are_not_kept(monkeypatch: pytest.MonkeyPatch, by: dk.Summary) -> None:
+    """Where memory is short each head comes alone, and its slopes are made where they are needed: the same result."""
+    size = Size(batch=3, q_len=95, kv_len=70)
+    qkv, mask = size.qkv(torch.float64), random_mask(size)
+    keys = torch.rand(3, 70) < 0.7
+    want = written_out(*qkv, size, mask, keys[:, None].expand(-1, 3, -1), by)
+    one_head = 8 * (2 * 3 * 32 * 32 + 70 * 64)
+    for heads in (1, 2, 6):  # a head, a part of a sample, two samples
+        monkeypatch.setattr(summaries, "_GROUP_BYTES", heads * one_head)
+        for kept in (0, 2**20):
+            monkeypatch.setattr(summaries, "_KEPT_BYTES", kept)
+            made = dk.summarise(*qkv[1:], 32, key_mask=keys, by=by)
+            assert (made.slope is not None) == (by == "first-order" and kept > 0)
+            for summary in (by, made):
+                got = dk.block_sparse_attention(*qkv, size.lists(mask), summary=summary, key_mask=keys)
+                torch.testing.assert_close(got, want)
+
+
+@BOTH
+def test_samples_of_a_batch_are_as_if_alone(by: dk.Summary) -> None:
+    size = Size(q_len=95, kv_len=70)
+    qkv, mask = size.qkv(torch.float32), random_mask(size)
+    out, lse = dk.block_sparse_attention(*qkv, size.lists(mask), summary=by)
+    for sample in (slice(0, 1), slice(1, 2)):
+        q, k, v = (x[sample] for x in qkv)
+        alone = dk.block_sparse_attention(q, k, v, size.lists(mask[sample]), summary=by)
+        torch.testing.assert_close((out[sample], lse[sample]), alone)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**20), block=st.sampled_from([7, 16, 32]), small=st.floats(0.01, 0.3))
+def test_where_values_follow_keys_first_order_is_closer(seed: int, block: int, small: float) -> None:
+    """And for small scores its error is of second order: a tenth of the queries, a hundredth of it and less."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(1, 1, 95, 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    v = k @ torch.randn(16, 8, generator=generator, dtype=torch.float64)
+    mask = torch.zeros(1, 1, 1, -(-95 // block), dtype=torch.bool)
+    lists = dk.BlockLists.from_mask(mask, q_block=95, kv_block=block, q_len=95, kv_len=95)
+
+    def error(q: Tensor, by: dk.Summary) -> float:
+        want, got = dk.attention(q, k, v)[0], dk.block_sparse_attention(q, k, v, lists, summary=by)[0]
+        return (got - want).norm().item()
+
+    assert error(small * q, "first-order") < error(small * q, "means")
+    assert error(small * q / 100, "first-order") < 0.02 * error(small * q / 10, "first-order")
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**20), by=st.sampled_from(summaries.SUMMARIES))
+def test_the_order_of_the_keys_within_a_block_is_nothing(seed: int, by: dk.Summary) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, 2, 90, 16, generator=generator, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(1, 2, 3, 3, generator=generator) < 0.4
+    lists = dk.BlockLists.from_mask(mask, q_block=32, kv_block=32, q_len=90, kv_len=90)
+    order = torch.cat([part[torch.randperm(len(part), generator=generator)] for part in torch.arange(90).split(32)])
+    got = dk.block_sparse_attention(q, k[:, :, order], v[:, :, order], lists, summary=by)
+    torch.testing.assert_close(got, dk.block_sparse_attention(q, k, v, lists, summary=by))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    size = Size()
+    q, k, v = size.qkv(torch.float32)
+    lists, made = size.lists(random_mask(size)), dk.summarise(k, v, 32)
+    for wrong, words in {
+        "mean": "means, first-order; got 'mean'",
+        dk.summarise(k, v, 16): r"key is \(2, 3, 3, 32\)",
+        made._replace(slope=made.slope[:, :, :2]): "wanted a slope",
+    }.items():
+        with pytest.raises(dk.KernelInputError, match=words):
+            dk.block_sparse_attention(q, k, v, lists, summary=wrong)
+    with pytest.raises(dk.KernelInputError, match="Summarise by first-order"):
+        dk.summary_error(q, dk.summarise(k, v, 32, by="means"), q_block=32)
+    with pytest.raises(dk.KernelInputError, match="for mean keys"):
+        dk.summary_error(q[:1], made, q_block=32)
+    with pytest.raises(dk.KernelInputError, match="got 'both'"):
+        dk.summarise(k, v, 32, by="both")  # type: ignore[arg-type]
