@@ -82,7 +82,7 @@ class RecordedCall:
 
     @classmethod
     def of(cls, header: Values, tensors: dict[str, Tensor]) -> Self:
-        """What `header` and `tensors` say; ValueError, TypeError or KeyError where they make no sense."""
+        """What `header` and `tensors` say; LookupError, TypeError or ValueError where they make no sense."""
         place = Place(layout=Layout(**header["layout"]), **header["place"])
         number, heads, count, scale = (header[name] for name in ("number", "heads", "all_heads", "scale"))
         return cls(place, number, tuple(heads), count, scale, *(tensors.pop(x) for x in "qkv"), **tensors)
@@ -120,7 +120,7 @@ class Recording:
             return cls(tuple(_calls(values["calls"], tensors)), values["about"])
         except PlanError as error:
             raise InputFileError(str(error)) from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise InputFileError(f"the recording {path} makes no sense ({error}); {_REMEDY}") from error
 
 
@@ -151,7 +151,7 @@ class Recorder(Wrapper):
     Args:
         strategy: the one that runs.
         steps: recorded ones, from 0. Methods that learn from a step want the next one too (`paired_steps`).
-        layers: how many self-attention layers, evenly spread; or which, by number from 0 in the order of running.
+        layers: how many self-attention layers at most, evenly spread; or which, by number from 0 in running order.
         heads: how many heads, evenly spread; or which, by number from 0.
         most: GiB that the recording may take.
         announce: told the bytes that it will take at most, when the first call shows the sizes.
@@ -258,7 +258,7 @@ class Recorder(Wrapper):
     def _copy(self, q: Tensor, k: Tensor, v: Tensor, site: Site, number: int) -> RecordedCall:
         own, first, count = list(self._heads(q, site)), site.shard.rank * q.shape[1], q.shape[1] * site.shard.degree
         q, k, v = (x[-1:, own].to("cpu", DTYPE).contiguous() for x in (q, k, v))
-        mask = None if site.key_mask is None else site.key_mask[-1:].cpu().contiguous()
+        mask = None if site.key_mask is None else site.key_mask[-1:].cpu().clone(memory_format=torch.contiguous_format)
         place = Place(layout=site.layout, **{name: getattr(site, name) for name in _PLACE})
         return RecordedCall(place, number, tuple(first + head for head in own), count, site.scale, q, k, v, mask)
 

@@ -122,9 +122,11 @@ def _tensors(call: RecordedCall, device: str | torch.device, dtype: torch.dtype)
 
 
 def _dense(call: RecordedCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense attention by torch, with the scale and mask of the call."""
-    mask = None if call.key_mask is None else call.key_mask.to(q.device)[:, None, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale)
+    """Dense attention by torch, with the scale of the call, over the keys that may be attended to."""
+    if call.key_mask is not None:  # one sample: without these keys no mask is wanted, which backends may not take
+        kept = call.key_mask[0].to(k.device)
+        k, v = k[:, :, kept], v[:, :, kept]
+    return F.scaled_dot_product_attention(q, k, v, scale=call.scale)
 
 
 def _site(call: RecordedCall, memory: dict[str, Any], device: torch.device) -> Site:

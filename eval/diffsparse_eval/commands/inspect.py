@@ -184,12 +184,14 @@ def inspect(
     knobs = replace(knobs, strategy=strategy or "", sparsity=sparsity)
     run = _Run(prompts, seed, model, sampling)
     if files.replay is not None:
-        _refuse("--replay", {**run.given, "--sparsity": sparsity, "--record": files.record, "--layers": look.layers})
+        others = {"--layers, --looks, --orders": look != LOOK, "--record": replace(files, replay=None) != FILES}
+        _refuse("--replay", {**run.given, **others, "--sparsity": sparsity is not None})
         _replay(files.replay, knobs, model, out)
     elif files.record is not None:
-        _refuse("--record", {"--out": out, "--strategy": strategy, "knobs of strategies": knobs != INSPECTED})
+        _refuse("--record", {"--out": out, "--strategy": strategy, "knobs of a strategy": knobs != INSPECTED})
         _record(files.record, files.recorded(look), run)
     elif out is not None:
+        _refuse("--out", {"options of --record": files != FILES})
         _draw(replace(knobs, strategy=strategy or _STRATEGY), look, run, out)
     else:
         raise ConfigError("inspect wants --out FOLDER for its pictures, or --record FILE, or --replay FILE")
