@@ -84,10 +84,12 @@ class Learner:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int, bool, int]] = []
+        self.given: list[Tensor] = []
 
     def _ask(self, what: str, q: Tensor, k: Tensor, v: Tensor, site: Any) -> Tensor:
         self.asked.append((what, site.step, "been" in site.memory, site.layers))
         site.memory["been"] = q
+        self.given.append(torch.cat((q, k, v)))
         return site.dense(q, k, v)
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Any) -> Tensor:
@@ -103,6 +105,8 @@ def test_who_learns_from_a_dense_step_does_so_at_the_step_before() -> None:
         attempt(as_strategy(learner), both, exact(both.second, "cpu"), torch.float32)
     # three of six heads are recorded, and what may be kept is for all of them
     assert learner.asked == 2 * [("observe", 3, False, 8), ("attend", 4, True, 8)]
+    for one, given in zip(2 * both, learner.given, strict=True):
+        assert torch.equal(given, torch.cat((one.q, one.k, one.v)).float())
 
 
 def test_a_method_that_learned_counts_what_it_does_in_a_run() -> None:
