@@ -17,6 +17,7 @@ from .guidance.hunt import HeadHunter as HeadHunter, hunt as hunt
 from .guidance.preset import Preset as Preset
 from .insight.calibration import calibrate as calibrate
 from .insight.inspection import Inspector as Inspector
+from .insight.recording import Recorder as Recorder, Recording as Recording
 from .orders.layout import Layout as Layout
 from .schedule import Schedule as Schedule
 from .seam.patch import Handle as Handle, apply as apply, remove as remove
@@ -32,6 +33,7 @@ from .strategies import (
     Random as Random,
     SparseVDiT as SparseVDiT,
     Strategy as Strategy,
+    Tangent as Tangent,
 )
 from .strategies.paro import PAROSearch as PAROSearch
 from .strategies.sparse_vdit import SparseVDiTSearch as SparseVDiTSearch

@@ -149,6 +149,7 @@ def test_the_names_that_others_rely_on_are_there() -> None:
         *("apply", "remove", "guide", "calibrate", "hunt", "Inspector", "HeadGuidance", "HeadHunter", "Strategy"),
         *("Dense", "AdaSpa", "Random", "PARO", "PAROSearch", "SparseVDiT", "SparseVDiTSearch", "GNA", "Digest"),
         *("Compensated", "Layout", "Schedule", "Site", "Handle", "GuideHandle", "Preset", "Report"),
+        *("Recorder", "Recording"),
     }
     raised = {name for name, found in vars(errors).items() if isinstance(found, type) and issubclass(found, Exception)}
     assert promised | raised <= set(dir(diffsparse))

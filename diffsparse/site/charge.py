@@ -6,16 +6,14 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from diffsparse_kernels import Summary
+from diffsparse_kernels import Block, Summary, edges
 
 Share = TypeVar("Share", float, Tensor)
 
 MASS_PASS = 0.5  # a second pass over the keys that sums the mass of blocks: one product of attention's two
 
 
-def summary_work(
-    by: Summary | None, dropped: Share, *, q_block: int, kv_block: int, tokens: int, head_dim: int
-) -> Share:
+def summary_work(by: Summary | None, dropped: Share, block: Block, tokens: int, head_dim: int) -> Share:
     """What the summaries of a share of dropped blocks add to a product over `tokens` tokens.
 
     A mean counts as the one key that it is. First order adds, whatever is dropped, two products as long as the
@@ -24,5 +22,6 @@ def summary_work(
     """
     if by is None:
         return 0 * dropped
+    q_block, kv_block = edges(block)
     slopes = head_dim * (1 / tokens + 1 / (2 * q_block * kv_block)) if by == "first-order" else 0.0
     return dropped / kv_block + slopes

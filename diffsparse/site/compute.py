@@ -27,7 +27,7 @@ class Blocks:
     orders: the order of the tokens that the lists count in; None if they count q, k, v as these stand.
     boxes: hide keys token by token within the listed blocks; they count the tokens as the lists do.
     summary: how dropped blocks stand for their keys, or what was made for it, in tokens as the lists count them.
-    residual: [B, H, N, D], added to the output of the tokens as the lists count them, unless the call runs dense.
+    correct: makes of the output [B, H, N, D], tokens as the lists count them, a better one, unless the call runs dense.
     bits: of the numbers multiplied: 16 leaves them as they are; 8 and 4 are emulated where no kernel does them.
     heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
     """
@@ -36,7 +36,7 @@ class Blocks:
     orders: HeadOrders | None = None
     boxes: kernels.Boxes | None = None
     summary: kernels.Summary | kernels.Summaries | None = None
-    residual: Tensor | None = None
+    correct: Callable[[Tensor], Tensor] | None = None
     bits: int = 16
     heads: int | None = None
 
@@ -138,22 +138,19 @@ class Site(Place):
             q, k, lse, q_block=q_block, kv_block=kv_block, scale=self.scale, key_mask=self.key_mask
         )
 
-    def means_mass(self, q: Tensor, k: Tensor, lse: Tensor, block: kernels.Block) -> Tensor:
-        """`block_mass` by the mean keys of the blocks alone: never more, but for rounding."""
-        q_block, kv_block = kernels.edges(block)
-        self.record.beside += MASS_PASS / kv_block
-        return kernels.means_mass(
-            q, k, lse, q_block=q_block, kv_block=kv_block, scale=self.scale, key_mask=self.key_mask
-        )
-
     def summarise(self, k: Tensor, v: Tensor, block: int) -> kernels.Summaries:
         """First-order summaries of the key blocks; counted with the product that uses them."""
         return kernels.summarise(k, v, block, scale=self.scale, key_mask=self.key_mask)
 
-    def summary_error(self, q: Tensor, summaries: kernels.Summaries, q_block: int, kv_block: int) -> Tensor:
+    def summary_error(self, q: Tensor, summaries: kernels.Summaries, block: kernels.Block) -> Tensor:
         """Estimated error of each tile's summary, float32 [B, H, nQ, nK]."""
+        q_block, kv_block = kernels.edges(block)
         self.record.beside += MASS_PASS / kv_block
         return kernels.summary_error(q, summaries, q_block=q_block, scale=self.scale)
+
+    def exact_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a few queries [B, H, n, D] to all keys, on our own kernels; who asks for it counts it."""
+        return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)[0]
 
     def sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | kernels.BlockLists) -> Tensor:
         """Block-sparse attention [B, H, N, D]; dense, with the reason reported, where that is faster."""
@@ -196,7 +193,7 @@ class Site(Place):
         if self.key_mask is not None:
             here = replace(self, key_mask=self.key_mask.expand(len(q), *self.key_mask.shape[1:]))
         out, _ = self.product(q, k, v, blocks, here)
-        return out if blocks.residual is None else out.add_(blocks.residual)
+        return out if blocks.correct is None else blocks.correct(out)
 
     def _ran_search(self, kernel: kernels.Choice, reason: str) -> None:
         """Note a dense call that our own kernel computed."""
@@ -211,9 +208,8 @@ class Site(Place):
         """Share of dense attention in the listed blocks and in summaries; gaps of tiles are computed too."""
         lists, by, tokens = blocks.lists, blocks.summary, self.layout.tokens
         share = lists.density() * (lists.q_len * lists.kv_len / tokens**2)
-        edges = {"q_block": lists.q_block, "kv_block": lists.kv_block}
-        kind = by.by if isinstance(by, kernels.Summaries) else by
-        return share + summary_work(kind, 1 - share, **edges, tokens=tokens, head_dim=q.shape[3])
+        kind, block = by.by if isinstance(by, kernels.Summaries) else by, (lists.q_block, lists.kv_block)
+        return share + summary_work(kind, 1 - share, block, tokens, q.shape[3])
 
     def _known_density(self, blocks: Blocks, q: Tensor) -> float | None:
         """The density as a number; on a device only from the next call with these lists on: no call waits for it."""

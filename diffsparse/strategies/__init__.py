@@ -20,6 +20,7 @@ from diffsparse.strategies.planned import Planned
 from diffsparse.strategies.random import Random
 from diffsparse.strategies.search import Search
 from diffsparse.strategies.sparse_vdit import SparseVDiT, SparseVDiTSearch
+from diffsparse.strategies.tangent import Tangent
 
 __all__ = [
     "GNA",
@@ -33,6 +34,7 @@ __all__ = [
     "Random",
     "SparseVDiT",
     "Strategy",
+    "Tangent",
     "as_strategy",
     "knobs_of",
     "name_of",
@@ -52,6 +54,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "paro": PARO,
     "random": Random,
     "sparse-vdit": SparseVDiT,
+    "tangent": Tangent,
 }
 
 SEARCHES: dict[str, type[Search]] = {"paro": PAROSearch, "sparse-vdit": SparseVDiTSearch}
@@ -88,8 +91,8 @@ def of_plan(plan: Plan) -> Planned:
 def parse(names: str, **knobs: Any) -> list[Strategy]:
     """Strategies from a comma-separated list such as "adaspa,random+means,paro:plan.safetensors".
 
-    Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon. `+means`,
-    `+first-order` or `+tail` makes up for what it drops (`Compensated`).
+    Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon. `+means` or
+    `+tail` makes up for what it drops (`Compensated`).
 
     Raises:
         UnknownNameError: a name that is no strategy's.

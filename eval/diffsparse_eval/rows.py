@@ -313,6 +313,52 @@ class HeadRow(TypedDict):
     chosen_density: float | None
 
 
+class ReplayFacts(TypedDict):
+    """What a replay is made of: the head of `replay.json`.
+
+    recorded: what the recording says of itself: model, and where it was made.
+    layout: of the tokens.
+    layers: by name, with their model's.
+    steps: recorded ones, counted from 1; every second of a pair is measured.
+    run_steps: length of the run; None if it was unknown.
+    heads: recorded ones, by number from 0.
+    """
+
+    recorded: dict[str, object]
+    layout: str
+    layers: list[str]
+    steps: list[int]
+    run_steps: int | None
+    heads: list[int]
+    head_dim: int
+
+
+class ReplayRow(Origin):
+    """One strategy at one sparsity on recorded calls.
+
+    strategy, label, arguments: as in a `RunRow`. sparsity: as asked for.
+    error_db: -20 log10 of |output - dense| / |dense|, by the mean square over calls; None: identical, or no output.
+    work: of a call, in dense passes; what was learned in the step before is not in it. None where it can't run.
+    residual_mean, residual_worst: share of the square of dense output less its own that the first singular directions
+        of a head hold, by their number; mean and least over heads and calls.
+    fallbacks: calls that went dense unplanned, by their reason.
+    refused: why the strategy can't run there; empty if it can.
+    calls: that were measured.
+    """
+
+    strategy: str
+    label: str
+    arguments: str
+    sparsity: float
+    error_db: float | None
+    work: float | None
+    residual_mean: dict[str, float]
+    residual_worst: dict[str, float]
+    fallbacks: dict[str, int]
+    refused: str
+    calls: int
+
+
 DEFINITIONS = {
     "psnr_db": "peak signal-to-noise ratio to the dense video in dB, over all frames at once; null: identical",
     "psnr_db_min": "the lowest PSNR of a single frame, in dB; null: all frames identical",

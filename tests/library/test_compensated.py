@@ -156,7 +156,7 @@ def test_names_and_knobs() -> None:
     assert (name_of(one), one.sparsity, one.order) == ("adaspa+means", 0.7, "FHW")
     assert parse("adaspa+first-order", sparsity=0.7) == [Compensated(AdaSpa(0.7), "first-order")]
     assert Compensated(GNA((2, 2, 2))).sparsity is Compensated(Dense()).sparsity is None
-    for wrong in ("adaspa+mean", "adaspa+means+tail", "digest+means"):
+    for wrong in ("adaspa+mean", "adaspa+means+tail", "digest+means", "tangent+first-order"):
         with pytest.raises(ConfigError):
             parse(wrong)
     with pytest.raises(ConfigError, match="not compensated yet"):

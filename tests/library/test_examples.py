@@ -14,7 +14,7 @@ from diffusers.modular_pipelines import WanBlocks
 import diffsparse
 from support.tiny_pipelines import BUILDERS
 
-ENTRIES = ["HeadGuidance", "HeadHunter", "Inspector", "PAROSearch", "Preset", "SparseVDiTSearch"]
+ENTRIES = ["HeadGuidance", "HeadHunter", "Inspector", "PAROSearch", "Preset", "Recorder", "SparseVDiTSearch"]
 ENTRIES += ["calibrate", "guide", "hunt"]
 
 

@@ -136,7 +136,7 @@ FAMILIES = {
 KEEP_ALL = (
     Random(0.0, block=BLOCK, order="WHF"),
     AdaSpa(0.0, (), BLOCK, head_adaptive=False, order="auto"),
-    Digest(0.0, (), BLOCK),
+    Digest(0.0, BLOCK),
     Compensated(Random(0.0, block=BLOCK, order="hilbert"), "tail"),
 )
 

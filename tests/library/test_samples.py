@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import diffsparse
-from diffsparse import AdaSpa, Compensated, Digest, Layout, Schedule
+from diffsparse import AdaSpa, Compensated, Digest, Layout, Schedule, Tangent
 from diffsparse.strategies.base import in_order
 from diffsparse_kernels import BlockLists
 from support.sites import site
@@ -67,20 +67,20 @@ def test_in_any_order(name: str, masked: bool) -> None:
 
 def test_the_samples_are_unlike_enough() -> None:
     """They want other orders and other blocks, so that a choice made for all of them would be seen."""
-    _, memory = run(Digest(0.6, (2,), BLOCK), unlike(), None)
+    _, memory = run(AdaSpa(0.6, (2,), BLOCK, order="auto"), unlike(), None)
     orders, mask = memory["orders"], memory["lists"].to_mask()
     assert len({tuple(row.tolist()) for row in orders}) == 3
     assert not torch.equal(mask[0], mask[1])
 
 
 def test_what_digest_may_keep_is_counted_by_sample() -> None:
-    """In too little memory it keeps means, over as many tokens whether a sample is alone or not."""
+    """In too little memory it keeps a lower rank, the same whether a sample is alone or not."""
     qkv = unlike()
-    one = 2 * HEADS * LAYOUT.tokens * 16 / 2**30  # GiB
-    strategy = Digest(0.6, (2,), BLOCK, memory=one / 2)
+    two = HEADS * (LAYOUT.tokens * (2 + 2) + 4 * 2 * 16) / 2**30  # GiB of rank 2
+    strategy = Digest(0.6, BLOCK, memory=two, probes=False)
     outs, memory = run(strategy, qkv, None)
     alone, own = run(strategy, tuple(x[:1] for x in qkv), None)
-    assert memory["residual"].group == own["residual"].group == 2
+    assert memory["kept"][0].rank == own["kept"][0].rank == 2
     assert_same(outs, alone, 0)
 
 
@@ -93,7 +93,8 @@ MODELS = (
 )
 SEARCHING = (
     AdaSpa(0.6, (2,), BLOCK, order="auto"),
-    Digest(0.6, (2,), BLOCK),
+    Tangent(0.6, BLOCK),
+    Digest(0.6, BLOCK),
     Compensated(AdaSpa(0.6, (2,), BLOCK), "tail"),
 )
 

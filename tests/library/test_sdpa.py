@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
 import diffsparse
-from diffsparse import GNA, AdaSpa, Compensated, Dense, DiffsparseError, Digest, Random, Schedule
+from diffsparse import GNA, AdaSpa, Compensated, Dense, DiffsparseError, Digest, Random, Schedule, Tangent
 from diffsparse.errors import DenseFallbackError
 from diffsparse.guidance.perturb import KINDS
 from diffsparse.seam.call import Call
@@ -207,6 +207,7 @@ EVERYTHING = {  # nothing dropped: then it is dense attention
     "adaspa": AdaSpa(0.0, block=16, head_adaptive=False),
     "adaspa-auto": AdaSpa(0.0, block=16, head_adaptive=False, order="auto"),
     "digest": Digest(0.0, block=16),
+    "tangent": Tangent(0.0, block=(32, 16)),
     "random": Random(0.0, block=16),
     "compensated": Compensated(Random(0.0, block=16)),
 }

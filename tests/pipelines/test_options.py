@@ -11,7 +11,7 @@ from typing import Annotated
 import pytest
 import typer
 
-from diffsparse import GNA, Digest, Schedule
+from diffsparse import GNA, AdaSpa, Digest, Schedule
 from diffsparse.cli import COMMANDS
 from diffsparse.cli.parser import flat
 from diffsparse.cli.table import command
@@ -80,7 +80,7 @@ def test_help_is_for_the_command_line_and_arguments_are_for_callers(name: str) -
 
 def test_options_together() -> None:
     assert SparsityOptions(dense_first="2", dense_layers="0,-1").schedule == Schedule(2, 0, (0, -1))
-    assert SparsityOptions(sparsity=0.5, searches="3").strategies() == [Digest(0.5, searches=(3,))]
+    assert SparsityOptions("adaspa", sparsity=0.5, searches="3").strategies() == [AdaSpa(0.5, searches=(3,))]
     assert SparsityOptions("gna,digest", block="16").strategies([0.5, None, 0.5]) == [
         GNA(sparsity=0.5, block=16),
         Digest(0.5, block=16),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import diffsparse
-from diffsparse import GNA, PARO, AdaSpa, Dense, Digest, Layout, Schedule, SparseVDiT
+from diffsparse import GNA, PARO, AdaSpa, Dense, Digest, Layout, Schedule, SparseVDiT, Tangent
 from diffsparse.orders.named import AXES
 from diffsparse.plans.plan import Plan, fingerprints
 from diffsparse.seam.targets import attentions, models_of
@@ -83,6 +83,7 @@ METHODS = {
     for method in (
         Method("Dense", lambda target, layout: Dense()),
         Method("AdaSpa", lambda target, layout: AdaSpa(sparsity=0.6, block=BLOCK)),
+        Method("Tangent", lambda target, layout: Tangent(sparsity=0.5, block=BLOCK)),
         Method("Digest", lambda target, layout: Digest(sparsity=0.5, block=BLOCK)),
         Method("PARO", _paro, sized=True),
         Method("SparseVDiT", _sparse_vdit),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import diffsparse
-from diffsparse import GNA, AdaSpa, Compensated, Dense, Digest, Layout, Random, Schedule
+from diffsparse import GNA, AdaSpa, Compensated, Dense, Digest, Layout, Random, Schedule, Tangent
 from diffsparse.errors import UnsupportedModelError
 from diffsparse.plans.plan import Plan, fingerprints
 from diffsparse.seam.parallel import check_alone
@@ -49,6 +49,7 @@ def strategies() -> dict[str, Any]:
     modes = torch.tensor([[MODES.index(x) for x in ("full", "diagonal", "stripe", "multi-diagonal")]]).byte()
     return {
         "adaspa": AdaSpa(0.6, block=BLOCK, recall_threshold=0.1, order="auto"),
+        "tangent": Tangent(0.5, block=BLOCK),
         "digest": Digest(0.5, block=BLOCK),
         "random": Random(0.5, block=BLOCK),
         "gna": GNA(sparsity=0.6, block=BLOCK),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from diffsparse import GNA, PARO, AdaSpa, Compensated, Digest, Layout, Random, SparseVDiT
+from diffsparse import GNA, PARO, AdaSpa, Compensated, Digest, Layout, Random, SparseVDiT, Tangent
 from diffsparse.orders.named import AXES
 from diffsparse.plans.plan import Plan
 from diffsparse.strategies.paro.strategy import pack
@@ -25,7 +25,8 @@ def every(layout: Layout, sparsity: float) -> dict[str, Any]:
         for name, make in {
             "adaspa": lambda order: AdaSpa(sparsity, (2,), BLOCK, head_adaptive=sparsity > 0, order=order),
             "random": lambda order: Random(sparsity, block=BLOCK, order=order),
-            "digest": lambda order: Digest(sparsity, (2,), BLOCK, order=order),
+            "tangent": lambda order: Tangent(sparsity, BLOCK, order=order),
+            "digest": lambda order: Digest(sparsity, (2 * BLOCK, BLOCK), order=order),
             "means": lambda order: Compensated(Random(sparsity, block=BLOCK, order=order), "means"),
             "first-order": lambda order: Compensated(Random(sparsity, block=BLOCK, order=order), "first-order"),
             "tail": lambda order: Compensated(AdaSpa(sparsity, (2,), BLOCK, head_adaptive=False, order=order), "tail"),

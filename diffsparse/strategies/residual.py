@@ -1,0 +1,52 @@
+"""What an approximation misses, kept in a few bytes a token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LowRank(NamedTuple):
+    """A residual [B, H, N, D] of rank r for each head; its rows are rounded to eight bits.
+
+    codes: int8 [B, H, N, r].
+    scale: bfloat16 [B, H, N, 1], of a row's codes.
+    basis: float32 [B, H, r, D], orthonormal.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    basis: Tensor
+
+    @classmethod
+    def of(cls, residual: Tensor, rank: int) -> LowRank:
+        """The nearest of that rank, from the strongest directions of the rows."""
+        exact = residual.float()
+        _, directions = torch.linalg.eigh(exact.mT @ exact)  # ascending
+        basis = directions[..., -rank:].mT.contiguous()
+        rows = exact @ basis.mT
+        scale = (rows.abs().amax(-1, keepdim=True) / 127).bfloat16()
+        codes = (rows / scale.float().clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-127, 127)
+        return cls(codes.to(torch.int8), scale, basis)
+
+    @property
+    def rank(self) -> int:
+        """Of each head."""
+        return self.basis.shape[2]
+
+    def coefficients(self, rows: Tensor | None = None) -> Tensor:
+        """In the basis, float32 [B, H, N, r], of all rows or of some."""
+        codes, scale = (x if rows is None else x.index_select(2, rows) for x in (self.codes, self.scale))
+        return codes.float() * scale.float()
+
+    def added_to(self, out: Tensor) -> Tensor:
+        """out [B, H, N, D] and the residual, in its dtype."""
+        rows, basis = (x.flatten(0, 1).to(out.dtype) for x in (self.coefficients(), self.basis))
+        return torch.baddbmm(out.flatten(0, 1), rows, basis).view(out.shape)
+
+
+def affordable_rank(most: int, head_bytes: float, tokens: int, head_dim: int) -> int:
+    """The highest rank, up to `most`, that keeps a head within `head_bytes`."""
+    return max(0, min(most, head_dim, int((head_bytes - 2 * tokens) / (tokens + 4 * head_dim))))

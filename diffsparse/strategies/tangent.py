@@ -1,0 +1,141 @@
+"""Tangent: blocks where a first-order summary fails, first-order summaries of all others, and nothing kept. Ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffsparse.orders.named import AUTO, check_order
+from diffsparse.site.charge import MASS_PASS, summary_work
+from diffsparse.site.compute import Blocks, Site
+from diffsparse.strategies.base import Strategy
+from diffsparse.strategies.blocks import check_block, check_share, with_text
+from diffsparse.strategies.probes import FEWEST, Rows, fit, mended_rows, probe_count, probe_work
+from diffsparse.strategies.residual import LowRank
+from diffsparse.strategies.work import Outline, Step
+from diffsparse_kernels import Block, BlockLists, best_block, edges, select_heads
+
+_LEAST = 1e-3  # of the blocks, beside the best of each row
+
+
+@dataclass(frozen=True)
+class Tangent(Strategy):
+    """Compute the blocks that a first-order summary would get wrong, and summarise the rest; each step by itself.
+
+    1. Each head has its tokens in the order that puts the most similar ones into a block.
+    2. A block of n keys that is not computed counts as n keys at its mean, in the same softmax, with its mean value.
+       First order adds what varies within it: scores that vary with variance s have exp(s / 2) times the mass, and the
+       softmax leans to the values of the keys with the higher scores, by q H with H = scale * cov(keys, values).
+       For a block of queries the matrices H of all dropped blocks are mixed into one, as its mean query weighs them.
+    3. What this leaves out is known in size without the keys, from |q|, |H|, the variance of the scores and the spread
+       of the values. One threshold for all heads and rows of a layer spends the blocks where that is largest; every
+       row keeps its best.
+    4. Some query rows, evenly spread, are computed exactly. What they miss, as an affine function of what they got, is
+       fitted and added to all rows: nothing, a mean, or ridge regression, whatever predicts a probe from the others.
+
+    No step needs to be dense or to be known by number, nothing is kept between steps, and at sparsity 0 it is dense
+    attention. Blocks that hold text are always computed and their rows never corrected.
+
+    Means of dropped blocks in the softmax are PISA's (arXiv 2602.01077), Sol-Attn's (2607.24027) and SVG-EAR's
+    (2603.08982). PISA adds one global first-order matrix for each head; SVG-EAR routes by an estimate of its error.
+    Ours are the matrix of each block of queries, routing by the estimated error of that very summary, one budget for
+    the heads of a layer, and the fit by probes.
+
+    sparsity: share of attention that is not computed, in [0, 1): blocks and all that goes with them count by their
+        multiplications (routing 1 / (2 kv_block) of a dense pass, means 1 / kv_block, statistics and slopes
+        D / N + D / (2 q_block kv_block), probes n / N + D / 2N).
+    block: tokens of a block, or its queries and keys; by default 128 x 64 on a machine with a GPU, else 64.
+    order: of the tokens (`diffsparse.orders`); "auto" finds each head's own in its first call.
+    probes: False leaves them out. There are as many as a head has channels, at least 64, but none where they would take
+        more than an eighth of the work.
+    """
+
+    sparsity: float = 0.8
+    block: Block = field(default_factory=best_block)
+    order: str = AUTO
+    probes: bool = True
+    _most_rank: ClassVar[int] = 0  # of a residual
+
+    def __post_init__(self) -> None:
+        check_share("sparsity", self.sparsity)
+        check_block(self.block)
+        check_order(self.order, auto=True)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Blocks, summaries and what probes add, over q, k, v [B, H, N, D]."""
+        return site.sparse(q, k, v, self._blocks(q, k, v, site, None))
+
+    def expected(self, run: Outline) -> list[Step]:
+        """What each step computes; where the sizes are not known, the work that was asked for."""
+        return run.each(lambda _: self._expected(run))
+
+    def _expected(self, run: Outline) -> Step:
+        if run.layout is None or run.head_dim is None:
+            return Step("sparse", 1 - self.sparsity, new=1.0)
+        tokens, dim, rank = run.layout.tokens, run.head_dim, self._most_rank
+        share = max(self._share(tokens, dim, rank), 1 / run.layout.blocks(edges(self.block)[1]))  # a row its best
+        share = with_text(share, self.block, run.layout)
+        summaries = summary_work("first-order", 1 - share, self.block, tokens, dim)
+        return Step("sparse", share + summaries, self._beside(tokens, dim, rank), new=1.0)
+
+    def _blocks(self, q: Tensor, k: Tensor, v: Tensor, site: Site, residual: LowRank | None) -> Blocks:
+        """The blocks of this call, summaries of all others, and what is added to the output.
+
+        residual: of the same product in an earlier step.
+        """
+        (q_block, kv_block), (tokens, dim) = edges(self.block), q.shape[2:]
+        summaries = site.summarise(k, v, kv_block)
+        error = site.summary_error(q, summaries, self.block)
+        mask = self._largest(error, self._share(tokens, dim, residual.rank if residual else 0), site)
+        lists = BlockLists.from_mask(mask, q_block=q_block, kv_block=kv_block, q_len=tokens, kv_len=tokens)
+        correct = None if residual is None else residual.added_to
+        site.record.beside += 0.0 if residual is None else residual.rank / (2 * tokens)
+        if probes := self._probe_count(tokens, dim):
+            rows = mended_rows(site.layout, q_block, probes, q.device)
+            correct = partial(_probed, q, k, v, site, rows, residual)
+        return Blocks(lists, summary=summaries, correct=correct)
+
+    def _probe_count(self, tokens: int, dim: int) -> int:
+        return probe_count(1 - self.sparsity, tokens, dim) if self.probes and self.sparsity else 0
+
+    def _share(self, tokens: int, dim: int, rank: int) -> float:
+        """Of the blocks, so that with all that goes with them 1 - sparsity is computed."""
+        kv_block = edges(self.block)[1]
+        if not self.sparsity or kv_block == 1:
+            return 1.0
+        rest = summary_work("first-order", 1.0, self.block, tokens, dim) + self._beside(tokens, dim, rank)
+        return max((1 - self.sparsity - rest) / (1 - 1 / kv_block), _LEAST)
+
+    def _beside(self, tokens: int, dim: int, rank: int) -> float:
+        """What is computed beside blocks and summaries, in dense passes: routing, probes and the residual."""
+        count = self._probe_count(tokens, dim)
+        return MASS_PASS / edges(self.block)[1] + probe_work(count, tokens, dim) + rank / (2 * tokens)
+
+    def _largest(self, error: Tensor, share: float, site: Site) -> Tensor:
+        """The blocks of a layer with the largest errors, the largest of each row, and text; bool [B, H, nQ, nK]."""
+        error = site.shard.all_heads(error)  # one threshold for the heads of all ranks
+        flat = error.flatten(1, 2)[:, None]
+        mask = site.shard.own(select_heads(flat, share).view_as(error), 1)
+        sink = site.layout.text_sink(self.block, error.device)
+        return mask if sink is None else mask | sink
+
+
+def _probed(q: Tensor, k: Tensor, v: Tensor, site: Site, rows: Rows, residual: LowRank | None, out: Tensor) -> Tensor:
+    """out [B, H, N, D] and what a fit to exact rows adds."""
+    count, (tokens, dim) = len(rows.probes), q.shape[2:]
+    if count < FEWEST:
+        return out
+    site.record.beside += probe_work(count, tokens, dim)
+    exact = torch.promote_types(out.dtype, torch.float32)
+    got = out.index_select(2, rows.probes).to(exact)
+    missing = site.exact_rows(q.index_select(2, rows.probes), k, v).to(exact) - got
+    if residual is None:
+        found = fit(missing, got).added_to(out, None)
+    else:
+        some = residual.coefficients(rows.probes).to(exact)
+        found = fit(missing, got, some, residual.basis.to(exact)).added_to(out, residual.coefficients())
+    return found if rows.mended is None else torch.where(rows.mended, found, out)
