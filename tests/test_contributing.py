@@ -61,7 +61,7 @@ def test_all_code_blocks_are_of_these_sections() -> None:
 @pytest.mark.parametrize("room", ["diffsparse.strategies"], indirect=True)
 def test_a_strategy(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strategies = importlib.import_module("diffsparse.strategies")
-    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)  # so small, all of it would be faster dense
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 9.0)  # so small, all of it would be faster dense
     monkeypatch.setattr(strategies, "STRATEGIES", dict(strategies.STRATEGIES))
     file, row = section("Add a strategy")
     add("diffsparse.strategies", file, room)

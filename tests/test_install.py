@@ -41,7 +41,7 @@ from diffusers import WanTransformer3DModel
 import diffsparse
 import diffsparse_kernels
 
-diffsparse_kernels.break_even = lambda *_: 1.0  # so small, all of it would be faster dense
+diffsparse_kernels.break_even = lambda *_: 9.0  # so small, all of it would be faster dense
 torch.manual_seed(0)
 model = WanTransformer3DModel(
     num_attention_heads=2, attention_head_dim=32, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32,

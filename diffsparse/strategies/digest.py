@@ -64,7 +64,8 @@ class Digest(Tangent):
 
     def _kept(self, q: Tensor, site: Site) -> LowRank | None:
         """The residual, if it is of use: probes tell so themselves, else it is for half of the rest of the run."""
-        residual, since = site.memory.get("kept", (None, 0))
+        kept: tuple[LowRank | None, int] = site.memory.get("kept", (None, 0))
+        residual, since = kept
         if residual is None or self._probe_count(*q.shape[2:]):
             return residual
         half = math.ceil(((site.steps or 0) - 1 - since) / 2)

@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 @pytest.fixture(autouse=True)
 def _no_break_even(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small cases keep most of their blocks; here they run sparse all the same."""
-    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 9.0)
 
 
 @pytest.fixture(autouse=True)

@@ -163,7 +163,7 @@ def tolerance(q, k, v, scale, key_mask, masks, block):
 @pytest.fixture(autouse=True)
 def _always_sparse(monkeypatch):
     """These tests are about what is computed, not about when dense would be faster."""
-    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 9.0)
 
 
 LAYOUTS = {

@@ -28,7 +28,7 @@ BLOCK = 16
 
 @pytest.fixture(autouse=True)
 def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 9.0)
 
 
 def inputs(layout: Layout, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,7 +80,7 @@ def make_plan(layout: Layout, masks: Tensor, picked: list[int], block: int, **ov
 
 
 def test_it_attends_as_masked_softmax_does_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 9.0)
     block, picked = 8, [4, 1]
     n = LAYOUT.grid.blocks(block)  # 60 tokens: the last block is half video, half text
     masks = torch.rand(2, 2, n, n) < 0.4

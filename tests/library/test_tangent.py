@@ -27,7 +27,7 @@ BLOCKS = [16, (32, 16), (16, 32)]
 
 @pytest.fixture(autouse=True)
 def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 1.0)
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 9.0)
 
 
 def inputs(layout: Layout, batch: int = 1, dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:
