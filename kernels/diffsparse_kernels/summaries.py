@@ -19,7 +19,7 @@ SUMMARIES: tuple[Summary, ...] = ("means", "first-order")
 _LOG2_E = math.log2(math.e)
 _STRIP_BYTES = 64 * 2**20  # scores that exist at a time
 _CACHE_BYTES = 4 * 2**20  # what stays in the processor's cache
-_GROUP_BYTES = 256 * 2**20  # what exists at a time of matrices for each block
+_DEVICE_BYTES = 256 * 2**20  # what may exist at a time on a device, where few large products are fast
 _KEPT_BYTES = 64 * 2**20  # slopes that are kept
 _MOST_BIAS = 3.0  # beyond, a few keys hold the mass of a block, and the scores are no normal distribution
 _Part = tuple[slice, slice]  # samples, heads
@@ -119,9 +119,9 @@ def _varied(
         _centred(x[part], mean[part], block, seen) for x, mean in ((k, means.key), (v, means.value))
     )  # [b, h, nK, n, D]
     slope = (keys.mT @ values).mul_((scale / counts)[..., None, None])
-    variance, spread = (x.square().sum((-1, -2)) / counts for x in (keys, values))
-    steepness = torch.linalg.vector_norm(slope, dim=(-1, -2)) * k.shape[3] ** -0.5
-    return variance * (scale**2 / k.shape[3]), spread.sqrt(), steepness, slope
+    length, spread, steepness = (torch.linalg.vector_norm(x, dim=(-1, -2)) for x in (keys, values, slope))
+    root = k.shape[3] ** -0.5
+    return (length * scale * root).square() / counts, spread / counts.sqrt(), steepness * root, slope
 
 
 def _centred(x: Tensor, mean: Tensor, block: int, seen: Tensor | None) -> Tensor:
@@ -141,10 +141,10 @@ def _groups(k: Tensor, v: Tensor, block: int) -> Iterator[_Part]:
     Flattened and joined, the groups give all heads in order.
     """
     batch, heads, length, dim = k.shape
-    numbers = 2 * blocks_of(length, block) * dim * v.shape[3] + length * (dim + v.shape[3])
+    most, numbers = _room(k), 2 * blocks_of(length, block) * dim * v.shape[3] + length * (dim + v.shape[3])
     head_bytes = numbers * torch.promote_types(k.dtype, torch.float32).itemsize
-    for samples in strips(batch, heads * head_bytes, _GROUP_BYTES):
-        for part in strips(heads, (samples.stop - samples.start) * head_bytes, _GROUP_BYTES):
+    for samples in strips(batch, heads * head_bytes, most):
+        for part in strips(heads, (samples.stop - samples.start) * head_bytes, most):
             yield samples, part
 
 
@@ -242,11 +242,16 @@ def _log2_mass(q: Tensor, variance: Tensor) -> Tensor:
     return (squares * variance[:, :, None]).clamp_(max=_MOST_BIAS * _LOG2_E)
 
 
+def _room(x: Tensor) -> int:
+    """Bytes that exist at a time beside what is kept: a processor is fast as long as they stay in its cache."""
+    return _CACHE_BYTES if x.device.type == "cpu" else _DEVICE_BYTES
+
+
 def _strips(q: Tensor, q_block: int, kv_blocks: int) -> Iterator[tuple[slice, slice]]:
-    """Whole query blocks and their rows, as many as fit a processor's cache; a ragged last block comes alone."""
+    """Whole query blocks and their rows, as many as there is room for; a ragged last block comes alone."""
     batch, heads, length, dim = q.shape
-    whole, most = length // q_block * q_block, _CACHE_BYTES if q.device.type == "cpu" else _GROUP_BYTES
-    for rows in strips(whole, 4 * batch * heads * (2 * dim + kv_blocks), most, q_block):
+    whole = length // q_block * q_block
+    for rows in strips(whole, 4 * batch * heads * (2 * dim + kv_blocks), _room(q), q_block):
         yield slice(rows.start // q_block, rows.stop // q_block), rows
     if whole < length:
         yield slice(whole // q_block, whole // q_block + 1), slice(whole, length)
