@@ -14,6 +14,8 @@ from diffsparse.site.charge import summary_work
 from diffsparse.site.compute import Blocks, Product, Site
 from diffsparse.strategies.base import Strategy, Wrapper, as_strategy, is_attending
 from diffsparse.strategies.digest import Digest
+from diffsparse.strategies.rivals.dit_fast import DiTFastAttn
+from diffsparse.strategies.rivals.routed import Routed
 from diffsparse.strategies.work import Kind, Outline, Step
 from diffsparse_kernels import BlockLists, Summary, merge_attention
 
@@ -45,7 +47,7 @@ class Compensated(Wrapper):
     def __post_init__(self) -> None:
         if self.by not in _WAYS:
             raise ConfigError(f"compensation wants one of {', '.join(_WAYS)}; got {self.by!r}")
-        if isinstance(self.strategy, Compensated | Digest) or not is_attending(self.strategy):
+        if isinstance(self.strategy, Compensated | Digest | Routed | DiTFastAttn) or not is_attending(self.strategy):
             raise ConfigError(f"wanted a strategy that is not compensated yet; got {self.strategy!r}")
         if not isinstance(self.budget, int | float) or not self.budget > 0:
             raise ConfigError(f"budget wants a positive number of GiB; got {self.budget!r}")
@@ -64,8 +66,8 @@ class Compensated(Wrapper):
         tokens, head_dim = None if run.layout is None else run.layout.tokens, run.head_dim
         if by == "first-order" and (tokens is None or head_dim is None):
             return replace(step, density=None)
-        edges = {"q_block": self.block, "kv_block": self.block}
-        extra = summary_work(by, 1 - step.density, **edges, tokens=tokens or 1, head_dim=head_dim or 1)
+        block, dropped = self.block, 1 - step.density
+        extra = summary_work(by, dropped, q_block=block, kv_block=block, tokens=tokens or 1, head_dim=head_dim or 1)
         return replace(step, density=step.density + extra)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
