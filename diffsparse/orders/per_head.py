@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffsparse.orders.layout import Layout, kept
 from diffsparse.orders.named import permutation, permutation_on
+from diffsparse_kernels.masks import each_head
 
 
 class HeadOrders(NamedTuple):
@@ -64,14 +65,14 @@ class HeadOrders(NamedTuple):
         return x.reshape(-1, dim).index_select(0, rows.flatten()).view(batch, -1, heads, dim).transpose(1, 2)
 
     def keys(self, mask: Tensor | None) -> Tensor | None:
-        """A key mask, bool [B|1, N], as one over the moved tokens: [B|1, M], or [B, H, M] where heads differ."""
+        """A key mask, bool [B|1, N] or [B, H, N], over the moved tokens: with M for N, and H where heads differ."""
         if mask is None:
             return None if self.filled is None else self.filled[None]
         if len(self.forward) == 1 and self.forward.ndim == 2:
-            moved = mask.index_select(1, self.forward[0])
+            moved = mask.index_select(-1, self.forward[0])
         else:
             forward = self.forward.expand(len(mask), *self.forward.shape[-2:])
-            moved = mask[:, None].expand(-1, forward.shape[1], -1).gather(2, forward)
+            moved = each_head(mask).expand(-1, forward.shape[1], -1).gather(2, forward)
         return moved if self.filled is None else moved & self.filled
 
 

@@ -175,17 +175,22 @@ class Site(Place):
         share = self._computed(blocks, q)
         return share if blocks.heads is None else 1 - (1 - share) * q.shape[1] / blocks.heads
 
-    def in_order(self, orders: HeadOrders, method: Method, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def in_order(
+        self, orders: HeadOrders, method: Method, q: Tensor, k: Tensor, v: Tensor, *, keys: HeadOrders | None = None
+    ) -> Tensor:
         """Call `method(q, k, v, site)` with the tokens and their mask in another order; its output as q stands.
 
         The one place where tokens are moved. Dense attention with a mask of its own gets them as they stood.
+
+        keys: the order of keys and values, if it is not that of the queries.
         """
-        here, keys = self, orders.keys(self.key_mask)
-        if keys is not None:
-            here = replace(self, key_mask=keys)
+        keys = orders if keys is None else keys
+        here, mask = self, keys.keys(self.key_mask)
+        if mask is not None:
+            here = replace(self, key_mask=mask)
         if self.key_mask is not None:
-            here = replace(here, dense_backend=self.dense_backend._replace(attend=_moved_back(orders, self)))
-        return orders.undo(method(orders.apply(q), orders.apply(k), orders.apply(v), here))
+            here = replace(here, dense_backend=self.dense_backend._replace(attend=_moved_back(orders, keys, self)))
+        return orders.undo(method(orders.apply(q), keys.apply(k), keys.apply(v), here))
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         """The product, with tokens as the lists count them."""
@@ -208,8 +213,8 @@ class Site(Place):
         """Share of dense attention in the listed blocks and in summaries; gaps of tiles are computed too."""
         lists, by, tokens = blocks.lists, blocks.summary, self.layout.tokens
         share = lists.density() * (lists.q_len * lists.kv_len / tokens**2)
-        kind, block = by.by if isinstance(by, kernels.Summaries) else by, (lists.q_block, lists.kv_block)
-        return share + summary_work(kind, 1 - share, block, tokens, q.shape[3])
+        by, mixed = (by.by, by.mixed) if isinstance(by, kernels.Summaries) else (by, True)
+        return share + summary_work(by, 1 - share, (lists.q_block, lists.kv_block), tokens, q.shape[3], mixed)
 
     def _known_density(self, blocks: Blocks, q: Tensor) -> float | None:
         """The density as a number; on a device only from the next call with these lists on: no call waits for it."""
@@ -221,10 +226,10 @@ class Site(Place):
         return number
 
 
-def _moved_back(orders: HeadOrders, site: Site) -> Attend:
-    """The site's dense attention for moved tokens."""
+def _moved_back(orders: HeadOrders, keys: HeadOrders, site: Site) -> Attend:
+    """The site's dense attention for moved queries, and moved keys and values."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return orders.apply(site.dense_backend.attend(orders.undo(q), orders.undo(k), orders.undo(v)))
+        return orders.apply(site.dense_backend.attend(orders.undo(q), keys.undo(k), keys.undo(v)))
 
     return attend

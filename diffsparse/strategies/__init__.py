@@ -18,6 +18,7 @@ from diffsparse.strategies.gna import GNA
 from diffsparse.strategies.paro import PARO, PAROSearch
 from diffsparse.strategies.planned import Planned
 from diffsparse.strategies.random import Random
+from diffsparse.strategies.rivals import PISA, SVGEAR, DiTFastAttn, SolAttn
 from diffsparse.strategies.search import Search
 from diffsparse.strategies.sparse_vdit import SparseVDiT, SparseVDiTSearch
 from diffsparse.strategies.tangent import Tangent
@@ -50,10 +51,14 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "adaspa": AdaSpa,
     "dense": Dense,
     "digest": Digest,
+    "dit-fast": DiTFastAttn,
     "gna": GNA,
     "paro": PARO,
+    "pisa": PISA,
     "random": Random,
+    "sol": SolAttn,
     "sparse-vdit": SparseVDiT,
+    "svg-ear": SVGEAR,
     "tangent": Tangent,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ParamSpec, Protocol, TypeVar, cast
+from typing import ClassVar, ParamSpec, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -35,12 +35,14 @@ class Strategy(ABC):
     block: tokens of a block, or its queries and keys.
     sparsity: share of the blocks that it drops; None if that is not known beforehand.
     needs_grid: it means nothing where the tokens' places on the grid are unknown; such calls run dense.
+    is_compensated: it makes up for what it drops by itself.
     """
 
     order: str = RASTER
     block: Block | None = None
     sparsity: float | None = None
     needs_grid: bool = False
+    is_compensated: ClassVar[bool] = False
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

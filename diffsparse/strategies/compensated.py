@@ -13,7 +13,6 @@ from diffsparse.errors import ConfigError
 from diffsparse.site.charge import summary_work
 from diffsparse.site.compute import Blocks, Product, Site
 from diffsparse.strategies.base import Strategy, Wrapper, as_strategy, is_attending
-from diffsparse.strategies.tangent import Tangent
 from diffsparse.strategies.work import Kind, Outline, Step
 from diffsparse_kernels import BlockLists, Summary, merge_attention
 
@@ -41,11 +40,12 @@ class Compensated(Wrapper):
     strategy: Strategy
     by: Literal["means", "first-order", "tail"] = "means"
     budget: float = 4.0
+    is_compensated = True
 
     def __post_init__(self) -> None:
         if self.by not in _WAYS:
             raise ConfigError(f"compensation wants one of {', '.join(_WAYS)}; got {self.by!r}")
-        if isinstance(self.strategy, Compensated | Tangent) or not is_attending(self.strategy):
+        if not is_attending(self.strategy) or as_strategy(self.strategy).is_compensated:
             raise ConfigError(f"wanted a strategy that is not compensated yet; got {self.strategy!r}")
         if not isinstance(self.budget, int | float) or not self.budget > 0:
             raise ConfigError(f"budget wants a positive number of GiB; got {self.budget!r}")

@@ -58,6 +58,7 @@ class Tangent(Strategy):
     block: Block = field(default_factory=best_block)
     order: str = AUTO
     probes: bool = True
+    is_compensated = True
     _most_rank: ClassVar[int] = 0  # of a residual
 
     def __post_init__(self) -> None:

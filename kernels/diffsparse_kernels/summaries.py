@@ -60,6 +60,11 @@ class Summaries(NamedTuple):
         """What they are."""
         return "means" if self.slope is None and self.steepness is None else "first-order"
 
+    @property
+    def mixed(self) -> bool:
+        """Whether each query block mixes the slopes of the blocks; not where all have one."""
+        return self.by == "first-order" and (self.slope is None or self.slope.shape[2] > 1)
+
     def by_head(self) -> Summaries:
         """The same for heads that stand as samples of one head, [B * H, 1, ...]."""
         return self._each(lambda x: fold_heads(x)[0])

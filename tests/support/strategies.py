@@ -11,6 +11,7 @@ from diffsparse import GNA, PARO, AdaSpa, Compensated, Digest, Layout, Random, S
 from diffsparse.orders.named import AXES
 from diffsparse.plans.plan import Plan
 from diffsparse.strategies.paro.strategy import pack
+from diffsparse.strategies.rivals import PISA, SVGEAR, DiTFastAttn, SolAttn
 from diffsparse.strategies.sparse_vdit.strategy import MODES
 
 BLOCK, HEADS, LAYER = 8, 3, "transformer.blocks.0.attn1"
@@ -27,6 +28,10 @@ def every(layout: Layout, sparsity: float) -> dict[str, Any]:
             "random": lambda order: Random(sparsity, block=BLOCK, order=order),
             "tangent": lambda order: Tangent(sparsity, BLOCK, order=order),
             "digest": lambda order: Digest(sparsity, (2 * BLOCK, BLOCK), order=order),
+            "sol": lambda order: SolAttn(sparsity, BLOCK, order),
+            "pisa": lambda order: PISA(sparsity, BLOCK, order),
+            "svg-ear": lambda order: SVGEAR(sparsity, BLOCK, order),
+            "dit-fast": lambda order: DiTFastAttn(sparsity, block=BLOCK, order=order),
             "means": lambda order: Compensated(Random(sparsity, block=BLOCK, order=order), "means"),
             "first-order": lambda order: Compensated(Random(sparsity, block=BLOCK, order=order), "first-order"),
             "tail": lambda order: Compensated(AdaSpa(sparsity, (2,), BLOCK, head_adaptive=False, order=order), "tail"),

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _MODEL, _SIZE, _SPARSE, _HEADS = "Model", "Size and sampling", "Strategy", "Head guidance"
 DEFAULT_BLOCK = "128 with a GPU, else 64"
 STRATEGIES = (
-    "digest, adaspa, gna, random, dense, paro:PLAN or sparse-vdit:PLAN; all but digest also with +means, +first-order "
-    "or +tail"
+    "digest, adaspa, gna, random, dense, paro:PLAN or sparse-vdit:PLAN; all of these but digest also with +means, "
+    "+first-order or +tail; for comparison sol, pisa, svg-ear, dit-fast"
 )
 
 # --- options of more than one command, or of one of the four and a command ------------------------------------------
