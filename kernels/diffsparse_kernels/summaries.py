@@ -21,8 +21,8 @@ _STRIP_BYTES = 64 * 2**20  # scores that exist at a time
 _CACHE_BYTES = 4 * 2**20  # what stays in the processor's cache
 _DEVICE_BYTES = 256 * 2**20  # what may exist at a time on a device, where few large products are fast
 _KEPT_BYTES = 64 * 2**20  # slopes that are kept
-_MOST_BIAS = 3.0  # beyond, a few keys hold the mass of a block, and the scores are no normal distribution
-_Part = tuple[slice, slice]  # samples, heads
+MOST_BIAS = 3.0  # beyond, a few keys hold the mass of a block, and the scores are no normal distribution
+Part = tuple[slice, slice]  # samples, heads
 _NOWHERE = -1e30  # log count of a block without keys, where -inf would give NaN
 
 
@@ -69,7 +69,7 @@ class Summaries(NamedTuple):
         """The same for heads that stand as samples of one head, [B * H, 1, ...]."""
         return self._each(lambda x: fold_heads(x)[0])
 
-    def part(self, part: _Part) -> Summaries:
+    def part(self, part: Part) -> Summaries:
         """The same for some samples and heads."""
         return self._each(lambda x: x[part])
 
@@ -90,7 +90,7 @@ def summarise(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor |
         return means
     slope_bytes = k.shape[3] * v.shape[3] * means.key[..., 0].nbytes
     found: list[list[Tensor]] = [[], [], [], []]
-    for samples, heads in _groups(k, v, block):
+    for samples, heads in groups(k, v, block):
         part = _varied(k, v, block, scale, key_mask, means, (samples, heads))
         kept = part if slope_bytes <= _KEPT_BYTES else part[:3]
         for parts, tensor in zip(found, kept, strict=False):
@@ -112,7 +112,7 @@ def _means(k: Tensor, v: Tensor, block: int, key_mask: Tensor | None) -> Summari
 
 
 def _varied(
-    k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, means: Summaries, part: _Part
+    k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, means: Summaries, part: Part
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Variance, spread, steepness and slope of some heads.
 
@@ -140,7 +140,7 @@ def _centred(x: Tensor, mean: Tensor, block: int, seen: Tensor | None) -> Tensor
     return centred if seen is None else centred.masked_fill_(~seen.unflatten(2, (-1, block))[..., None], 0)
 
 
-def _groups(k: Tensor, v: Tensor, block: int) -> Iterator[_Part]:
+def groups(k: Tensor, v: Tensor, block: int) -> Iterator[Part]:
     """Samples and heads, as many as have room for the matrices of their blocks, twice, and for their keys and values.
 
     Flattened and joined, the groups give all heads in order.
@@ -172,7 +172,7 @@ def merge_summaries(
     bias = summaries.bias(lists)
     if summaries.by == "means":
         return _merge(q, lists, scale, summaries, bias, None, out, lse)
-    for part in _groups(k, v, lists.kv_block):
+    for part in groups(k, v, lists.kv_block):
         slopes = mixed_slopes(q, k, v, lists, scale, key_mask, summaries, bias, part)
         _merge(q[part], lists, scale, summaries.part(part), bias[part], slopes, out[part], lse[part])
 
@@ -186,22 +186,25 @@ def mixed_slopes(
     key_mask: Tensor | None,
     summaries: Summaries,
     bias: Tensor,
-    part: _Part,
+    part: Part,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The slope of all dropped blocks together, as each query block weighs them; [b, h, nQ, D, D_v], 0 if none is.
 
     bias: `summaries.bias(lists)`.
     part: samples and heads.
+    dtype: of the slopes, as exact as the summaries if None; few bits are faster on tensor cores.
     """
     some = summaries.part(part)
     slope = some.slope
     if slope is None:
         slope = _varied(k, v, lists.kv_block, scale, key_mask, summaries, part)[3]
+    slope = slope.to(dtype or slope.dtype)
     if slope.shape[2] == 1:
         return slope.expand(-1, -1, lists.q_blocks, -1, -1)
     middle = _means(q[part], q[part][..., :0], lists.q_block, None).key  # [b, h, nQ, D]
     weights = torch.baddbmm(bias[part].flatten(0, 1), middle.flatten(0, 1), some.key.flatten(0, 1).mT, alpha=scale)
-    weights = weights.softmax(-1).nan_to_num_(0)
+    weights = weights.softmax(-1).nan_to_num_(0).to(slope.dtype)
     return (weights @ slope.flatten(3).flatten(0, 1)).view(*middle.shape, -1)
 
 
@@ -244,7 +247,7 @@ def _merge(
 def _log2_mass(q: Tensor, variance: Tensor) -> Tensor:
     """What varied scores add to the mass of a block, as a power of two: [B, H, rows, nK]."""
     squares = q.square().sum(-1, keepdim=True).mul_(_LOG2_E / 2)
-    return (squares * variance[:, :, None]).clamp_(max=_MOST_BIAS * _LOG2_E)
+    return (squares * variance[:, :, None]).clamp_(max=MOST_BIAS * _LOG2_E)
 
 
 def _room(x: Tensor) -> int:
