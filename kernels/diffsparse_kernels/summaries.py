@@ -19,10 +19,10 @@ SUMMARIES: tuple[Summary, ...] = ("means", "first-order")
 _LOG2_E = math.log2(math.e)
 _STRIP_BYTES = 64 * 2**20  # scores that exist at a time
 _CACHE_BYTES = 4 * 2**20  # what stays in the processor's cache
-_GROUP_BYTES = 256 * 2**20  # what exists at a time of matrices for each block
+_DEVICE_BYTES = 256 * 2**20  # what may exist at a time on a device, where few large products are fast
 _KEPT_BYTES = 64 * 2**20  # slopes that are kept
-_MOST_BIAS = 3.0  # beyond, a few keys hold the mass of a block, and the scores are no normal distribution
-_Part = tuple[slice, slice]  # samples, heads
+MOST_BIAS = 3.0  # beyond, a few keys hold the mass of a block, and the scores are no normal distribution
+Part = tuple[slice, slice]  # samples, heads
 _NOWHERE = -1e30  # log count of a block without keys, where -inf would give NaN
 
 
@@ -69,7 +69,7 @@ class Summaries(NamedTuple):
         """The same for heads that stand as samples of one head, [B * H, 1, ...]."""
         return self._each(lambda x: fold_heads(x)[0])
 
-    def part(self, part: _Part) -> Summaries:
+    def part(self, part: Part) -> Summaries:
         """The same for some samples and heads."""
         return self._each(lambda x: x[part])
 
@@ -90,7 +90,7 @@ def summarise(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor |
         return means
     slope_bytes = k.shape[3] * v.shape[3] * means.key[..., 0].nbytes
     found: list[list[Tensor]] = [[], [], [], []]
-    for samples, heads in _groups(k, v, block):
+    for samples, heads in groups(k, v, block):
         part = _varied(k, v, block, scale, key_mask, means, (samples, heads))
         kept = part if slope_bytes <= _KEPT_BYTES else part[:3]
         for parts, tensor in zip(found, kept, strict=False):
@@ -112,7 +112,7 @@ def _means(k: Tensor, v: Tensor, block: int, key_mask: Tensor | None) -> Summari
 
 
 def _varied(
-    k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, means: Summaries, part: _Part
+    k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, means: Summaries, part: Part
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Variance, spread, steepness and slope of some heads.
 
@@ -124,9 +124,9 @@ def _varied(
         _centred(x[part], mean[part], block, seen) for x, mean in ((k, means.key), (v, means.value))
     )  # [b, h, nK, n, D]
     slope = (keys.mT @ values).mul_((scale / counts)[..., None, None])
-    variance, spread = (x.square().sum((-1, -2)) / counts for x in (keys, values))
-    steepness = torch.linalg.vector_norm(slope, dim=(-1, -2)) * k.shape[3] ** -0.5
-    return variance * (scale**2 / k.shape[3]), spread.sqrt(), steepness, slope
+    length, spread, steepness = (torch.linalg.vector_norm(x, dim=(-1, -2)) for x in (keys, values, slope))
+    root = k.shape[3] ** -0.5
+    return (length * scale * root).square() / counts, spread / counts.sqrt(), steepness * root, slope
 
 
 def _centred(x: Tensor, mean: Tensor, block: int, seen: Tensor | None) -> Tensor:
@@ -140,16 +140,16 @@ def _centred(x: Tensor, mean: Tensor, block: int, seen: Tensor | None) -> Tensor
     return centred if seen is None else centred.masked_fill_(~seen.unflatten(2, (-1, block))[..., None], 0)
 
 
-def _groups(k: Tensor, v: Tensor, block: int) -> Iterator[_Part]:
+def groups(k: Tensor, v: Tensor, block: int) -> Iterator[Part]:
     """Samples and heads, as many as have room for the matrices of their blocks, twice, and for their keys and values.
 
     Flattened and joined, the groups give all heads in order.
     """
     batch, heads, length, dim = k.shape
-    numbers = 2 * blocks_of(length, block) * dim * v.shape[3] + length * (dim + v.shape[3])
+    most, numbers = _room(k), 2 * blocks_of(length, block) * dim * v.shape[3] + length * (dim + v.shape[3])
     head_bytes = numbers * torch.promote_types(k.dtype, torch.float32).itemsize
-    for samples in strips(batch, heads * head_bytes, _GROUP_BYTES):
-        for part in strips(heads, (samples.stop - samples.start) * head_bytes, _GROUP_BYTES):
+    for samples in strips(batch, heads * head_bytes, most):
+        for part in strips(heads, (samples.stop - samples.start) * head_bytes, most):
             yield samples, part
 
 
@@ -172,7 +172,7 @@ def merge_summaries(
     bias = summaries.bias(lists)
     if summaries.by == "means":
         return _merge(q, lists, scale, summaries, bias, None, out, lse)
-    for part in _groups(k, v, lists.kv_block):
+    for part in groups(k, v, lists.kv_block):
         slopes = mixed_slopes(q, k, v, lists, scale, key_mask, summaries, bias, part)
         _merge(q[part], lists, scale, summaries.part(part), bias[part], slopes, out[part], lse[part])
 
@@ -186,22 +186,25 @@ def mixed_slopes(
     key_mask: Tensor | None,
     summaries: Summaries,
     bias: Tensor,
-    part: _Part,
+    part: Part,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The slope of all dropped blocks together, as each query block weighs them; [b, h, nQ, D, D_v], 0 if none is.
 
     bias: `summaries.bias(lists)`.
     part: samples and heads.
+    dtype: of the slopes, as exact as the summaries if None; few bits are faster on tensor cores.
     """
     some = summaries.part(part)
     slope = some.slope
     if slope is None:
         slope = _varied(k, v, lists.kv_block, scale, key_mask, summaries, part)[3]
+    slope = slope.to(dtype or slope.dtype)
     if slope.shape[2] == 1:
         return slope.expand(-1, -1, lists.q_blocks, -1, -1)
     middle = _means(q[part], q[part][..., :0], lists.q_block, None).key  # [b, h, nQ, D]
     weights = torch.baddbmm(bias[part].flatten(0, 1), middle.flatten(0, 1), some.key.flatten(0, 1).mT, alpha=scale)
-    weights = weights.softmax(-1).nan_to_num_(0)
+    weights = weights.softmax(-1).nan_to_num_(0).to(slope.dtype)
     return (weights @ slope.flatten(3).flatten(0, 1)).view(*middle.shape, -1)
 
 
@@ -244,14 +247,19 @@ def _merge(
 def _log2_mass(q: Tensor, variance: Tensor) -> Tensor:
     """What varied scores add to the mass of a block, as a power of two: [B, H, rows, nK]."""
     squares = q.square().sum(-1, keepdim=True).mul_(_LOG2_E / 2)
-    return (squares * variance[:, :, None]).clamp_(max=_MOST_BIAS * _LOG2_E)
+    return (squares * variance[:, :, None]).clamp_(max=MOST_BIAS * _LOG2_E)
+
+
+def _room(x: Tensor) -> int:
+    """Bytes that exist at a time beside what is kept: a processor is fast as long as they stay in its cache."""
+    return _CACHE_BYTES if x.device.type == "cpu" else _DEVICE_BYTES
 
 
 def _strips(q: Tensor, q_block: int, kv_blocks: int) -> Iterator[tuple[slice, slice]]:
-    """Whole query blocks and their rows, as many as fit a processor's cache; a ragged last block comes alone."""
+    """Whole query blocks and their rows, as many as there is room for; a ragged last block comes alone."""
     batch, heads, length, dim = q.shape
-    whole, most = length // q_block * q_block, _CACHE_BYTES if q.device.type == "cpu" else _GROUP_BYTES
-    for rows in strips(whole, 4 * batch * heads * (2 * dim + kv_blocks), most, q_block):
+    whole = length // q_block * q_block
+    for rows in strips(whole, 4 * batch * heads * (2 * dim + kv_blocks), _room(q), q_block):
         yield slice(rows.start // q_block, rows.stop // q_block), rows
     if whole < length:
         yield slice(whole // q_block, whole // q_block + 1), slice(whole, length)

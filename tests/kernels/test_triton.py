@@ -124,12 +124,16 @@ def test_mass(chip: int, q_block: int) -> None:
 
 
 @aot.compiles
-@pytest.mark.parametrize(("chip", "head_dim"), [(80, 72), *((chip, 128) for chip in CHIPS)])
-def test_means(chip: int, head_dim: int) -> None:
-    tile = triton.means_tile(2)
-    constants = triton.means_constants(head_dim, head_dim, 128, tile) | {"UPCAST": False}
-    types = {"key_ptr": "*bf16", "value_ptr": "*bf16", "bias_ptr": "*fp32"}
-    aot.assert_sound(aot.compiled(triton_kernels.add_means, chip, constants, tile.warps, tile.stages, **types), chip)
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize(("chip", "head_dim"), [(80, 72), (89, 128), *((chip, 128) for chip in CHIPS)])
+def test_summaries(chip: int, head_dim: int, first_order: bool) -> None:
+    tile = triton.summaries_tile(chip, 2, first_order)
+    constants = triton.summaries_constants(head_dim, head_dim, 128, tile)
+    constants |= {"VARIED": first_order, "SLOPED": first_order, "UPCAST": False}
+    types = dict.fromkeys(("key_ptr", "value_ptr", "slopes_ptr"), "*bf16")
+    types |= dict.fromkeys(("bias_ptr", "variance_ptr"), "*fp32")
+    kernel = aot.compiled(triton_kernels.add_summaries, chip, constants, tile.warps, tile.stages, **types)
+    aot.assert_sound(kernel, chip)
 
 
 @aot.compiles

@@ -12,8 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from diffsparse_kernels.summaries import MOST_BIAS
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+MOST_MASS = tl.constexpr(MOST_BIAS * 1.4426950408889634)  # of varied scores, as a power of two
 
 
 @triton.jit
@@ -280,18 +283,19 @@ def attend(
 
 
 @triton.jit
-def add_means(
-    q_ptr, key_ptr, value_ptr, bias_ptr, out_ptr, lse_ptr,
+def add_summaries(
+    q_ptr, key_ptr, value_ptr, bias_ptr, variance_ptr, slopes_ptr, out_ptr, lse_ptr,
     scale_log2, n_q, kv_blocks, heads,
     q_b, q_h, q_n, q_d,
     D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    Q_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+    Q_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, VARIED: tl.constexpr, SLOPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Merge attention to the mean keys of one query block into its output and LSE, in place.
+    """Merge attention to the summaries of key blocks into the output and LSE of one query block, in place.
 
     q [B, H, N_q, D] by its strides; key [B, H, nK, D], value [B, H, nK, D_V], bias float32 [B, H, nQ, nK] in base 2
-    (-inf where the block itself was seen), out [B, H, N_q, D_V] and lse float32 [B, H, N_q], contiguous. Ours; the
-    error is within twice that of the same merge in plain torch.
+    (-inf where the block itself was seen), out [B, H, N_q, D_V] and lse float32 [B, H, N_q], contiguous. VARIED:
+    variance float32 [B, H, nK] adds mass. SLOPED: slopes [B, H, nQ, D, D_V] of q's dtype move the values with the
+    query. Ours; the error is within twice that of the same merge in plain torch.
     """
     q_blocks = tl.cdiv(n_q, Q_BLOCK)
     row_block = tl.program_id(0) % q_blocks
@@ -300,6 +304,8 @@ def add_means(
     rows = first_row + tl.arange(0, Q_BLOCK)  # [M]
     queries = q_ptr + bh // heads * q_b + bh % heads * q_h
     q = load_rows(queries, first_row, n_q, q_n, q_d, Q_BLOCK, D, D_PAD, True, False, UPCAST)  # [M, D]
+    if VARIED:
+        squares = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * (LOG2E / 2)  # [M]
     keys, values = key_ptr + bh * kv_blocks * D, value_ptr + bh * kv_blocks * D_V
     bias_at = bias_ptr + (bh * q_blocks + row_block) * kv_blocks
     highest = tl.full([Q_BLOCK], -float("inf"), tl.float32)
@@ -311,9 +317,17 @@ def add_means(
         v = load_rows(values, start, kv_blocks, D_V, 1, BLOCK_N, D_V, DV_PAD, True, False, UPCAST)
         bias = tl.load(bias_at + columns, mask=columns < kv_blocks, other=-float("inf"))
         scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2 + bias[None, :]  # [M, N]
+        if VARIED:
+            variance = tl.load(variance_ptr + bh * kv_blocks + columns, mask=columns < kv_blocks, other=0.0)
+            scores += tl.minimum(squares[:, None] * variance[None, :], MOST_MASS)
         weights, _, highest, shrink = softmax_step(scores, 1.0, highest)
         total = total * shrink + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    if SLOPED:
+        slopes = slopes_ptr + (bh * q_blocks + row_block) * D * D_V
+        slope = load_rows(slopes, 0, D, D_V, 1, D_PAD, D_V, DV_PAD, True, False, UPCAST)  # [D, D_V]
+        mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # so that the product needs no second accumulator
+        acc = tl.dot(q, slope, mean, input_precision="ieee") * total[:, None]
     there = rows < n_q
     dims = tl.arange(0, DV_PAD)
     out_at = out_ptr + (bh * n_q + rows)[:, None] * D_V + dims[None, :]

@@ -26,8 +26,7 @@ from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.measured import HEAD_DIMS, Copy, Tile, tiles_for
-from diffsparse_kernels.summaries import Summaries
-from diffsparse_kernels.summaries import merge_summaries as merge_plainly
+from diffsparse_kernels.summaries import Summaries, groups, mixed_slopes
 
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -162,19 +161,38 @@ def merge_summaries(
     lse: Tensor,
 ) -> None:
     """Merge what the summaries of the blocks outside the lists give into out and lse of any back end, in place."""
-    if summaries.by != "means":
-        return merge_plainly(q, k, v, lists, scale, key_mask, summaries, out, lse)
+    bias = summaries.bias(lists)
+    if summaries.by == "means":
+        return _add_summaries(q, lists, scale, summaries, bias, None, out, lse)
+    for part in groups(k, v, lists.kv_block):
+        slopes = mixed_slopes(q, k, v, lists, scale, key_mask, summaries, bias, part, q.dtype)
+        _add_summaries(q[part], lists, scale, summaries.part(part), bias[part], slopes, out[part], lse[part])
+
+
+def _add_summaries(
+    q: Tensor,
+    lists: BlockLists,
+    scale: float,
+    summaries: Summaries,
+    bias: Tensor,
+    slopes: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Launch `kernels.add_summaries` for some heads, whose out and lse lie in memory without gaps."""
     (batch, heads, n_q, head_dim), kv_blocks = q.shape, summaries.key.shape[2]
-    tile = means_tile(q.element_size())
+    tile = summaries_tile(chip(q.device), q.element_size(), slopes is not None)
     launch(
-        kernels.add_means,
+        kernels.add_summaries,
         batch * heads * lists.q_blocks,
         q,
         tile,
         q_ptr=q,
         key_ptr=summaries.key.to(q.dtype).contiguous(),
         value_ptr=summaries.value.to(q.dtype).contiguous(),
-        bias_ptr=(summaries.bias(lists) * LOG2E).expand(batch, heads, -1, -1).contiguous(),
+        bias_ptr=(bias * LOG2E).contiguous(),
+        variance_ptr=bias if summaries.variance is None else summaries.variance.contiguous(),
+        slopes_ptr=q if slopes is None else slopes.contiguous(),
         out_ptr=out,
         lse_ptr=lse,
         scale_log2=scale * LOG2E,
@@ -182,18 +200,22 @@ def merge_summaries(
         kv_blocks=kv_blocks,
         heads=heads,
         **strides(q=q),
-        **means_constants(head_dim, v.shape[3], lists.q_block, tile),
+        **summaries_constants(head_dim, out.shape[3], lists.q_block, tile),
+        VARIED=summaries.variance is not None,
+        SLOPED=slopes is not None,
         UPCAST=upcast(q),
     )
 
 
-def means_tile(itemsize: int) -> Tile:
-    """The tile of `kernels.add_means`, a small part of the whole."""
-    return Tile(16, 8, 1) if itemsize > 2 else Tile(64, 8, 2)
+def summaries_tile(chip: int, itemsize: int, first_order: bool) -> Tile:
+    """The tile of `kernels.add_summaries`, a small part of the whole; a larger one would spill before Hopper."""
+    if itemsize > 2:
+        return Tile(16, 8, 1)
+    return Tile(32 if first_order and chip < 90 else 64, 8, 2)
 
 
-def means_constants(head_dim: int, value_dim: int, q_block: int, tile: Tile) -> dict[str, int]:
-    """The constants of `kernels.add_means` that sizes and tile decide."""
+def summaries_constants(head_dim: int, value_dim: int, q_block: int, tile: Tile) -> dict[str, int]:
+    """The constants of `kernels.add_summaries` that sizes and tile decide."""
     sizes = {"D": head_dim, "D_V": value_dim, "D_PAD": padded(head_dim), "DV_PAD": padded(value_dim)}
     return {**sizes, "Q_BLOCK": q_block, "BLOCK_N": tile.keys}
 
