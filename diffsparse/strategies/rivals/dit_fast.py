@@ -14,7 +14,7 @@ from diffsparse.orders.named import RASTER, check_order
 from diffsparse.schedule import exact
 from diffsparse.site.compute import Blocks, Site
 from diffsparse.strategies.base import Strategy
-from diffsparse.strategies.blocks import check_block, check_count, check_share, keep_count, row_density
+from diffsparse.strategies.blocks import check_count, check_share, check_square, keep_count, row_density
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists, default_block, select_rows
 
@@ -49,7 +49,7 @@ class DiTFastAttn(Strategy):
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)
-        check_block(self.block)
+        check_square(self.block)
         check_order(self.order, auto=True)
         if self.window is not None and not (isinstance(self.window, int | float) and 0 < self.window <= 1):
             raise ConfigError(f"window wants a share of the keys in (0, 1], or None; got {self.window!r}")

@@ -12,7 +12,7 @@ from diffsparse.orders.layout import Layout
 from diffsparse.orders.named import RASTER, check_order
 from diffsparse.site.compute import Site
 from diffsparse.strategies.base import Strategy
-from diffsparse.strategies.blocks import check_block, check_share, row_density
+from diffsparse.strategies.blocks import check_share, check_square, row_density
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists, Summaries, block_means, default_block
 
@@ -33,7 +33,7 @@ class Routed(Strategy):
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)
-        check_block(self.block)
+        check_square(self.block)
         check_order(self.order, auto=True)
 
     @abstractmethod
