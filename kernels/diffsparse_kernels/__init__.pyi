@@ -33,6 +33,5 @@ from .summaries import (
     Summaries as Summaries,
     Summary as Summary,
     block_means as block_means,
-    means_mass as means_mass,
     spread as spread,
 )

@@ -17,7 +17,6 @@ Summary = Literal["means", "first-order"]  # how a block that is not listed stan
 SUMMARIES: tuple[Summary, ...] = ("means", "first-order")
 
 _LOG2_E = math.log2(math.e)
-_STRIP_BYTES = 64 * 2**20  # scores that exist at a time
 _CACHE_BYTES = 4 * 2**20  # what stays in the processor's cache
 _DEVICE_BYTES = 256 * 2**20  # what may exist at a time on a device, where few large products are fast
 _KEPT_BYTES = 64 * 2**20  # slopes that are kept
@@ -285,35 +284,6 @@ def summary_error(q: Tensor, summaries: Summaries, q_block: int, scale: float) -
     curved = variance * spread / 2
     error: Tensor = first * steepness.square()[:, :, None] + second * curved.square()[:, :, None]
     return error.sqrt()
-
-
-def means_mass(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    *,
-    q_block: int,
-    kv_block: int,
-    scale: float | None = None,
-    key_mask: Tensor | None = None,
-) -> Tensor:
-    """`block_mass` as the mean keys have it: the sum over rows of n * exp(q . mean key * scale - lse).
-
-    exp is convex, so no block has less mass than its mean says. The difference is what is lost where its means
-    stand for it. Costs 1 / kv_block of the scores of dense attention.
-
-    Args and returns as in `block_mass`; float32 or better [B, H, nQ, nK].
-    """
-    means = _means(k, k, kv_block, key_mask)
-    keys = (means.key * ((q.shape[-1] ** -0.5 if scale is None else scale) * _LOG2_E)).mT  # [B, H, D, nK]
-    bias, masses = means.log_count[:, :, None] * _LOG2_E, []
-    row_bytes = q.shape[0] * q.shape[1] * keys.shape[-1] * keys.element_size()
-    for rows in strips(q.shape[2], row_bytes, _STRIP_BYTES, q_block):
-        cached = lse[:, :, rows, None].to(keys.dtype) * _LOG2_E
-        cached = cached.masked_fill(~cached.isfinite(), torch.inf)  # such rows count for nothing
-        weights = (q[:, :, rows].to(keys.dtype) @ keys + bias - cached).exp2()
-        masses.append(_sums(weights, q_block))
-    return torch.cat(masses, 2)
 
 
 def block_means(x: Tensor, block: int, key_mask: Tensor | None = None) -> Tensor:

@@ -140,14 +140,24 @@ def test_keys_that_each_head_has_of_its_own(place: Place, by: dk.Summary) -> Non
     for summary in (by, dk.summarise(*qkv[1:], 32, key_mask=keys, by=by)):
         got = place(dk.block_sparse_attention, *qkv, size.lists(mask), summary=summary, key_mask=keys)
         torch.testing.assert_close(got, want)
-    mass = dk.means_mass(*qkv[:2], want[1], q_block=32, kv_block=32, key_mask=keys)
     spread = dk.spread(qkv[2], 32, keys)
     for head in range(size.heads):
         part, real = slice(head, head + 1), keys[:, head]
-        q, k, v = (x[:, part] for x in qkv)
-        alone = dk.means_mass(q, k, want[1][:, part], q_block=32, kv_block=32, key_mask=real)
-        torch.testing.assert_close(mass[:, part], alone)
-        torch.testing.assert_close(spread[:, part], dk.spread(v, 32, real))
+        torch.testing.assert_close(spread[:, part], dk.spread(qkv[2][:, part], 32, real))
+
+
+@pytest.mark.parametrize("tokens", [40, 45])
+@pytest.mark.parametrize("masked", [False, True])
+def test_spread(tokens: int, masked: bool) -> None:
+    x = 3 + torch.randn(2, 2, tokens, 16)
+    keys = torch.ones(2, tokens, dtype=torch.bool)
+    keys[0, 8:16] = keys[1, 19:24] = not masked
+    found = dk.spread(x, 8, keys if masked else None)
+    for sample in range(2):
+        for number, block in enumerate(torch.arange(tokens).split(8)):
+            inside = x[sample, :, block[keys[sample, block]]].double()
+            want = (inside - inside.mean(1, keepdim=True)).square().sum(-1).mean(-1).sqrt().nan_to_num()
+            torch.testing.assert_close(found[sample, :, number].double(), want, atol=1e-4, rtol=1e-5)
 
 
 @BOTH

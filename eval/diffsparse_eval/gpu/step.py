@@ -52,7 +52,8 @@ class _Layer:
 
         dim, heads = (128, shape.heads) if options.on_gpu else (16, 2)
         block = 128 if options.on_gpu else 32
-        self.strategy = {"digest": Digest, "adaspa": AdaSpa}[name](sparsity=0.8, block=block)
+        finer = (128, 64) if options.on_gpu else 32
+        self.strategy = Digest(0.8, finer) if name == "digest" else AdaSpa(0.8, block=block)
         case = Case(shape.tokens, heads, dim, "bfloat16", block, ())
         tensors = case.tensors(options.device)
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors)  # as models have them

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from diffsparse_pipelines.families import Call
 
 _MODEL, _SIZE, _SPARSE, _HEADS = "Model", "Size and sampling", "Strategy", "Head guidance"
-DEFAULT_BLOCK = "128 with a GPU, else 64"
+DEFAULT_BLOCK = "64; with a GPU 128, of tangent and digest 128x64"
 STRATEGIES = (
-    "digest, adaspa, gna, random, dense, paro:PLAN or sparse-vdit:PLAN; all of these but digest also with +means, "
+    "digest, tangent, adaspa, gna, random, dense, paro:PLAN or sparse-vdit:PLAN; from adaspa on also with +means, "
     "+first-order or +tail; for comparison sol, pisa, svg-ear, dit-fast"
 )
 
@@ -203,7 +203,7 @@ class SparsityOptions:
     searches: Annotated[
         str | None,
         typer.Option(
-            help="Later searches of adaspa and digest: steps (int) or fractions, separated by commas.",
+            help="Later searches of adaspa: steps (int) or fractions, separated by commas.",
             show_default="the strategy's",
             rich_help_panel=_SPARSE,
         ),
