@@ -163,7 +163,7 @@ def test_broken_results_are_told_and_overwritten_on_demand(
 
 
 def test_strategies_are_listed_once() -> None:
-    made = strategies(ComparedOptions("adaspa,dense,random", block=16), "0.5,0.8")
+    made = strategies(ComparedOptions("adaspa,dense,random", block="16"), "0.5,0.8")
     assert tuple(made) == (
         *(AdaSpa(0.5, block=16), Dense(), Random(0.5, block=16)),
         *(AdaSpa(0.8, block=16), Random(0.8, block=16)),

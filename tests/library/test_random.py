@@ -9,6 +9,7 @@ import diffsparse
 from diffsparse import GNA, AdaSpa, Compensated, Layout, PAROSearch, Random, Schedule, SparseVDiTSearch
 from diffsparse.errors import BackendError, ConfigError
 from diffsparse.strategies.base import found_orders, in_order
+from diffsparse.strategies.work import Outline
 from support import exact
 from support.sites import site
 from support.tiny_transformers import build, inputs, tensors
@@ -59,7 +60,8 @@ def test_blocks_of_any_sides_are_what_is_attended_to(
     keys = torch.ones(2, n, dtype=torch.bool)
     keys[0, 100:300], keys[1, -5:] = False, False
     here = site(layout, key_mask=keys)
-    out = Random(0.7, block=block).attend(q, k, v, here)
+    strategy = Random(0.7, block=block)
+    out = strategy.attend(q, k, v, here)
     mask = here.memory["lists"].to_mask()
     allowed = exact.element_mask(mask, rows, columns, n, n) & keys[:, None, None]
     want, _ = exact.softmax_attention(q, k, v, allowed, scale)
@@ -72,7 +74,9 @@ def test_blocks_of_any_sides_are_what_is_attended_to(
     assert mask[:, :, by_row].all()
     kept = max(round(0.3 * len(by_column)), int(by_column.sum()))
     assert (mask[:, :, ~by_row].sum(-1) == kept).all()
-    assert float(here.record.density) == pytest.approx(float(mask.float().mean()))
+    density = float(mask.float().mean())
+    assert float(here.record.density) == pytest.approx(density)
+    assert strategy.expected(Outline.of(ALWAYS, 3, layout))[1].density == pytest.approx(density)
 
 
 @pytest.mark.parametrize("block", [32, (64, 32), (8, 32)], ids=str)
