@@ -26,8 +26,15 @@ _YOUNG = ("gluon", "triton", "flash-attn-4")  # tried in a process of their own 
 _INTEGER_DEVICES = ("cuda",)  # where eight bits are faster than none; in the interpreter they run if they are named
 _SUBSTITUTE = {"gluon": "triton", "flash-attn-4": "triton"}  # what computes the cases that a named one can't
 _USUAL = Case("attend", torch.bfloat16, 128, 128, 128, 128)  # what most models ask for
+_KINDS: tuple[tuple[Kind, int], ...] = (  # of calls, and keys of their blocks: AdaSpa's, then Digest's
+    ("attend", 128),
+    ("mass", 128),
+    ("summaries", 128),
+    ("attend", 64),
+    ("summaries", 64),
+)
 USUAL = tuple(
-    _USUAL._replace(kind=kind, masked=masked) for masked in (False, True) for kind in ("attend", "mass", "summaries")
+    _USUAL._replace(kind=kind, kv_block=keys, masked=masked) for masked in (False, True) for kind, keys in _KINDS
 )
 
 
