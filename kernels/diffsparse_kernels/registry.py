@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from diffsparse_kernels import measured, trials
-from diffsparse_kernels.case import INTEGERS, Case
+from diffsparse_kernels.case import INTEGERS, Case, Kind
 from diffsparse_kernels.catalog import BACKENDS, load
 from diffsparse_kernels.errors import BackendError, NoKernelError
 from diffsparse_kernels.machine import device_name

@@ -151,7 +151,7 @@ def _first_use(options: Options, channel: Channel) -> None:
     """The trials that a user's first run makes, each in a process of its own."""
     plain = [case for case in registry.USUAL if not case.masked]
     embedded = [case._replace(head_dim=64, value_dim=64, q_block=64, kv_block=64) for case in plain]
-    for case in (*registry.USUAL, *embedded):
+    for case in dict.fromkeys((*registry.USUAL, *embedded)):
         with channel.heartbeat(60):
             channel.attempt(FIRST_USE, str(case), partial(_choose, case, torch.device(options.device)))
     with channel.heartbeat(60):
