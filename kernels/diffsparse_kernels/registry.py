@@ -26,8 +26,13 @@ _YOUNG = ("gluon", "triton", "flash-attn-4")  # tried in a process of their own 
 _INTEGER_DEVICES = ("cuda",)  # where eight bits are faster than none; in the interpreter they run if they are named
 _SUBSTITUTE = {"gluon": "triton", "flash-attn-4": "triton"}  # what computes the cases that a named one can't
 _USUAL = Case("attend", torch.bfloat16, 128, 128, 128, 128)  # what most models ask for
-USUAL = tuple(
-    _USUAL._replace(kind=kind, masked=masked) for masked in (False, True) for kind in ("attend", "mass", "summaries")
+USUAL = (
+    *(
+        _USUAL._replace(kind=kind, masked=masked)
+        for masked in (False, True)
+        for kind in ("attend", "mass", "summaries")
+    ),
+    _USUAL._replace(kind="errors"),
 )
 
 
