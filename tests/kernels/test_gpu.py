@@ -48,6 +48,8 @@ def calls(size: Size, backend: str) -> dict[str, Any]:
         "dense": partial(dk.attention, q, k, v, backend=backend),
         "sparse": partial(dk.block_sparse_attention, q, k, v, lists, backend=backend),
         "means": partial(dk.block_sparse_attention, q, k, v, lists, summary="means", backend=backend),
+        "first order": partial(dk.block_sparse_attention, q, k, v, lists, summary="first-order", backend=backend),
+        "error": lambda: dk.summary_error(q, dk.summarise(k, v, size.kv_block), q_block=size.q_block),
         "fused": partial(dk.attention_with_mass, q, k, v, lse, **blocks),
         "mass": partial(dk.block_mass, q, k, lse, **blocks),
     }

@@ -13,7 +13,7 @@ from diffsparse import GNA, AdaSpa, Compensated, Dense, Layout, Random, Schedule
 from diffsparse.errors import ConfigError
 from diffsparse.site.compute import Blocks
 from diffsparse.strategies import name_of, parse
-from diffsparse_kernels import BlockLists, block_sparse_attention
+from diffsparse_kernels import BlockLists, block_sparse_attention, summarise, summary_error
 from support import exact
 from support.sites import site
 from support.tiny_pipelines import BUILDERS, run
@@ -92,6 +92,25 @@ def test_first_order_is_the_kernel_s(place: str) -> None:
     computed = float(here.record.density)
     share = (computed - 16 * (1 / layout.tokens + 1 / (2 * BLOCK * BLOCK)) - 1 / BLOCK) / (1 - 1 / BLOCK)
     assert share == pytest.approx(float(here.density(Blocks(lists), q)), abs=1e-6)
+
+
+def test_a_strategy_may_choose_by_the_error_of_summaries_and_hand_them_on() -> None:
+    """They stand as if made by the product, are masked and scaled as the call is, and all of it is counted."""
+    layout = LAYOUTS["after"]
+    keys = padded(layout)
+    (q, k, v), here = qkv(layout), site(layout, key_mask=keys, scale=0.7)
+    made = here.summarise(k, v, BLOCK)
+    error = here.summary_error(q, made, 2 * BLOCK, BLOCK)
+    want = summary_error(q, summarise(k, v, BLOCK, scale=0.7, key_mask=keys), q_block=2 * BLOCK, scale=0.7)
+    torch.testing.assert_close(error, want)
+    assert here.record.beside == 0.5 / BLOCK
+    edges = {"q_block": 2 * BLOCK, "kv_block": BLOCK, "q_len": layout.tokens, "kv_len": layout.tokens}
+    lists = BlockLists.from_mask(error > error.median(), **edges)
+    by_name, handed = (here.sparse(q, k, v, Blocks(lists, summary=s)) for s in ("first-order", made))
+    torch.testing.assert_close(handed, by_name)
+    first = 16 * (1 / layout.tokens + 1 / (2 * 2 * BLOCK * BLOCK))
+    share = lists.density().item()
+    assert float(here.record.density) == pytest.approx(share + (1 - share) / BLOCK + first)
 
 
 @pytest.mark.parametrize("place", LAYOUTS)

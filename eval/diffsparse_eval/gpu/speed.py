@@ -17,12 +17,13 @@ from diffsparse_eval.gpu.stage import Channel, Options, label
 from diffsparse_eval.rows import Attempt
 from diffsparse_eval.suites import Case, Pattern, sdpa
 from diffsparse_eval.timing import Call, in_turns
-from diffsparse_kernels import BlockLists, select_heads, select_rows, summarise
+from diffsparse_kernels import BlockLists, Summary, select_heads, select_rows, summarise, summary_error
 from diffsparse_kernels.backend.selftest import Kernel, Sample, kernel_of, spot_check
 from diffsparse_kernels.backend.triton.launch import merge_summaries
 from diffsparse_kernels.case import Case as KernelCase
 from diffsparse_kernels.case import Kind
 from diffsparse_kernels.lists import blocks_of
+from diffsparse_kernels.summaries import SUMMARIES
 
 if TYPE_CHECKING:
     from diffsparse.orders.per_head import HeadOrders
@@ -223,7 +224,7 @@ class _ShapeBench:
             yield self._candidate("sdpa", "dense, masked", 1.0, calls)
 
     def ours(self, name: str) -> Iterator[Candidate]:
-        """One kernel: dense, over random lists, over those of a video, with means, and the mass."""
+        """One kernel: dense, over random lists, over those of a video, with summaries, and the mass."""
         kernel, rest = kernel_of(name), (self.scale, self.key_mask)
         masked = "" if self.key_mask is None else ", masked"
         calls: list[Call] = [partial(kernel.attention, *qkv, *rest) for qkv in self.inputs]
@@ -235,8 +236,10 @@ class _ShapeBench:
             sample = Sample(pattern, *self.inputs[0], lists, self.key_mask, None, self.scale)
             yield self._candidate(name, f"{pattern} lists{masked}", share, calls, sample=sample)
             if pattern == "ragged" and self.options.on_gpu:
-                calls = [partial(_with_means, kernel, *qkv, lists, *rest) for qkv in self.inputs]
-                yield self._candidate(name, f"{pattern} lists with means{masked}", share, calls)
+                for by in SUMMARIES:
+                    calls = [partial(_summarised, by, kernel, *qkv, lists, *rest) for qkv in self.inputs]
+                    kind = f"{pattern} lists with {by.replace('-', ' ')}{masked}"
+                    yield self._candidate(name, kind, share, calls)
         blocks = self.case.q_block, self.case.kv_block
         lse = torch.full(self.inputs[0][0].shape[:3], 12.0, device=self.options.device)
         if hasattr(kernel, "block_mass") and self._does(name, "mass"):
@@ -247,7 +250,7 @@ class _ShapeBench:
             yield self._candidate(name, f"dense with LSE and mass{masked}", 1.0, calls)
 
     def around(self) -> Iterator[Candidate]:
-        """The work around the kernels: blocks chosen, lists made, tokens put in order and back."""
+        """The work around the kernels: summaries, blocks chosen, lists made, tokens put in order and back."""
         from diffsparse.orders.layout import Layout
         from diffsparse.orders.named import AXES
         from diffsparse.orders.per_head import HeadOrders
@@ -263,7 +266,13 @@ class _ShapeBench:
             Layout(*self.shape.grid, 0, self.shape.text),
             torch.device(device),
         )
+        summaries = [summarise(k, v, case.kv_block) for _, k, v in self.inputs]
+        errors = partial(summary_error, q_block=case.q_block)
         around: dict[str, Sequence[Call]] = {
+            "first-order summaries": [partial(summarise, k, v, case.kv_block) for _, k, v in self.inputs],
+            "their estimated error": [
+                partial(errors, q, s) for (q, _, _), s in zip(self.inputs, summaries, strict=True)
+            ],
             "select by row": [partial(select_rows, mass, columns // 5) for mass in masses],
             "select by head": [partial(select_heads, mass, 0.2) for mass in masses],
             "lists from a mask": [partial(BlockLists.from_mask, mask, **sizes) for mask in masks],
@@ -292,12 +301,12 @@ class _ShapeBench:
         return Candidate(kernel, kind, density, done, calls, sample)
 
 
-def _with_means(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, mask: Tensor | None
+def _summarised(
+    by: Summary, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     out, lse = kernel.block_sparse_attention(q, k, v, lists, scale, mask)
-    means = summarise(k, v, lists.kv_block, scale=scale, key_mask=mask, by="means")
-    merge_summaries(q, k, v, lists, scale, mask, means, out, lse)
+    made = summarise(k, v, lists.kv_block, scale=scale, key_mask=mask, by=by)
+    merge_summaries(q, k, v, lists, scale, mask, made, out, lse)
     return out, lse
 
 
