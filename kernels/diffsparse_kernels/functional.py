@@ -310,7 +310,8 @@ def summary_error(q: Tensor, summaries: Summaries, *, q_block: int, scale: float
     """
     check_blocks(q_block, 1)
     check_summary_error(q, summaries)
-    return plain.summary_error(q, summaries, q_block, _scale(q, scale))
+    error: Tensor = ops.summary_error(q, list(summaries._replace(slope=None)), q_block, _scale(q, scale))
+    return error
 
 
 def kernel_for(

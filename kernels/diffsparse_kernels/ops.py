@@ -5,8 +5,8 @@ The back end is chosen within an op, where no compiler looks, and recorded there
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,12 +41,34 @@ def merge_summaries(
         return
     made = (k, v, lists.kv_block, scale, key_mask, cast(Summary, summary))
     summaries = Summaries._make(parts) if parts else plain.summarise(*made)
+    case = Case.of("summaries", q, k, v, (lists.q_block, lists.kv_block), key_mask)
+    _summary_kernel("merge_summaries", case, q.device)(q, k, v, lists, scale, key_mask, summaries, out, lse)
+
+
+def _summary_kernel(name: str, case: Case, device: torch.device) -> Callable[..., Any]:
+    """This function of the back end that computes the case; plain torch, which always can, where it has none."""
+    otherwise: Callable[..., Any] = getattr(plain, name)
     try:
-        case = Case.of("summaries", q, k, v, (lists.q_block, lists.kv_block), key_mask)
-        merge = getattr(choose(case, q.device).module, "merge_summaries", plain.merge_summaries)
-    except NoKernelError:  # plain torch always can
-        merge = plain.merge_summaries
-    merge(q, k, v, lists, scale, key_mask, summaries, out, lse)
+        kernel: Callable[..., Any] = getattr(choose(case, device).module, name, otherwise)
+    except NoKernelError:
+        return otherwise
+    return kernel
+
+
+@torch.library.custom_op("diffsparse_kernels::summary_error", mutates_args=())
+def summary_error(q: Tensor, parts: Sequence[Tensor | None], q_block: int, scale: float) -> Tensor:
+    """Estimated error of each tile's summary; `parts` are those of `Summaries`, whose slope is not read."""
+    summaries = Summaries._make(parts)
+    # How many keys a block had, and which of them were masked, is in its log count.
+    case = Case.of("errors", q, summaries.key, summaries.key, (q_block, q_block))
+    return cast(Tensor, _summary_kernel("summary_error", case, q.device)(q, summaries, q_block, scale))
+
+
+@summary_error.register_fake
+def _(q: Tensor, parts: Sequence[Tensor | None], q_block: int, scale: float) -> Tensor:
+    key = cast(Tensor, parts[0])
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return key.new_empty(*q.shape[:2], blocks_of(q.shape[2], q_block), key.shape[2], dtype=dtype)
 
 
 @torch.library.custom_op("diffsparse_kernels::attention", mutates_args=())

@@ -33,8 +33,9 @@ _KINDS: tuple[tuple[Kind, int], ...] = (  # of calls, and keys of their blocks: 
     ("attend", 64),
     ("summaries", 64),
 )
-USUAL = tuple(
-    _USUAL._replace(kind=kind, kv_block=keys, masked=masked) for masked in (False, True) for kind, keys in _KINDS
+USUAL = (
+    *(_USUAL._replace(kind=kind, kv_block=keys, masked=masked) for masked in (False, True) for kind, keys in _KINDS),
+    _USUAL._replace(kind="errors"),
 )
 
 

@@ -22,7 +22,7 @@ _DEVICE_BYTES = 256 * 2**20  # what may exist at a time on a device, where few l
 _KEPT_BYTES = 64 * 2**20  # slopes that are kept
 MOST_BIAS = 3.0  # beyond, a few keys hold the mass of a block, and the scores are no normal distribution
 Part = tuple[slice, slice]  # samples, heads
-_NOWHERE = -1e30  # log count of a block without keys, where -inf would give NaN
+NOWHERE = -1e30  # log count of a block without keys, where -inf would give NaN
 
 
 class Summaries(NamedTuple):
@@ -269,7 +269,7 @@ def summary_error(q: Tensor, summaries: Summaries, q_block: int, scale: float) -
     keys, moments = summaries.key, (summaries.steepness, summaries.variance, summaries.spread)
     steepness, variance, spread = (x for x in moments if x is not None)
     flat = keys.flatten(0, 1).mul(scale * _LOG2_E).mT  # [B * H, D, nK]
-    bias = summaries.log_count.clamp(min=_NOWHERE).mul(_LOG2_E).expand(keys.shape[:3]).flatten(0, 1)[:, None]
+    bias = summaries.log_count.clamp(min=NOWHERE).mul(_LOG2_E).expand(keys.shape[:3]).flatten(0, 1)[:, None]
     found = []
     for blocks, rows in _strips(q, q_block, keys.shape[2]):
         queries = q[:, :, rows].to(keys.dtype).flatten(0, 1)

@@ -154,6 +154,29 @@ def test_summaries_merge_as_they_do_in_plain_torch(
     torch.testing.assert_close(lse[alive].double(), want_lse[alive], atol=2 * torch.finfo(dtype).eps, rtol=1e-2)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("size", "dtype"), [*CASES, (SIZES[1], torch.float32)], ids=str)
+def test_the_estimated_error_of_summaries(size: Size, dtype: torch.dtype, masked: bool) -> None:
+    """By queries of any strides; a block whose keys are all masked has none, nor have those of a head without keys."""
+    q, k, v = size.qkv(dtype)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    keys = torch.rand(size.batch, size.heads, size.kv_len) < (0.7 if masked else 1.1)
+    if masked:
+        keys[0, 0], keys[-1, -1, : size.kv_block] = False, size.heads * size.batch == 1
+    made = {
+        x.dtype: dk.summarise(x, y, size.kv_block, scale=size.scale, key_mask=keys if masked else None)
+        for x, y in ((k, v), (k.double(), v.double()))
+    }
+    want = summaries.summary_error(q.double(), made[torch.float64], size.q_block, size.scale)
+    low = made[dtype]._replace(key=made[dtype].key.to(dtype).float())
+    limit = exact.tolerance(want, summaries.summary_error(q, low, size.q_block, size.scale))
+    got = triton.summary_error(q, made[dtype], size.q_block, size.scale)
+    assert got.shape == want.shape
+    assert (got.double() - want).abs().max().item() <= limit
+    empty = made[dtype].log_count.isneginf()[:, :, None].expand(got.shape)
+    assert not got[empty].any()
+
+
 def test_float32() -> None:
     size = SIZES[1]
     qkv, mask = size.qkv(torch.float32), random_mask(size)

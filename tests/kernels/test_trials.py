@@ -198,12 +198,12 @@ def test_a_cache_that_cannot_be_read_or_written_stops_nobody(a_machine: Path, mo
     assert trials.found(CPU) == []
 
 
-@pytest.mark.parametrize("kind", ["attend", "mass", "fused", "summaries"])
+@pytest.mark.parametrize("kind", ["attend", "mass", "fused", "summaries", "errors"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("copyable", [False, True])
 def test_the_proof_passes_what_is_right(kind: str, masked: bool, copyable: bool) -> None:
     case = Case(kind, torch.bfloat16, 24, 24, 16, 32, masked, 0, copyable)  # type: ignore[arg-type]
-    kernel = SimpleNamespace(**vars(cpu), merge_summaries=summaries.merge_summaries)
+    kernel = SimpleNamespace(**{**vars(summaries), **vars(cpu)})
     for sample in proof.samples(case, CPU):
         assert proof.examine(case, kernel, sample).problem == ""
         assert (sample.key_mask is not None) == masked
@@ -254,7 +254,7 @@ def test_the_proof_sees_small_faults(scale: float, shift: float) -> None:
         assert (error > limit) == (scale != 1)
 
 
-@pytest.mark.parametrize("kind", ["mass", "fused", "summaries"])
+@pytest.mark.parametrize("kind", ["mass", "fused", "summaries", "errors"])
 def test_the_proof_sees_what_is_wrong(kind: str) -> None:
     case = Case(kind, torch.bfloat16, 16, 16, 16, 16)  # type: ignore[arg-type]
 
@@ -265,7 +265,12 @@ def test_the_proof_sees_what_is_wrong(kind: str) -> None:
         out, lse, found = reference.attention_with_mass(*arguments)  # type: ignore[arg-type]
         return out, lse + 0.1, found
 
-    off = SimpleNamespace(block_mass=mass, attention_with_mass=fused, merge_summaries=lambda *_: None)
+    def error(*arguments: object) -> torch.Tensor:
+        return summaries.summary_error(*arguments) * 1.2  # type: ignore[arg-type]
+
+    off = SimpleNamespace(
+        block_mass=mass, attention_with_mass=fused, merge_summaries=lambda *_: None, summary_error=error
+    )
     for sample in proof.samples(case, CPU):
         assert proof.examine(case, off, sample).problem.startswith("wrong: the")
 

@@ -137,6 +137,18 @@ def test_summaries(chip: int, head_dim: int, first_order: bool) -> None:
 
 
 @aot.compiles
+@pytest.mark.parametrize("q_block", [16, 128])
+@pytest.mark.parametrize("chip", [89, *CHIPS])
+def test_the_error_of_summaries(chip: int, q_block: int) -> None:
+    tile = triton.error_tile(2)
+    constants = triton.error_constants(72 if q_block == 16 else 128, q_block, tile) | {"UPCAST": False}
+    types = dict.fromkeys(("log_count_ptr", "steepness_ptr", "variance_ptr", "spread_ptr", "error_ptr"), "*fp32")
+    types["key_ptr"] = "*bf16"
+    kernel = aot.compiled(triton_kernels.summary_error, chip, constants, tile.warps, tile.stages, **types)
+    aot.assert_sound(kernel, chip, "mma.sync" if q_block == 16 else None)
+
+
+@aot.compiles
 @pytest.mark.parametrize("chip", [89])
 def test_float32_fits_the_smallest_memory(chip: int) -> None:
     tile = first_tile(tiles.tiles_for(chip, 128, 128, 128), 4, True, SPARSE)

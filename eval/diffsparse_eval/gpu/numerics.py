@@ -45,6 +45,9 @@ _ALL = (  # of every kernel that can do them
         {"kind": "mass", "q_block": 16, "masked": True},
         {"kind": "summaries"},
         {"kind": "summaries", "masked": True, "head_dim": 72, "value_dim": 72},
+        {"kind": "errors"},
+        {"kind": "errors", "masked": True, "q_block": 64, "kv_block": 64, "head_dim": 72, "value_dim": 72},
+        {"kind": "errors", "q_block": 16, "dtype": torch.float32},
     )),
 )  # fmt: skip
 _GLUON = tuple(
@@ -90,7 +93,7 @@ def does(kernel: str, case: Case, device: torch.device) -> bool:
         return False
     if kind in ("", "pointers"):
         return True
-    if case.kind in ("mass", "summaries"):
+    if case.kind in ("mass", "summaries", "errors"):
         return case.kind == "mass" and triton.measure_tile(chip(device), case.kv_block, 2, True).copy == kind
     flags = triton.flags_of(True, True, case.masked, None, case.kind == "fused") | {"AXES": case.axes}
     return triton.attend_tile(case, device, flags, cast(Copy, kind)).copy == kind
@@ -101,7 +104,7 @@ def _small(kernel: str, listed: list[Case]) -> list[Case]:
     small = [case._replace(q_block=max(case.q_block // 4, 16), kv_block=max(case.kv_block // 4, 16)) for case in listed]
     if kernel.startswith("triton"):
         return small[::4]
-    return [case for case in small if case.kind != "summaries"]
+    return [case for case in small if case.kind not in ("summaries", "errors")]
 
 
 def jobs(options: Options) -> list[str]:

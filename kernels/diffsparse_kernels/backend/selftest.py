@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from diffsparse_kernels.catalog import load
 from diffsparse_kernels.child import follow_parent, say
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
-from diffsparse_kernels.summaries import Summary
+from diffsparse_kernels.summaries import Summaries, Summary
 
 _MANY = 40_000  # keys: more than 16 bits count
 # Faults of the machine at this moment, not of a kernel.
@@ -47,6 +47,7 @@ _WITH_TILES = ("attention", "attention_with_mass", "block_sparse_attention", "bl
 _RESULTS = {
     "attend": ("output", "LSE"),
     "summaries": ("output", "LSE"),
+    "errors": ("error",),
     "mass": ("mass",),
     "fused": ("output", "LSE", "mass"),
 }
@@ -99,11 +100,13 @@ def samples(case: Case, device: torch.device, long: bool = True) -> Iterator[Sam
     if case.kind in ("attend", "summaries"):
         yield draw.sample("lists", n_q, mask, prefix, False)
         yield draw.sample("one set of lists for all, token-major", n_q, mask[1:], holes, True)
-    if case.kind == "summaries":
+    if case.kind in ("summaries", "errors"):
         yield draw.sample("first order", n_q, mask, holes, False)._replace(summary="first-order")
     if case.kind in ("fused", "mass"):
         yield draw.sample("dense", n_q, None, prefix, False)
-    if case.kind != "summaries" and not case.axes and case.precision is None:
+    if case.kind == "errors":
+        yield draw.sample("first order, token-major", n_q, mask, prefix, True)._replace(summary="first-order")
+    elif case.kind != "summaries" and not case.axes and case.precision is None:
         yield draw.sample("dense, token-major", n_q, None, holes, True)
     if long and case.kind == "attend" and not case.axes:
         mask = draw.less((2, 2, 1, blocks_of(_MANY, case.kv_block)), 0.02)
@@ -162,15 +165,17 @@ def compute(case: Case, kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
         return tuple(kernel.attention(q, k, v, scale, key_mask))
     if case.kind == "attend":
         return tuple(kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes))
-    merged = q.new_ones(*q.shape[:3], v.shape[3]), lse.clone()
     made = summaries.summarise(k, v, case.kv_block, scale, key_mask, sample.summary)
+    if case.kind == "errors":
+        return (kernel.summary_error(q, made, case.q_block, scale),)
+    merged = q.new_ones(*q.shape[:3], v.shape[3]), lse.clone()
     kernel.merge_summaries(q, k, v, lists, scale, key_mask, made, *merged)
     return merged
 
 
 def exact(case: Case, sample: Sample) -> tuple[Tensor, ...]:
     """The same by the reference, in float64."""
-    return compute(case, SimpleNamespace(**vars(reference), merge_summaries=summaries.merge_summaries), sample.double())
+    return compute(case, SimpleNamespace(**{**vars(summaries), **vars(reference)}), sample.double())
 
 
 def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
@@ -178,6 +183,8 @@ def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
     if case.kind == "summaries":
         out, lse = compute(case, summaries, sample)
         return out, lse.to(out.dtype)
+    if case.kind == "errors":
+        return compute(case, SimpleNamespace(summary_error=_rounded_error), sample)
     if case.precision is not None:
         q, k, v, lists, key_mask, _, scale = sample[1:8]
         assert lists is not None
@@ -191,6 +198,11 @@ def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
 
     mass = compute(case._replace(kind="mass"), SimpleNamespace(block_mass=block_mass), sample)
     return mass if case.kind == "mass" else (out, lse, *mass)
+
+
+def _rounded_error(q: Tensor, made: Summaries, *rest: Any) -> Tensor:
+    """By mean keys in the dtype of the queries, and itself in that dtype."""
+    return summaries.summary_error(q, made._replace(key=made.key.to(q.dtype).to(made.key.dtype)), *rest).to(q.dtype)
 
 
 def rounded_attention(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,7 +348,7 @@ def kernel_of(name: str) -> Kernel:
     if not kind:
         return module
     only = {function: partial(getattr(module, function), copy=kind) for function in _WITH_TILES}
-    return SimpleNamespace(**only, merge_summaries=module.merge_summaries)
+    return SimpleNamespace(**only, merge_summaries=module.merge_summaries, summary_error=module.summary_error)
 
 
 def poison() -> None:

@@ -207,6 +207,44 @@ def _add_summaries(
     )
 
 
+def summary_error(q: Tensor, summaries: Summaries, q_block: int, scale: float) -> Tensor:
+    """Estimated error of each tile's summary, float32 [B, H, nQ, nK], two passes over the mean keys."""
+    (batch, heads, n_q, head_dim), kv_blocks = q.shape, summaries.key.shape[2]
+    q_blocks, tile = blocks_of(n_q, q_block), error_tile(q.element_size())
+    error = q.new_empty(batch, heads, q_blocks, kv_blocks, dtype=torch.float32)
+    wide = summaries.log_count.expand(batch, heads, -1)
+    moments = {"steepness": summaries.steepness, "variance": summaries.variance, "spread": summaries.spread}
+    launch(
+        kernels.summary_error,
+        batch * heads * q_blocks,
+        q,
+        tile,
+        q_ptr=q,
+        key_ptr=summaries.key.to(q.dtype).contiguous(),
+        log_count_ptr=wide.contiguous(),
+        **{f"{name}_ptr": x.contiguous() for name, x in moments.items() if x is not None},
+        error_ptr=error,
+        scale_log2=scale * LOG2E,
+        n_q=n_q,
+        kv_blocks=kv_blocks,
+        heads=heads,
+        **strides(q=q),
+        **error_constants(head_dim, q_block, tile),
+        UPCAST=upcast(q),
+    )
+    return error
+
+
+def error_tile(itemsize: int) -> Tile:
+    """The tile of `kernels.summary_error`."""
+    return Tile(16, 8, 1) if itemsize > 2 else Tile(64, 8, 2)
+
+
+def error_constants(head_dim: int, q_block: int, tile: Tile) -> dict[str, int]:
+    """The constants of `kernels.summary_error` that sizes and tile decide."""
+    return {"D": head_dim, "D_PAD": padded(head_dim), "Q_BLOCK": q_block, "BLOCK_N": tile.keys}
+
+
 def summaries_tile(chip: int, itemsize: int, first_order: bool) -> Tile:
     """The tile of `kernels.add_summaries`, a small part of the whole; a larger one would spill before Hopper."""
     if itemsize > 2:
