@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import diffsparse_eval.experiment as experiment_module
-from diffsparse import GNA, AdaSpa, Dense, Digest, Random
+from diffsparse import GNA, AdaSpa, Dense, Digest, Random, Tangent
 from diffsparse.cli import main
 from diffsparse.strategies.paro import PAROSearch
 from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
@@ -207,8 +207,8 @@ def test_modes_of_heads_are_told_by_spans_of_steps() -> None:
 @pytest.mark.parametrize(("gpu", "block"), [(True, 128), (False, 64)])
 def test_blocks_suit_the_machine(gpu: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    assert {strategy().block for strategy in (AdaSpa, Digest, GNA, Random, PAROSearch, SparseVDiTSearch)} == {block}
-    assert best_block() == ((128, 64) if gpu else 64)
+    assert {strategy().block for strategy in (AdaSpa, GNA, Random, PAROSearch, SparseVDiTSearch)} == {block}
+    assert {best_block(), Digest().block, Tangent().block} == {(128, 64) if gpu else 64}
     assert AdaSpa(block=32).block == 32
     assert label(Digest(0.8)) == "digest 0.8"
     assert label(Digest(0.8, block=192 - block)) == f"digest 0.8 block={192 - block}"
