@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, ParamSpec, Protocol, TypeVar, cast
+from typing import ParamSpec, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Models = Mapping[str, nn.Module]  # the transformers of a pipeline, by their names there
 
-_ASKED = ("order", "block", "sparsity", "needs_grid")
+_ASKED = ("order", "block", "sparsity", "needs_grid", "is_compensated")
 
 
 class Strategy(ABC):
@@ -42,7 +42,7 @@ class Strategy(ABC):
     block: Block | None = None
     sparsity: float | None = None
     needs_grid: bool = False
-    is_compensated: ClassVar[bool] = False
+    is_compensated: bool = False
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

@@ -40,7 +40,6 @@ class Compensated(Wrapper):
     strategy: Strategy
     by: Literal["means", "first-order", "tail"] = "means"
     budget: float = 4.0
-    is_compensated = True
 
     def __post_init__(self) -> None:
         if self.by not in _WAYS:
@@ -51,6 +50,7 @@ class Compensated(Wrapper):
             raise ConfigError(f"budget wants a positive number of GiB; got {self.budget!r}")
         object.__setattr__(self, "strategy", as_strategy(self.strategy))
         super().__post_init__()
+        object.__setattr__(self, "is_compensated", True)
 
     def expected(self, run: Outline) -> list[Step]:
         """What each step computes: the strategy's own, and what makes up for the rest."""

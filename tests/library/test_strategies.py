@@ -95,7 +95,7 @@ def test_wrappers_and_strangers_answer_what_the_strategy_answers(strategy: Strat
 def test_nothing_that_may_be_asked_is_forgotten_by_a_wrapper(cls: type[Strategy]) -> None:
     asked = {name for name in vars(Strategy) if not name.startswith("_")}
     derived = {"steps", "kinds", "wants_grid"}  # from what is asked
-    attributes = {"order", "block", "sparsity", "needs_grid"}  # taken over when it is made
+    attributes = {"order", "block", "sparsity", "needs_grid", "is_compensated"}  # taken over when it is made
     assert {name for name in vars(cls) if not name.startswith("_")} >= asked - derived - attributes
     inner = Told()
     made = Through(inner) if cls is Wrapper else Foreign(inner)
@@ -189,6 +189,6 @@ def test_a_kernel_of_ones_own_is_reported() -> None:
 
     mask = torch.eye(4, dtype=torch.bool).expand(1, 2, 4, 4)
     lists = BlockLists.from_mask(mask, q_block=8, kv_block=8, q_len=32, kv_len=32)
-    out = replace(here, product=product).sparse(x, x, x, Blocks(lists, residual=torch.ones_like(x)))
+    out = replace(here, product=product).sparse(x, x, x, Blocks(lists, correct=torch.ones_like(x).add))
     assert torch.equal(out, torch.full_like(x, 4.0))
     assert [blocks.lists for blocks in seen] == [lists]

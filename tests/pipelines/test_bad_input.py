@@ -167,7 +167,7 @@ LATE = {
     "layers that it lacks": ([*GENERATE, "--dense-layers", "99"], "--dense-layers wants numbers from -12 to 11"),
     "more dense steps than steps": ([*GENERATE, "--dense-first", "3"], "--dense-first wants at most the run's 2 steps"),
     "searches after the run": (
-        [*GENERATE, "--searches", "0.5,2"],
+        [*GENERATE, "--strategy", "adaspa", "--searches", "0.5,2"],
         "--searches wants steps before the run's 2, counted",
     ),
     "more dense steps at the end": ([*EVALUATE, "--dense-last", "3"], "--dense-last wants at most the run's 2 steps"),
