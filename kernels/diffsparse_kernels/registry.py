@@ -32,7 +32,7 @@ USUAL = (
         for masked in (False, True)
         for kind in ("attend", "mass", "summaries")
     ),
-    _USUAL._replace(kind="errors"),
+    *(_USUAL._replace(kind=kind) for kind in ("errors", "statistics")),
 )
 
 
