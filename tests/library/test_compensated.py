@@ -100,7 +100,7 @@ def test_a_strategy_may_choose_by_the_error_of_summaries_and_hand_them_on() -> N
     keys = padded(layout)
     (q, k, v), here = qkv(layout), site(layout, key_mask=keys, scale=0.7)
     made = here.summarise(k, v, BLOCK)
-    error = here.summary_error(q, made, 2 * BLOCK, BLOCK)
+    error = here.summary_error(q, made, (2 * BLOCK, BLOCK))
     want = summary_error(q, summarise(k, v, BLOCK, scale=0.7, key_mask=keys), q_block=2 * BLOCK, scale=0.7)
     torch.testing.assert_close(error, want)
     assert here.record.beside == 0.5 / BLOCK
