@@ -22,7 +22,8 @@ class Digest(Tangent):
     In the last of the dense first steps the sparse product is computed too. What it misses changes slowly from step to
     step and is smooth along the tokens: it is kept as a factor of low rank for each head, N (r + 2) bytes. In the steps
     that follow, the probes see what of it still holds: their fit may start from it, and has its coefficients among its
-    features. Where there are no probes, it is added as it is for half of the run.
+    features. Where there is no work for a fit, a few rows only judge whether it is added. Without probes it is added
+    for half of the run.
 
     A dense output less a cheaper one, kept and added in later steps, is DiTFastAttn's (arXiv 2406.08552), Re-ttention's
     (2505.22918) and QuantSparse's (2509.23681), which keeps it in low rank. Ours are what it is a residual of, and that
@@ -52,7 +53,7 @@ class Digest(Tangent):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Tangent's attention over q, k, v [B, H, N, D] with what was kept."""
-        return site.sparse(q, k, v, self._blocks(q, k, v, site, self._kept(q, site)))
+        return site.sparse(q, k, v, self._blocks(q, k, v, site, self._kept(site)))
 
     def expected(self, run: Outline) -> list[Step]:
         """What each step computes: as Tangent, and in the last dense step the sparse product beside the dense one."""
@@ -62,14 +63,12 @@ class Digest(Tangent):
             steps[run.first - 1] = Step("dense", 1.0, sparse.work or 0.0)
         return steps
 
-    def _kept(self, q: Tensor, site: Site) -> LowRank | None:
+    def _kept(self, site: Site) -> LowRank | None:
         """The residual, if it is of use: probes tell so themselves, else it is for half of the rest of the run."""
         kept: tuple[LowRank | None, int] = site.memory.get("kept", (None, 0))
         residual, since = kept
-        if residual is None or self._probe_count(*q.shape[2:]):
-            return residual
         half = math.ceil(((site.steps or 0) - 1 - since) / 2)
-        return residual if site.step <= since + half else None
+        return residual if self.probes or site.step <= since + half else None
 
     def _rank(self, q: Tensor, site: Site) -> int:
         """As high as the memory allows."""

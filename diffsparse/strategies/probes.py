@@ -11,6 +11,7 @@ from torch import Tensor
 from diffsparse.orders.layout import Layout, kept
 
 FEWEST = 32  # that a fit is worth
+JUDGES = 16  # that can tell whether a kept residual still holds
 _LEAST_CAP = 64
 _SHARE = 1 / 8  # of the work that probes may take
 _RIDGES = (0.03, 0.3, 3.0)  # penalties that are tried, for features of unit variance
@@ -26,8 +27,8 @@ def probe_count(work: float, tokens: int, head_dim: int) -> int:
 
 
 def probe_work(count: int, tokens: int, head_dim: int) -> float:
-    """What `count` rows cost, and to apply their fit to all, in dense passes."""
-    return (count + head_dim / 2) / tokens if count else 0.0
+    """What `count` rows cost, and to apply a regression on the output to all, in dense passes."""
+    return (count + (head_dim / 2 if count >= FEWEST else 0.0)) / tokens
 
 
 class Rows(NamedTuple):
@@ -54,20 +55,21 @@ def mended_rows(layout: Layout, q_block: int, count: int, device: torch.device) 
 class Affine(NamedTuple):
     """What is added to rows p of an approximation with features c: p W + c V + b.
 
-    by_output: W [B, H, D, D].
+    by_output: W [B, H, D, D]; None where that is 0.
     by_kept: V [B, H, r, D]; None without such features.
     constant: b [B, H, 1, D].
     """
 
-    by_output: Tensor
+    by_output: Tensor | None
     by_kept: Tensor | None
     constant: Tensor
 
     def added_to(self, out: Tensor, kept: Tensor | None) -> Tensor:
         """out [B, H, N, D] and what it misses, in its dtype; kept [B, H, N, r]."""
         rows, dtype = out.flatten(0, 1), out.dtype
-        by_output, constant = (x.flatten(0, 1).to(dtype) for x in (self.by_output, self.constant))
-        mended = torch.baddbmm(constant, rows, by_output).add_(rows)
+        mended = rows + self.constant.flatten(0, 1).to(dtype)
+        if self.by_output is not None:
+            mended.baddbmm_(rows, self.by_output.flatten(0, 1).to(dtype))
         if kept is not None and self.by_kept is not None:
             mended.baddbmm_(kept.flatten(0, 1).to(dtype), self.by_kept.flatten(0, 1).to(dtype))
         return mended.view(out.shape)
@@ -79,7 +81,8 @@ def fit(missing: Tensor, out: Tensor, kept: Tensor | None = None, basis: Tensor 
     Ridge regression on what the rows got, and on the coefficients of a residual of low rank that was kept, if any. It
     starts from nothing, or from that residual as it is. Which of the two, which penalty, whether a mean alone is added
     or nothing at all: whatever predicts the probes best, each from all others. For n centred rows X and
-    A = (X X^T + l I)^-1 the error of one that is left out is l (A y)_i / (l A_ii - 1/n).
+    A = (X X^T + l I)^-1 the error of one that is left out is l (A y)_i / (l A_ii - 1/n). Fewer rows than `FEWEST` can't
+    tell a regression: they choose among the rest.
 
     Args:
         missing: exact rows less those of the approximation, [B, H, n, D], as all others float32 or better.
@@ -87,20 +90,19 @@ def fit(missing: Tensor, out: Tensor, kept: Tensor | None = None, basis: Tensor 
         kept: these rows' coefficients of the residual, [B, H, n, r].
         basis: of the residual, [B, H, r, D].
     """
-    parts = [_standardised(x) for x in (out, kept) if x is not None]
-    features = torch.cat([part.rows for part in parts], -1)  # [B, H, n, F]
     starts = [missing] if kept is None or basis is None else [missing, missing - kept @ basis]
-    inverses, penalties = _inverses(features)
-    found = [_candidates(start, features, inverses, penalties) for start in starts]
+    parts = [_standardised(x) for x in (out, kept) if x is not None] if missing.shape[2] >= FEWEST else []
+    features = torch.cat([part.rows for part in parts], -1) if parts else missing[..., :0]  # [B, H, n, F]
+    found = [_candidates(start, features) for start in starts]
     errors, maps, means = (torch.cat(x) for x in zip(*found, strict=True))
     best = errors.argmin(0)  # [B, H]
-    by, mean = (x.gather(0, best[None, ..., None, None].expand(1, *x.shape[1:]))[0] for x in (maps, means))
+    by, constant = (x.gather(0, best[None, ..., None, None].expand(1, *x.shape[1:]))[0] for x in (maps, means))
     by_part = [x / part.scale for x, part in zip(by.split([p.rows.shape[-1] for p in parts], 2), parts, strict=True)]
-    constant = mean - sum(part.mean @ x for part, x in zip(parts, by_part, strict=True))
+    constant = constant - sum(part.mean @ x for part, x in zip(parts, by_part, strict=True))
     if basis is None:
-        return Affine(by_part[0], None, constant)
-    from_kept = (best >= len(found[0][0]))[..., None, None]
-    return Affine(by_part[0], by_part[1] + from_kept * basis, constant)
+        return Affine(by_part[0] if parts else None, None, constant)
+    as_it_is = (best >= len(found[0][0]))[..., None, None] * basis
+    return Affine(by_part[0], by_part[1] + as_it_is, constant) if parts else Affine(None, as_it_is, constant)
 
 
 class _Standardised(NamedTuple):
@@ -124,13 +126,16 @@ def _inverses(features: Tensor) -> tuple[Tensor, Tensor]:
     return inverses, penalties
 
 
-def _candidates(missing: Tensor, features: Tensor, inverses: Tensor, penalties: Tensor) -> tuple[Tensor, ...]:
+def _candidates(missing: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Nothing, the mean, each ridge: errors when left out [c, B, H], maps [c, B, H, F, D], means [c, B, H, 1, D]."""
     n = missing.shape[2]
     mean = missing.mean(2, keepdim=True)
-    duals = inverses @ (missing - mean)  # [ridges, B, H, n, D]
-    unexplained = penalties * inverses.diagonal(dim1=-2, dim2=-1) - 1 / n  # 1 - leverage
-    left_out = penalties[..., None] * duals / unexplained.clamp(min=0.05)[..., None]
-    errors = torch.stack([missing, (missing - mean) * (n / (n - 1)), *left_out]).square().sum((-2, -1))
-    maps = features.mT @ torch.cat([torch.zeros_like(duals[:2]), duals])
-    return errors, maps, torch.stack([torch.zeros_like(mean), *[mean] * (1 + len(_RIDGES))])
+    left_out, maps = [missing, (missing - mean) * (n / (n - 1))], [torch.zeros_like(features.mT @ missing)] * 2
+    if features.shape[3]:
+        inverses, penalties = _inverses(features)
+        duals = inverses @ (missing - mean)  # [ridges, B, H, n, D]
+        unexplained = penalties * inverses.diagonal(dim1=-2, dim2=-1) - 1 / n  # 1 - leverage
+        left_out += [*(penalties[..., None] * duals / unexplained.clamp(min=0.05)[..., None])]
+        maps += [*(features.mT @ duals)]
+    errors = torch.stack(left_out).square().sum((-2, -1))
+    return errors, torch.stack(maps), torch.stack([torch.zeros_like(mean), *[mean] * (len(maps) - 1)])

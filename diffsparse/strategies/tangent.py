@@ -14,7 +14,7 @@ from diffsparse.site.charge import MASS_PASS, summary_work
 from diffsparse.site.compute import Blocks, Site
 from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_share, with_text
-from diffsparse.strategies.probes import FEWEST, Rows, fit, mended_rows, probe_count, probe_work
+from diffsparse.strategies.probes import JUDGES, Rows, fit, mended_rows, probe_count, probe_work
 from diffsparse.strategies.residual import LowRank
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import Block, BlockLists, best_block, edges, select_heads
@@ -91,17 +91,21 @@ class Tangent(Strategy):
         (q_block, kv_block), (tokens, dim) = edges(self.block), q.shape[2:]
         summaries = site.summarise(k, v, kv_block)
         error = site.summary_error(q, summaries, self.block)
-        mask = self._largest(error, self._share(tokens, dim, residual.rank if residual else 0), site)
+        rank = 0 if residual is None else residual.rank
+        mask = self._largest(error, self._share(tokens, dim, rank), site)
         lists = BlockLists.from_mask(mask, q_block=q_block, kv_block=kv_block, q_len=tokens, kv_len=tokens)
         correct = None if residual is None else residual.added_to
-        site.record.beside += 0.0 if residual is None else residual.rank / (2 * tokens)
-        if probes := self._probe_count(tokens, dim):
+        site.record.beside += rank / (2 * tokens)
+        if probes := self._probe_count(tokens, dim, rank):
             rows = mended_rows(site.layout, q_block, probes, q.device)
             correct = partial(_probed, q, k, v, site, rows, residual)
         return Blocks(lists, summary=summaries, correct=correct)
 
-    def _probe_count(self, tokens: int, dim: int) -> int:
-        return probe_count(1 - self.sparsity, tokens, dim) if self.probes and self.sparsity else 0
+    def _probe_count(self, tokens: int, dim: int, rank: int) -> int:
+        """Enough for a fit, or to judge a residual; none where there is nothing to judge."""
+        if not self.probes or not self.sparsity:
+            return 0
+        return probe_count(1 - self.sparsity, tokens, dim) or (JUDGES if rank else 0)
 
     def _share(self, tokens: int, dim: int, rank: int) -> float:
         """Of the blocks, so that with all that goes with them 1 - sparsity is computed."""
@@ -113,7 +117,7 @@ class Tangent(Strategy):
 
     def _beside(self, tokens: int, dim: int, rank: int) -> float:
         """What is computed beside blocks and summaries, in dense passes: routing, probes and the residual."""
-        count = self._probe_count(tokens, dim)
+        count = self._probe_count(tokens, dim, rank)
         return MASS_PASS / edges(self.block)[1] + probe_work(count, tokens, dim) + rank / (2 * tokens)
 
     def _largest(self, error: Tensor, share: float, site: Site) -> Tensor:
@@ -128,7 +132,7 @@ class Tangent(Strategy):
 def _probed(q: Tensor, k: Tensor, v: Tensor, site: Site, rows: Rows, residual: LowRank | None, out: Tensor) -> Tensor:
     """out [B, H, N, D] and what a fit to exact rows adds."""
     count, (tokens, dim) = len(rows.probes), q.shape[2:]
-    if count < FEWEST:
+    if count < JUDGES:  # hardly a row is no text
         return out
     site.record.beside += probe_work(count, tokens, dim)
     exact = torch.promote_types(out.dtype, torch.float32)
