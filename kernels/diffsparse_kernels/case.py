@@ -18,14 +18,15 @@ PRECISIONS: dict[str, tuple[str, str]] = {
     "fp8": ("fp8", "fp8"),
 }
 INTEGERS = "int8-int8"  # both products are of integers
-Kind = Literal["attend", "fused", "mass", "summaries", "errors"]
+Kind = Literal["attend", "fused", "mass", "summaries", "errors", "statistics"]
 
 
 class Case(NamedTuple):
     """A class of calls.
 
     kind: "attend" (dense or over lists), "fused" (dense with the block mass), "mass" (that alone), "summaries" (merged
-        into what another kernel gave), "errors" (of the summaries, estimated).
+        into what another kernel gave), "errors" (of the summaries, estimated), "statistics" (that make
+        summaries of first order).
     dtype: of q, k, v.
     head_dim: channels of queries and keys.
     value_dim: channels of values.

@@ -8,6 +8,7 @@ of these functions as it can; all tensors are [B, H, N, D], all key masks bool [
     attention_with_mass(q, k, v, lse, q_block, kv_block, scale, key_mask) -> out, lse, mass
     block_mass(q, k, lse, q_block, kv_block, scale, key_mask) -> mass
     merge_summaries(q, k, v, lists, scale, key_mask, summaries, out, lse), in place
+    first_order(k, v, block, scale, key_mask) -> summaries, the key mask [B, N_kv] or [B, H, N_kv]
     summary_error(q, summaries, q_block, scale) -> error
 """
 

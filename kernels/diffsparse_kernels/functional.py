@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from diffsparse_kernels import ops
-from diffsparse_kernels import summaries as plain
 from diffsparse_kernels.case import DENSE_BLOCKS, Case
 from diffsparse_kernels.catalog import BACKENDS
 from diffsparse_kernels.checks import (
@@ -283,7 +282,7 @@ def summarise(
     check_qkv(k, k, v, key_mask)
     check_blocks(block, block)
     check_summary_name(by)
-    return plain.summarise(k, v, block, _scale(k, scale), key_mask, by)
+    return ops.summarise(k, v, block, _scale(k, scale), key_mask, by)
 
 
 def summary_error(q: Tensor, summaries: Summaries, *, q_block: int, scale: float | None = None) -> Tensor:

@@ -155,7 +155,7 @@ class BlockLists:
     def to_mask(self) -> Tensor:
         """The same blocks as a bool mask [B|1, H, nQ, nK]."""
         listed = torch.arange(self.idx.shape[-1], device=self.idx.device) < self.cnt[..., None]
-        spare = self.idx.long().masked_fill(~listed, self.kv_blocks)
+        spare = self.idx.long().masked_fill_(~listed, self.kv_blocks)
         mask = torch.zeros(*self.cnt.shape, self.kv_blocks + 1, dtype=torch.bool, device=self.idx.device)
         return mask.scatter_(-1, spare, True)[..., :-1]
 

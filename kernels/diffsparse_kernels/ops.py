@@ -6,6 +6,7 @@ The back end is chosen within an op, where no compiler looks, and recorded there
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -40,7 +41,7 @@ def merge_summaries(
     if not summary:
         return
     made = (k, v, lists.kv_block, scale, key_mask, cast(Summary, summary))
-    summaries = Summaries._make(parts) if parts else plain.summarise(*made)
+    summaries = Summaries._make(parts) if parts else summarise(*made)
     case = Case.of("summaries", q, k, v, (lists.q_block, lists.kv_block), key_mask)
     _summary_kernel("merge_summaries", case, q.device)(q, k, v, lists, scale, key_mask, summaries, out, lse)
 
@@ -55,6 +56,30 @@ def _summary_kernel(name: str, case: Case, device: torch.device) -> Callable[...
     return kernel
 
 
+def summarise(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, by: Summary) -> Summaries:
+    """Summaries of the key blocks: means by plain torch, first order by a kernel."""
+    if by == "means":
+        return plain.summarise(k, v, block, scale, key_mask, by)
+    return Summaries(*first_order(k, v, block, scale, key_mask))
+
+
+@torch.library.custom_op("diffsparse_kernels::first_order", mutates_args=())
+def first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None) -> list[Tensor]:
+    """The parts of `Summaries` to first order, the slope only where it is kept."""
+    case = Case.of("statistics", k, k, v, (block, block), key_mask)
+    made = _summary_kernel("first_order", case, k.device)(k, v, block, scale, key_mask)
+    counts = made.log_count.expand(made.key.shape[:3]).contiguous()  # of one shape whatever made them
+    return [x for x in made._replace(log_count=counts) if x is not None]
+
+
+@first_order.register_fake
+def _(k: Tensor, v: Tensor, block: int, *_: object) -> list[Tensor]:
+    empty, (dim, value_dim) = partial(k.new_empty, dtype=_accumulated(k)), (k.shape[3], v.shape[3])
+    blocks = *k.shape[:2], blocks_of(k.shape[2], block)
+    slope = [empty(*blocks, dim, value_dim)] if plain.keeps_slopes(k, v, block) else []
+    return [empty(*blocks, dim), empty(*blocks, value_dim), *(empty(*blocks) for _ in range(4)), *slope]
+
+
 @torch.library.custom_op("diffsparse_kernels::summary_error", mutates_args=())
 def summary_error(q: Tensor, parts: Sequence[Tensor | None], q_block: int, scale: float) -> Tensor:
     """Estimated error of each tile's summary; `parts` are those of `Summaries`, whose slope is not read."""
@@ -67,8 +92,7 @@ def summary_error(q: Tensor, parts: Sequence[Tensor | None], q_block: int, scale
 @summary_error.register_fake
 def _(q: Tensor, parts: Sequence[Tensor | None], q_block: int, scale: float) -> Tensor:
     key = cast(Tensor, parts[0])
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return key.new_empty(*q.shape[:2], blocks_of(q.shape[2], q_block), key.shape[2], dtype=dtype)
+    return key.new_empty(*q.shape[:2], blocks_of(q.shape[2], q_block), key.shape[2], dtype=_accumulated(q))
 
 
 @torch.library.custom_op("diffsparse_kernels::attention", mutates_args=())

@@ -35,7 +35,7 @@ _KINDS: tuple[tuple[Kind, int], ...] = (  # of calls, and keys of their blocks: 
 )
 USUAL = (
     *(_USUAL._replace(kind=kind, kv_block=keys, masked=masked) for masked in (False, True) for kind, keys in _KINDS),
-    _USUAL._replace(kind="errors"),
+    *(_USUAL._replace(kind=kind, kv_block=64) for kind in ("errors", "statistics")),
 )
 
 

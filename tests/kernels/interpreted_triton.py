@@ -133,6 +133,7 @@ def test_summaries_merge_as_they_do_in_plain_torch(
 ) -> None:
     """In place, into the output of any kernel; the same with padded keys, and where nothing was seen before."""
     monkeypatch.setattr(summaries, "_CACHE_BYTES", 1)  # a launch for each head
+    monkeypatch.setattr(summaries, "_KEPT_BYTES", 0)  # slopes are made again, as on a device
     q, k, v = size.qkv(dtype)
     q[:, :, ::2] *= 4  # their scores vary so much that the mass they add is cut off
     mask, keys = random_mask(size, 0.4), torch.rand(size.batch, size.kv_len) < 0.7
@@ -152,6 +153,29 @@ def test_summaries_merge_as_they_do_in_plain_torch(
     assert torch.equal(lse.isneginf(), want_lse.isneginf())
     alive = ~want_lse.isneginf()
     torch.testing.assert_close(lse[alive].double(), want_lse[alive], atol=2 * torch.finfo(dtype).eps, rtol=1e-2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("size", "dtype"), [*CASES, (SIZES[1], torch.float32)], ids=str)
+def test_statistics(size: Size, dtype: torch.dtype, masked: bool) -> None:
+    """Of values of any strides that have much in common, with masks for each head, and with blocks without keys."""
+    _, k, v = size.qkv(torch.float32)
+    k, v = ((x + 4).to(dtype) for x in (k, v))
+    v = v.transpose(1, 2).contiguous().transpose(1, 2)
+    keys = torch.rand(size.batch, size.heads, size.kv_len) < 0.7 if masked else None
+    if keys is not None:
+        keys[0, 0] = False
+    want = summaries.first_order(k.double(), v.double(), size.kv_block, size.scale, keys)
+    low = summaries.first_order(k, v, size.kv_block, size.scale, keys)
+    got = triton.first_order(k, v, size.kv_block, size.scale, keys)
+    assert torch.equal(got.log_count.isneginf(), want.log_count.expand(size.batch, size.heads, -1).isneginf())
+    for one, other, rough in zip(got, want, low, strict=True):
+        alive = other.isfinite().expand(one.shape)
+        other, rough = (x.expand(one.shape)[alive] for x in (other, rough))
+        if alive.any():
+            summed = size.kv_block * torch.finfo(torch.float32).eps * other.abs().max().item()  # one after the other
+            limit = exact.tolerance(other, rough.to(dtype)) + summed
+            assert (one[alive].double() - other).abs().max().item() <= limit
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -55,6 +55,7 @@ def test_ops_obey_the_rules_of_custom_ops(dtype: torch.dtype, masked: bool) -> N
     boxes = random_boxes(Size(q_len=48, kv_len=48)) if masked else (None,) * 3
     arguments = (q, k, v, blocks.idx, blocks.cnt, blocks.ordered().order, 16, 16, 0.25, keys)
     made = list(dk.summarise(k, v, 16, scale=0.25, key_mask=keys))
+    check(ops.first_order, (k, v, 16, 0.25, keys), test_utils=tests)
     check(ops.summary_error, (q, [*made[:-1], None], 16, 0.25), test_utils=tests)
     for summary in (("", []), ("means", []), ("first-order", made)):
         check(ops.block_sparse_attention, (*arguments, *boxes, *summary, "cpu"), test_utils=tests)

@@ -198,7 +198,7 @@ def test_a_cache_that_cannot_be_read_or_written_stops_nobody(a_machine: Path, mo
     assert trials.found(CPU) == []
 
 
-@pytest.mark.parametrize("kind", ["attend", "mass", "fused", "summaries", "errors"])
+@pytest.mark.parametrize("kind", ["attend", "mass", "fused", "summaries", "errors", "statistics"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("copyable", [False, True])
 def test_the_proof_passes_what_is_right(kind: str, masked: bool, copyable: bool) -> None:
@@ -268,8 +268,16 @@ def test_the_proof_sees_what_is_wrong(kind: str) -> None:
     def error(*arguments: object) -> torch.Tensor:
         return summaries.summary_error(*arguments) * 1.2  # type: ignore[arg-type]
 
+    def statistics(*arguments: object) -> summaries.Summaries:
+        made = summaries.first_order(*arguments)  # type: ignore[arg-type]
+        return made._replace(steepness=made.steepness * 1.2)
+
     off = SimpleNamespace(
-        block_mass=mass, attention_with_mass=fused, merge_summaries=lambda *_: None, summary_error=error
+        block_mass=mass,
+        attention_with_mass=fused,
+        merge_summaries=lambda *_: None,
+        summary_error=error,
+        first_order=statistics,
     )
     for sample in proof.samples(case, CPU):
         assert proof.examine(case, off, sample).problem.startswith("wrong: the")

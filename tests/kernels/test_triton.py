@@ -19,6 +19,7 @@ from diffsparse_kernels.backend.triton import kernels as triton_kernels
 from diffsparse_kernels.backend.triton import launch as triton
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.measured import Tile
+from diffsparse_kernels.summaries import Summaries
 from support import aot
 
 CHIPS = (80, 90, 100, 120)  # 89 has the kernels of 80 and the memory of 120
@@ -134,6 +135,24 @@ def test_summaries(chip: int, head_dim: int, first_order: bool) -> None:
     types |= dict.fromkeys(("bias_ptr", "variance_ptr"), "*fp32")
     kernel = aot.compiled(triton_kernels.add_summaries, chip, constants, tile.warps, tile.stages, **types)
     aot.assert_sound(kernel, chip)
+
+
+def first_order(chip: int, dtype: str, head_dim: int, kv_block: int) -> aot.Compiled:
+    tile = triton.first_order_tile(4 if dtype == "fp32" else 2, head_dim)
+    constants = triton.first_order_constants(head_dim, head_dim, kv_block, tile)
+    constants |= {"MASKED": True, "SLOPED": True, "UPCAST": False}
+    types = dict.fromkeys(("k_ptr", "v_ptr", "slope_ptr"), f"*{dtype}") | {"scale": "fp32"}
+    types |= {f"{name}_ptr": "*fp32" for name in Summaries._fields if name != "slope"}
+    return aot.compiled(triton_kernels.first_order, chip, constants, tile.warps, tile.stages, **types)
+
+
+@aot.compiles
+@pytest.mark.parametrize(("head_dim", "kv_block"), [(128, 128), (72, 64)])
+@pytest.mark.parametrize("chip", [89, *CHIPS])
+def test_statistics(chip: int, head_dim: int, kv_block: int) -> None:
+    aot.assert_sound(first_order(chip, "bf16", head_dim, kv_block), chip)
+    if head_dim == 128:  # float32 need not be fast, but must fit
+        assert first_order(chip, "fp32", head_dim, kv_block).shared <= aot.CHIPS[chip][1]
 
 
 @aot.compiles

@@ -23,6 +23,7 @@ from diffsparse_kernels.measured import Copy, tiles_for
 LAUNCHES = 50
 EIGHT_BITS = {"int8": 0.012, "int8-int8": 0.020, "int8-fp8": 0.037, "fp8": 0.052}  # relative errors, as documented
 FIRST_USE = "first use"
+SUMMARISED = ("summaries", "errors", "statistics")  # kinds of cases
 _BF16, _FP16 = torch.bfloat16, torch.float16
 _USUAL = registry.USUAL[0]
 _ALL = (  # of every kernel that can do them
@@ -48,6 +49,9 @@ _ALL = (  # of every kernel that can do them
         {"kind": "errors"},
         {"kind": "errors", "masked": True, "q_block": 64, "kv_block": 64, "head_dim": 72, "value_dim": 72},
         {"kind": "errors", "q_block": 16, "dtype": torch.float32},
+        {"kind": "statistics", "kv_block": 64},
+        {"kind": "statistics", "masked": True, "kv_block": 16, "head_dim": 72, "value_dim": 72},
+        {"kind": "statistics", "dtype": torch.float32},
     )),
 )  # fmt: skip
 _GLUON = tuple(
@@ -93,7 +97,7 @@ def does(kernel: str, case: Case, device: torch.device) -> bool:
         return False
     if kind in ("", "pointers"):
         return True
-    if case.kind in ("mass", "summaries", "errors"):
+    if case.kind in ("mass", *SUMMARISED):
         return case.kind == "mass" and triton.measure_tile(chip(device), case.kv_block, 2, True).copy == kind
     flags = triton.flags_of(True, True, case.masked, None, case.kind == "fused") | {"AXES": case.axes}
     return triton.attend_tile(case, device, flags, cast(Copy, kind)).copy == kind
@@ -104,7 +108,7 @@ def _small(kernel: str, listed: list[Case]) -> list[Case]:
     small = [case._replace(q_block=max(case.q_block // 4, 16), kv_block=max(case.kv_block // 4, 16)) for case in listed]
     if kernel.startswith("triton"):
         return small[::4]
-    return [case for case in small if case.kind not in ("summaries", "errors")]
+    return [case for case in small if case.kind not in SUMMARISED]
 
 
 def jobs(options: Options) -> list[str]:

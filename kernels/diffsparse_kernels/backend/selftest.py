@@ -44,10 +44,12 @@ KERNELS = {  # name -> back end, and which of its kernels, where there are sever
     "flash-attn-4": ("flash-attn-4", ""),
 }
 _WITH_TILES = ("attention", "attention_with_mass", "block_sparse_attention", "block_mass")
+_WITHOUT_TILES = ("first_order", "summary_error", "merge_summaries")
 _RESULTS = {
     "attend": ("output", "LSE"),
     "summaries": ("output", "LSE"),
     "errors": ("error",),
+    "statistics": ("mean key", "mean value", "variance", "spread", "steepness"),
     "mass": ("mass",),
     "fused": ("output", "LSE", "mass"),
 }
@@ -100,11 +102,11 @@ def samples(case: Case, device: torch.device, long: bool = True) -> Iterator[Sam
     if case.kind in ("attend", "summaries"):
         yield draw.sample("lists", n_q, mask, prefix, False)
         yield draw.sample("one set of lists for all, token-major", n_q, mask[1:], holes, True)
-    if case.kind in ("summaries", "errors"):
+    if case.kind in ("summaries", "errors", "statistics"):
         yield draw.sample("first order", n_q, mask, holes, False)._replace(summary="first-order")
     if case.kind in ("fused", "mass"):
         yield draw.sample("dense", n_q, None, prefix, False)
-    if case.kind == "errors":
+    if case.kind in ("errors", "statistics"):
         yield draw.sample("first order, token-major", n_q, mask, prefix, True)._replace(summary="first-order")
     elif case.kind != "summaries" and not case.axes and case.precision is None:
         yield draw.sample("dense, token-major", n_q, None, holes, True)
@@ -165,6 +167,9 @@ def compute(case: Case, kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
         return tuple(kernel.attention(q, k, v, scale, key_mask))
     if case.kind == "attend":
         return tuple(kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes))
+    if case.kind == "statistics":
+        made = kernel.first_order(k, v, case.kv_block, scale, key_mask)
+        return made.key, made.value, made.variance, made.spread, made.steepness
     made = summaries.summarise(k, v, case.kv_block, scale, key_mask, sample.summary)
     if case.kind == "errors":
         return (kernel.summary_error(q, made, case.q_block, scale),)
@@ -185,6 +190,8 @@ def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
         return out, lse.to(out.dtype)
     if case.kind == "errors":
         return compute(case, SimpleNamespace(summary_error=_rounded_error), sample)
+    if case.kind == "statistics":
+        return tuple(x.to(sample.q.dtype) for x in compute(case, summaries, sample))
     if case.precision is not None:
         q, k, v, lists, key_mask, _, scale = sample[1:8]
         assert lists is not None
@@ -284,7 +291,7 @@ def examine(case: Case, kernel: Kernel, sample: Sample, repeats: int = REPEATS) 
 def _errors(name: str, got: Tensor, want: Tensor, low: Tensor) -> list[tuple[float, float]]:
     """The errors of a result, each with what is explained of it."""
     largest = difference(got, want, low, _SUMS if name == "LSE" else _FAST)
-    return [largest, distance(got, want, low)] if name == "output" else [largest]
+    return [largest] if name in ("LSE", "mass") else [largest, distance(got, want, low)]
 
 
 def spot_check(out: Tensor, sample: Sample) -> tuple[float, float]:
@@ -348,7 +355,8 @@ def kernel_of(name: str) -> Kernel:
     if not kind:
         return module
     only = {function: partial(getattr(module, function), copy=kind) for function in _WITH_TILES}
-    return SimpleNamespace(**only, merge_summaries=module.merge_summaries, summary_error=module.summary_error)
+    rest = {function: getattr(module, function) for function in _WITHOUT_TILES}
+    return SimpleNamespace(**only, **rest)
 
 
 def poison() -> None:

@@ -347,6 +347,67 @@ def add_summaries(
 
 
 @triton.jit
+def centred_rows(x, there, count):
+    """Mean of the rows that are there, [D], and each one's distance to it, float32 [N, D], 0 for all others."""
+    x = tl.where(there[:, None], x.to(tl.float32), 0.0)
+    mean = tl.sum(x, 0) / count
+    return mean, tl.where(there[:, None], x - mean[None, :], 0.0)
+
+
+@triton.jit
+def first_order(
+    k_ptr, v_ptr, key_mask_ptr, key_ptr, value_ptr, log_count_ptr, variance_ptr, spread_ptr, steepness_ptr, slope_ptr,
+    scale, n_kv, heads, mask_b, mask_h,
+    k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
+    D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    KV_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, SLOPED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """What `Summaries` hold of one key block, BLOCK_V channels of the values at a time.
+
+    k [B, H, N_kv, D], v [B, H, N_kv, D_V] by their strides; key_mask_ptr uint8 [B|1, H|1, N_kv] by its own. key
+    [B, H, nK, D], value [B, H, nK, D_V] and the others [B, H, nK] are float32, slope [B, H, nK, D, D_V] is of the
+    inputs' dtype and written if SLOPED, all contiguous. Keys and values are centred in float32, and rounded to the
+    inputs' dtype for their product, which is float32. Ours.
+    """
+    kv_blocks = tl.cdiv(n_kv, KV_BLOCK)
+    block = tl.program_id(0) % kv_blocks
+    bh = (tl.program_id(0) // kv_blocks).to(tl.int64)
+    b, h, at = bh // heads, bh % heads, bh * kv_blocks + block
+    start = block * KV_BLOCK
+    columns = start + tl.arange(0, KV_BLOCK)  # [N]
+    there = columns < n_kv
+    if MASKED:
+        there = tl.load(key_mask_ptr + b * mask_b + h * mask_h + columns, mask=there, other=0) != 0
+    found = tl.sum(there.to(tl.float32), 0)
+    count = tl.maximum(found, 1.0)
+    tl.store(log_count_ptr + at, tl.where(found > 0, tl.math.log2(count) * LN2, -float("inf")))
+    k = load_rows(k_ptr + b * k_b + h * k_h, start, n_kv, k_n, k_d, KV_BLOCK, D, D_PAD, True, False, UPCAST)
+    key, keys = centred_rows(k, there, count)
+    dims = tl.arange(0, D_PAD)
+    tl.store(key_ptr + at * D + dims, key, mask=dims < D)
+    tl.store(variance_ptr + at, tl.sum(keys * keys) * (scale * scale / D) / count)
+    rounded = keys.to(k.dtype).T  # [D, N]
+    squares, steepness = 0.0, 0.0
+    for part in tl.static_range(DV_PAD // BLOCK_V):
+        values_at = v_ptr + b * v_b + h * v_h + part * BLOCK_V * v_d
+        v = load_rows(
+            values_at, start, n_kv, v_n, v_d, KV_BLOCK, D_V - part * BLOCK_V, BLOCK_V, True, False, UPCAST
+        )  # fmt: skip
+        value, values = centred_rows(v, there, count)
+        squares += tl.sum(values * values)
+        slope = tl.dot(rounded, values.to(v.dtype), input_precision="ieee") * (scale / count)  # [D, BLOCK_V]
+        steepness += tl.sum(slope * slope)
+        channels = part * BLOCK_V + tl.arange(0, BLOCK_V)
+        tl.store(value_ptr + at * D_V + channels, value, mask=channels < D_V)
+        if SLOPED:
+            slope_at = slope_ptr + at * D * D_V + dims[:, None] * D_V + channels[None, :]
+            inside = (dims < D)[:, None] & (channels < D_V)[None, :]
+            tl.store(slope_at, slope.to(slope_ptr.dtype.element_ty), mask=inside)
+    tl.store(spread_ptr + at, tl.sqrt(squares / count))
+    tl.store(steepness_ptr + at, tl.sqrt(steepness / D))
+
+
+@triton.jit
 def mean_scores(
     q, keys, log_counts, start, kv_blocks, scale_log2,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,

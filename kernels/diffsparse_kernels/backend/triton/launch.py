@@ -10,8 +10,10 @@ best kind that was right in its trial.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
+from functools import partial
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -24,9 +26,9 @@ from diffsparse_kernels.backend.triton import kernels
 from diffsparse_kernels.case import DENSE_BLOCKS, PRECISIONS, Case
 from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, blocks_of
-from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.masks import Boxes, each_head
 from diffsparse_kernels.measured import HEAD_DIMS, Copy, Tile, tiles_for
-from diffsparse_kernels.summaries import Summaries, groups, mixed_slopes
+from diffsparse_kernels.summaries import Summaries, keeps_slopes, mixed_slopes, parts_of
 
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -164,9 +166,64 @@ def merge_summaries(
     bias = summaries.bias(lists)
     if summaries.by == "means":
         return _add_summaries(q, lists, scale, summaries, bias, None, out, lse)
-    for part in groups(k, v, lists.kv_block):
-        slopes = mixed_slopes(q, k, v, lists, scale, key_mask, summaries, bias, part, q.dtype)
-        _add_summaries(q[part], lists, scale, summaries.part(part), bias[part], slopes, out[part], lse[part])
+    head_bytes = (lists.q_blocks + lists.kv_blocks) * k.shape[3] * v.shape[3] * k.element_size()
+    for part in parts_of(k, head_bytes):
+        some = summaries.part(part)
+        slope = some.slope
+        if slope is None:
+            keys = None if key_mask is None else each_head(key_mask).expand(k.shape[:3])[part]
+            slope = _first_order(k[part], v[part], lists.kv_block, scale, keys, True).slope
+        some = some._replace(slope=None if slope is None else slope.to(q.dtype))
+        slopes = mixed_slopes(q[part], lists, scale, some, bias[part])
+        _add_summaries(q[part], lists, scale, some, bias[part], slopes, out[part], lse[part])
+
+
+def first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None) -> Summaries:
+    """Summaries of first order, one read of keys and values."""
+    return _first_order(k, v, block, scale, key_mask, keeps_slopes(k, v, block))
+
+
+def _first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, sloped: bool) -> Summaries:
+    """Launch `kernels.first_order`; without slopes, unless `sloped`."""
+    (batch, heads, n_kv, head_dim), value_dim = k.shape, v.shape[3]
+    blocks, tile = (batch, heads, blocks_of(n_kv, block)), first_order_tile(k.element_size(), value_dim)
+    empty = partial(k.new_empty, dtype=torch.float32)
+    slope = k.new_empty(*blocks, head_dim, value_dim) if sloped else None
+    moments = (empty(blocks) for _ in range(4))
+    made = Summaries._make((empty(*blocks, head_dim), empty(*blocks, value_dim), *moments, slope))
+    mask = None if key_mask is None else each_head(key_mask).contiguous().view(torch.uint8).expand(k.shape[:3])
+    launch(
+        kernels.first_order,
+        math.prod(blocks),
+        k,
+        tile,
+        k_ptr=k,
+        v_ptr=v,
+        key_mask_ptr=k if mask is None else mask,
+        **{f"{name}_ptr": k if x is None else x for name, x in made._asdict().items()},
+        scale=scale,
+        n_kv=n_kv,
+        heads=heads,
+        mask_b=0 if mask is None else mask.stride(0),
+        mask_h=0 if mask is None else mask.stride(1),
+        **strides(k=k, v=v),
+        **first_order_constants(head_dim, value_dim, block, tile),
+        MASKED=mask is not None,
+        SLOPED=sloped,
+        UPCAST=upcast(k),
+    )
+    return made
+
+
+def first_order_tile(itemsize: int, value_dim: int) -> Tile:
+    """The tile of `kernels.first_order`; its `keys` are channels of the values, few of float32, which fills memory."""
+    return Tile(min(padded(value_dim), 16 if itemsize > 2 else 128), 8, 1)
+
+
+def first_order_constants(head_dim: int, value_dim: int, kv_block: int, tile: Tile) -> dict[str, int]:
+    """The constants of `kernels.first_order` that sizes and tile decide."""
+    sizes = {"D": head_dim, "D_V": value_dim, "D_PAD": padded(head_dim), "DV_PAD": padded(value_dim)}
+    return {**sizes, "KV_BLOCK": kv_block, "BLOCK_V": tile.keys}
 
 
 def _add_summaries(
