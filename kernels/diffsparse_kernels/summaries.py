@@ -22,6 +22,7 @@ _DEVICE_BYTES = 256 * 2**20  # what may exist at a time on a device, where few l
 _KEPT_BYTES = 64 * 2**20  # slopes that are kept by a processor; a device re-reads K and V in less time than it saves
 MOST_BIAS = 3.0  # beyond, a few keys hold the mass of a block, and the scores are no normal distribution
 Part = tuple[slice, slice]  # samples, heads
+_REACH = 0.5  # of a step to first order, in spreads of the values
 NOWHERE = -1e30  # log count of a block without keys, where -inf would give NaN
 
 
@@ -33,14 +34,16 @@ class Summaries(NamedTuple):
     exp(|q|^2 t / 2), if they are a normal distribution; and the softmax within the block moves its value by q H, to
     first order in the scores. All dropped blocks of a query block share one matrix, the mean of their H by the weights
     that its mean query gives them: it costs next to nothing, and keeps nearly all that one for each row would gain.
+    Where scores vary by more than about 1, first order overshoots: a weighted mean stays among the values. So no step
+    q H gets longer than half of the values' spread s, mixed as H is: it is shortened to q H / sqrt(1 + |2 q H / s|^2).
     Means are PISA's (arXiv 2602.01077) and Sol-Attn's (2607.24027), one H for all blocks is PISA's; the matrix of each
-    query block is ours.
+    query block and the bound are ours.
 
     key: mean key [B, H, nK, D].
     value: mean value [B, H, nK, D_v].
     log_count: log n, [B|1, H|1, nK], -inf where all keys are masked.
     variance: t = scale^2 * mean |k - mean key|^2 / D, [B, H, nK]; None adds no mass.
-    spread: root mean square distance of the values to their mean, [B, H, nK]; for `summary_error` alone.
+    spread: root mean square distance of the values to their mean, [B, H, nK]; None sets no bound.
     steepness: |H|_F / sqrt(D), [B, H, nK]; for `summary_error` alone.
     slope: H = scale * mean (k - mean key)(v - mean value)^T, [B, H, nK, D, D_v], or [B, H, 1, D, D_v], one for all
         blocks. None, where there is a steepness: too large to keep, it is made where it is needed, heads in groups.
@@ -191,23 +194,38 @@ def merge_summaries(
         some = summaries.part(part)
         if some.slope is None:
             some = some._replace(slope=_varied(k, v, lists.kv_block, scale, key_mask, summaries, part)[3])
-        slopes = mixed_slopes(q[part], lists, scale, some, bias[part])
-        _merge(q[part], lists, scale, some, bias[part], slopes, out[part], lse[part])
+        mixed = mixed_slopes(q[part], lists, scale, some, bias[part])
+        _merge(q[part], lists, scale, some, bias[part], mixed, out[part], lse[part])
 
 
-def mixed_slopes(q: Tensor, lists: BlockLists, scale: float, summaries: Summaries, bias: Tensor) -> Tensor:
-    """The slope of all dropped blocks together, as each query block weighs them; [B, H, nQ, D, D_v], 0 if none is.
+class Slopes(NamedTuple):
+    """How the value of all dropped blocks together varies with the query, for each query block.
+
+    slope: [B, H, nQ, D, D_v].
+    reach: the longest step, [B, H, nQ]; None where there is no bound.
+    """
+
+    slope: Tensor
+    reach: Tensor | None
+
+
+def mixed_slopes(q: Tensor, lists: BlockLists, scale: float, summaries: Summaries, bias: Tensor) -> Slopes:
+    """Slopes of the dropped blocks as the mean query of each block weighs them, 0 where none is dropped.
 
     bias: `summaries.bias(lists)`.
     summaries: with their slopes, in whose dtype these are mixed: few bits are faster on tensor cores.
     """
     slope = cast(Tensor, summaries.slope)
     if slope.shape[2] == 1:
-        return slope.expand(-1, -1, lists.q_blocks, -1, -1)
+        return Slopes(slope.expand(-1, -1, lists.q_blocks, -1, -1), None)
     middle = _means(q, q[..., :0], lists.q_block, None).key  # [B, H, nQ, D]
     weights = torch.baddbmm(bias.flatten(0, 1), middle.flatten(0, 1), summaries.key.flatten(0, 1).mT, alpha=scale)
-    weights = weights.softmax(-1).nan_to_num_(0).to(slope.dtype)
-    return (weights @ slope.flatten(3).flatten(0, 1)).view(*middle.shape, -1)
+    weights = weights.softmax(-1).nan_to_num_(0)
+    mixed = (weights.to(slope.dtype) @ slope.flatten(3).flatten(0, 1)).view(*middle.shape, -1)
+    if summaries.spread is None:
+        return Slopes(mixed, None)
+    reach = weights @ summaries.spread.flatten(0, 1)[..., None] * _REACH
+    return Slopes(mixed, reach.view(middle.shape[:3]))
 
 
 def _merge(
@@ -216,7 +234,7 @@ def _merge(
     scale: float,
     summaries: Summaries,
     bias: Tensor,
-    slopes: Tensor | None,
+    mixed: Slopes | None,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -239,11 +257,19 @@ def _merge(
         total.masked_fill_(total == 0, 1)
         merged = out[:, :, rows].to(keys.dtype).mul_(share.div_(total)).flatten(0, 1)  # in place where it needs no copy
         merged.baddbmm_(weights.div_(total).flatten(0, 1), summaries.value.flatten(0, 1))
-        if slopes is not None:
-            steps = (queries * ours.div_(total)).unflatten(2, by_block) @ slopes[:, :, blocks]  # [B, H, nQ, rows, D_v]
-            merged.add_(steps.view_as(merged))
+        if mixed is not None:
+            steps = queries.unflatten(2, by_block) @ mixed.slope[:, :, blocks]  # [B, H, nQ, rows, D_v]
+            if mixed.reach is not None:
+                steps.mul_(_shortening(steps, mixed.reach[:, :, blocks, None, None]))
+            merged.add_(steps.view_as(merged).mul_(ours.div_(total).flatten(0, 1)))
         if merged.data_ptr() != out[:, :, rows].data_ptr():
             out[:, :, rows] = merged.view_as(out[:, :, rows])
+
+
+def _shortening(steps: Tensor, reach: Tensor) -> Tensor:
+    """What to multiply steps [..., D_v] with, so that none is longer than its reach [..., 1]."""
+    squares = torch.linalg.vector_norm(steps, dim=-1, keepdim=True).square_().add_(reach.square())
+    return reach * squares.clamp_(min=torch.finfo(squares.dtype).tiny).rsqrt_()
 
 
 def _log2_mass(q: Tensor, variance: Tensor) -> Tensor:

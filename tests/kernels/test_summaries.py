@@ -68,7 +68,10 @@ def stands_in(q: Tensor, blocks: list[Block], scale: float, first: bool) -> tupl
     middle = torch.stack([scale * (q.mean(0) @ b.key) + log for b, log in zip(blocks, logs, strict=True)])
     shares = middle.softmax(-1).nan_to_num(0)
     slope = sum(share * b.slope for share, b in zip(shares, blocks, strict=True))
-    return scores + mass, values + (q @ slope)[:, None]
+    reach = sum(share * b.spread for share, b in zip(shares, blocks, strict=True)) / 2
+    step = q @ slope
+    both = (step.square().sum(-1, keepdim=True) + reach**2).sqrt()
+    return scores + mass, values + (step * reach / both.masked_fill(both == 0, 1))[:, None]
 
 
 def written_out(

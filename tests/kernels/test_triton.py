@@ -130,9 +130,9 @@ def test_mass(chip: int, q_block: int) -> None:
 def test_summaries(chip: int, head_dim: int, first_order: bool) -> None:
     tile = triton.summaries_tile(chip, 2, first_order)
     constants = triton.summaries_constants(head_dim, head_dim, 128, tile)
-    constants |= {"VARIED": first_order, "SLOPED": first_order, "UPCAST": False}
+    constants |= dict.fromkeys(("VARIED", "SLOPED", "BOUNDED"), first_order) | {"UPCAST": False}
     types = dict.fromkeys(("key_ptr", "value_ptr", "slopes_ptr"), "*bf16")
-    types |= dict.fromkeys(("bias_ptr", "variance_ptr"), "*fp32")
+    types |= dict.fromkeys(("bias_ptr", "variance_ptr", "reach_ptr"), "*fp32")
     kernel = aot.compiled(triton_kernels.add_summaries, chip, constants, tile.warps, tile.stages, **types)
     aot.assert_sound(kernel, chip)
 

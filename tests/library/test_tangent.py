@@ -77,10 +77,10 @@ def recipe(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: Any, real: Tens
         both = torch.cat([near, far], 1).softmax(-1)
         near, far = both.split([len(listed), len(columns)], 1)
         mixed = (scale * q[rows].mean(0) @ mean_k.T + count.log()).masked_fill(mask[number], -math.inf)
-        mixed = mixed.softmax(-1).nan_to_num(0) @ slope.flatten(1)
-        out.append(
-            near @ v[listed] + far @ mean_v + far.sum(-1, keepdim=True) * (q[rows] @ mixed.view(slope.shape[1:]))
-        )
+        shares = mixed.softmax(-1).nan_to_num(0)
+        step, reach = q[rows] @ (shares @ slope.flatten(1)).view(slope.shape[1:]), shares @ spread / 2
+        step = step / (1 + step.square().sum(-1, keepdim=True) / (reach**2).clamp(min=1e-200)).sqrt()
+        out.append(near @ v[listed] + far @ mean_v + far.sum(-1, keepdim=True) * step)
     return torch.cat(out), errors
 
 

@@ -16,6 +16,7 @@ from diffsparse_kernels.summaries import MOST_BIAS, NOWHERE
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 MOST_MASS = tl.constexpr(MOST_BIAS * 1.4426950408889634)  # of varied scores, as a power of two
 EMPTY = tl.constexpr(NOWHERE)  # log count of a block without keys
 
@@ -285,18 +286,20 @@ def attend(
 
 @triton.jit
 def add_summaries(
-    q_ptr, key_ptr, value_ptr, bias_ptr, variance_ptr, slopes_ptr, out_ptr, lse_ptr,
+    q_ptr, key_ptr, value_ptr, bias_ptr, variance_ptr, slopes_ptr, reach_ptr, out_ptr, lse_ptr,
     scale_log2, n_q, kv_blocks, heads,
     q_b, q_h, q_n, q_d,
     D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    Q_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, VARIED: tl.constexpr, SLOPED: tl.constexpr, UPCAST: tl.constexpr,
+    Q_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    VARIED: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Merge attention to the summaries of key blocks into the output and LSE of one query block, in place.
 
     q [B, H, N_q, D] by its strides; key [B, H, nK, D], value [B, H, nK, D_V], bias float32 [B, H, nQ, nK] in base 2
     (-inf where the block itself was seen), out [B, H, N_q, D_V] and lse float32 [B, H, N_q], contiguous. VARIED:
     variance float32 [B, H, nK] adds mass. SLOPED: slopes [B, H, nQ, D, D_V] of q's dtype move the values with the
-    query. Ours; the error is within twice that of the same merge in plain torch.
+    query; BOUNDED: by less than reach float32 [B, H, nQ]. Ours; the error is within twice that of the same merge in
+    plain torch.
     """
     q_blocks = tl.cdiv(n_q, Q_BLOCK)
     row_block = tl.program_id(0) % q_blocks
@@ -327,8 +330,12 @@ def add_summaries(
     if SLOPED:
         slopes = slopes_ptr + (bh * q_blocks + row_block) * D * D_V
         slope = load_rows(slopes, 0, D, D_V, 1, D_PAD, D_V, DV_PAD, True, False, UPCAST)  # [D, D_V]
-        mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # so that the product needs no second accumulator
-        acc = tl.dot(q, slope, mean, input_precision="ieee") * total[:, None]
+        step = tl.dot(q, slope, input_precision="ieee")  # [M, D_V]
+        if BOUNDED:
+            reach = tl.load(reach_ptr + bh * q_blocks + row_block)
+            longest = tl.maximum(tl.sum(step * step, 1) + reach * reach, TINY)
+            step *= (reach * tl.rsqrt(longest))[:, None]
+        acc += step * total[:, None]
     there = rows < n_q
     dims = tl.arange(0, DV_PAD)
     out_at = out_ptr + (bh * n_q + rows)[:, None] * D_V + dims[None, :]

@@ -28,7 +28,7 @@ from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes, each_head
 from diffsparse_kernels.measured import HEAD_DIMS, Copy, Tile, tiles_for
-from diffsparse_kernels.summaries import Summaries, keeps_slopes, mixed_slopes, parts_of
+from diffsparse_kernels.summaries import Slopes, Summaries, keeps_slopes, mixed_slopes, parts_of
 
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -174,8 +174,8 @@ def merge_summaries(
             keys = None if key_mask is None else each_head(key_mask).expand(k.shape[:3])[part]
             slope = _first_order(k[part], v[part], lists.kv_block, scale, keys, True).slope
         some = some._replace(slope=None if slope is None else slope.to(q.dtype))
-        slopes = mixed_slopes(q[part], lists, scale, some, bias[part])
-        _add_summaries(q[part], lists, scale, some, bias[part], slopes, out[part], lse[part])
+        mixed = mixed_slopes(q[part], lists, scale, some, bias[part])
+        _add_summaries(q[part], lists, scale, some, bias[part], mixed, out[part], lse[part])
 
 
 def first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None) -> Summaries:
@@ -232,13 +232,14 @@ def _add_summaries(
     scale: float,
     summaries: Summaries,
     bias: Tensor,
-    slopes: Tensor | None,
+    mixed: Slopes | None,
     out: Tensor,
     lse: Tensor,
 ) -> None:
     """Launch `kernels.add_summaries` for some heads, whose out and lse lie in memory without gaps."""
     (batch, heads, n_q, head_dim), kv_blocks = q.shape, summaries.key.shape[2]
-    tile = summaries_tile(chip(q.device), q.element_size(), slopes is not None)
+    tile = summaries_tile(chip(q.device), q.element_size(), mixed is not None)
+    slope, reach = (None, None) if mixed is None else mixed
     launch(
         kernels.add_summaries,
         batch * heads * lists.q_blocks,
@@ -249,7 +250,8 @@ def _add_summaries(
         value_ptr=summaries.value.to(q.dtype).contiguous(),
         bias_ptr=(bias * LOG2E).contiguous(),
         variance_ptr=bias if summaries.variance is None else summaries.variance.contiguous(),
-        slopes_ptr=q if slopes is None else slopes.contiguous(),
+        slopes_ptr=q if slope is None else slope.contiguous(),
+        reach_ptr=bias if reach is None else reach.contiguous(),
         out_ptr=out,
         lse_ptr=lse,
         scale_log2=scale * LOG2E,
@@ -259,7 +261,8 @@ def _add_summaries(
         **strides(q=q),
         **summaries_constants(head_dim, out.shape[3], lists.q_block, tile),
         VARIED=summaries.variance is not None,
-        SLOPED=slopes is not None,
+        SLOPED=slope is not None,
+        BOUNDED=reach is not None,
         UPCAST=upcast(q),
     )
 
@@ -303,10 +306,10 @@ def error_constants(head_dim: int, q_block: int, tile: Tile) -> dict[str, int]:
 
 
 def summaries_tile(chip: int, itemsize: int, first_order: bool) -> Tile:
-    """The tile of `kernels.add_summaries`, a small part of the whole; a larger one would spill before Hopper."""
-    if itemsize > 2:
+    """The tile of `kernels.add_summaries`: to first order a small one, or it spills on chips without tensor memory."""
+    if itemsize > 2 or (first_order and not 90 <= chip < 120):
         return Tile(16, 8, 1)
-    return Tile(32 if first_order and chip < 90 else 64, 8, 2)
+    return Tile(64, 8, 2)
 
 
 def summaries_constants(head_dim: int, value_dim: int, q_block: int, tile: Tile) -> dict[str, int]:
