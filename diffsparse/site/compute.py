@@ -138,9 +138,13 @@ class Site(Place):
             q, k, lse, q_block=q_block, kv_block=kv_block, scale=self.scale, key_mask=self.key_mask
         )
 
-    def summarise(self, k: Tensor, v: Tensor, block: int) -> kernels.Summaries:
-        """First-order summaries of the key blocks; counted with the product that uses them."""
-        return kernels.summarise(k, v, block, scale=self.scale, key_mask=self.key_mask)
+    def scale_of(self, q: Tensor) -> float:
+        """Of the scores of q [B, H, N, D]."""
+        return float(q.shape[-1] ** -0.5) if self.scale is None else self.scale
+
+    def summarise(self, k: Tensor, v: Tensor, block: int, by: kernels.Summary) -> kernels.Summaries:
+        """Summaries of the key blocks; counted with the product that uses them."""
+        return kernels.summarise(k, v, block, scale=self.scale, key_mask=self.key_mask, by=by)
 
     def summary_error(self, q: Tensor, summaries: kernels.Summaries, block: kernels.Block) -> Tensor:
         """Estimated error of each tile's summary, float32 [B, H, nQ, nK]."""

@@ -269,7 +269,8 @@ def _merge(
 def _shortening(steps: Tensor, reach: Tensor) -> Tensor:
     """What to multiply steps [..., D_v] with, so that none is longer than its reach [..., 1]."""
     squares = torch.linalg.vector_norm(steps, dim=-1, keepdim=True).square_().add_(reach.square())
-    return reach * squares.clamp_(min=torch.finfo(squares.dtype).tiny).rsqrt_()
+    shortened: Tensor = reach * squares.clamp_(min=torch.finfo(squares.dtype).tiny).rsqrt_()
+    return shortened
 
 
 def _log2_mass(q: Tensor, variance: Tensor) -> Tensor:

@@ -46,8 +46,13 @@ def attended(strategy: Tangent, qkv: tuple[Tensor, ...], here: Site) -> tuple[Te
     return out, seen[0].lists.to_mask()
 
 
-def recipe(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: Any, real: Tensor) -> tuple[Tensor, Tensor]:
-    """One head in float64, q, k, v [N, D], mask [nQ, nK], real [N]: the output, and the estimated errors [nQ, nK]."""
+def recipe(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: Any, real: Tensor, first: bool
+) -> tuple[Tensor, Tensor]:
+    """One head in float64, q, k, v [N, D], mask [nQ, nK], real [N]: the output, and the estimated errors [nQ, nK].
+
+    first: whether to first order; else by means, and |H| is as large as it can be.
+    """
     q, k, v, scale = q.double(), k.double(), v.double(), q.shape[-1] ** -0.5
     q_block, kv_block = edges(block)
     columns = [part[real[part]] for part in torch.arange(len(k)).split(kv_block)]
@@ -65,14 +70,14 @@ def recipe(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: Any, real: Tens
     squares = q.square().sum(-1)
     scores = scale * q @ mean_k.T + count.log()
     weights = scores.softmax(-1)
-    first = squares[:, None] * slope.square().sum((-1, -2)) / q.shape[-1]
-    second = (squares[:, None] * variance * spread / 2).square()
-    errors = torch.stack([x.sum(0).sqrt() for x in (weights.square() * (first + second)).split(q_block)])
+    steepness = (slope.square().sum((-1, -2)) / q.shape[-1]).sqrt() if first else variance.sqrt() * spread
+    once, twice = squares[:, None] * steepness**2, (squares[:, None] * variance * spread / 2).square()
+    errors = torch.stack([x.sum(0).sqrt() for x in (weights.square() * (once + twice)).split(q_block)])
     out = []
     for number, rows in enumerate(torch.arange(len(q)).split(q_block)):
         listed = torch.cat([part for part, kept in zip(columns, mask[number], strict=True) if kept] or [columns[0][:0]])
         near = scale * q[rows] @ k[listed].T
-        far = scores[rows] + (squares[rows, None] * variance / 2).clamp(max=3)
+        far = scores[rows] + first * (squares[rows, None] * variance / 2).clamp(max=3)
         far = far.masked_fill(mask[number], -math.inf)
         both = torch.cat([near, far], 1).softmax(-1)
         near, far = both.split([len(listed), len(columns)], 1)
@@ -80,21 +85,23 @@ def recipe(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block: Any, real: Tens
         shares = mixed.softmax(-1).nan_to_num(0)
         step, reach = q[rows] @ (shares @ slope.flatten(1)).view(slope.shape[1:]), shares @ spread / 2
         step = step / (1 + step.square().sum(-1, keepdim=True) / (reach**2).clamp(min=1e-200)).sqrt()
-        out.append(near @ v[listed] + far @ mean_v + far.sum(-1, keepdim=True) * step)
+        out.append(near @ v[listed] + far @ mean_v + first * far.sum(-1, keepdim=True) * step)
     return torch.cat(out), errors
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_recipe(layout: Layout, masked: bool, block: Any) -> None:
+@pytest.mark.parametrize(("sparsity", "first"), [(0.6, True), (0.9, False)])
+def test_recipe(layout: Layout, masked: bool, block: Any, sparsity: float, first: bool) -> None:
+    """To first order, and by means where the matrices would take over a third of the work."""
     q, k, v = inputs(layout, batch=2)
     real = torch.ones(2, layout.tokens, dtype=torch.bool)
     if masked:
         real[0, 40:75] = False
         real[1, -20:] = False
     here = site(layout, key_mask=real if masked else None)
-    out, mask = attended(Tangent(0.6, block, probes=False), (q, k, v), here)
+    out, mask = attended(Tangent(sparsity, block, probes=False), (q, k, v), here)
     sink = layout.text_sink(block)
     free = torch.ones_like(mask[0, 0]) if sink is None else ~sink
     assert mask[..., ~free].all()
@@ -102,7 +109,7 @@ def test_recipe(layout: Layout, masked: bool, block: Any) -> None:
         errors = []
         for head in range(2):
             at = sample, head
-            want, error = recipe(q[at], k[at], v[at], mask[at], block, real[sample])
+            want, error = recipe(q[at], k[at], v[at], mask[at], block, real[sample], first)
             torch.testing.assert_close(out[at].double(), want, atol=2e-5, rtol=1e-4)
             errors.append(error)
         error = torch.stack(errors)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffsparse.site.compute import Blocks, Site
 from diffsparse.strategies.blocks import keep_count
-from diffsparse.strategies.rivals.routed import Routed, mean_scores, scale_of
+from diffsparse.strategies.rivals.routed import Routed, mean_scores
 from diffsparse.strategies.work import Outline
 from diffsparse_kernels import Summaries, select_rows, summarise
 from diffsparse_kernels.masks import each_head
@@ -37,7 +37,7 @@ class PISA(Routed):
         """Blocks and their expansion over q, k, v [B, H, N, D]."""
         tokens, dim = q.shape[2:]
         each = summarise(k, v, self.block, scale=site.scale, key_mask=site.key_mask)
-        scores = mean_scores(q, each, self.block, site) + (_norms(each, scale_of(q, site)) + _LEAST_NORM).log()
+        scores = mean_scores(q, each, self.block, site) + (_norms(each, site.scale_of(q)) + _LEAST_NORM).log()
         keep = keep_count(1 - self.share(self.routing(tokens), dim / tokens), scores.shape[-1])
         mask = select_rows(scores, keep, site.layout.text_sink(self.block, q.device))
         site.record.beside += self.routing(tokens)
@@ -68,5 +68,5 @@ def _slope_of_all(k: Tensor, v: Tensor, each: Summaries, block: int, site: Site)
     if site.key_mask is not None:
         apart = apart.masked_fill(~each_head(site.key_mask)[..., None], 0)
     tokens = each.log_count.exp().sum(-1).clamp(min=1)[..., None, None]  # [B|1, H|1, 1, 1]
-    slope: Tensor = apart.mT @ v.to(apart.dtype) * (scale_of(k, site) / tokens)
+    slope: Tensor = apart.mT @ v.to(apart.dtype) * (site.scale_of(k) / tokens)
     return slope[:, :, None]

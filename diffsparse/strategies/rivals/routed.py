@@ -74,10 +74,5 @@ class Routed(Strategy):
 def mean_scores(q: Tensor, means: Summaries, block: int, site: Site) -> Tensor:
     """Scores of the mean queries against the mean keys, float32 or better [B, H, nQ, nK]; -inf where no key is real."""
     queries = block_means(q.to(means.key.dtype), block, site.key_mask)
-    scores = queries @ means.key.mT * scale_of(q, site)
+    scores = queries @ means.key.mT * site.scale_of(q)
     return scores.masked_fill(means.log_count[:, :, None].isneginf(), -torch.inf)
-
-
-def scale_of(q: Tensor, site: Site) -> float:
-    """Of the scores of q [B, H, N, D]."""
-    return q.shape[-1] ** -0.5 if site.scale is None else site.scale

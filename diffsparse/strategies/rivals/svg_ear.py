@@ -13,7 +13,7 @@ from diffsparse.orders.layout import Layout, kept
 from diffsparse.orders.per_head import HeadOrders
 from diffsparse.site.compute import Blocks, Site
 from diffsparse.strategies.blocks import keep_count
-from diffsparse.strategies.rivals.routed import Routed, scale_of
+from diffsparse.strategies.rivals.routed import Routed
 from diffsparse_kernels import Summaries, block_means, select_rows, summarise
 from diffsparse_kernels.masks import each_head
 
@@ -55,7 +55,7 @@ class SVGEAR(Routed):
     def _clustered(self, rows: Tensor | None, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The same with clusters as blocks; `rows` are the real queries, as a key mask says it."""
         means = summarise(k, v, self.block, scale=site.scale, key_mask=site.key_mask, by="means")
-        middle = block_means(q.to(means.key.dtype), self.block, rows) * scale_of(q, site)
+        middle = block_means(q.to(means.key.dtype), self.block, rows) * site.scale_of(q)
         errors = centroid_errors(middle, k, v, means, self.block, site.key_mask)
         keep = keep_count(1 - self.share(self.routing(q.shape[2])), errors.shape[-1])
         mask = select_rows(errors, keep, site.layout.text_sink(self.block, q.device))
