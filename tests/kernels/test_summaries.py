@@ -188,6 +188,23 @@ def test_boxes_hide_keys_in_kept_blocks_only(place: Place, by: dk.Summary) -> No
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("loudness", [0.1, 1.0, 100.0])
+def test_no_step_leaves_the_values(place: Place, loudness: float) -> None:
+    """To first order alone a loud query would move the mean of a block by any distance."""
+    size = Size(q_len=95, kv_len=70, value_dim=24)
+    q, k, v = size.qkv(torch.float64)
+    q, nothing = q * loudness, size.lists(MASKS["empty"](size))
+    made = dk.summarise(k, v, 32)
+    assert made.slope is not None
+    assert made.spread is not None
+    still = made._replace(slope=torch.zeros_like(made.slope))
+    out, mean = (place(dk.block_sparse_attention, q, k, v, nothing, summary=one)[0] for one in (made, still))
+    step = (out - mean).norm(dim=-1)
+    assert (step > 0).all()
+    assert (step < made.spread.amax(-1, keepdim=True) / 2).all()
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_summaries_made_before_and_one_slope_for_all_blocks(place: Place) -> None:
     """Without a variance no mass is added; a slope that all blocks share moves each row's values by q H."""
     size = Size(q_len=95, kv_len=70, value_dim=24)
