@@ -221,13 +221,14 @@ class Site(Place):
         return share + summary_work(by, 1 - share, (lists.q_block, lists.kv_block), tokens, q.shape[3], mixed)
 
     def _known_density(self, blocks: Blocks, q: Tensor) -> float | None:
-        """The density as a number; on a device only from the next call with these lists on: no call waits for it."""
-        lists, (of, reading) = blocks.lists, self.memory.get("density", (lambda: None, None))
-        if of() is not lists:
+        """The density as a number; on a device that of an earlier call, where this one's isn't here: none waits."""
+        lists, (of, reading, known) = blocks.lists, self.memory.get("density", (lambda: None, None, None))
+        if of() is not lists:  # strategies may make new lists at each call
+            known = known if reading is None or (last := reading.value()) is None else last
             reading = Reading(self._computed(blocks, q))
-            self.memory["density"] = weakref.ref(lists), reading  # strategies may make new lists at each call
+            self.memory["density"] = weakref.ref(lists), reading, known
         number: float | None = reading.value()
-        return number
+        return known if number is None else number
 
 
 def _moved_back(orders: HeadOrders, keys: HeadOrders, site: Site) -> Attend:

@@ -8,11 +8,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffsparse.errors import ConfigError
+from diffsparse.site.charge import MASS_PASS
 from diffsparse.site.compute import Site
+from diffsparse.strategies.blocks import check_number
 from diffsparse.strategies.residual import LowRank, affordable_rank
 from diffsparse.strategies.tangent import Tangent
 from diffsparse.strategies.work import Outline, Step
+from diffsparse_kernels import edges
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,7 @@ class Digest(Tangent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.memory, int | float) or not self.memory >= 0:
-            raise ConfigError(f"memory wants a number of GiB, at least 0; got {self.memory!r}")
+        check_number("memory", self.memory)
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Dense attention over q, k, v [B, H, N, D]; keeps what the sparse product misses of it."""
@@ -57,9 +58,9 @@ class Digest(Tangent):
     def expected(self, run: Outline) -> list[Step]:
         """What each step computes: as Tangent, and in the last dense step the sparse product beside the dense one."""
         steps = super().expected(run)
-        if 0 < run.first <= run.steps and self.sparsity:
-            sparse = self._expected(run)
-            steps[run.first - 1] = Step("dense", 1.0, sparse.work or 0.0)
+        if 0 < run.first <= run.steps and self.sparsity and self.memory:
+            compared = (self._expected(run).density or 0.0) + MASS_PASS / edges(self.block)[1]
+            steps[run.first - 1] = Step("dense", 1.0, compared)
         return steps
 
     def _kept(self, q: Tensor, site: Site) -> LowRank | None:

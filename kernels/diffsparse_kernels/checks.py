@@ -99,8 +99,7 @@ def check_summary(k: Tensor, v: Tensor, lists: BlockLists, summary: Summary | Su
     if not isinstance(summary, Summaries):
         return None if summary is None else check_summary_name(summary)
     wide, (dim, value_dim) = (*k.shape[:2], lists.kv_blocks), (k.shape[3], v.shape[3])
-    wanted = {"key": (*wide, dim), "value": (*wide, value_dim), "variance": wide, "spread": wide, "steepness": wide}
-    _check_parts(summary, wanted, k)
+    _check_parts(summary, (*wide, dim), value_dim, k)
     one = (*wide[:2], 1, dim, value_dim)
     if summary.slope is not None and summary.slope.shape not in (one, (*wide, dim, value_dim)):
         raise KernelInputError(
@@ -108,13 +107,19 @@ def check_summary(k: Tensor, v: Tensor, lists: BlockLists, summary: Summary | Su
         )
 
 
-def _check_parts(summary: Summaries, wanted: dict[str, tuple[int, ...]], like: Tensor) -> None:
-    for name, shape in wanted.items():
-        part = getattr(summary, name)
-        if part is not None and (tuple(part.shape) != shape or part.device != like.device):
+def _check_parts(summary: Summaries, key: tuple[int, ...], value_dim: int, like: Tensor) -> None:
+    """Of these shapes, on this tensor's device, in float32, or in its dtype where that is better."""
+    wide, exact = key[:3], torch.promote_types(like.dtype, torch.float32)
+    wanted = {"key": key, "value": (*wide, value_dim), **dict.fromkeys(("variance", "spread", "steepness"), wide)}
+    parts = {name: (part, shape) for name, shape in wanted.items() if (part := getattr(summary, name)) is not None}
+    counts = summary.log_count
+    if counts.ndim == 3 and counts.shape[0] in (1, wide[0]) and counts.shape[1] in (1, wide[1]):
+        counts = counts.expand(*wide[:2], -1)
+    for name, (part, shape) in {**parts, "log_count": (counts, wide)}.items():
+        if (tuple(part.shape), part.device, part.dtype) != (shape, like.device, exact):
             raise KernelInputError(
-                f"wanted summaries whose {name} is {shape} on {like.device}; got {tuple(part.shape)} on {part.device}. "
-                "Make them of these keys, in blocks of this length"
+                f"wanted summaries whose {name} is {exact} {shape} on {like.device}; got {part.dtype} "
+                f"{tuple(part.shape)} on {part.device}. Make them of these keys, in blocks of this length"
             )
 
 
@@ -127,8 +132,7 @@ def check_summary_error(q: Tensor, summaries: Summaries) -> None:
     key = summaries.key
     if q.ndim != 4 or q.shape[:2] != key.shape[:2] or q.shape[3] != key.shape[3]:
         raise KernelInputError(f"wanted q [B, H, N, D] for mean keys {tuple(key.shape)}; got {tuple(q.shape)}")
-    if q.device != key.device:
-        raise KernelInputError(f"the summaries are on {key.device}, q on {q.device}; move one of them")
+    _check_parts(summaries, tuple(key.shape), summaries.value.shape[-1], q)
 
 
 def check_boxes(q: Tensor, k: Tensor, boxes: Boxes) -> None:

@@ -47,13 +47,16 @@ def merge_summaries(
 
 
 def _summary_kernel(name: str, case: Case, device: torch.device) -> Callable[..., Any]:
-    """This function of the back end that computes the case; plain torch, which always can, where it has none."""
+    """This function of the back end that computes the case; plain torch, which always can, where it has none.
+
+    Without autocast, which would round what summaries hold in float32.
+    """
     otherwise: Callable[..., Any] = getattr(plain, name)
     try:
         kernel: Callable[..., Any] = getattr(choose(case, device).module, name, otherwise)
     except NoKernelError:
-        return otherwise
-    return kernel
+        kernel = otherwise
+    return cast(Callable[..., Any], torch.autocast(device.type, enabled=False)(kernel))
 
 
 def summarise(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, by: Summary) -> Summaries:

@@ -334,19 +334,40 @@ def test_the_order_of_the_keys_within_a_block_is_nothing(seed: int, by: dk.Summa
     torch.testing.assert_close(got, dk.block_sparse_attention(q, k, v, lists, summary=by))
 
 
+@BOTH
+def test_autocast_rounds_no_summary(by: dk.Summary) -> None:
+    size = Size()
+    q, k, v = size.qkv(torch.bfloat16)
+    lists = size.lists(random_mask(size))
+
+    def found() -> tuple[Tensor, ...]:
+        made = dk.summarise(k, v, 32, by=by)
+        error = dk.summary_error(q, dk.summarise(k, v, 32), q_block=32)
+        return *dk.block_sparse_attention(q, k, v, lists, summary=made), error
+
+    want = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = found()
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     size = Size()
     q, k, v = size.qkv(torch.float32)
     lists, made = size.lists(random_mask(size)), dk.summarise(k, v, 32)
     for wrong, words in {
         "mean": "means, first-order; got 'mean'",
-        dk.summarise(k, v, 16): r"key is \(2, 3, 3, 32\)",
+        dk.summarise(k, v, 16): r"key is torch.float32 \(2, 3, 3, 32\)",
+        dk.summarise(k.double(), v.double(), 32): "key is torch.float32",
+        made._replace(log_count=made.log_count[..., :1]): "log_count is",
         made._replace(slope=made.slope[:, :, :2]): "wanted a slope",
     }.items():
         with pytest.raises(dk.KernelInputError, match=words):
             dk.block_sparse_attention(q, k, v, lists, summary=wrong)
     with pytest.raises(dk.KernelInputError, match="Summarise by first-order"):
         dk.summary_error(q, dk.summarise(k, v, 32, by="means"), q_block=32)
+    with pytest.raises(dk.KernelInputError, match="variance is"):
+        dk.summary_error(q, made._replace(variance=made.variance[..., :1]), q_block=32)
     with pytest.raises(dk.KernelInputError, match="for mean keys"):
         dk.summary_error(q[:1], made, q_block=32)
     with pytest.raises(dk.KernelInputError, match="got 'both'"):

@@ -12,8 +12,8 @@ from torch import Tensor
 import diffsparse
 from diffsparse import AdaSpa, Digest, Layout, Schedule, Tangent
 from diffsparse.errors import ConfigError
-from diffsparse.strategies.blocks import with_text
 from diffsparse.strategies.residual import LowRank, affordable_rank
+from diffsparse.strategies.work import Outline
 from diffsparse_eval import metrics
 from diffsparse_pipelines import tiny
 from diffsparse_pipelines.generation import generation
@@ -64,6 +64,16 @@ def test_the_nearest_of_a_rank_in_eight_bits(rank: int) -> None:
     torch.testing.assert_close(kept.coefficients(rows), kept.coefficients()[:, :, rows])
 
 
+def test_rows_that_are_lost_are_not_kept() -> None:
+    residual = torch.randn(1, 2, 50, 8)
+    lost = residual.clone()
+    lost[0, 0, 3], lost[0, 1, 4, 0] = torch.nan, torch.inf
+    here = residual.clone()
+    here[0, 0, 3], here[0, 1, 4, 0] = 0, 0
+    nothing = torch.zeros_like(residual)
+    assert torch.equal(LowRank.of(lost, 2).added_to(nothing), LowRank.of(here, 2).added_to(nothing))
+
+
 def test_nothing_missing_keeps_nothing() -> None:
     kept = LowRank.of(torch.zeros(1, 2, 30, 8), 4)
     assert (kept.added_to(torch.ones(1, 2, 30, 8)) == 1).all()
@@ -76,8 +86,7 @@ def test_the_dense_step_is_dense_and_its_residual_mends_the_same_call(layout: La
     strategy, here = Digest(0.6, BLOCK, probes=False), site(layout, 2, 15, memory)
     torch.testing.assert_close(strategy.observe(q, k, v, here).double(), dense(q, k, v), atol=1e-5, rtol=1e-4)
     assert (here.record.kind, here.record.planned) == ("dense", True)
-    compared = with_text(0.4, BLOCK, layout)
-    assert float(here.record.beside) == pytest.approx(compared, abs=0.05), "what is only compared counts"
+    assert float(here.record.beside) == pytest.approx(0.4, abs=0.05), "what is only compared counts"
     plain = Tangent(0.6, BLOCK, probes=False).attend(q, k, v, site(layout))
     want = plain + nearest(dense(q, k, v) - plain, 4)
     got = strategy.attend(q, k, v, site(layout, 3, 15, memory))
@@ -141,6 +150,14 @@ def test_little_memory_keeps_a_lower_rank(share: float) -> None:
         assert sum(x.nbytes for x in memory["kept"][0]) <= share * whole
     else:
         assert torch.equal(strategy.attend(q, k, v, site(LAYOUT, 3, 15, memory)), tangent(strategy, (q, k, v)))
+
+
+@pytest.mark.parametrize("memory", [0, 1.2])
+def test_the_dense_step_counts_as_expected(memory: float) -> None:
+    strategy, here = Digest(0.7, 32, memory=memory), site(LONG, 2, 15, {})
+    strategy.observe(*inputs(LONG), here)
+    want = strategy.expected(Outline(15, 3, 15, LONG, 8))[2].work
+    assert float(here.record.work) == pytest.approx(want, abs=0.02)
 
 
 def test_what_large_models_keep() -> None:
@@ -207,6 +224,13 @@ def test_on_pipelines(name: str) -> None:
 
 
 def test_knobs_are_checked() -> None:
-    for wrong in ({"sparsity": 1.0}, {"block": 0}, {"order": "spiral"}, {"memory": -1}, {"memory": "much"}):
+    for wrong in (
+        {"sparsity": 1.0},
+        {"block": 0},
+        {"order": "spiral"},
+        {"memory": -1},
+        {"memory": "much"},
+        {"memory": math.inf},
+    ):
         with pytest.raises(ConfigError):
             Digest(**wrong)

@@ -16,6 +16,7 @@ from diffsparse import Layout, Schedule, Tangent
 from diffsparse.errors import ConfigError
 from diffsparse.site.compute import Blocks, Site, multiply
 from diffsparse.strategies.probes import fit, mended_rows, probe_count
+from diffsparse.strategies.work import Outline
 from diffsparse_kernels import edges
 from support import exact
 from support.sites import site
@@ -112,9 +113,9 @@ def test_recipe(layout: Layout, masked: bool, block: Any, sparsity: float, first
             want, error = recipe(q[at], k[at], v[at], mask[at], block, real[sample], first)
             torch.testing.assert_close(out[at].double(), want, atol=2e-5, rtol=1e-4)
             errors.append(error)
-        error = torch.stack(errors)
+        error = torch.stack(errors).masked_fill(~free, -1)
         best = error == error.amax(-1, keepdim=True)
-        assert mask[sample][best].all(), "every row keeps its best"
+        assert mask[sample][best].all(), "every row keeps its best beside text"
         kept, dropped = error[mask[sample] & free & ~best], error[~mask[sample]]
         if len(kept):  # one threshold for the layer, but for the width of a bin
             assert kept.min() >= dropped.max() * (1 - 2 ** (40 / 4095) + 1)
@@ -129,6 +130,49 @@ def test_all_that_is_computed_is_the_work_that_was_asked_for(sparsity: float, bl
     strategy.attend(*inputs(layout), here)
     assert here.record.work == pytest.approx(1 - sparsity, abs=0.02)
     assert here.memory.keys() <= {"density"}, "it keeps nothing"
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8])
+def test_text_takes_its_share_of_the_work(sparsity: float) -> None:
+    layout = Layout(16, 16, 16, text_before=48)
+    here, strategy = site(layout), Tangent(sparsity, 32)
+    strategy.attend(*inputs(layout), here)
+    assert here.record.work == pytest.approx(1 - sparsity, abs=0.02)
+    want = strategy.expected(Outline(1, 0, 1, layout, 8))[0].work
+    assert here.record.work == pytest.approx(want, abs=0.02)
+
+
+def few(layout: Layout) -> Tensor:
+    """Keys of which one in eight is real."""
+    return torch.arange(layout.tokens)[None] < layout.tokens / 8
+
+
+@pytest.mark.parametrize("kind", ["masked", "alike", "nothing"])
+def test_what_is_exact_as_it_is_takes_no_work(kind: str) -> None:
+    """Blocks without keys, of equal keys or values: there all errors are 0, and so equal."""
+    layout = Layout(8, 16, 16)
+    q, k, v = inputs(layout)
+    real = few(layout) if kind == "masked" else None
+    if kind == "alike":
+        v = torch.ones_like(v)
+    elif kind == "nothing":
+        q = torch.zeros_like(q)
+    here = site(layout, key_mask=real)
+    out = Tangent(0.8, 32, probes=False).attend(q, k, v, here)
+    every = torch.ones(1, dtype=torch.bool) if real is None else real[:, None, None]
+    want, _ = exact.softmax_attention(q, k, v, every, 8**-0.5)
+    assert here.record.work < 0.25
+    assert (out.double() - want).abs().max() < 1e-5
+
+
+def test_a_lost_row_takes_no_other_with_it() -> None:
+    layout = Layout(8, 16, 16)
+    q, k, v = inputs(layout)
+    q[0, 0, 0] = torch.nan  # a probe
+    out = Tangent(0.7, 32).attend(q, k, v, site(layout))
+    assert out[0, 0, 0].isnan().all()
+    assert out[0, 1].isfinite().all()
+    assert out[0, 0, 32:].isfinite().all()
 
 
 def test_text_is_exact() -> None:
