@@ -110,13 +110,14 @@ def check_summary(k: Tensor, v: Tensor, lists: BlockLists, summary: Summary | Su
 def _check_parts(summary: Summaries, key: tuple[int, ...], value_dim: int, like: Tensor) -> None:
     """Of these shapes, on this tensor's device, in float32, or in its dtype where that is better."""
     wide, exact = key[:3], torch.promote_types(like.dtype, torch.float32)
-    wanted = {"key": key, "value": (*wide, value_dim), **dict.fromkeys(("variance", "spread", "steepness"), wide)}
-    parts = {name: (part, shape) for name, shape in wanted.items() if (part := getattr(summary, name)) is not None}
     counts = summary.log_count
     if counts.ndim == 3 and counts.shape[0] in (1, wide[0]) and counts.shape[1] in (1, wide[1]):
         counts = counts.expand(*wide[:2], -1)
-    for name, (part, shape) in {**parts, "log_count": (counts, wide)}.items():
-        if (tuple(part.shape), part.device, part.dtype) != (shape, like.device, exact):
+    parts = {"key": (summary.key, key), "value": (summary.value, (*wide, value_dim)), "log_count": (counts, wide)}
+    for name in ("variance", "spread", "steepness"):
+        parts[name] = getattr(summary, name), wide
+    for name, (part, shape) in parts.items():
+        if part is not None and (tuple(part.shape), part.device, part.dtype) != (shape, like.device, exact):
             raise KernelInputError(
                 f"wanted summaries whose {name} is {exact} {shape} on {like.device}; got {part.dtype} "
                 f"{tuple(part.shape)} on {part.device}. Make them of these keys, in blocks of this length"
