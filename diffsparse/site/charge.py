@@ -20,7 +20,8 @@ def summary_work(
 
     A mean counts as the one key that it is. First order adds, whatever is dropped, two products as long as the
     tokens (statistics of keys and values, and the slope applied to the queries), each D / 2N, and one over pairs of
-    blocks, which mixes the slopes: D / (2 q_block kv_block), unless all blocks have one.
+    blocks, which mixes the slopes: D / (2 q_block kv_block), unless all blocks have one. That is what the method needs;
+    that a device makes statistics again rather than keep slopes is not counted.
     """
     if by is None:
         return 0 * dropped

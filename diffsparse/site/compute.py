@@ -142,7 +142,7 @@ class Site(Place):
         """Of the scores of q [B, H, N, D]."""
         return float(q.shape[-1] ** -0.5) if self.scale is None else self.scale
 
-    def summarise(self, k: Tensor, v: Tensor, block: int, by: kernels.Summary) -> kernels.Summaries:
+    def summarise(self, k: Tensor, v: Tensor, block: int, by: kernels.Summary = "first-order") -> kernels.Summaries:
         """Summaries of the key blocks; counted with the product that uses them."""
         return kernels.summarise(k, v, block, scale=self.scale, key_mask=self.key_mask, by=by)
 

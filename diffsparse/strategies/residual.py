@@ -22,7 +22,7 @@ class LowRank(NamedTuple):
 
     @classmethod
     def of(cls, residual: Tensor, rank: int) -> LowRank:
-        """The nearest of that rank, from the strongest directions of the rows."""
+        """The nearest of that rank, from the strongest directions of the rows; a device is waited for, once a layer."""
         exact = residual.float().nan_to_num(0, 0, 0)
         _, directions = torch.linalg.eigh(exact.mT @ exact)  # ascending
         basis = directions[..., -rank:].mT.contiguous()
