@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from diffsparse.schedule import exact, nearest
 from diffsparse.site.charge import MASS_PASS
 from diffsparse.site.compute import Site
-from diffsparse.strategies.blocks import check_number
+from diffsparse.strategies.blocks import check_number, from_bits, to_bits
 from diffsparse.strategies.residual import LowRank, affordable_rank
 from diffsparse.strategies.tangent import Tangent
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import edges
 
+_RENEWING = Fraction(3, 8)  # of the work of a long run: its later dense steps
+_APART = 10  # steps
+
+
+class _Kept(NamedTuple):
+    """What a dense step has left for those that follow.
+
+    residual: of the sparse product.
+    step: that it was.
+    first: the first such step of the run.
+    blocks: that the product computed, as bits uint8 [B, H, nQ, nK / 8]; None where each step chooses its own.
+    """
+
+    residual: LowRank
+    step: int
+    first: int
+    blocks: Tensor | None
+
 
 @dataclass(frozen=True)
 class Digest(Tangent):
-    """Tangent that also learns from a dense step, where the schedule has one.
+    """Tangent that also learns from dense steps, where the schedule has one.
 
     In the last of the dense first steps the sparse product is computed too. What it misses changes slowly from step to
     step and is smooth along the tokens: it is kept as a factor of low rank for each head, N (r + 2) bytes. In the steps
     that follow, the probes see what of it still holds: their fit may start from it, and has its coefficients among its
     features. Where there are no probes, it is added as it is for half of the run.
+
+    Long runs renew it: where three eighths of the work suffice for two dense steps or more, ten steps apart, these are
+    spread evenly over the run. Between them the blocks stay the same, for what a product misses depends on them, and
+    all that was kept is added: no routing, no probes. At 80 % sparsity with a fifth of the steps dense, a run of 36
+    steps is the first such.
 
     A dense output less a cheaper one, kept and added in later steps, is DiTFastAttn's (arXiv 2406.08552), Re-ttention's
     (2505.22918) and QuantSparse's (2509.23681), which keeps it in low rank. Ours are what it is a residual of, and that
@@ -32,7 +57,8 @@ class Digest(Tangent):
 
     memory: GiB that may be kept, for each sample of each guidance branch; a lower rank than 4 where that is too little.
 
-    Without a dense first step it is Tangent. Where the length of the run is unknown, only probes use what was kept.
+    Without a dense first step it is Tangent. Where the length of the run is unknown, nothing is renewed, and only
+    probes use what was kept.
     """
 
     memory: float = 1.2
@@ -44,37 +70,69 @@ class Digest(Tangent):
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Dense attention over q, k, v [B, H, N, D]; keeps what the sparse product misses of it."""
-        out = site.dense(q, k, v, reason="schedule")
-        rank = self._rank(q, site)
+        before: _Kept | None = site.memory.get("kept")
+        first = site.step if before is None else before.first
+        out = site.dense(q, k, v, reason="schedule" if first == site.step else "renewal")
+        renewals = self._renewals(site.steps, first)
+        rank = self._rank(q, site, renewals)
         if rank and self.sparsity:
-            missed = out - site.compare(q, k, v, self._blocks(q, k, v, site, None))
-            site.memory["kept"] = LowRank.of(missed, rank), site.step
+            blocks = self._between(site.steps, first)._blocks(q, k, v, site, None)
+            missed = LowRank.of(out - site.compare(q, k, v, blocks), rank)
+            bits = to_bits(blocks.lists.to_mask()) if renewals else None
+            site.memory["kept"] = _Kept(missed, site.step, first, bits)
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Tangent's attention over q, k, v [B, H, N, D] with what was kept."""
-        return site.sparse(q, k, v, self._blocks(q, k, v, site, self._kept(q, site)))
+        """Tangent's attention over q, k, v [B, H, N, D] with what was kept; dense where that is renewed."""
+        kept: _Kept | None = site.memory.get("kept")
+        if kept is None:
+            return super().attend(q, k, v, site)
+        # a step cache may skip the very step that is due
+        if any(kept.step < step <= site.step for step in self._renewals(site.steps, kept.first)):
+            return self.observe(q, k, v, site)
+        strategy = self._between(site.steps, kept.first)
+        mask = None if kept.blocks is None else from_bits(kept.blocks, site.layout.blocks(edges(self.block)[1]))
+        return site.sparse(q, k, v, strategy._blocks(q, k, v, site, strategy._useful(kept, q, site), mask))
 
     def expected(self, run: Outline) -> list[Step]:
-        """What each step computes: as Tangent, and in the last dense step the sparse product beside the dense one."""
-        steps = super().expected(run)
-        if 0 < run.first <= run.steps and self.sparsity and self.memory:
-            compared = (self._expected(run).density or 0.0) + MASS_PASS / edges(self.block)[1]
-            steps[run.first - 1] = Step("dense", 1.0, compared)
+        """What each step computes: as Tangent, and the sparse product beside the dense one in steps that teach."""
+        first = run.first - 1
+        if not (0 <= first < run.steps and self.sparsity and self.memory):
+            return super().expected(run)
+        renewals, strategy = self._renewals(run.steps, first), self._between(run.steps, first)
+        sparse, routing = strategy._expected(run), MASS_PASS / edges(self.block)[1]
+        learning = Step("dense", 1.0, (sparse.density or 0.0) + routing)
+        if renewals:
+            sparse = replace(sparse, beside=max(sparse.beside - routing, 0.0), new=0.0)
+        steps = run.each(lambda step: learning if step in renewals else sparse)
+        steps[first] = learning
         return steps
 
-    def _kept(self, q: Tensor, site: Site) -> LowRank | None:
-        """The residual, if it is of use: probes tell so themselves, else it is for half of the rest of the run."""
-        kept: tuple[LowRank | None, int] = site.memory.get("kept", (None, 0))
-        residual, since = kept
-        if residual is None or self._probe_count(*q.shape[2:]):
-            return residual
-        half = math.ceil(((site.steps or 0) - 1 - since) / 2)
-        return residual if site.step <= since + half else None
+    def _renewals(self, steps: int | None, first: int) -> list[int]:
+        """Dense steps after the first, if there are several: of three eighths of the work, ten steps apart or more."""
+        left = 0 if steps is None else max(steps - 1 - first, 0)
+        count = min(int(_RENEWING * (1 - exact(self.sparsity)) * left), (left + 1) // _APART - 1)
+        return [first + nearest(Fraction(i * (left + 1), count + 1)) for i in range(1, count + 1)] if count > 1 else []
 
-    def _rank(self, q: Tensor, site: Site) -> int:
-        """As high as the memory allows."""
-        head_bytes = self.memory * 2**30 / (site.layers * q.shape[1])
+    def _between(self, steps: int | None, first: int) -> Digest:
+        """As it is between dense steps, each of which computes the sparse product too.
+
+        Shares of blocks leave room for routing, which there is none: its work is given back here.
+        """
+        count, left = len(self._renewals(steps, first)), (steps or 0) - 1 - first
+        routing = MASS_PASS / edges(self.block)[1]
+        return replace(self, sparsity=self.sparsity + count / left - routing, probes=False) if count else self
+
+    def _useful(self, kept: _Kept, q: Tensor, site: Site) -> LowRank | None:
+        """The residual, if it is renewed, or probes tell what of it is of use; else for half of the rest of the run."""
+        half = kept.step + math.ceil(((site.steps or 0) - 1 - kept.step) / 2)
+        serves = kept.blocks is not None or self._probe_count(*q.shape[2:]) or site.step <= half
+        return kept.residual if serves else None
+
+    def _rank(self, q: Tensor, site: Site, renewals: list[int]) -> int:
+        """As high as the memory allows, beside the blocks where they are kept."""
+        rows, columns = map(site.layout.blocks, edges(self.block))
+        head_bytes = self.memory * 2**30 / (site.layers * q.shape[1]) - (rows * -(-columns // 8) if renewals else 0)
         rank = affordable_rank(self._most_rank, head_bytes, q.shape[2], q.shape[3])
         if rank < min(self._most_rank, q.shape[3]):
             site.record.note = (

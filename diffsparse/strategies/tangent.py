@@ -89,16 +89,20 @@ class Tangent(Strategy):
         summaries = summary_work(self._summary(layout.tokens, dim), 1 - share, self.block, layout.tokens, dim)
         return Step("sparse", share + summaries, self._beside(layout.tokens, dim, rank), new=1.0)
 
-    def _blocks(self, q: Tensor, k: Tensor, v: Tensor, site: Site, residual: LowRank | None) -> Blocks:
+    def _blocks(
+        self, q: Tensor, k: Tensor, v: Tensor, site: Site, residual: LowRank | None, mask: Tensor | None = None
+    ) -> Blocks:
         """The blocks of this call, summaries of all others, and what is added to the output.
 
         residual: of the same product in an earlier step.
+        mask: the blocks of that step, bool [B, H, nQ, nK]; None chooses them anew.
         """
         (q_block, kv_block), (tokens, dim) = edges(self.block), q.shape[2:]
         summaries = site.summarise(k, v, kv_block, self._summary(tokens, dim))
-        varied = summaries if summaries.by == "first-order" else _with_bound(summaries, k, v, kv_block, site)
-        error = site.summary_error(q, varied, self.block)
-        mask = self._largest(error, self._share(site.layout, dim, residual.rank if residual else 0), site)
+        if mask is None:
+            varied = summaries if summaries.by == "first-order" else _with_bound(summaries, k, v, kv_block, site)
+            error = site.summary_error(q, varied, self.block)
+            mask = self._largest(error, self._share(site.layout, dim, residual.rank if residual else 0), site)
         lists = BlockLists.from_mask(mask, q_block=q_block, kv_block=kv_block, q_len=tokens, kv_len=tokens)
         correct = None if residual is None else residual.added_to
         site.record.beside += 0.0 if residual is None else residual.rank / (2 * tokens)

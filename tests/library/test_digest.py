@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from torch import Tensor
 import diffsparse
 from diffsparse import AdaSpa, Digest, Layout, Schedule, Tangent
 from diffsparse.errors import ConfigError
-from diffsparse.strategies.residual import LowRank, affordable_rank
+from diffsparse.strategies.blocks import from_bits, to_bits
+from diffsparse.strategies.residual import LowRank
 from diffsparse.strategies.work import Outline
 from diffsparse_eval import metrics
 from diffsparse_pipelines import tiny
@@ -129,6 +132,66 @@ def test_probes_decide_what_of_it_is_used(steps: int | None) -> None:
     assert error(strategy, others, memory) < 1.03 * error(plain, others, {})
 
 
+RENEWED = {50: [19, 30, 40], 100: [31, 42, 54, 65, 77, 88]}  # at 80 %, of which a fifth dense at the start
+
+
+@pytest.mark.parametrize("steps", [4, 15, 30, 50, 100, None])
+def test_long_runs_renew_what_was_kept(steps: int | None) -> None:
+    first = 9 if steps is None else max(steps // 5 - 1, 0)
+    want = RENEWED.get(steps or 0, [])
+    assert Digest(0.8)._renewals(steps, first) == want
+    assert all(b - a >= 10 for a, b in itertools.pairwise([first, *want]))
+
+
+def test_between_dense_steps_the_blocks_stay() -> None:
+    """What is due is renewed also where a step cache left that step out; work is as expected, and as asked for."""
+    memory: dict[str, Any] = {}
+    qkv, strategy = inputs(LONG), Digest(0.8, 32)
+    ran = {}
+    for step in range(9, 50):
+        if step in (20, 30):
+            continue
+        here = site(LONG, step, 50, memory)
+        noisy = tuple(x + 0.02 * step * torch.randn_like(x) for x in qkv)
+        before = memory.get("kept")
+        (strategy.observe if step == 9 else strategy.attend)(*noisy, here)
+        ran[step] = here.record
+        renewed = step in (9, 19, 31, 40)
+        assert (memory["kept"] is before) != renewed, step
+        assert here.record.kind == ("dense" if renewed else "sparse"), step
+    assert [ran[step].reason for step in (9, 19, 31, 40)] == ["schedule", *["renewal"] * 3]
+    densities = [[float(ran[step].density) for step in leg] for leg in (range(10, 19), range(32, 40), range(41, 50))]
+    assert all(len(set(leg)) == 1 for leg in densities), "new blocks would have other densities"
+    steps = strategy.expected(Outline(50, 10, 50, LONG, 8))
+    for step in (9, 15, 19, 25, 40, 49):
+        assert float(ran[step].work) == pytest.approx(steps[step].work, abs=0.02), step
+    assert sum(step.work or 0 for step in steps[10:]) / 40 == pytest.approx(0.2, abs=0.01)
+
+
+def test_the_blocks_that_stay_are_those_that_what_was_kept_is_of() -> None:
+    """The same call after a dense step, whose blocks a step that chose anew would not take."""
+    memory: dict[str, Any] = {}
+    qkv, others = inputs(LONG), inputs(LONG)
+    strategy = Digest(0.8, 32, probes=False)
+    strategy.observe(*others, site(LONG, 9, 50, memory))
+    mask = from_bits(memory["kept"].blocks, LONG.blocks(32))
+    between = strategy._between(50, 9)
+    blocks = between._blocks(*others, site(LONG, 9, 50), None)
+    assert torch.equal(mask, blocks.lists.to_mask())
+    found = strategy.attend(*qkv, site(LONG, 10, 50, memory))
+    want = site(LONG, 10, 50).sparse(*qkv, between._blocks(*qkv, site(LONG, 10, 50), memory["kept"].residual, mask))
+    assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 70])
+def test_bits(length: int) -> None:
+    mask = torch.rand(2, 3, 5, length) < 0.5
+    bits = to_bits(mask)
+    assert bits.shape == (2, 3, 5, -(-length // 8))
+    assert bits.dtype == torch.uint8
+    assert torch.equal(from_bits(bits, length), mask)
+
+
 def test_without_a_dense_step_it_is_tangent() -> None:
     qkv, strategy = inputs(LONG), Digest(0.7, BLOCK)
     found = strategy.attend(*qkv, site(LONG, 0, 4))
@@ -160,12 +223,21 @@ def test_the_dense_step_counts_as_expected(memory: float) -> None:
     assert float(here.record.work) == pytest.approx(want, abs=0.02)
 
 
-def test_what_large_models_keep() -> None:
-    """Bytes of a head by arithmetic: Wan 14B and HunyuanVideo at 720p keep rank 4 in less than 1.2 GiB a branch."""
-    for tokens, layers, heads in ((75_600, 40, 40), (119_056, 60, 24)):
-        head_bytes = 1.2 * 2**30 / (layers * heads)
-        assert affordable_rank(4, head_bytes, tokens, 128) == 4
-        assert layers * heads * (tokens * (4 + 2) + 4 * 4 * 128) / 2**30 < 1.2
+@pytest.mark.parametrize(
+    ("tokens", "layers", "heads", "ranks"),
+    [(75_600, 40, 40, (4, 4)), (119_056, 60, 24, (4, 3))],
+    ids=["wan", "hunyuan"],
+)
+@pytest.mark.parametrize("steps", [15, 50])
+def test_what_large_models_keep(tokens: int, layers: int, heads: int, ranks: tuple[int, int], steps: int) -> None:
+    """Wan 14B and HunyuanVideo at 720p keep this rank, and in long runs their blocks, in 1.2 GiB a branch."""
+    layout, strategy = Layout(tokens, 1, 1), Digest(0.8, (128, 64))
+    here = replace(site(layout, 9, steps, {}), layers=layers)
+    renewals = strategy._renewals(steps, steps // 5 - 1)
+    rank = strategy._rank(torch.empty(1, heads, tokens, 128, device="meta"), here, renewals)
+    assert rank == ranks[steps == 50]
+    blocks = -(-tokens // 128) * -(-tokens // (64 * 8)) if steps == 50 else 0  # one bit each
+    assert layers * heads * (tokens * (rank + 2) + 4 * rank * 128 + blocks) / 2**30 < 1.2
 
 
 def test_a_call_that_falls_back_to_dense_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
