@@ -87,17 +87,20 @@ def with_text(density: float, block: Block, layout: Layout | None) -> float:
 
 
 def to_bits(mask: Tensor) -> Tensor:
-    """bool [..., n] in an eighth of the bytes: uint8 [..., n / 8], rounded up."""
+    """bool [..., n] in an eighth of the bytes: uint8 [..., n / 8], rounded up, the first in the highest bit."""
     whole = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    bits: Tensor = (whole.to(torch.uint8) << places).sum(-1, dtype=torch.uint8)
+    bits: Tensor = (whole.to(torch.uint8) << _places(mask.device)).sum(-1, dtype=torch.uint8)
     return bits
 
 
 def from_bits(bits: Tensor, length: int) -> Tensor:
     """The mask, bool [..., length], that `to_bits` was given."""
-    each = bits[..., None] >> torch.arange(8, dtype=torch.uint8, device=bits.device) & 1
+    each = bits[..., None] >> _places(bits.device) & 1
     return each.flatten(-2)[..., :length].bool()
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(7, -1, -1, device=device).to(torch.uint8)
 
 
 def _counts(layout: Layout, edge: int) -> tuple[int, int]:

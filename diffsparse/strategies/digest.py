@@ -27,14 +27,16 @@ class _Kept(NamedTuple):
 
     residual: of the sparse product.
     step: that it was.
-    first: the first such step of the run.
     blocks: that the product computed, as bits uint8 [B, H, nQ, nK / 8]; None where each step chooses its own.
+    renewals: all later dense steps of the run.
+    between: what runs between them.
     """
 
     residual: LowRank
     step: int
-    first: int
     blocks: Tensor | None
+    renewals: list[int]
+    between: Digest
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,15 @@ class Digest(Tangent):
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Dense attention over q, k, v [B, H, N, D]; keeps what the sparse product misses of it."""
         before: _Kept | None = site.memory.get("kept")
-        first = site.step if before is None else before.first
-        out = site.dense(q, k, v, reason="schedule" if first == site.step else "renewal")
-        renewals = self._renewals(site.steps, first)
+        out = site.dense(q, k, v, reason="schedule" if before is None else "renewal")
+        renewals = self._renewals(site.steps, site.step) if before is None else before.renewals
         rank = self._rank(q, site, renewals)
         if rank and self.sparsity:
-            blocks = self._between(site.steps, first)._blocks(q, k, v, site, None)
+            between = self._between(site.steps, site.step) if before is None else before.between
+            blocks = between._blocks(q, k, v, site, None)
             missed = LowRank.of(out - site.compare(q, k, v, blocks), rank)
             bits = to_bits(blocks.lists.to_mask()) if renewals else None
-            site.memory["kept"] = _Kept(missed, site.step, first, bits)
+            site.memory["kept"] = _Kept(missed, site.step, bits, renewals, between)
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -88,11 +90,10 @@ class Digest(Tangent):
         if kept is None:
             return super().attend(q, k, v, site)
         # a step cache may skip the very step that is due
-        if any(kept.step < step <= site.step for step in self._renewals(site.steps, kept.first)):
+        if any(kept.step < step <= site.step for step in kept.renewals):
             return self.observe(q, k, v, site)
-        strategy = self._between(site.steps, kept.first)
         mask = None if kept.blocks is None else from_bits(kept.blocks, site.layout.blocks(edges(self.block)[1]))
-        return site.sparse(q, k, v, strategy._blocks(q, k, v, site, strategy._useful(kept, q, site), mask))
+        return site.sparse(q, k, v, kept.between._blocks(q, k, v, site, kept.between._useful(kept, q, site), mask))
 
     def expected(self, run: Outline) -> list[Step]:
         """What each step computes: as Tangent, and the sparse product beside the dense one in steps that teach."""

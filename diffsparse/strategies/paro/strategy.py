@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +14,15 @@ from diffsparse.orders.layout import Layout
 from diffsparse.orders.named import check_order
 from diffsparse.orders.per_head import HeadOrders
 from diffsparse.site.compute import Blocks, Site
-from diffsparse.strategies.blocks import check_count, check_number, check_share, check_square, with_text
+from diffsparse.strategies.blocks import (
+    check_count,
+    check_number,
+    check_share,
+    check_square,
+    from_bits,
+    to_bits,
+    with_text,
+)
 from diffsparse.strategies.planned import Check, Part, Planned, group_of, list_of, one_of
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists
@@ -119,11 +126,9 @@ class PARO(Planned):
 
 def pack(masks: Tensor) -> Tensor:
     """bool [..., nQ, nK] to bits, uint8 [..., bytes]."""
-    return torch.from_numpy(np.packbits(masks.flatten(-2).cpu().numpy(), axis=-1))
+    return to_bits(masks.flatten(-2).cpu())
 
 
 def unpack(bits: Tensor, blocks: int) -> Tensor:
     """The inverse of `pack` for square masks: bool [..., blocks, blocks]."""
-    flat = np.unpackbits(bits.numpy(), axis=-1, count=blocks * blocks)
-    mask: Tensor = torch.from_numpy(flat).bool()
-    return mask.view(*bits.shape[:-1], blocks, blocks)
+    return from_bits(bits, blocks * blocks).view(*bits.shape[:-1], blocks, blocks)
