@@ -57,7 +57,7 @@ def multiply(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site) -> tup
     """Output [B, H, N, D] and LSE [B, H, N] of a sparse product by our kernels, which is the call's own."""
     with kernels.record() as ran:
         found = _multiplied(q, k, v, blocks, site)
-    site.record.ran_sparse(site.density(blocks, q), ran[0].name, ran[0].passed_over)
+    site.record.ran_sparse(site.density(blocks, q), ran[0].name, _passed_over(ran))
     return found
 
 
@@ -144,13 +144,19 @@ class Site(Place):
 
     def summarise(self, k: Tensor, v: Tensor, block: int, by: kernels.Summary = "first-order") -> kernels.Summaries:
         """Summaries of the key blocks; counted with the product that uses them."""
-        return kernels.summarise(k, v, block, scale=self.scale, key_mask=self.key_mask, by=by)
+        with kernels.record() as ran:
+            made = kernels.summarise(k, v, block, scale=self.scale, key_mask=self.key_mask, by=by)
+        self.record.passed_over += _passed_over(ran)
+        return made
 
     def summary_error(self, q: Tensor, summaries: kernels.Summaries, block: kernels.Block) -> Tensor:
         """Estimated error of each tile's summary, float32 [B, H, nQ, nK]."""
         q_block, kv_block = kernels.edges(block)
         self.record.beside += MASS_PASS / kv_block
-        return kernels.summary_error(q, summaries, q_block=q_block, scale=self.scale)
+        with kernels.record() as ran:
+            error = kernels.summary_error(q, summaries, q_block=q_block, scale=self.scale)
+        self.record.passed_over += _passed_over(ran)
+        return error
 
     def exact_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of a few queries [B, H, n, D] to all keys, on our own kernels; who asks for it counts it."""
@@ -229,6 +235,10 @@ class Site(Place):
             self.memory["density"] = weakref.ref(lists), reading, known
         number: float | None = reading.value()
         return known if number is None else number
+
+
+def _passed_over(ran: list[kernels.Choice]) -> tuple[str, ...]:
+    return tuple(reason for choice in ran for reason in choice.passed_over)
 
 
 def _moved_back(orders: HeadOrders, keys: HeadOrders, site: Site) -> Attend:

@@ -51,7 +51,7 @@ class Sums:
             backends=Counter(call.backend for call in calls),
             fallbacks=Counter(c.reason for c in calls if c.kind == "dense" and not c.planned),
             modes=Counter(mode for call in calls for mode in call.heads),
-            passed_over=Counter(reason for call in calls for reason in call.passed_over),
+            passed_over=Counter(reason for call in calls for reason in set(call.passed_over)),
             notes={call.note: None for call in calls if call.note},
         )
 

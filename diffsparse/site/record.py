@@ -29,7 +29,7 @@ class CallRecord:
     recall: mean softmax mass of the chosen blocks, where blocks were chosen.
     heads: what each head did, by name, where a strategy chooses by head.
     note: what else the user should know; equal notes are shown once.
-    passed_over: back ends of this device that come before the one that ran, and why they didn't run.
+    passed_over: back ends of this device that come before those that ran, and why they didn't run.
     beside: computed beside `density`, in dense calls: mass passes, and products that were only compared.
     """
 
@@ -65,7 +65,7 @@ class CallRecord:
     def ran_sparse(self, density: float | torch.Tensor, backend: str, passed_over: tuple[str, ...] = ()) -> None:
         """Note a block-sparse call, of our kernels or of your own; `density` may still live on the device."""
         self.kind, self.density, self.reason, self.backend = "sparse", density, "", backend
-        self.passed_over = passed_over
+        self.passed_over += passed_over
 
     def searched(self, recall: torch.Tensor) -> None:
         """Note that this call chose blocks; `recall` is their share of the softmax mass."""

@@ -10,7 +10,6 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from diffsparse.schedule import exact, nearest
-from diffsparse.site.charge import MASS_PASS
 from diffsparse.site.compute import Site
 from diffsparse.strategies.blocks import check_number, from_bits, to_bits
 from diffsparse.strategies.residual import LowRank, affordable_rank
@@ -101,10 +100,8 @@ class Digest(Tangent):
         if not (0 <= first < run.steps and self.sparsity and self.memory):
             return super().expected(run)
         renewals, strategy = self._renewals(run.steps, first), self._between(run.steps, first)
-        sparse, routing = strategy._expected(run), MASS_PASS / edges(self.block)[1]
-        learning = Step("dense", 1.0, (sparse.density or 0.0) + routing)
-        if renewals:
-            sparse = replace(sparse, beside=max(sparse.beside - routing, 0.0), new=0.0)
+        sparse = strategy._expected(run)
+        learning = Step("dense", 1.0, (sparse.density or 0.0) + self._routing())
         steps = run.each(lambda step: learning if step in renewals else sparse)
         steps[first] = learning
         return steps
@@ -116,13 +113,9 @@ class Digest(Tangent):
         return [first + nearest(Fraction(i * (left + 1), count + 1)) for i in range(1, count + 1)] if count > 1 else []
 
     def _between(self, steps: int | None, first: int) -> Digest:
-        """As it is between dense steps, each of which computes the sparse product too.
-
-        Shares of blocks leave room for routing, which there is none: its work is given back here.
-        """
+        """As it is between dense steps, which take their share of the work."""
         count, left = len(self._renewals(steps, first)), (steps or 0) - 1 - first
-        routing = MASS_PASS / edges(self.block)[1]
-        return replace(self, sparsity=self.sparsity + count / left - routing, probes=False) if count else self
+        return _Repeated(self.sparsity + count / left, self.block, self.order, False, self.memory) if count else self
 
     def _useful(self, kept: _Kept, q: Tensor, site: Site) -> LowRank | None:
         """The residual, if it is renewed, or probes tell what of it is of use; else for half of the rest of the run."""
@@ -140,3 +133,13 @@ class Digest(Tangent):
                 f"Digest keeps a residual of rank {rank}, not {self._most_rank}: that is what {self.memory:g} GiB hold"
             )
         return rank
+
+
+class _Repeated(Digest):
+    """Digest with the blocks of an earlier step."""
+
+    def _routing(self) -> float:
+        return 0.0
+
+    def _expected(self, run: Outline) -> Step:
+        return replace(super()._expected(run), new=0.0)

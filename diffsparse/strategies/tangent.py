@@ -132,7 +132,10 @@ class Tangent(Strategy):
     def _beside(self, tokens: int, dim: int, rank: int) -> float:
         """What is computed beside blocks and summaries, in dense passes: routing, probes and the residual."""
         count = self._probe_count(tokens, dim)
-        return MASS_PASS / edges(self.block)[1] + probe_work(count, tokens, dim) + rank / (2 * tokens)
+        return self._routing() + probe_work(count, tokens, dim) + rank / (2 * tokens)
+
+    def _routing(self) -> float:
+        return MASS_PASS / edges(self.block)[1]
 
     def _largest(self, error: Tensor, share: float, site: Site) -> Tensor:
         """The blocks of a layer with the largest errors, the largest of each row, and text; bool [B, H, nQ, nK]."""

@@ -17,9 +17,9 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from diffsparse_kernels.case import PRECISIONS
+from diffsparse_kernels.case import PRECISIONS, Kind
 
 _HERE = "diffsparse_kernels.backend"
 
@@ -30,28 +30,31 @@ class Backend(NamedTuple):
     module: where its functions are.
     devices: the kinds of devices that it runs on.
     default: the kinds on which it is used without being named.
+    kinds: of calls that it is made for; another back end of the device computes the rest.
     """
 
     module: str
     devices: tuple[str, ...]
     default: tuple[str, ...] = ()
+    kinds: tuple[Kind, ...] = get_args(Kind)
 
 
 # In order of preference. The reference is exact and slow: on a GPU dense attention is the better answer.
 BACKENDS = {
     "cpu": Backend(f"{_HERE}.cpu", ("cpu",), ("cpu",)),
-    "gluon": Backend(f"{_HERE}.gluon.launch", ("cuda",), ("cuda",)),
+    "gluon": Backend(f"{_HERE}.gluon.launch", ("cuda",), ("cuda",), ("attend",)),
     "triton": Backend(f"{_HERE}.triton.launch", ("cuda", "cpu"), ("cuda", "cpu")),
     "reference": Backend(f"{_HERE}.reference", ("cpu", "cuda", "mps", "xpu"), ("cpu", "mps", "xpu")),
     "flex": Backend(f"{_HERE}.flex", ("cuda", "cpu")),
-    "flash-attn-4": Backend(f"{_HERE}.flash4", ("cuda",)),
+    "flash-attn-4": Backend(f"{_HERE}.flash4", ("cuda",), kinds=("attend",)),
 }
 # Computed in few bits: `block_sparse_attention` with a precision, and `quantised_attention` with a number of bits.
-_QUANTISED = {f"triton {precision}": f"{_HERE}.triton.eight_bits" for precision in PRECISIONS}
-_QUANTISED |= {f"int{bits} emulated": f"{_HERE}.emulated" for bits in range(2, 9)}
+_OTHERS = {f"triton {precision}": f"{_HERE}.triton.eight_bits" for precision in PRECISIONS}
+_OTHERS |= {f"int{bits} emulated": f"{_HERE}.emulated" for bits in range(2, 9)}
+_OTHERS["torch"] = "diffsparse_kernels.summaries"  # makes and merges them where no kernel does
 
 
 @cache
 def load(name: str) -> ModuleType:
     """The module of a back end, imported at the first call."""
-    return import_module(BACKENDS[name].module if name in BACKENDS else _QUANTISED[name])
+    return import_module(BACKENDS[name].module if name in BACKENDS else _OTHERS[name])

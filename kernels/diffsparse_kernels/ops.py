@@ -14,10 +14,9 @@ from torch import Tensor
 
 from diffsparse_kernels import summaries as plain
 from diffsparse_kernels.case import DENSE_BLOCKS, Case
-from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
-from diffsparse_kernels.registry import Choice, check_named, choose, choose_quantised, running
+from diffsparse_kernels.registry import Choice, check_named, choose, choose_quantised, choose_summary, running
 from diffsparse_kernels.summaries import Summaries, Summary
 
 
@@ -47,15 +46,11 @@ def merge_summaries(
 
 
 def _summary_kernel(name: str, case: Case, device: torch.device) -> Callable[..., Any]:
-    """This function of the back end that computes the case; plain torch, which always can, where it has none.
+    """This function of the back end that computes the case; that of plain torch, which always can, where it has none.
 
     Without autocast, which would round what summaries hold in float32.
     """
-    otherwise: Callable[..., Any] = getattr(plain, name)
-    try:
-        kernel: Callable[..., Any] = getattr(choose(case, device).module, name, otherwise)
-    except NoKernelError:
-        kernel = otherwise
+    kernel: Callable[..., Any] = getattr(running(choose_summary(case, device)), name, getattr(plain, name))
     return cast(Callable[..., Any], torch.autocast(device.type, enabled=False)(kernel))
 
 

@@ -67,8 +67,9 @@ def record() -> Iterator[list[Choice]]:
             out, lse = block_sparse_attention(q, k, v, lists)
         ran[0].name  # such as "triton"
 
-    One entry a call: of `attention_with_mass`, what gives the output. Calls of other threads are not recorded. Code
-    made by `torch.compile` is recorded when it runs; open the block outside of it.
+    One entry a call: of `attention_with_mass`, what gives the output; where a call also makes summaries or merges them,
+    what does that follows. Calls of other threads are not recorded. Code made by `torch.compile` is recorded when it
+    runs; open the block outside of it.
     """
     ran: list[Choice] = []
     token = _records.set((*_records.get(), ran))
@@ -100,7 +101,7 @@ def choose(case: Case, device: torch.device, named: str = "") -> Choice:
 def _choose(case: Case, device: torch.device, named: str) -> Choice:
     passed_over: list[str] = []
     absent: list[str] = []
-    for name in _candidates(device, named):
+    for name in _candidates(case.kind, device, named):
         reason = capability(name, device)
         if reason is not None:
             absent.append(f"{name}: {reason}")
@@ -110,6 +111,14 @@ def _choose(case: Case, device: torch.device, named: str) -> Choice:
             return Choice(name, tuple(passed_over))
         passed_over.append(f"{name}: {reason}")
     raise NoKernelError(f"no kernel on {device} can do this ({case}): {'; '.join(passed_over + absent)}")
+
+
+def choose_summary(case: Case, device: torch.device) -> Choice:
+    """What computes this case of summaries: never none, for plain torch can compute all of them."""
+    try:
+        return choose(case, device)
+    except NoKernelError as error:
+        return Choice("torch", (error.reason,))
 
 
 def choose_quantised(case: Case, device: torch.device, bits: int) -> Choice:
@@ -136,7 +145,12 @@ def _named() -> str:
     return os.environ.get("DIFFSPARSE_BACKEND", "")
 
 
-def _candidates(device: torch.device, named: str) -> list[str]:
+def _candidates(kind: Kind, device: torch.device, named: str) -> list[str]:
+    """Back ends for this kind of calls, in order of preference."""
+    return [name for name in _preferred(device, named) if kind in BACKENDS[name].kinds]
+
+
+def _preferred(device: torch.device, named: str) -> list[str]:
     """Back ends in order of preference; the one that was measured to be the fastest comes first."""
     if named:
         check_named(named, device)

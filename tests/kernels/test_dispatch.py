@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import platformdirs
 import pytest
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import diffsparse_kernels as dk
 from diffsparse_kernels import BackendError, KernelInputError, NoKernelError, machine, measured, ops, registry, trials
-from diffsparse_kernels.case import Case
+from diffsparse_kernels.case import Case, Kind
 from diffsparse_kernels.machine import device_name
 from support.cases import Size, random_boxes
 
@@ -161,8 +161,22 @@ def test_what_no_kernel_can_do_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         with pytest.raises(NoKernelError, match=reason) as told:
             registry.choose(case, torch.device("cuda"))
-        assert "gluon: not here" in told.value.reason
+        assert ("gluon: not here" in told.value.reason) == (case.kind == "attend")  # all it is made for
         assert "backend='reference'" in str(told.value)
+
+
+def test_a_back_end_is_asked_for_what_it_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hopper kernel knows attention alone: that triton makes the rest is no failure to tell of."""
+    pytest.importorskip("triton")
+    for name in ("gluon", "triton"):
+        monkeypatch.setattr(registry.load(name), "device_capability", lambda device: None)
+    monkeypatch.setattr(trials, "verdict", lambda *_: "")
+    dk.forget_measurements()
+    for kind in get_args(Kind):
+        case = Case(kind, torch.bfloat16, 64, 64, 128, 64)
+        for named in ("", "gluon"):
+            choice = registry.choose(case, torch.device("cuda"), named)
+            assert choice == dk.Choice("gluon" if kind == "attend" else "triton")
 
 
 def test_no_exception_of_a_backend_leaves_the_list(monkeypatch: pytest.MonkeyPatch) -> None:

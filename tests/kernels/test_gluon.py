@@ -164,7 +164,6 @@ CASE = Case("attend", torch.bfloat16, 128, 128, 128, 64)
         ({}, ""),
         ({"dtype": torch.float16, "head_dim": 72, "value_dim": 72, "kv_block": 128}, ""),
         ({"masked": True}, ""),
-        ({"kind": "mass"}, "attention alone"),
         ({"q_block": 64}, "blocks of 128 queries and 64 or 128 keys; got 64 and 64"),
         ({"kv_block": 32}, "got 128 and 32"),
         ({"axes": 1}, "no boxes"),

@@ -18,8 +18,10 @@ pytest.importorskip("triton")
 
 import diffsparse
 import diffsparse_kernels as dk
-from diffsparse import AdaSpa, Digest, Random, Schedule
+from diffsparse import AdaSpa, Digest, Random, Schedule, Tangent
 from diffsparse.errors import DenseFallbackError
+from diffsparse_kernels import registry, trials
+from diffsparse_kernels.case import Kind
 from support import first_use, tiny_transformers
 from support.devices import pretended
 
@@ -97,6 +99,28 @@ def test_heads_that_no_kernel_takes_run_dense(monkeypatch: pytest.MonkeyPatch) -
         assert all(map(torch.equal, tiny_transformers.tensors(model, inputs), dense))
         (reason,) = handle.report().fallbacks
     assert "heads of at most 128 channels; got 256" in reason
+
+
+@pytest.mark.parametrize("cpu_has_them", [False, True])
+def test_summaries_that_a_slower_kernel_makes_are_told(cpu_has_them: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs: tuple[Kind, ...] = ("summaries", "errors", "statistics")
+    others: tuple[Kind, ...] = ("attend", "fused", "mass")
+    with pretended(monkeypatch, "triton", "cpu"):
+        here = registry.BACKENDS
+        rows = {"triton": theirs, "cpu": (*others, *theirs) if cpu_has_them else others}
+        monkeypatch.setattr(registry, "BACKENDS", {name: here[name]._replace(kinds=rows[name]) for name in rows})
+        monkeypatch.setattr(trials, "verdict", lambda kernel, case, device: f"{case.kind} are wrong")
+        monkeypatch.setattr("diffsparse.strategies.tangent._MOST_STATISTICS", 9.0)  # first order for few tokens
+        model, inputs = (make("WanTransformer3DModel") for make in (tiny_transformers.build, tiny_transformers.inputs))
+        with diffsparse.apply(model, Tangent(block=16), schedule=ALWAYS) as handle:
+            tiny_transformers.tensors(model, inputs)
+            report = handle.report()
+    assert set(report.backends) == {"cpu"}
+    for kind in theirs:
+        (told,) = [reason for reason in report.passed_over if f"triton: {kind} are wrong" in reason]
+        assert report.passed_over[told] == report.sparse_calls == len(report.calls)
+        assert told in str(report)
+    assert len(report.passed_over) == len(theirs)
 
 
 class _WhichKernel:

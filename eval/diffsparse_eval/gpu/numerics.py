@@ -169,12 +169,14 @@ def _choose(case: Case, device: torch.device) -> Attempt:
     """The trials are made when a backend is chosen, and those of its tiles when it is first called."""
     choice = registry.choose(case, device)
     compute(case, choice.module, next(iter(samples(case, device, long=False))))
-    refused = [reason for reason in choice.passed_over if case.kind == "attend"]  # gluon has nothing but attention
-    return {"verdict": "wrong" if refused else "right", "why": "; ".join(refused), "backend": choice.name}
+    return _verdict(choice)
 
 
 def _choose_eight_bits(device: torch.device) -> Attempt:
-    choice = registry.choose_quantised(_USUAL, device, 8)
+    return _verdict(registry.choose_quantised(_USUAL, device, 8))
+
+
+def _verdict(choice: registry.Choice) -> Attempt:
     return {
         "verdict": "wrong" if choice.passed_over else "right",
         "why": "; ".join(choice.passed_over),

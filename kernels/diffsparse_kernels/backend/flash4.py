@@ -33,8 +33,6 @@ def capability(device: torch.device, case: Case | None = None) -> str | None:
 
 def case_capability(case: Case) -> str | None:
     """What the kernel can't do of a case, which the triton backend then does; None if it can do all."""
-    if case.kind != "attend":
-        return "it computes attention alone"
     if case.axes or case.masked:
         return "it takes no boxes and no key mask"
     if case.dtype not in (torch.bfloat16, torch.float16):

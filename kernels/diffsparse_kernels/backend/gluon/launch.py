@@ -61,8 +61,6 @@ def device_capability(device: torch.device) -> str | None:
 
 def case_capability(case: Case) -> str | None:
     """What the kernel can't do of a case, which the triton backend then does; None if it can do all."""
-    if case.kind != "attend":
-        return "it computes attention alone"
     if case.axes:
         return "it takes no boxes"
     if case.dtype not in (torch.bfloat16, torch.float16):
