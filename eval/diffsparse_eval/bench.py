@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 INPUTS = 2  # sets of inputs that alternate
 _FOREIGN = ("flex", "flash-attn-4")
 DEFAULTS = {"cpu": ("cpu",), "gpu": ("gluon", "triton", *_FOREIGN)}  # backends that are timed by default
-Kind = Literal["dense", "mass", "sparse", "means", "raster", "ordered"]
+Kind = Literal["dense", "mass", "sparse", "means", "first-order", "raster", "ordered"]
 
 
 class WrongResultError(DiffsparseError, ArithmeticError):
@@ -35,8 +35,8 @@ class Entry(NamedTuple):
     """What is timed of a case.
 
     backend: name of the kernel.
-    kind: dense; mass, the search pass without values; sparse; means, where dropped blocks stand as their means;
-        raster and ordered, with [B, N, H, D] in and out, without and with an order of the tokens for each head.
+    kind: dense; mass, the search pass without values; sparse; means and first-order, with such summaries of dropped
+        blocks; raster and ordered, with [B, N, H, D] in and out, without and with an order of the tokens for each head.
     density: share of blocks computed.
     error: largest error that `check` found; None where nothing was compared.
     """
@@ -172,16 +172,17 @@ def _mass_calls(case: Case, inputs: list[QKV], backend: str, failed: Failed) -> 
 
 
 def _variants(case: Case, lists: BlockLists, backend: str) -> dict[Kind, Callable[..., object]]:
-    """The same blocks with means for the others; token-major, as models call; and so with an order for each head."""
+    """The same blocks with summaries of the others; token-major, as models call; and so with an order for each head."""
     import torch
 
     from diffsparse import Layout
     from diffsparse.orders.named import AXES
     from diffsparse.orders.per_head import HeadOrders
     from diffsparse_kernels import block_sparse_attention
+    from diffsparse_kernels.summaries import SUMMARIES
 
     kernel = partial(block_sparse_attention, lists=lists, backend=backend)
-    found: dict[Kind, Callable[..., object]] = {"means": partial(kernel, summary="means")}
+    found: dict[Kind, Callable[..., object]] = {by: partial(kernel, summary=by) for by in SUMMARIES}
     frames, rest = divmod(case.tokens, 256)
     if rest:
         return found

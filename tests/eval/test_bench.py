@@ -35,9 +35,9 @@ def run(*arguments: str) -> int:
 
 def test_rows_compare_with_dense_of_the_same_case() -> None:
     rows = bench.measure(CASE, "cpu", ["cpu"], 2, bench.Troubles())
-    ours = ["mass", "sparse", "means"]
+    ours = ["mass", "sparse", "means", "first-order"]
     assert [(r["backend"], r["kind"]) for r in rows] == [("sdpa", "dense"), *(("cpu", kind) for kind in ours)]
-    dense, _, sparse, _ = rows
+    dense, _, sparse, *_ = rows
     assert dense["speedup"] == 1
     assert sparse["speedup"] == pytest.approx(dense["ms"] / sparse["ms"])
     assert sparse["density"] == pytest.approx(3 / 7)  # 0.4 of 7 blocks, rounded
@@ -112,7 +112,7 @@ def test_a_backend_without_its_mass_is_told(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(diffsparse_kernels.backend.cpu, name, broken)
     troubles = bench.Troubles()
     rows = bench.measure(CASE, "cpu", ["cpu"], 1, troubles)
-    assert [row["kind"] for row in rows] == ["dense", "sparse", "means"]
+    assert [row["kind"] for row in rows] == ["dense", "sparse", "means", "first-order"]
     assert list(troubles.failed.values()) == ["out of luck"]
 
 
@@ -140,12 +140,12 @@ def test_bench_without_rich_and_diffusers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     kinds = [row["kind"] for row in csv.DictReader(out.read_text().splitlines())]
-    assert kinds == ["dense", "mass", "sparse", "means", "raster", "ordered"]
+    assert kinds == ["dense", "mass", "sparse", "means", "first-order", "raster", "ordered"]
     device, headings, *lines = done.stdout.splitlines()
     assert device.startswith(machine.processor())
     assert headings.split() == " ".join(_HEADINGS).split()
-    assert [line.split()[8] for line in lines[:6]] == kinds
-    assert lines[-1] == f"6 rows are in {out}"
+    assert [line.split()[8] for line in lines[: len(kinds)]] == kinds
+    assert lines[-1] == f"{len(kinds)} rows are in {out}"
 
 
 def test_doctor_without_rich_and_diffusers(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_command_writes_rows(suffix: str, tmp_path: Path, capsys: pytest.Cap
         "tflops",
         "speedup",
     }
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert all(row.keys() >= wanted for row in rows)
     assert "100 x 1 x 16" in capsys.readouterr().out
 
@@ -248,7 +248,9 @@ def test_queries_and_keys_of_a_block_may_differ(pattern: suites.Pattern) -> None
     troubles = bench.Troubles()
     rows = bench.measure(case, "cpu", ["cpu"], 1, troubles)
     assert troubles == bench.Troubles()
-    assert {row["kind"]: row["block"] for row in rows} == dict.fromkeys(("dense", "mass", "sparse", "means"), "32x16")
+    assert {row["kind"]: row["block"] for row in rows} == dict.fromkeys(
+        ("dense", "mass", "sparse", "means", "first-order"), "32x16"
+    )
     assert case.label.endswith("in blocks of 32x16, float32" if pattern == "random" else "float32")
     assert SizeOptions(block="64, 32x16,8x8").cases()[-3:] == [
         replace(SizeOptions(block=block).cases()[-1], block=made)
@@ -315,6 +317,7 @@ main(["bench", "--suite", "gpu", "--shrink", "600", "--backend", "triton", "--ro
         ("triton", "mass"),
         ("triton", "sparse"),
         ("triton", "means"),
+        ("triton", "first-order"),
     ]
 
 
@@ -344,7 +347,7 @@ def test_the_commit_is_that_of_the_checkout() -> None:
 def test_orders_are_timed_where_the_tokens_make_a_grid() -> None:
     case = suites.Case(tokens=512, heads=3, head_dim=16, dtype="float32", block=64, sparsities=(0.5,))
     rows = bench.measure(case, "cpu", ["cpu"], 1, bench.Troubles())
-    assert [row["kind"] for row in rows] == ["dense", "mass", "sparse", "means", "raster", "ordered"]
+    assert [row["kind"] for row in rows] == ["dense", "mass", "sparse", "means", "first-order", "raster", "ordered"]
     assert len({row["density"] for row in rows[2:]}) == 1
 
 

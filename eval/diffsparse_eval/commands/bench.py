@@ -33,8 +33,8 @@ _HEADINGS = (
 )
 _LEGEND = (
     "speed-up is over the fastest dense kernel of the same case; mass is the search pass without values",
-    "means: dropped blocks stand as their means; raster and ordered: [B, N, H, D] in and out, without and",
-    "with an order of the tokens for each head",
+    "means, first-order: with such summaries of dropped blocks, which are made in the same call",
+    "raster and ordered: [B, N, H, D] in and out, without and with an order of the tokens for each head",
     "efficiency is TFLOP/s per computed block over that dense kernel's",
 )
 
