@@ -8,6 +8,8 @@ from collections.abc import Iterator
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms want, see `poisoned`
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers and what they start share two cores: more threads would only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -16,13 +18,6 @@ import torch
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread_each() -> None:
-    """Two workers share two cores: more threads would only wait for each other."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
 
 
 @pytest.fixture
