@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import statistics
+import subprocess
 import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,11 @@ PACKAGES = {
     "diffsparse_pipelines": ROOT / "pipelines" / "diffsparse_pipelines",
     "diffsparse": ROOT / "diffsparse",
     "diffsparse_kernels": ROOT / "kernels" / "diffsparse_kernels",
+}
+AT_THE_TOP = {
+    *("diffsparse", "kernels", "pipelines", "eval", "tests", "docs", ".ci"),
+    *("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"),
+    *("Makefile", "pyproject.toml", "constraints.txt", ".pre-commit-config.yaml", ".gitignore"),
 }
 ROOMS, FLOORS = 12, 6
 ANY, IGNORES = 150, 12
@@ -198,6 +204,12 @@ def test_few_rooms_at_the_top() -> None:
         if not entry.name.startswith("__")
     ]
     assert len(found) <= ROOMS, found
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_nothing_lies_about_at_the_top() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {path.split("/")[0] for path in listed} == AT_THE_TOP
 
 
 def test_strategies_declare_what_they_are_asked() -> None:
