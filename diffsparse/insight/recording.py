@@ -22,7 +22,7 @@ from diffsparse.strategies.base import Attending, Strategy, Wrapper, as_strategy
 FORMAT = 1  # of recordings; counts up when what is written changes so that an earlier release would misread it
 DTYPE = torch.bfloat16
 _REMEDY = "record again with `diffsparse inspect --record FILE`"
-_PLACE = ("model", "layer", "index", "step", "steps", "branch", "layers")  # of what a file says of a place
+_PLACE = ("model", "layer", "index", "step", "steps", "end", "branch", "layers")  # of what a file says of a place
 
 
 def paired_steps(steps: int, pairs: int) -> frozenset[int]:

@@ -23,6 +23,7 @@ from diffsparse.seam.clock import MOST_SHAPES, Clock, Context, Moment
 from diffsparse.seam.geometry import Geometry, Grid
 from diffsparse.seam.masks import KeyMask, Masks
 from diffsparse.seam.models import ModelSpec
+from diffsparse.seam.targets import entrances_of
 from diffsparse.site.compute import DenseBackend, Site
 from diffsparse.site.ledger import Ledger
 from diffsparse.site.record import CallRecord
@@ -170,7 +171,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self._shapes: OrderedDict[Hashable, int] = OrderedDict()  # of the memories, by the pass that used them
         self.ledger = Ledger(memories=self._memories)
         self._masks = Masks()
-        self._run, self._warned, self._recognised = -1, False, False
+        self._run, self._warned, self._recognised, self._takes_turns = -1, False, False, False
         self.hooks: list[RemovableHandle] = []
         self.shard = WHOLE
         self.guidance: Perturber | None = None
@@ -205,6 +206,8 @@ class Run(ModelHook):  # type: ignore[misc]
         if moment.run != self._run:
             self._forget()
             self._run, self.ledger = moment.run, Ledger(memories=self._memories)
+            pipe = self.clock.pipe
+            self._takes_turns = pipe is not None and len(entrances_of(pipe)) > 1
             if moment.steps is None and (unknown := self.schedule.of_unknown_length()):
                 self.ledger.note(unknown)
         record = self.ledger.open(layer.name, moment.step, moment.branch)
@@ -333,6 +336,7 @@ class Run(ModelHook):  # type: ignore[misc]
             index=layer.index,
             step=moment.step,
             steps=moment.steps,
+            end=None if self._takes_turns else self.schedule.bounds(moment.steps)[1],
             branch=moment.branch,
             layout=layout,
             layers=len(self.layers),

@@ -178,7 +178,10 @@ class Site(Place):
     def compare(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         """What `sparse` would give, for comparison: never dense, and counted as work beside the call's."""
         self.record.beside += self.density(blocks, q)
-        return _multiplied(q, k, v, blocks, self)[0]
+        with kernels.record() as ran:
+            out, _ = _multiplied(q, k, v, blocks, self)
+        self.record.passed_over += _passed_over(ran)
+        return out
 
     def density(self, blocks: Blocks, q: Tensor) -> Tensor:
         """Share of dense attention that a product with q [B, H, N, D] computes: 0-dim, on the device of the lists."""

@@ -17,6 +17,8 @@ class Place:
     index: number of that module, in the order of the model's modules.
     step: denoising step, counted from 0.
     steps: length of the run in steps; None if it is unknown.
+    end: first step after those that this transformer may run sparse; None if it is unknown, as where the experts of a
+        pipeline take turns.
     branch: name of the guidance branch.
     layout: which of the N tokens lie on the grid.
     layers: how many such modules the model has.
@@ -30,5 +32,6 @@ class Place:
     steps: int | None
     branch: str
     layout: Layout
+    end: int | None = None
     layers: int = 1
     shard: Shard = WHOLE

@@ -59,7 +59,8 @@ class CallRecord:
         passed_over: tuple[str, ...] = (),
     ) -> None:
         """Note a dense call; one of kind "search" ran on our kernels, others on the user's backend."""
-        self.kind, self.density, self.passed_over = kind, 1.0, passed_over
+        self.kind, self.density = kind, 1.0
+        self.passed_over += passed_over
         self.reason, self.planned, self.backend = reason, planned, backend
 
     def ran_sparse(self, density: float | torch.Tensor, backend: str, passed_over: tuple[str, ...] = ()) -> None:

@@ -47,19 +47,21 @@ class Digest(Tangent):
     that follow, the probes see what of it still holds: their fit may start from it, and has its coefficients among its
     features. Where there are no probes, it is added as it is for half of the run.
 
-    Long runs renew it: where three eighths of the work suffice for two dense steps or more, ten steps apart, these are
-    spread evenly over the run. Between them the blocks stay the same, for what a product misses depends on them, and
-    all that was kept is added: no routing, no probes. At 80 % sparsity with a fifth of the steps dense, a run of 36
-    steps is the first such.
+    Long runs renew it: where three eighths of the work suffice for two dense steps or more, ten steps apart, these
+    are spread evenly over the run. Between them the blocks stay the same, for what a product misses depends on them:
+    there is no routing. Probes take a thirty-second of the work at most, so that there are some from about 20,000
+    tokens; where there are none, all that was kept is added. At 80 % sparsity with a fifth of the steps dense, a run
+    of 36 steps is the first such.
 
     A dense output less a cheaper one, kept and added in later steps, is DiTFastAttn's (arXiv 2406.08552), Re-ttention's
     (2505.22918) and QuantSparse's (2509.23681), which keeps it in low rank. Ours are what it is a residual of, and that
-    exact rows decide in each step, for each head, what of it is used.
+    exact rows, where there are probes, decide in each step, for each head, what of it is used.
 
     memory: GiB that may be kept, for each sample of each guidance branch; a lower rank than 4 where that is too little.
 
-    Without a dense first step it is Tangent. Where the length of the run is unknown, nothing is renewed, and only
-    probes use what was kept.
+    Without a dense first step it is Tangent. Nothing is renewed where the length of the run is unknown, or how much of
+    it a transformer has (the experts of Wan 2.2), or where the memory has no room for the blocks. Where the length is
+    unknown, only probes use what was kept.
     """
 
     memory: float = 1.2
@@ -72,11 +74,11 @@ class Digest(Tangent):
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Dense attention over q, k, v [B, H, N, D]; keeps what the sparse product misses of it."""
         before: _Kept | None = site.memory.get("kept")
-        out = site.dense(q, k, v, reason="schedule" if before is None else "renewal")
-        renewals = self._renewals(site.steps, site.step) if before is None else before.renewals
+        out = site.dense(q, k, v, reason="schedule" if before is None or before.step == site.step else "renewal")
+        renewals = self._affordable_renewals(q, site) if before is None else before.renewals
         rank = self._rank(q, site, renewals)
-        if rank and self.sparsity:
-            between = self._between(site.steps, site.step) if before is None else before.between
+        if rank and not self._is_whole:
+            between = self._between(renewals, site.end, site.step) if before is None else before.between
             blocks = between._blocks(q, k, v, site, None)
             missed = LowRank.of(out - site.compare(q, k, v, blocks), rank)
             bits = to_bits(blocks.lists.to_mask()) if renewals else None
@@ -97,25 +99,35 @@ class Digest(Tangent):
     def expected(self, run: Outline) -> list[Step]:
         """What each step computes: as Tangent, and the sparse product beside the dense one in steps that teach."""
         first = run.first - 1
-        if not (0 <= first < run.steps and self.sparsity and self.memory):
+        if not (0 <= first < run.steps and self.memory) or self._is_whole:
             return super().expected(run)
-        renewals, strategy = self._renewals(run.steps, first), self._between(run.steps, first)
-        sparse = strategy._expected(run)
+        renewals = self._renewals(run.end, first)
+        sparse = self._between(renewals, run.end, first)._expected(run)
         learning = Step("dense", 1.0, (sparse.density or 0.0) + self._routing())
         steps = run.each(lambda step: learning if step in renewals else sparse)
         steps[first] = learning
         return steps
 
-    def _renewals(self, steps: int | None, first: int) -> list[int]:
-        """Dense steps after the first, if there are several: of three eighths of the work, ten steps apart or more."""
-        left = 0 if steps is None else max(steps - 1 - first, 0)
+    def _renewals(self, end: int | None, first: int) -> list[int]:
+        """Dense steps after the first, if there are several: of three eighths of the work, ten steps apart or more.
+
+        end: first step after the sparse ones; None if it is unknown.
+        """
+        left = 0 if end is None else max(end - 1 - first, 0)
         count = min(int(_RENEWING * (1 - exact(self.sparsity)) * left), (left + 1) // _APART - 1)
         return [first + nearest(Fraction(i * (left + 1), count + 1)) for i in range(1, count + 1)] if count > 1 else []
 
-    def _between(self, steps: int | None, first: int) -> Digest:
+    def _affordable_renewals(self, q: Tensor, site: Site) -> list[int]:
+        """None where the memory can't hold the blocks too."""
+        renewals = self._renewals(site.end, site.step)
+        return renewals if self._rank(q, site, renewals) else []
+
+    def _between(self, renewals: list[int], end: int | None, first: int) -> Digest:
         """As it is between dense steps, which take their share of the work."""
-        count, left = len(self._renewals(steps, first)), (steps or 0) - 1 - first
-        return _Repeated(self.sparsity + count / left, self.block, self.order, False, self.memory) if count else self
+        if not renewals or end is None:
+            return self
+        sparsity = self.sparsity + len(renewals) / (end - 1 - first)
+        return _Repeated(sparsity, self.block, self.order, self.probes, self.memory)
 
     def _useful(self, kept: _Kept, q: Tensor, site: Site) -> LowRank | None:
         """The residual, if it is renewed, or probes tell what of it is of use; else for half of the rest of the run."""
@@ -137,6 +149,8 @@ class Digest(Tangent):
 
 class _Repeated(Digest):
     """Digest with the blocks of an earlier step."""
+
+    _most_probing: ClassVar[float] = 1 / 32  # what was kept is fresh: they are a safeguard
 
     def _routing(self) -> float:
         return 0.0

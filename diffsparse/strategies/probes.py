@@ -12,16 +12,15 @@ from diffsparse.orders.layout import Layout, kept
 
 FEWEST = 32  # that a fit is worth
 _LEAST_CAP = 64
-_SHARE = 1 / 8  # of the work that probes may take
 _RIDGES = (0.03, 0.3, 3.0)  # penalties that are tried, for features of unit variance
 
 
 def probe_count(work: float, tokens: int, head_dim: int) -> int:
-    """How many rows are computed exactly: one for each channel, at least 64; none where that is too much work.
+    """How many rows are computed exactly: one for each channel, at least 64; fewer, or none, where that is too much.
 
-    work: share of dense attention that all may take.
+    work: share of dense attention that they and their fit may take.
     """
-    most = min(max(head_dim, _LEAST_CAP), int(work * _SHARE * tokens - head_dim / 2))
+    most = min(max(head_dim, _LEAST_CAP), int(work * tokens - head_dim / 2))
     return most if most >= FEWEST else 0
 
 

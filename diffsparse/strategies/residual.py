@@ -49,4 +49,4 @@ class LowRank(NamedTuple):
 
 def affordable_rank(most: int, head_bytes: float, tokens: int, head_dim: int) -> int:
     """The highest rank, up to `most`, that keeps a head within `head_bytes`."""
-    return max(0, min(most, head_dim, int((head_bytes - 2 * tokens) / (tokens + 4 * head_dim))))
+    return max(0, int(min(most, head_dim, (head_bytes - 2 * tokens) / (tokens + 4 * head_dim))))

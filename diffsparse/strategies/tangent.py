@@ -22,7 +22,7 @@ from diffsparse_kernels import Block, BlockLists, Summaries, Summary, best_block
 
 _LEAST = 1e-3  # of the blocks, beside the best of each row
 _NOTHING = 2.0**-40  # of the largest error
-_MOST_STATISTICS = 1 / 3  # of the work
+_MOST_STATISTICS = 1 / 3  # of the work, as all that follow
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Tangent(Strategy):
        softmax leans to the values of the keys with the higher scores, by q H with H = scale * cov(keys, values).
        For a block of queries the matrices H of all dropped blocks are mixed into one, as its mean query weighs them,
        and no step q H gets longer than half of the values' spread. Means alone where H would take over a third of the
-       work: with blocks of 64 and 64 channels, over less than 1088 tokens at 80 % sparsity, 2560 at 90, 7232 at 95.
+       work: with blocks of 64 and 64 channels, over less than 1088 tokens at 80 % sparsity, 2508 at 90, 7229 at 95.
     3. What this leaves out is known in size without the keys, from |q|, |H|, the variance of the scores and the spread
        of the values. One threshold for all heads and rows of a layer spends the blocks where that is largest; every
        row keeps its best.
@@ -55,8 +55,8 @@ class Tangent(Strategy):
         D / N + D / (2 q_block kv_block), probes n / N + D / 2N).
     block: tokens of a block, or its queries and keys; by default 128 x 64 on a machine with a GPU, else 64.
     order: of the tokens (`diffsparse.orders`); "auto" finds each head's own in its first call.
-    probes: False leaves them out. There are as many as a head has channels, at least 64, but none where they would take
-        more than an eighth of the work.
+    probes: False leaves them out. There are as many as a head has channels, at least 64; fewer where they would take
+        more than an eighth of the work, and none where these were less than 32.
     """
 
     sparsity: float = 0.8
@@ -65,6 +65,7 @@ class Tangent(Strategy):
     probes: bool = True
     is_compensated = True
     _most_rank: ClassVar[int] = 0  # of a residual
+    _most_probing: ClassVar[float] = 1 / 8  # of the work
 
     def __post_init__(self) -> None:
         check_share("sparsity", self.sparsity)
@@ -72,14 +73,23 @@ class Tangent(Strategy):
         check_order(self.order, auto=True)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Blocks, summaries and what probes add, over q, k, v [B, H, N, D]."""
+        """Blocks, summaries and what probes add, over q, k, v [B, H, N, D]; dense where nothing is to be dropped."""
+        if self._is_whole:
+            return site.dense(q, k, v)
         return site.sparse(q, k, v, self._blocks(q, k, v, site, None))
 
     def expected(self, run: Outline) -> list[Step]:
         """What each step computes; where the sizes are not known, the work that was asked for."""
         return run.each(lambda _: self._expected(run))
 
+    @property
+    def _is_whole(self) -> bool:
+        """Whether nothing is dropped: a summary of one key would be the key."""
+        return not self.sparsity or edges(self.block)[1] == 1
+
     def _expected(self, run: Outline) -> Step:
+        if self._is_whole:
+            return Step("sparse", 1.0)
         if run.layout is None or run.head_dim is None:
             return Step("sparse", 1 - self.sparsity, new=1.0)
         layout, dim, rank = run.layout, run.head_dim, self._most_rank
@@ -117,13 +127,11 @@ class Tangent(Strategy):
         return "first-order" if fixed <= _MOST_STATISTICS * (1 - self.sparsity) else "means"
 
     def _probe_count(self, tokens: int, dim: int) -> int:
-        return probe_count(1 - self.sparsity, tokens, dim) if self.probes and self.sparsity else 0
+        return probe_count((1 - self.sparsity) * self._most_probing, tokens, dim) if self.probes else 0
 
     def _share(self, layout: Layout, dim: int, rank: int) -> float:
         """Of the blocks, beside those of text, so that with all that goes with them 1 - sparsity is computed."""
         kv_block, tokens = edges(self.block)[1], layout.tokens
-        if not self.sparsity or kv_block == 1:
-            return 1.0
         summaries = summary_work(self._summary(tokens, dim), 1.0, self.block, tokens, dim)
         rest = summaries + self._beside(tokens, dim, rank)
         share = (1 - self.sparsity - rest) / (1 - 1 / kv_block)

@@ -10,11 +10,15 @@ class KernelInputError(DiffsparseError, ValueError):
 
 
 class NoKernelError(KernelInputError):
-    """No kernel of this device can do what is asked: its head size, blocks or number format. Dense attention can."""
+    """No kernel of this device can do what is asked: its head size, blocks or number format. Dense attention can.
 
-    def __init__(self, reason: str) -> None:
+    reason: why, in one sentence.
+    passed_over: the back ends that run on this device, each with its own reason.
+    """
+
+    def __init__(self, reason: str, passed_over: tuple[str, ...] = ()) -> None:
         super().__init__(f"{reason}. Use dense attention, or backend='reference'")
-        self.reason = reason
+        self.reason, self.passed_over = reason, passed_over
 
 
 class BackendError(DiffsparseError, RuntimeError):

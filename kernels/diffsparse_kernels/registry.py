@@ -110,7 +110,8 @@ def _choose(case: Case, device: torch.device, named: str) -> Choice:
         if not reason:
             return Choice(name, tuple(passed_over))
         passed_over.append(f"{name}: {reason}")
-    raise NoKernelError(f"no kernel on {device} can do this ({case}): {'; '.join(passed_over + absent)}")
+    reason = f"no kernel on {device} can do this ({case}): {'; '.join(passed_over + absent)}"
+    raise NoKernelError(reason, tuple(passed_over))
 
 
 def choose_summary(case: Case, device: torch.device) -> Choice:
@@ -118,7 +119,7 @@ def choose_summary(case: Case, device: torch.device) -> Choice:
     try:
         return choose(case, device)
     except NoKernelError as error:
-        return Choice("torch", (error.reason,))
+        return Choice("torch", error.passed_over)
 
 
 def choose_quantised(case: Case, device: torch.device, bits: int) -> Choice:

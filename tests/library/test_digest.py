@@ -143,6 +143,67 @@ def test_long_runs_renew_what_was_kept(steps: int | None) -> None:
     assert all(b - a >= 10 for a, b in itertools.pairwise([first, *want]))
 
 
+@pytest.mark.parametrize("dense_last", [0, 0.25, 0.45, 0.6, 1.0])
+@pytest.mark.parametrize("steps", [40, 50, 100])
+def test_a_dense_end_needs_no_renewal(dense_last: float, steps: int) -> None:
+    schedule, strategy = Schedule(dense_last=dense_last), Digest(0.8, 32)
+    first, end = schedule.bounds(steps)
+    assert end is not None
+    renewals = strategy._renewals(end, first - 1)
+    assert all(step <= end - 10 for step in renewals)
+    works = [step.work or 0 for step in strategy.expected(Outline.of(schedule, steps, LONG, 8))]
+    assert sum(works[first:end]) == pytest.approx(0.2 * max(end - first, 0), rel=0.02)
+
+
+def test_experts_that_take_turns_renew_nothing() -> None:
+    """How many of the steps one of them has is unknown."""
+    pipe, kwargs = BUILDERS["wan22"]()
+    with diffsparse.apply(pipe, Digest(0.8, 8)) as handle:
+        run(pipe, kwargs, num_inference_steps=40)
+        calls = handle.report().calls
+    assert {call.step for call in calls if call.kind == "dense"} == set(range(8))
+    assert {call.reason for call in calls if call.kind == "dense"} == {"schedule"}
+    assert max(call.step for call in calls) == 39
+
+
+def test_probes_guard_what_was_kept_where_they_are_cheap() -> None:
+    """Attention that moved on since the last dense step: what was kept is not added as it is."""
+    layout, memory = Layout(16, 32, 32), dict[str, Any]()
+    qkv, others = inputs(layout), inputs(layout)
+    strategy = Digest(0.8, 64)
+    strategy.observe(*qkv, site(layout, 9, 50, memory))
+    between = memory["kept"].between
+    assert between._probe_count(layout.tokens, 8) == 60  # a thirty-second of an eighth of 16384, less half a head
+    assert between._probe_count(LONG.tokens, 8) == 0
+    want = dense(*others)
+    trusting = {"kept": memory["kept"]._replace(between=replace(between, probes=False))}
+    errors = [
+        float((strategy.attend(*others, site(layout, 10, 50, kept)) - want).norm()) for kept in (memory, trusting)
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_the_same_dense_step_twice_is_no_renewal() -> None:
+    memory, here = dict[str, Any](), []
+    for _ in range(2):
+        here.append(site(LONG, 9, 50, memory))
+        Digest(0.8, 32).observe(*inputs(LONG), here[-1])
+    assert [one.record.reason for one in here] == ["schedule", "schedule"]
+
+
+def test_memory_without_room_for_the_blocks_keeps_what_short_runs_keep() -> None:
+    q, k, v = inputs(LONG)
+    kept = []
+    for steps in (15, 50):
+        memory: dict[str, Any] = {}
+        strategy = Digest(0.8, 4, memory=2 * 14_000 / 2**30)
+        strategy.observe(q, k, v, site(LONG, 9, steps, memory))
+        kept.append(memory["kept"])
+    assert kept[0].residual.rank == kept[1].residual.rank == 4
+    assert kept[1].renewals == []
+    assert kept[1].between == strategy
+
+
 def test_between_dense_steps_the_blocks_stay() -> None:
     """What is due is renewed also where a step cache left that step out; work is as expected, and as asked for."""
     memory: dict[str, Any] = {}
@@ -175,7 +236,7 @@ def test_the_blocks_that_stay_are_those_that_what_was_kept_is_of() -> None:
     strategy = Digest(0.8, 32, probes=False)
     strategy.observe(*others, site(LONG, 9, 50, memory))
     mask = from_bits(memory["kept"].blocks, LONG.blocks(32))
-    between = strategy._between(50, 9)
+    between = strategy._between(memory["kept"].renewals, 50, 9)
     blocks = between._blocks(*others, site(LONG, 9, 50), None)
     assert torch.equal(mask, blocks.lists.to_mask())
     found = strategy.attend(*qkv, site(LONG, 10, 50, memory))
@@ -215,7 +276,7 @@ def test_little_memory_keeps_a_lower_rank(share: float) -> None:
         assert torch.equal(strategy.attend(q, k, v, site(LAYOUT, 3, 15, memory)), tangent(strategy, (q, k, v)))
 
 
-@pytest.mark.parametrize("memory", [0, 1.2])
+@pytest.mark.parametrize("memory", [0, 1.2, 1e300])
 def test_the_dense_step_counts_as_expected(memory: float) -> None:
     strategy, here = Digest(0.7, 32, memory=memory), site(LONG, 2, 15, {})
     strategy.observe(*inputs(LONG), here)
@@ -303,6 +364,7 @@ def test_knobs_are_checked() -> None:
         {"memory": -1},
         {"memory": "much"},
         {"memory": math.inf},
+        {"memory": 10**400},
     ):
         with pytest.raises(ConfigError):
             Digest(**wrong)

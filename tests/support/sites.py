@@ -19,6 +19,7 @@ def site(
     layer: str = "blocks.0.attn1",
     key_mask: Any = None,
     scale: float | None = None,
+    end: int | None = None,
 ) -> Site:
     return Site(
         model="transformer",
@@ -26,6 +27,7 @@ def site(
         index=0,
         step=step,
         steps=steps,
+        end=steps if end is None else end,
         branch="cond",
         layout=layout,
         memory={} if memory is None else memory,

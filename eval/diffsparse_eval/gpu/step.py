@@ -91,6 +91,7 @@ class _Layer:
             index=0,
             step=step,
             steps=STEPS,
+            end=STEPS,
             branch="cond",
             layout=self.layout,
             memory=self.memory,
