@@ -73,9 +73,7 @@ class Tangent(Strategy):
         check_order(self.order, auto=True)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Blocks, summaries and what probes add, over q, k, v [B, H, N, D]; dense where nothing is to be dropped."""
-        if self._is_whole:
-            return site.dense(q, k, v)
+        """Blocks, summaries and what probes add, over q, k, v [B, H, N, D]."""
         return site.sparse(q, k, v, self._blocks(q, k, v, site, None))
 
     def expected(self, run: Outline) -> list[Step]:
@@ -108,18 +106,22 @@ class Tangent(Strategy):
         mask: the blocks of that step, bool [B, H, nQ, nK]; None chooses them anew.
         """
         (q_block, kv_block), (tokens, dim) = edges(self.block), q.shape[2:]
+        listed = partial(BlockLists.from_mask, q_block=q_block, kv_block=kv_block, q_len=tokens, kv_len=tokens)
+        if self._is_whole:
+            return Blocks(
+                listed(q.new_ones(*q.shape[:2], *map(site.layout.blocks, edges(self.block)), dtype=torch.bool))
+            )
         summaries = site.summarise(k, v, kv_block, self._summary(tokens, dim))
         if mask is None:
             varied = summaries if summaries.by == "first-order" else _with_bound(summaries, k, v, kv_block, site)
             error = site.summary_error(q, varied, self.block)
             mask = self._largest(error, self._share(site.layout, dim, residual.rank if residual else 0), site)
-        lists = BlockLists.from_mask(mask, q_block=q_block, kv_block=kv_block, q_len=tokens, kv_len=tokens)
         correct = None if residual is None else residual.added_to
         site.record.beside += 0.0 if residual is None else residual.rank / (2 * tokens)
         if probes := self._probe_count(tokens, dim):
             rows = mended_rows(site.layout, q_block, probes, q.device)
             correct = partial(_probed, q, k, v, site, rows, residual)
-        return Blocks(lists, summary=summaries, correct=correct)
+        return Blocks(listed(mask), summary=summaries, correct=correct)
 
     def _summary(self, tokens: int, dim: int) -> Summary:
         """First order, where its statistics and slopes leave most of the work to blocks."""
