@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -55,9 +56,9 @@ class DenseBackend(NamedTuple):
 
 def multiply(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site) -> tuple[Tensor, Tensor]:
     """Output [B, H, N, D] and LSE [B, H, N] of a sparse product by our kernels, which is the call's own."""
-    with kernels.record() as ran:
+    with site._heard() as ran:
         found = _multiplied(q, k, v, blocks, site)
-    site.record.ran_sparse(site.density(blocks, q), ran[0].name, _passed_over(ran))
+    site.record.ran_sparse(site.density(blocks, q), ran[0].name)
     return found
 
 
@@ -114,19 +115,19 @@ class Site(Place):
 
     def dense_with_lse(self, q: Tensor, k: Tensor, v: Tensor, *, reason: str = "search") -> tuple[Tensor, Tensor]:
         """Dense attention on our own kernels, and its log-sum-exp, float32 [B, H, N]."""
-        with kernels.record() as ran:
+        with self._heard() as ran:
             found = kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)
-        self._ran_search(ran[0], reason)
+        self.record.ran_dense(reason, planned=True, backend=ran[0].name, kind="search")
         return found
 
     def dense_with_mass(self, q: Tensor, k: Tensor, v: Tensor, block: kernels.Block) -> tuple[Tensor, Tensor, Tensor]:
         """Dense attention, its log-sum-exp and the `block_mass` that goes with it: a fused search."""
         q_block, kv_block = kernels.edges(block)
-        with kernels.record() as ran:
+        with self._heard() as ran:
             found = kernels.attention_with_mass(
                 q, k, v, q_block=q_block, kv_block=kv_block, scale=self.scale, key_mask=self.key_mask
             )
-        self._ran_search(ran[0], "search")
+        self.record.ran_dense("search", planned=True, backend=ran[0].name, kind="search")
         self.record.beside += MASS_PASS
         return found
 
@@ -144,19 +145,15 @@ class Site(Place):
 
     def summarise(self, k: Tensor, v: Tensor, block: int, by: kernels.Summary = "first-order") -> kernels.Summaries:
         """Summaries of the key blocks; counted with the product that uses them."""
-        with kernels.record() as ran:
-            made = kernels.summarise(k, v, block, scale=self.scale, key_mask=self.key_mask, by=by)
-        self.record.passed_over += _passed_over(ran)
-        return made
+        with self._heard():
+            return kernels.summarise(k, v, block, scale=self.scale, key_mask=self.key_mask, by=by)
 
     def summary_error(self, q: Tensor, summaries: kernels.Summaries, block: kernels.Block) -> Tensor:
         """Estimated error of each tile's summary, float32 [B, H, nQ, nK]."""
         q_block, kv_block = kernels.edges(block)
         self.record.beside += MASS_PASS / kv_block
-        with kernels.record() as ran:
-            error = kernels.summary_error(q, summaries, q_block=q_block, scale=self.scale)
-        self.record.passed_over += _passed_over(ran)
-        return error
+        with self._heard():
+            return kernels.summary_error(q, summaries, q_block=q_block, scale=self.scale)
 
     def exact_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of a few queries [B, H, n, D] to all keys, on our own kernels; who asks for it counts it."""
@@ -178,10 +175,8 @@ class Site(Place):
     def compare(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         """What `sparse` would give, for comparison: never dense, and counted as work beside the call's."""
         self.record.beside += self.density(blocks, q)
-        with kernels.record() as ran:
-            out, _ = _multiplied(q, k, v, blocks, self)
-        self.record.passed_over += _passed_over(ran)
-        return out
+        with self._heard():
+            return _multiplied(q, k, v, blocks, self)[0]
 
     def density(self, blocks: Blocks, q: Tensor) -> Tensor:
         """Share of dense attention that a product with q [B, H, N, D] computes: 0-dim, on the device of the lists."""
@@ -213,9 +208,12 @@ class Site(Place):
         out, _ = self.product(q, k, v, blocks, here)
         return out if blocks.correct is None else blocks.correct(out)
 
-    def _ran_search(self, kernel: kernels.Choice, reason: str) -> None:
-        """Note a dense call that our own kernel computed."""
-        self.record.ran_dense(reason, planned=True, backend=kernel.name, kind="search", passed_over=kernel.passed_over)
+    @contextmanager
+    def _heard(self) -> Iterator[list[kernels.Choice]]:
+        """What computes the calls in this block; who was passed over for it goes into the record."""
+        with kernels.record() as ran:
+            yield ran
+        self.record.passed_over += tuple(reason for choice in ran for reason in choice.passed_over)
 
     def _break_even(self, q: Tensor, lists: kernels.BlockLists) -> float:
         """Density above which dense attention is faster."""
@@ -238,10 +236,6 @@ class Site(Place):
             self.memory["density"] = weakref.ref(lists), reading, known
         number: float | None = reading.value()
         return known if number is None else number
-
-
-def _passed_over(ran: list[kernels.Choice]) -> tuple[str, ...]:
-    return tuple(reason for choice in ran for reason in choice.passed_over)
 
 
 def _moved_back(orders: HeadOrders, keys: HeadOrders, site: Site) -> Attend:

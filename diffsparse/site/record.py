@@ -49,18 +49,9 @@ class CallRecord:
     _marks: list[Mark] = field(default_factory=list, repr=False)
     _seconds: float = field(default=0.0, repr=False)
 
-    def ran_dense(
-        self,
-        reason: str,
-        *,
-        planned: bool,
-        backend: str,
-        kind: Kind = "dense",
-        passed_over: tuple[str, ...] = (),
-    ) -> None:
+    def ran_dense(self, reason: str, *, planned: bool, backend: str, kind: Kind = "dense") -> None:
         """Note a dense call; one of kind "search" ran on our kernels, others on the user's backend."""
         self.kind, self.density = kind, 1.0
-        self.passed_over += passed_over
         self.reason, self.planned, self.backend = reason, planned, backend
 
     def ran_sparse(self, density: float | torch.Tensor, backend: str, passed_over: tuple[str, ...] = ()) -> None:

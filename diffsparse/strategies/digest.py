@@ -75,8 +75,12 @@ class Digest(Tangent):
         """Dense attention over q, k, v [B, H, N, D]; keeps what the sparse product misses of it."""
         before: _Kept | None = site.memory.get("kept")
         out = site.dense(q, k, v, reason="schedule" if before is None or before.step == site.step else "renewal")
-        renewals = self._affordable_renewals(q, site) if before is None else before.renewals
-        rank = self._rank(q, site, renewals)
+        renewals = self._renewals(site.end, site.step) if before is None else before.renewals
+        renewals, rank = self._affordable(q, site, renewals)
+        if rank < min(self._most_rank, q.shape[3]):
+            site.record.note = (
+                f"Digest keeps a residual of rank {rank}, not {self._most_rank}: that is what {self.memory:g} GiB hold"
+            )
         if rank and not self._is_whole:
             between = self._between(renewals, site.end, site.step) if before is None else before.between
             blocks = between._blocks(q, k, v, site, None)
@@ -117,10 +121,10 @@ class Digest(Tangent):
         count = min(int(_RENEWING * (1 - exact(self.sparsity)) * left), (left + 1) // _APART - 1)
         return [first + nearest(Fraction(i * (left + 1), count + 1)) for i in range(1, count + 1)] if count > 1 else []
 
-    def _affordable_renewals(self, q: Tensor, site: Site) -> list[int]:
-        """None where the memory can't hold the blocks too."""
-        renewals = self._renewals(site.end, site.step)
-        return renewals if self._rank(q, site, renewals) else []
+    def _affordable(self, q: Tensor, site: Site, renewals: list[int]) -> tuple[list[int], int]:
+        """Renewals, none where the memory can't hold the blocks too, and the rank that it can."""
+        rank = self._rank(q, site, renewals)
+        return (renewals, rank) if rank else ([], self._rank(q, site, []))
 
     def _between(self, renewals: list[int], end: int | None, first: int) -> Digest:
         """As it is between dense steps, which take their share of the work."""
@@ -139,12 +143,7 @@ class Digest(Tangent):
         """As high as the memory allows, beside the blocks where they are kept."""
         rows, columns = map(site.layout.blocks, edges(self.block))
         head_bytes = self.memory * 2**30 / (site.layers * q.shape[1]) - (rows * -(-columns // 8) if renewals else 0)
-        rank = affordable_rank(self._most_rank, head_bytes, q.shape[2], q.shape[3])
-        if rank < min(self._most_rank, q.shape[3]):
-            site.record.note = (
-                f"Digest keeps a residual of rank {rank}, not {self._most_rank}: that is what {self.memory:g} GiB hold"
-            )
-        return rank
+        return affordable_rank(self._most_rank, head_bytes, q.shape[2], q.shape[3])
 
 
 class _Repeated(Digest):

@@ -197,8 +197,10 @@ def test_memory_without_room_for_the_blocks_keeps_what_short_runs_keep() -> None
     for steps in (15, 50):
         memory: dict[str, Any] = {}
         strategy = Digest(0.8, 4, memory=2 * 14_000 / 2**30)
-        strategy.observe(q, k, v, site(LONG, 9, steps, memory))
+        here = site(LONG, 9, steps, memory)
+        strategy.observe(q, k, v, here)
         kept.append(memory["kept"])
+        assert here.record.note == ""
     assert kept[0].residual.rank == kept[1].residual.rank == 4
     assert kept[1].renewals == []
     assert kept[1].between == strategy

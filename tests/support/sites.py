@@ -19,7 +19,6 @@ def site(
     layer: str = "blocks.0.attn1",
     key_mask: Any = None,
     scale: float | None = None,
-    end: int | None = None,
 ) -> Site:
     return Site(
         model="transformer",
@@ -27,7 +26,7 @@ def site(
         index=0,
         step=step,
         steps=steps,
-        end=steps if end is None else end,
+        end=steps,
         branch="cond",
         layout=layout,
         memory={} if memory is None else memory,
