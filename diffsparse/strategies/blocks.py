@@ -5,10 +5,6 @@ from __future__ import annotations
 import sys
 from fractions import Fraction
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from diffsparse.errors import ConfigError
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import exact, nearest
@@ -84,23 +80,6 @@ def with_text(density: float, block: Block, layout: Layout | None) -> float:
         return density
     (rows, text_rows), (columns, text_columns) = (_counts(layout, edge) for edge in edges(block))
     return 1 - (1 - density) * (1 - text_rows / rows) * (1 - text_columns / columns)
-
-
-def to_bits(mask: Tensor) -> Tensor:
-    """bool [..., n] in an eighth of the bytes: uint8 [..., n / 8], rounded up, the first in the highest bit."""
-    whole = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    bits: Tensor = (whole.to(torch.uint8) << _places(mask.device)).sum(-1, dtype=torch.uint8)
-    return bits
-
-
-def from_bits(bits: Tensor, length: int) -> Tensor:
-    """The mask, bool [..., length], that `to_bits` was given."""
-    each = bits[..., None] >> _places(bits.device) & 1
-    return each.flatten(-2)[..., :length].bool()
-
-
-def _places(device: torch.device) -> Tensor:
-    return torch.arange(7, -1, -1, device=device).to(torch.uint8)
 
 
 def _counts(layout: Layout, edge: int) -> tuple[int, int]:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from diffsparse.schedule import exact, nearest
 from diffsparse.site.compute import Site
-from diffsparse.strategies.blocks import check_number, from_bits, to_bits
+from diffsparse.strategies.blocks import check_number
 from diffsparse.strategies.residual import LowRank, affordable_rank
 from diffsparse.strategies.tangent import Tangent
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import edges
+from diffsparse_kernels.lists import from_bits
 
 _RENEWING = Fraction(3, 8)  # of the work of a long run: its later dense steps
 _APART = 10  # steps
@@ -85,7 +86,7 @@ class Digest(Tangent):
             between = self._between(renewals, site.end, site.step) if before is None else before.between
             blocks = between._blocks(q, k, v, site, None)
             missed = LowRank.of(out - site.compare(q, k, v, blocks), rank)
-            bits = to_bits(blocks.lists.to_mask()) if renewals else None
+            bits = blocks.lists.packed() if renewals else None
             site.memory["kept"] = _Kept(missed, site.step, bits, renewals, between)
         return out
 

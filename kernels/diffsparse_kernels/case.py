@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.summaries import Summary
 
 DENSE_BLOCKS = 128, 128  # in which dense attention is computed
 # precision -> number format of queries and keys, of weights and values; "plain" is the inputs' own
@@ -24,9 +25,9 @@ Kind = Literal["attend", "fused", "mass", "summaries", "errors", "statistics"]
 class Case(NamedTuple):
     """A class of calls.
 
-    kind: "attend" (dense or over lists), "fused" (dense with the block mass), "mass" (that alone), "summaries" (merged
-        into what another kernel gave), "errors" (of the summaries, estimated), "statistics" (that make
-        summaries of first order).
+    kind: "attend" (dense or over lists), "fused" (dense with the block mass), "mass" (that alone), "summaries" (made
+        ready for kernels, and merged into what one gave that doesn't take them), "errors" (of the summaries,
+        estimated), "statistics" (that make summaries of first order).
     dtype: of q, k, v.
     head_dim: channels of queries and keys.
     value_dim: channels of values.
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     axes: of its boxes, 0 for none.
     copyable: dense rows, all addresses and strides multiples of 16 bytes, as copy engines need them.
     precision: one of `PRECISIONS`, or None for the inputs' own.
+    summary: how blocks that are not listed stand for their keys, where the kernel takes that into its own loop.
     """
 
     kind: Kind
@@ -48,6 +50,7 @@ class Case(NamedTuple):
     axes: int = 0
     copyable: bool = True
     precision: str | None = None
+    summary: Summary | None = None
 
     @classmethod
     def of(
@@ -72,10 +75,11 @@ class Case(NamedTuple):
     @classmethod
     def read(cls, words: list[str]) -> Case:
         """The case that `words` gave."""
-        kind, dtype, *sizes, masked, axes, copyable_, precision = words
+        kind, dtype, *sizes, masked, axes, copyable_, precision, summary = words
         head_dim, value_dim, q_block, kv_block = map(int, sizes)
         flags = masked == "True", int(axes), copyable_ == "True", None if precision == "None" else precision
-        return cls(cast(Kind, kind), getattr(torch, dtype), head_dim, value_dim, q_block, kv_block, *flags)
+        by = None if summary == "None" else cast(Summary, summary)
+        return cls(cast(Kind, kind), getattr(torch, dtype), head_dim, value_dim, q_block, kv_block, *flags, by)
 
     def __str__(self) -> str:
         parts = [
@@ -86,6 +90,7 @@ class Case(NamedTuple):
         ]
         flags = {"key mask": self.masked, "boxes": self.axes, "odd strides": not self.copyable}
         flags[f"precision {self.precision}"] = self.precision is not None
+        flags[f"summaries ({self.summary})"] = self.summary is not None
         return ", ".join([*parts, *(name for name, present in flags.items() if present)])
 
 

@@ -4,10 +4,11 @@ A back end is a module. It offers `capability(device, case)`, why it can't run t
 of these functions as it can; all tensors are [B, H, N, D], all key masks bool [B, N_kv]:
 
     attention(q, k, v, scale, key_mask) -> out, lse
-    block_sparse_attention(q, k, v, lists, scale, key_mask, boxes) -> out, lse
+    block_sparse_attention(q, k, v, lists, scale, key_mask, boxes) -> out, lse; with `stand_ins` last, where it folds
     attention_with_mass(q, k, v, lse, q_block, kv_block, scale, key_mask) -> out, lse, mass
     block_mass(q, k, lse, q_block, kv_block, scale, key_mask) -> mass
-    merge_summaries(q, k, v, lists, scale, key_mask, summaries, out, lse), in place
+    stand_ins(q, k, v, lists, scale, key_mask, summaries) -> stand-ins
+    merge(q, k, v, lists, scale, stand_ins, out, lse) -> out, lse with the stand-ins of the blocks outside the lists
     first_order(k, v, block, scale, key_mask) -> summaries, the key mask [B, N_kv] or [B, H, N_kv]
     summary_error(q, summaries, q_block, scale) -> error
 """
@@ -31,20 +32,22 @@ class Backend(NamedTuple):
     devices: the kinds of devices that it runs on.
     default: the kinds on which it is used without being named.
     kinds: of calls that it is made for; another back end of the device computes the rest.
+    folds: whether it takes stand-ins for dropped blocks into its own loop; else they are merged into what it gives.
     """
 
     module: str
     devices: tuple[str, ...]
     default: tuple[str, ...] = ()
     kinds: tuple[Kind, ...] = get_args(Kind)
+    folds: bool = False
 
 
 # In order of preference. The reference is exact and slow: on a GPU dense attention is the better answer.
 BACKENDS = {
     "cpu": Backend(f"{_HERE}.cpu", ("cpu",), ("cpu",)),
     "gluon": Backend(f"{_HERE}.gluon.launch", ("cuda",), ("cuda",), ("attend",)),
-    "triton": Backend(f"{_HERE}.triton.launch", ("cuda", "cpu"), ("cuda", "cpu")),
-    "reference": Backend(f"{_HERE}.reference", ("cpu", "cuda", "mps", "xpu"), ("cpu", "mps", "xpu")),
+    "triton": Backend(f"{_HERE}.triton.launch", ("cuda", "cpu"), ("cuda", "cpu"), folds=True),
+    "reference": Backend(f"{_HERE}.reference", ("cpu", "cuda", "mps", "xpu"), ("cpu", "mps", "xpu"), folds=True),
     "flex": Backend(f"{_HERE}.flex", ("cuda", "cpu")),
     "flash-attn-4": Backend(f"{_HERE}.flash4", ("cuda",), kinds=("attend",)),
 }

@@ -391,5 +391,5 @@ def _stand_ins(summary: Summary | Summaries | None) -> tuple[str, list[Tensor | 
     return (summary.by, list(summary)) if isinstance(summary, Summaries) else (summary or "", [])
 
 
-def _parts(lists: BlockLists) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
-    return lists.idx, lists.cnt, lists.order, lists.q_block, lists.kv_block
+def _parts(lists: BlockLists) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
+    return lists.idx, lists.cnt, lists.order, lists.bits, lists.q_block, lists.kv_block

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -40,6 +41,7 @@ class BlockLists:
     q_len: queries in all; the last block may be ragged.
     kv_len: keys in all; the last block may be ragged.
     order: int32 [B|1 * H * nQ], the lists in the order in which a GPU starts them, or None.
+    bits: uint8 [B|1, H, nQ, ceil(nK / 8)], the same blocks as `to_bits` has them, where they are at hand, or None.
 
     Raises:
         KernelInputError: shapes, dtypes, devices or block counts that don't belong together.
@@ -52,11 +54,12 @@ class BlockLists:
     q_len: int
     kv_len: int
     order: Tensor | None = None
+    bits: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._check_tensors()
         if min(self.q_block, self.kv_block) < 1:
             raise KernelInputError(f"wanted blocks of at least 1 token; got {self.q_block} and {self.kv_block}")
+        self._check_tensors()
         idx = self.idx
         if idx.shape[2] != self.q_blocks or idx.shape[3] > self.kv_blocks:
             raise KernelInputError(
@@ -78,6 +81,9 @@ class BlockLists:
             raise KernelInputError(
                 f"wanted the order of {cnt.numel()} lists as int32; got {order.dtype} {tuple(order.shape)}"
             )
+        wanted = *cnt.shape, blocks_of(self.kv_blocks, 8)
+        if self.bits is not None and (self.bits.dtype != torch.uint8 or self.bits.shape != wanted):
+            raise KernelInputError(f"wanted bits as uint8 {wanted}; got {self.bits.dtype} {tuple(self.bits.shape)}")
 
     @property
     def q_blocks(self) -> int:
@@ -92,7 +98,7 @@ class BlockLists:
     @property
     def nbytes(self) -> int:
         """Bytes that the lists hold."""
-        return self.idx.nbytes + self.cnt.nbytes + (0 if self.order is None else self.order.nbytes)
+        return sum(x.nbytes for x in (self.idx, self.cnt, self.order, self.bits) if x is not None)
 
     def density(self) -> Tensor:
         """Share of all blocks that are listed: float32, 0-dim, on the lists' device (no sync)."""
@@ -139,21 +145,28 @@ class BlockLists:
 
     def by_head(self, batch: int) -> BlockLists:
         """The same lists for `batch` samples whose heads stand as samples of one head: idx [B * H, 1, nQ, W]."""
-        idx, cnt = (x.expand(batch, *x.shape[1:]).flatten(0, 1)[:, None] for x in (self.idx, self.cnt))
+        idx, cnt = (_by_head(x, batch) for x in (self.idx, self.cnt))
+        bits = None if self.bits is None else _by_head(self.bits, batch)
         order = self.order
         if order is not None and len(self.cnt) < batch:
             first = torch.arange(batch, dtype=torch.int32, device=order.device) * self.cnt.numel()
             order = (first[:, None] + order).flatten()
-        return replace(self, idx=idx, cnt=cnt, order=order)
+        return replace(self, idx=idx, cnt=cnt, order=order, bits=bits)
 
     def to(self, device: torch.device | str) -> BlockLists:
         """The same lists on another device."""
         idx, cnt = (x.to(device, non_blocking=True) for x in (self.idx, self.cnt))
-        order = None if self.order is None else self.order.to(device, non_blocking=True)
-        return replace(self, idx=idx, cnt=cnt, order=order)
+        order, bits = (None if x is None else x.to(device, non_blocking=True) for x in (self.order, self.bits))
+        return replace(self, idx=idx, cnt=cnt, order=order, bits=bits)
+
+    def packed(self) -> Tensor:
+        """The same blocks as bits, uint8 [B|1, H, nQ, ceil(nK / 8)]."""
+        return to_bits(self.to_mask()) if self.bits is None else self.bits
 
     def to_mask(self) -> Tensor:
         """The same blocks as a bool mask [B|1, H, nQ, nK]."""
+        if self.bits is not None:
+            return from_bits(self.bits, self.kv_blocks)
         listed = torch.arange(self.idx.shape[-1], device=self.idx.device) < self.cnt[..., None]
         spare = self.idx.long().masked_fill_(~listed, self.kv_blocks)
         mask = torch.zeros(*self.cnt.shape, self.kv_blocks + 1, dtype=torch.bool, device=self.idx.device)
@@ -200,6 +213,28 @@ class BlockLists:
         q_block, kv_block = block_mask.BLOCK_SIZE
         q_len, kv_len = block_mask.seq_lengths
         return cls(idx.int(), cnt.int(), q_block, kv_block, q_len, kv_len)
+
+
+def to_bits(mask: Tensor) -> Tensor:
+    """bool [..., n] in an eighth of the bytes: uint8 [..., n / 8], rounded up, the first in the highest bit."""
+    whole = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    bits: Tensor = (whole.to(torch.uint8) << _places(mask.device)).sum(-1, dtype=torch.uint8)
+    return bits
+
+
+def from_bits(bits: Tensor, length: int) -> Tensor:
+    """The mask, bool [..., length], that `to_bits` was given."""
+    each = bits[..., None] >> _places(bits.device) & 1
+    return each.flatten(-2)[..., :length].bool()
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(7, -1, -1, device=device).to(torch.uint8)
+
+
+def _by_head(x: Tensor, batch: int) -> Tensor:
+    """[B|1, H, ...] of `batch` samples as [B * H, 1, ...]."""
+    return x.expand(batch, *x.shape[1:]).flatten(0, 1)[:, None]
 
 
 def _check_mask(mask: Tensor, blocks: tuple[int, int], sizes: tuple[int, int, int, int]) -> None:

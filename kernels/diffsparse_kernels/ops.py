@@ -5,7 +5,8 @@ The back end is chosen within an op, where no compiler looks, and recorded there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -19,8 +20,12 @@ from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.registry import Choice, check_named, choose, choose_quantised, choose_summary, running
 from diffsparse_kernels.summaries import Summaries, Summary
 
+Sparse = Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, lists, scale, key_mask, ...) -> out, lse
 
-def merge_summaries(
+
+def summarised(
+    kernel: Sparse,
+    folds: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -29,29 +34,38 @@ def merge_summaries(
     key_mask: Tensor | None,
     summary: str,
     parts: Sequence[Tensor | None],
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Merge what the summaries of the blocks outside the lists give into out and lse of any back end, in place.
+) -> tuple[Tensor, Tensor]:
+    """Attention to the listed blocks and to what stands for the others -> out, lse.
 
+    kernel: computes the listed blocks; and takes the stand-ins last, if it `folds` them into its loop.
     summary: how they are made, empty for none at all.
     parts: those of `Summaries` made before; none if they are to be made here.
     """
     if not summary:
-        return
-    made = (k, v, lists.kv_block, scale, key_mask, cast(Summary, summary))
-    summaries = Summaries._make(parts) if parts else summarise(*made)
+        return _contiguous(*kernel(q, k, v, lists, scale, key_mask))
+    by = cast(Summary, summary)
+    made = Summaries._make(parts) if parts else summarise(k, v, lists.kv_block, scale, key_mask, by)
     case = Case.of("summaries", q, k, v, (lists.q_block, lists.kv_block), key_mask)
-    _summary_kernel("merge_summaries", case, q.device)(q, k, v, lists, scale, key_mask, summaries, out, lse)
+    stand_ins_of, merge = _summary_kernels(case, q.device, "stand_ins", "merge")
+    lists = replace(lists, bits=lists.packed())
+    stand_ins = stand_ins_of(q, k, v, lists, scale, key_mask, made)
+    if folds:
+        return _contiguous(*kernel(q, k, v, lists, scale, key_mask, stand_ins=stand_ins))
+    out, lse = _contiguous(*kernel(q, k, v, lists, scale, key_mask))
+    return cast(tuple[Tensor, Tensor], merge(q, k, v, lists, scale, stand_ins, out, lse))
 
 
-def _summary_kernel(name: str, case: Case, device: torch.device) -> Callable[..., Any]:
-    """This function of the back end that computes the case; that of plain torch, which always can, where it has none.
+def _contiguous(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return out.contiguous(), lse.contiguous()
+
+
+def _summary_kernels(case: Case, device: torch.device, *names: str) -> Iterator[Callable[..., Any]]:
+    """These functions of the back end that computes the case; of plain torch, which always can, where it has none.
 
     Without autocast, which would round what summaries hold in float32.
     """
-    kernel: Callable[..., Any] = getattr(running(choose_summary(case, device)), name, getattr(plain, name))
-    return cast(Callable[..., Any], torch.autocast(device.type, enabled=False)(kernel))
+    module = running(choose_summary(case, device))
+    return (torch.autocast(device.type, enabled=False)(getattr(module, name, getattr(plain, name))) for name in names)
 
 
 def summarise(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, by: Summary) -> Summaries:
@@ -65,7 +79,8 @@ def summarise(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor |
 def first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None) -> list[Tensor]:
     """The parts of `Summaries` to first order, the slope only where it is kept."""
     case = Case.of("statistics", k, k, v, (block, block), key_mask)
-    made = _summary_kernel("first_order", case, k.device)(k, v, block, scale, key_mask)
+    (statistics,) = _summary_kernels(case, k.device, "first_order")
+    made = statistics(k, v, block, scale, key_mask)
     counts = made.log_count.expand(made.key.shape[:3]).contiguous()  # of one shape whatever made them
     return [x for x in made._replace(log_count=counts) if x is not None]
 
@@ -84,7 +99,8 @@ def summary_error(q: Tensor, parts: Sequence[Tensor | None], q_block: int, scale
     summaries = Summaries._make(parts)
     # How many keys a block had, and which of them were masked, is in its log count.
     case = Case.of("errors", q, summaries.key, summaries.key, (q_block, q_block))
-    return cast(Tensor, _summary_kernel("summary_error", case, q.device)(q, summaries, q_block, scale))
+    (error,) = _summary_kernels(case, q.device, "summary_error")
+    return cast(Tensor, error(q, summaries, q_block, scale))
 
 
 @summary_error.register_fake
@@ -174,6 +190,7 @@ def eight_bit_attention(
     idx: Tensor,
     cnt: Tensor,
     order: Tensor | None,
+    packed: Tensor | None,
     q_block: int,
     kv_block: int,
     scale: float,
@@ -182,7 +199,7 @@ def eight_bit_attention(
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention in eight bits, by the triton backend -> out, lse."""
     check_named("triton", q.device)
-    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
+    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order, packed)
     kernel = running(Choice(f"triton {precision}"))
     out, lse = kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, precision)
     return out, lse
@@ -201,6 +218,7 @@ def quantised_attention(
     idx: Tensor,
     cnt: Tensor,
     order: Tensor | None,
+    packed: Tensor | None,
     q_block: int,
     kv_block: int,
     scale: float,
@@ -210,12 +228,10 @@ def quantised_attention(
     bits: int,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention in whole numbers, by the fastest that can -> out, lse."""
-    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
+    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order, packed)
     case = Case.of("attend", q, k, v, (q_block, kv_block), key_mask)
-    kernel = running(choose_quantised(case, q.device, bits))
-    out, lse = kernel.quantised_attention(q, k, v, lists, scale, key_mask, bits)
-    merge_summaries(q, k, v, lists, scale, key_mask, summary, summaries, out, lse)
-    return out, lse
+    kernel = partial(running(choose_quantised(case, q.device, bits)).quantised_attention, bits=bits)
+    return summarised(kernel, False, q, k, v, lists, scale, key_mask, summary, summaries)
 
 
 @quantised_attention.register_fake
@@ -231,6 +247,7 @@ def block_sparse_attention(
     idx: Tensor,
     cnt: Tensor,
     order: Tensor | None,
+    packed: Tensor | None,
     q_block: int,
     kv_block: int,
     scale: float,
@@ -243,14 +260,12 @@ def block_sparse_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention -> out, lse."""
-    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order)
+    lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order, packed)
     boxes = None if place is None or low is None or high is None else Boxes(place, low, high)
     case = Case.of("attend", q, k, v, (q_block, kv_block), key_mask, boxes)
-    kernel = running(choose(case, q.device, backend))
-    out, lse = kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes)
-    out, lse = out.contiguous(), lse.contiguous()
-    merge_summaries(q, k, v, lists, scale, key_mask, summary, summaries, out, lse)
-    return out, lse
+    choice = choose(case._replace(summary=cast(Summary, summary) or None), q.device, backend)
+    kernel = partial(running(choice).block_sparse_attention, boxes=boxes)
+    return summarised(kernel, choice.folds, q, k, v, lists, scale, key_mask, summary, summaries)
 
 
 @block_sparse_attention.register_fake

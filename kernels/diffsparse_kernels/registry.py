@@ -26,16 +26,16 @@ _YOUNG = ("gluon", "triton", "flash-attn-4")  # tried in a process of their own 
 _INTEGER_DEVICES = ("cuda",)  # where eight bits are faster than none; in the interpreter they run if they are named
 _SUBSTITUTE = {"gluon": "triton", "flash-attn-4": "triton"}  # what computes the cases that a named one can't
 _USUAL = Case("attend", torch.bfloat16, 128, 128, 128, 128)  # what most models ask for
-_KINDS: tuple[tuple[Kind, int], ...] = (  # of calls, and keys of their blocks: AdaSpa's, then Digest's
-    ("attend", 128),
-    ("mass", 128),
-    ("summaries", 128),
-    ("attend", 64),
-    ("summaries", 64),
+_FINER = _USUAL._replace(kv_block=64)  # Digest's blocks; the others are AdaSpa's
+_MASKED = (
+    _USUAL,
+    _USUAL._replace(kind="mass"),
+    _FINER._replace(summary="first-order"),
+    _FINER._replace(kind="summaries"),
 )
 USUAL = (
-    *(_USUAL._replace(kind=kind, kv_block=keys, masked=masked) for masked in (False, True) for kind, keys in _KINDS),
-    *(_USUAL._replace(kind=kind, kv_block=64) for kind in ("errors", "statistics")),
+    *(case._replace(masked=masked) for masked in (False, True) for case in _MASKED),
+    *(_FINER._replace(kind=kind) for kind in ("errors", "statistics")),
 )
 
 
@@ -45,10 +45,12 @@ class Choice(NamedTuple):
     name: of the back end.
     passed_over: those of this device that come before it and can't compute this, or were wrong in their trial; each
         with its reason.
+    folds: whether it takes the summaries of this call into its own loop.
     """
 
     name: str
     passed_over: tuple[str, ...] = ()
+    folds: bool = False
 
     @property
     def module(self) -> ModuleType:
@@ -106,12 +108,19 @@ def _choose(case: Case, device: torch.device, named: str) -> Choice:
         if reason is not None:
             absent.append(f"{name}: {reason}")
             continue
-        reason = capability(name, device, case) or ("" if name == named else _trial(name, case, device))
-        if not reason:
-            return Choice(name, tuple(passed_over))
-        passed_over.append(f"{name}: {reason}")
+        for asked in _ways(name, case):
+            reason = capability(name, device, asked) or ("" if name == named else _trial(name, asked, device))
+            if not reason:
+                return Choice(name, tuple(passed_over), asked.summary is not None)
+            passed_over.append(f"{name}: {reason}" if asked.summary is None else f"{name}, summaries too: {reason}")
     reason = f"no kernel on {device} can do this ({case}): {'; '.join(passed_over + absent)}"
     raise NoKernelError(reason, tuple(passed_over))
+
+
+def _ways(name: str, case: Case) -> list[Case]:
+    """What a back end is asked to compute of a case: all of it, if it can take summaries; then without these."""
+    apart = case._replace(summary=None)
+    return [case, apart] if case.summary is not None and BACKENDS[name].folds else [apart]
 
 
 def choose_summary(case: Case, device: torch.device) -> Choice:

@@ -79,11 +79,6 @@ class Summaries(NamedTuple):
         wide = self._replace(log_count=self.log_count.expand(self.key.shape[:3]))
         return Summaries._make(None if x is None else change(x) for x in wide)
 
-    def bias(self, lists: BlockLists) -> Tensor:
-        """What to add to the scores of the mean keys: log n, and -inf where a block is listed; [B, H, nQ, nK]."""
-        bias = self.log_count[:, :, None].masked_fill(lists.to_mask(), -torch.inf)
-        return bias.expand(*self.key.shape[:2], -1, -1)
-
 
 def summarise(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, by: Summary) -> Summaries:
     """Summaries over the real keys of each block; a ragged last block has fewer."""
@@ -171,82 +166,98 @@ def parts_of(x: Tensor, head_bytes: int) -> Iterator[Part]:
             yield samples, part
 
 
-def merge_summaries(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: BlockLists,
-    scale: float,
-    key_mask: Tensor | None,
-    summaries: Summaries,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Merge what the summaries of the blocks outside the lists give into out [B, H, N_q, D_v] and lse, in place.
+class StandIns(NamedTuple):
+    """What stands for the blocks outside the lists of one call, as kernels take it into their loop.
 
-    Plain torch, a few rows of blocks at a time, so that nothing leaves the cache between its uses. The summaries'
-    weights meet those of `out` in one softmax, so their own output, which `merge_attention` would need, never exists.
+    Each such block is one more key of its query block, with the score q . key * scale + log n + min(|q|^2 t / 2, 3) and
+    the block's mean value. What all of them hold together moves by one step q H, where there is an H, shortened where
+    there is a reach.
+
+    key: mean key [B, H, nK, D], in float32 or better; on devices in the inputs' dtype, as values and slopes.
+    value: mean value [B, H, nK, D_v].
+    log_count: log n, [B|1, H|1, nK].
+    variance: t, [B, H, nK]; None adds no mass.
+    slope: H of each query block, [B, H, nQ, D, D_v], or [B, H, 1, D, D_v], one for all; None moves no values.
+    reach: the longest step of each query block, [B, H, nQ]; None sets no bound.
     """
-    bias = summaries.bias(lists)
-    if summaries.by == "means":
-        return _merge(q, lists, scale, summaries, bias, None, out, lse)
+
+    key: Tensor
+    value: Tensor
+    log_count: Tensor
+    variance: Tensor | None = None
+    slope: Tensor | None = None
+    reach: Tensor | None = None
+
+    @property
+    def by(self) -> Summary:
+        """How they stand for their keys."""
+        return "means" if self.slope is None else "first-order"
+
+    def rows(self, blocks: slice) -> StandIns:
+        """The same for some query blocks."""
+        slope, reach = self.slope, self.reach
+        if slope is not None and slope.shape[2] > 1:
+            slope = slope[:, :, blocks]
+        return self._replace(slope=slope, reach=None if reach is None else reach[:, :, blocks])
+
+    def bias(self, lists: BlockLists) -> Tensor:
+        """What to add to the scores of the mean keys: log n, and -inf where a block is listed; [B|1, H, nQ, nK]."""
+        return self.log_count[:, :, None].masked_fill(lists.to_mask(), -torch.inf)
+
+
+def stand_ins(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, key_mask: Tensor | None, summaries: Summaries
+) -> StandIns:
+    """What stands for the blocks outside the lists. Slopes that were not kept are made again, heads in groups."""
+    made = StandIns(*summaries[:4])
+    if not summaries.mixed:
+        return made._replace(slope=summaries.slope)
+    weights, reach = mixing(q, lists, scale, summaries, made.bias(lists))
+    slopes = []
     for part in groups(k, v, lists.kv_block):
-        some = summaries.part(part)
-        if some.slope is None:
-            some = some._replace(slope=_varied(k, v, lists.kv_block, scale, key_mask, summaries, part)[3])
-        mixed = mixed_slopes(q[part], lists, scale, some, bias[part])
-        _merge(q[part], lists, scale, some, bias[part], mixed, out[part], lse[part])
+        some = None if summaries.slope is None else summaries.slope[part]
+        if some is None:
+            some = _varied(k, v, lists.kv_block, scale, key_mask, summaries, part)[3]
+        slopes.append((weights[part] @ some.flatten(3)).flatten(0, 1))
+    slope = torch.cat(slopes).view(*weights.shape[:3], k.shape[3], v.shape[3])
+    return made._replace(slope=slope, reach=reach)
 
 
-class Slopes(NamedTuple):
-    """How the value of all dropped blocks together varies with the query, for each query block.
+def mixing(
+    q: Tensor, lists: BlockLists, scale: float, summaries: Summaries, bias: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Weights [B, H, nQ, nK] of the blocks outside the lists as the mean query sees them, and the reach [B, H, nQ].
 
-    slope: [B, H, nQ, D, D_v].
-    reach: the longest step, [B, H, nQ]; None where there is no bound.
+    0 where none is outside.
+
+    bias: of `StandIns`.
     """
-
-    slope: Tensor
-    reach: Tensor | None
-
-
-def mixed_slopes(q: Tensor, lists: BlockLists, scale: float, summaries: Summaries, bias: Tensor) -> Slopes:
-    """Slopes of the dropped blocks as the mean query of each block weighs them, 0 where none is dropped.
-
-    bias: `summaries.bias(lists)`.
-    summaries: with their slopes, in whose dtype these are mixed: few bits are faster on tensor cores.
-    """
-    slope = cast(Tensor, summaries.slope)
-    if slope.shape[2] == 1:
-        return Slopes(slope.expand(-1, -1, lists.q_blocks, -1, -1), None)
     middle = _means(q, q[..., :0], lists.q_block, None).key  # [B, H, nQ, D]
-    weights = torch.baddbmm(bias.flatten(0, 1), middle.flatten(0, 1), summaries.key.flatten(0, 1).mT, alpha=scale)
-    weights = weights.softmax(-1).nan_to_num_(0)
-    mixed = (weights.to(slope.dtype) @ slope.flatten(3).flatten(0, 1)).view(*middle.shape, -1)
+    scores = middle @ summaries.key.to(middle.dtype).mT
+    weights = scores.mul_(scale).add_(bias).softmax(-1).nan_to_num_(0)
     if summaries.spread is None:
-        return Slopes(mixed, None)
-    reach = weights @ summaries.spread.flatten(0, 1)[..., None] * _REACH
-    return Slopes(mixed, reach.view(middle.shape[:3]))
+        return weights, None
+    return weights, (weights @ summaries.spread[..., None]).mul_(_REACH)[..., 0]
 
 
-def _merge(
-    q: Tensor,
-    lists: BlockLists,
-    scale: float,
-    summaries: Summaries,
-    bias: Tensor,
-    mixed: Slopes | None,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """`merge_summaries` for some heads, with the bias and the slopes of each query block."""
-    bias, keys = bias * _LOG2_E, summaries.key.mul(scale * _LOG2_E).mT  # [B, H, nQ, nK], [B, H, D, nK]
+def merge(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, stand_ins: StandIns, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merge what stands for the blocks outside the lists into out [B, H, N_q, D_v] and lse, in place -> out, lse.
+
+    Plain torch, a few rows of blocks at a time, so that nothing leaves the cache between its uses. Their weights meet
+    those of `out` in one softmax, so their own output, which `merge_attention` would need, never exists.
+    """
+    bias = stand_ins.bias(lists) * _LOG2_E  # [B|1, H, nQ, nK]
+    keys = stand_ins.key.to(bias.dtype).mul(scale * _LOG2_E).mT  # [B, H, D, nK]
+    values = stand_ins.value.to(bias.dtype)
     for blocks, rows in _strips(q, lists.q_block, keys.shape[-1]):
         by_block = blocks.stop - blocks.start, -1
         queries = q[:, :, rows].to(keys.dtype)
         scores = queries @ keys  # [B, H, rows, nK], powers of two: torch's exp is slower
         scores.unflatten(2, by_block).add_(bias[:, :, blocks, None])
-        if summaries.variance is not None:
-            scores.add_(_log2_mass(queries, summaries.variance))
+        if stand_ins.variance is not None:
+            scores.add_(_log2_mass(queries, stand_ins.variance))
         theirs = lse[:, :, rows, None] * _LOG2_E
         top = torch.maximum(scores.amax(-1, keepdim=True), theirs)
         top.masked_fill_(top.isneginf(), 0)
@@ -256,14 +267,19 @@ def _merge(
         lse[:, :, rows] = (top + total.log2()).div_(_LOG2_E)[..., 0]
         total.masked_fill_(total == 0, 1)
         merged = out[:, :, rows].to(keys.dtype).mul_(share.div_(total)).flatten(0, 1)  # in place where it needs no copy
-        merged.baddbmm_(weights.div_(total).flatten(0, 1), summaries.value.flatten(0, 1))
-        if mixed is not None:
-            steps = queries.unflatten(2, by_block) @ mixed.slope[:, :, blocks]  # [B, H, nQ, rows, D_v]
-            if mixed.reach is not None:
-                steps.mul_(_shortening(steps, mixed.reach[:, :, blocks, None, None]))
+        merged.baddbmm_(weights.div_(total).flatten(0, 1), values.flatten(0, 1))
+        if stand_ins.slope is not None:
+            steps = _steps(queries.unflatten(2, by_block), stand_ins.rows(blocks))
             merged.add_(steps.view_as(merged).mul_(ours.div_(total).flatten(0, 1)))
         if merged.data_ptr() != out[:, :, rows].data_ptr():
             out[:, :, rows] = merged.view_as(out[:, :, rows])
+    return out, lse
+
+
+def _steps(queries: Tensor, stand_ins: StandIns) -> Tensor:
+    """How far the queries [B, H, b, rows, D] of each block move what the stand-ins hold, [B, H, b, rows, D_v]."""
+    steps = queries @ cast(Tensor, stand_ins.slope).to(queries.dtype)
+    return steps if stand_ins.reach is None else steps.mul_(_shortening(steps, stand_ins.reach[..., None, None]))
 
 
 def _shortening(steps: Tensor, reach: Tensor) -> Tensor:

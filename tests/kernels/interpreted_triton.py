@@ -128,11 +128,12 @@ def test_dense_with_mass(size: Size, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("by", dk.summaries.SUMMARIES)
+@pytest.mark.parametrize("folded", [False, True])
 def test_summaries_merge_as_they_do_in_plain_torch(
-    size: Size, dtype: torch.dtype, by: dk.Summary, monkeypatch: pytest.MonkeyPatch
+    size: Size, dtype: torch.dtype, folded: bool, by: dk.Summary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In place, into the output of any kernel; the same with padded keys, and where nothing was seen before."""
-    monkeypatch.setattr(summaries, "_CACHE_BYTES", 1)  # a launch for each head
+    """In the kernel's loop or into the output of any kernel; with padded keys, and where nothing was seen before."""
+    monkeypatch.setattr(summaries, "_CACHE_BYTES", 1)  # the slopes of one head at a time
     monkeypatch.setattr(summaries, "_KEPT_BYTES", 0)  # slopes are made again, as on a device
     q, k, v = size.qkv(dtype)
     q[:, :, ::2] *= 4  # their scores vary so much that the mass they add is cut off
@@ -140,14 +141,17 @@ def test_summaries_merge_as_they_do_in_plain_torch(
     mask[:, :, 0] = False
     lists = size.lists(mask)
     exact_ = [x.double() for x in (q, k, v)]
-    rest = lists, size.scale, keys
+    rest, apart = (lists, size.scale), {"key_mask": keys, "backend": "reference"}
     made = partial(dk.summarise, block=size.kv_block, key_mask=keys, by=by)
-    want, want_lse = dk.block_sparse_attention(*exact_, lists, key_mask=keys, backend="reference")
-    summaries.merge_summaries(*exact_, *rest, made(*exact_[1:]), want, want_lse)
-    low, low_lse = dk.block_sparse_attention(q, k, v, lists, key_mask=keys, backend="reference")
-    got, lse = low.clone(), low_lse.clone()
-    summaries.merge_summaries(q, k, v, *rest, made(k, v), low, low_lse)
-    triton.merge_summaries(q, k, v, *rest, made(k, v), got, lse)
+    want, want_lse = dk.block_sparse_attention(*exact_, lists, summary=made(*exact_[1:]), **apart)
+    got, lse = dk.block_sparse_attention(q, k, v, lists, **apart)
+    theirs = summaries.stand_ins(q, k, v, *rest, keys, made(k, v))
+    low, _ = summaries.merge(q, k, v, *rest, theirs, got.clone(), lse.clone())
+    theirs = triton.stand_ins(q, k, v, *rest, keys, made(k, v))
+    if folded:
+        got, lse = triton.block_sparse_attention(q, k, v, *rest, keys, stand_ins=theirs)
+    else:
+        got, lse = triton.merge(q, k, v, *rest, theirs, got, lse)
     limit = 2 * (low.double() - want).abs().max().item() + torch.finfo(dtype).eps * max(1.0, want.abs().max().item())
     assert (got.double() - want).abs().max().item() <= limit
     assert torch.equal(lse.isneginf(), want_lse.isneginf())

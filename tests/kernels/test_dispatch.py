@@ -53,7 +53,7 @@ def test_ops_obey_the_rules_of_custom_ops(dtype: torch.dtype, masked: bool) -> N
     check(ops.attention_with_mass, (q, k, v, lse, 16, 16, 0.25, keys, "cpu"), test_utils=tests)
     check(ops.block_mass, (q, k, lse, 16, 16, 0.25, keys, "cpu"), test_utils=tests)
     boxes = random_boxes(Size(q_len=48, kv_len=48)) if masked else (None,) * 3
-    arguments = (q, k, v, blocks.idx, blocks.cnt, blocks.ordered().order, 16, 16, 0.25, keys)
+    arguments = (q, k, v, blocks.idx, blocks.cnt, blocks.ordered().order, blocks.packed(), 16, 16, 0.25, keys)
     made = list(dk.summarise(k, v, 16, scale=0.25, key_mask=keys))
     check(ops.first_order, (k, v, 16, 0.25, keys), test_utils=tests)
     check(ops.summary_error, (q, [*made[:-1], None], 16, 0.25), test_utils=tests)

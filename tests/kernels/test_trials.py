@@ -209,6 +209,21 @@ def test_the_proof_passes_what_is_right(kind: str, masked: bool, copyable: bool)
         assert (sample.key_mask is not None) == masked
 
 
+@pytest.mark.parametrize("summary", summaries.SUMMARIES)
+def test_the_proof_knows_what_a_loop_with_summaries_gives(summary: summaries.Summary) -> None:
+    case = Case("attend", torch.bfloat16, 24, 24, 16, 32, True, summary=summary)
+    names = {sample.name for sample in proof.samples(case, CPU)}
+    assert ("first order" in names) == (summary == "first-order")
+
+    def without_steps(*call: Any, stand_ins: summaries.StandIns) -> tuple[torch.Tensor, torch.Tensor]:
+        return reference.block_sparse_attention(*call, stand_ins=stand_ins._replace(slope=None))
+
+    for sample in proof.samples(case, CPU):
+        assert proof.examine(case, reference, sample).problem == ""
+        off = proof.examine(case, SimpleNamespace(block_sparse_attention=without_steps), sample).problem
+        assert off.startswith("wrong: the output is off") == (sample.summary == "first-order")
+
+
 def test_the_proof_covers_boxes() -> None:
     case = Case("attend", torch.float16, 16, 16, 16, 16, True, 2)
     for sample in proof.samples(case, CPU):
@@ -275,7 +290,8 @@ def test_the_proof_sees_what_is_wrong(kind: str) -> None:
     off = SimpleNamespace(
         block_mass=mass,
         attention_with_mass=fused,
-        merge_summaries=lambda *_: None,
+        stand_ins=summaries.stand_ins,
+        merge=lambda *call: call[-2:],
         summary_error=error,
         first_order=statistics,
     )
@@ -288,6 +304,7 @@ def test_the_cases_are_read_as_they_were_written() -> None:
         CASE,
         Case("summaries", torch.float16, 64, 72, 128, 64, True, 3, False),
         CASE._replace(precision="int8-int8"),
+        CASE._replace(summary="first-order"),
     ):
         assert Case.read(case.words()) == case
 

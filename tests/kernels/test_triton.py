@@ -25,6 +25,7 @@ from support import aot
 CHIPS = (80, 90, 100, 120)  # 89 has the kernels of 80 and the memory of 120
 SPARSE = triton.flags_of(sparse=True, ordered=True, masked=False, boxes=None, mass=False)
 DENSE = {**SPARSE, "SPARSE": False, "ORDERED": False}
+FIRST_ORDER = {**SPARSE, **dict.fromkeys(("SUMMARISED", "VARIED", "SLOPED", "BOUNDED"), True)}
 VARIANTS = {
     "sparse": SPARSE,
     "masked": {**SPARSE, "MASKED": True},
@@ -33,6 +34,9 @@ VARIANTS = {
     "dense": DENSE,
     "fused": {**DENSE, "MASS": True},
     "masked fused": {**DENSE, "MASKED": True, "MASS": True},
+    "means": {**SPARSE, "SUMMARISED": True},
+    "first order": FIRST_ORDER,
+    "masked first order": {**FIRST_ORDER, "MASKED": True},
 }
 # variant, head size, edge of the blocks
 SHOWN = [
@@ -45,6 +49,10 @@ SHOWN = [
     ("dense", 128, 128),
     ("fused", 128, 128),
     ("masked fused", 64, 128),
+    ("means", 128, 128),
+    ("first order", 128, 128),
+    ("first order", 72, 64),
+    ("masked first order", 128, 128),
 ]
 
 
@@ -73,7 +81,7 @@ def rows_of_the_table() -> list[tuple[int, int, int, Tile]]:
 
 def attend(chip: int, head_dim: int, q_block: int, kv_block: int, tile: Tile, flags: dict[str, Any]) -> aot.Compiled:
     constants = triton.attend_constants(head_dim, head_dim, q_block, kv_block, tile)
-    constants |= {**flags, "RAGGED": True, "UPCAST": False}
+    constants |= {**flags, "RAGGED": True, "UPCAST": False, "BLOCK_S": triton.stand_ins_width(chip, 2)}
     return aot.compiled(triton_kernels.attend, chip, constants, tile.warps, tile.stages)
 
 
@@ -81,6 +89,12 @@ def assert_copies(kernel: aot.Compiled, tile: Tile) -> None:
     """A compiler that can't do what the tile wants falls back in silence."""
     assert (aot.COPY_ENGINE in kernel.ptx) == (tile.copy != "pointers")
     assert (aot.SPECIALISED in kernel.ptx) == (tile.copy == "specialised")
+
+
+def test_spills_in_loops_are_seen() -> None:
+    lines = ["/*0000*/ STL [R1], R2 ;", ".L_x_1:", "/*0010*/ LDL R2, [R1] ;", "/*0020*/ @P0 BRA `(.L_x_1) ;"]
+    assert aot.in_loops("\n".join(lines)) == 1
+    assert aot.in_loops("\n".join([lines[0], lines[2], lines[1], lines[3]])) == 0
 
 
 @aot.compiles
@@ -122,19 +136,6 @@ def test_mass(chip: int, q_block: int) -> None:
     kernel = aot.compiled(triton_kernels.measure, chip, constants, tile.warps, tile.stages)
     aot.assert_sound(kernel, chip)
     assert_copies(kernel, tile)
-
-
-@aot.compiles
-@pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize(("chip", "head_dim"), [(80, 72), (89, 128), *((chip, 128) for chip in CHIPS)])
-def test_summaries(chip: int, head_dim: int, first_order: bool) -> None:
-    tile = triton.summaries_tile(chip, 2, first_order)
-    constants = triton.summaries_constants(head_dim, head_dim, 128, tile)
-    constants |= dict.fromkeys(("VARIED", "SLOPED", "BOUNDED"), first_order) | {"UPCAST": False}
-    types = dict.fromkeys(("key_ptr", "value_ptr", "slopes_ptr"), "*bf16")
-    types |= dict.fromkeys(("bias_ptr", "variance_ptr", "reach_ptr"), "*fp32")
-    kernel = aot.compiled(triton_kernels.add_summaries, chip, constants, tile.warps, tile.stages, **types)
-    aot.assert_sound(kernel, chip)
 
 
 def first_order(chip: int, dtype: str, head_dim: int, kv_block: int) -> aot.Compiled:

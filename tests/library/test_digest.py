@@ -14,10 +14,10 @@ from torch import Tensor
 import diffsparse
 from diffsparse import AdaSpa, Digest, Layout, Schedule, Tangent
 from diffsparse.errors import ConfigError
-from diffsparse.strategies.blocks import from_bits, to_bits
 from diffsparse.strategies.residual import LowRank
 from diffsparse.strategies.work import Outline
 from diffsparse_eval import metrics
+from diffsparse_kernels.lists import from_bits, to_bits
 from diffsparse_pipelines import tiny
 from diffsparse_pipelines.generation import generation
 from support import exact

@@ -14,18 +14,11 @@ from diffsparse.orders.layout import Layout
 from diffsparse.orders.named import check_order
 from diffsparse.orders.per_head import HeadOrders
 from diffsparse.site.compute import Blocks, Site
-from diffsparse.strategies.blocks import (
-    check_count,
-    check_number,
-    check_share,
-    check_square,
-    from_bits,
-    to_bits,
-    with_text,
-)
+from diffsparse.strategies.blocks import check_count, check_number, check_share, check_square, with_text
 from diffsparse.strategies.planned import Check, Part, Planned, group_of, list_of, one_of
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import BlockLists
+from diffsparse_kernels.lists import from_bits, to_bits
 
 MOST_ORDERS = 256  # their numbers are bytes
 MEASURED = ("queries", "keys", "map")  # whose incoherence is in the plan

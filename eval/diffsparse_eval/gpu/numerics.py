@@ -44,6 +44,10 @@ _ALL = (  # of every kernel that can do them
         {"kind": "fused", "masked": True},
         {"kind": "mass"},
         {"kind": "mass", "q_block": 16, "masked": True},
+        {"summary": "means"},
+        {"summary": "first-order", "kv_block": 64},
+        {"summary": "first-order", "masked": True, "head_dim": 72, "value_dim": 72},
+        {"summary": "first-order", "dtype": torch.float32},
         {"kind": "summaries"},
         {"kind": "summaries", "masked": True, "head_dim": 72, "value_dim": 72},
         {"kind": "errors"},
@@ -99,7 +103,8 @@ def does(kernel: str, case: Case, device: torch.device) -> bool:
         return True
     if case.kind in ("mass", *SUMMARISED):
         return case.kind == "mass" and triton.measure_tile(chip(device), case.kv_block, 2, True).copy == kind
-    flags = triton.flags_of(True, True, case.masked, None, case.kind == "fused") | {"AXES": case.axes}
+    flags = triton.flags_of(True, True, case.masked, None, case.kind == "fused")
+    flags |= {"AXES": case.axes, "SUMMARISED": case.summary is not None}
     return triton.attend_tile(case, device, flags, cast(Copy, kind)).copy == kind
 
 

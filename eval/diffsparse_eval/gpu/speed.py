@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from diffsparse_eval.rows import Attempt
 from diffsparse_eval.suites import Case, Pattern, sdpa
 from diffsparse_eval.timing import Call, in_turns
 from diffsparse_kernels import BlockLists, Summary, select_heads, select_rows, summarise, summary_error
-from diffsparse_kernels.backend.selftest import Kernel, Sample, kernel_of, spot_check
-from diffsparse_kernels.backend.triton.launch import merge_summaries
+from diffsparse_kernels.backend.selftest import KERNELS, Kernel, Sample, kernel_of, spot_check
+from diffsparse_kernels.backend.triton import launch as triton
 from diffsparse_kernels.case import Case as KernelCase
 from diffsparse_kernels.case import Kind
+from diffsparse_kernels.catalog import BACKENDS
 from diffsparse_kernels.lists import blocks_of
 from diffsparse_kernels.summaries import SUMMARIES
 
@@ -237,7 +238,8 @@ class _ShapeBench:
             yield self._candidate(name, f"{pattern} lists{masked}", share, calls, sample=sample)
             if pattern == "ragged" and self.options.on_gpu:
                 for by in SUMMARIES:
-                    calls = [partial(_summarised, by, kernel, *qkv, lists, *rest) for qkv in self.inputs]
+                    of = by, name in KERNELS and BACKENDS[KERNELS[name][0]].folds
+                    calls = [partial(_summarised, *of, kernel, *qkv, lists, *rest) for qkv in self.inputs]
                     kind = f"{pattern} lists with {by.replace('-', ' ')}{masked}"
                     yield self._candidate(name, kind, share, calls)
         blocks = self.case.q_block, self.case.kv_block
@@ -285,7 +287,8 @@ class _ShapeBench:
     def lists(self, density: float, pattern: Pattern) -> BlockLists:
         """Of about this share of the blocks."""
         case = Case(self.case.tokens, self.case.heads, self.case.head_dim, "bfloat16", self.case.block, (), pattern)
-        return case.lists(1 - density, self.options.device)
+        lists = case.lists(1 - density, self.options.device)
+        return replace(lists, bits=lists.packed())
 
     def _candidate(
         self,
@@ -302,12 +305,21 @@ class _ShapeBench:
 
 
 def _summarised(
-    by: Summary, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, mask: Tensor | None
+    by: Summary,
+    folds: bool,
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    scale: float,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = kernel.block_sparse_attention(q, k, v, lists, scale, mask)
     made = summarise(k, v, lists.kv_block, scale=scale, key_mask=mask, by=by)
-    merge_summaries(q, k, v, lists, scale, mask, made, out, lse)
-    return out, lse
+    theirs = triton.stand_ins(q, k, v, lists, scale, mask, made)
+    if folds:
+        return cast(tuple[Tensor, Tensor], kernel.block_sparse_attention(q, k, v, lists, scale, mask, stand_ins=theirs))
+    return triton.merge(q, k, v, lists, scale, theirs, *kernel.block_sparse_attention(q, k, v, lists, scale, mask))
 
 
 def _apply_all(orders: HeadOrders, qkv: QKV) -> None:

@@ -24,7 +24,7 @@ from diffsparse_kernels.catalog import load
 from diffsparse_kernels.child import follow_parent, say
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
-from diffsparse_kernels.summaries import Summaries, Summary
+from diffsparse_kernels.summaries import StandIns, Summaries, Summary
 
 _MANY = 40_000  # keys: more than 16 bits count
 # Faults of the machine at this moment, not of a kernel.
@@ -44,7 +44,7 @@ KERNELS = {  # name -> back end, and which of its kernels, where there are sever
     "flash-attn-4": ("flash-attn-4", ""),
 }
 _WITH_TILES = ("attention", "attention_with_mass", "block_sparse_attention", "block_mass")
-_WITHOUT_TILES = ("first_order", "summary_error", "merge_summaries")
+_WITHOUT_TILES = ("first_order", "summary_error", "stand_ins", "merge")
 _RESULTS = {
     "attend": ("output", "LSE"),
     "summaries": ("output", "LSE"),
@@ -102,13 +102,13 @@ def samples(case: Case, device: torch.device, long: bool = True) -> Iterator[Sam
     if case.kind in ("attend", "summaries"):
         yield draw.sample("lists", n_q, mask, prefix, False)
         yield draw.sample("one set of lists for all, token-major", n_q, mask[1:], holes, True)
-    if case.kind in ("summaries", "errors", "statistics"):
+    if case.kind in ("summaries", "errors", "statistics") or case.summary == "first-order":
         yield draw.sample("first order", n_q, mask, holes, False)._replace(summary="first-order")
     if case.kind in ("fused", "mass"):
         yield draw.sample("dense", n_q, None, prefix, False)
     if case.kind in ("errors", "statistics"):
         yield draw.sample("first order, token-major", n_q, mask, prefix, True)._replace(summary="first-order")
-    elif case.kind != "summaries" and not case.axes and case.precision is None:
+    elif case.kind != "summaries" and case.summary is None and not case.axes and case.precision is None:
         yield draw.sample("dense, token-major", n_q, None, holes, True)
     if long and case.kind == "attend" and not case.axes:
         mask = draw.less((2, 2, 1, blocks_of(_MANY, case.kv_block)), 0.02)
@@ -165,7 +165,7 @@ def compute(case: Case, kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
         return tuple(kernel.attention_with_mass(q, k, v, *tiles))
     if lists is None:
         return tuple(kernel.attention(q, k, v, scale, key_mask))
-    if case.kind == "attend":
+    if case.kind == "attend" and case.summary is None:
         return tuple(kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes))
     if case.kind == "statistics":
         made = kernel.first_order(k, v, case.kv_block, scale, key_mask)
@@ -173,9 +173,21 @@ def compute(case: Case, kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
     made = summaries.summarise(k, v, case.kv_block, scale, key_mask, sample.summary)
     if case.kind == "errors":
         return (kernel.summary_error(q, made, case.q_block, scale),)
-    merged = q.new_ones(*q.shape[:3], v.shape[3]), lse.clone()
-    kernel.merge_summaries(q, k, v, lists, scale, key_mask, made, *merged)
-    return merged
+    if case.kind == "attend":
+        theirs = stand_ins(sample, q.dtype)
+        return tuple(kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, boxes, stand_ins=theirs))
+    theirs = kernel.stand_ins(q, k, v, lists, scale, key_mask, made)
+    return tuple(kernel.merge(q, k, v, lists, scale, theirs, q.new_ones(*q.shape[:3], v.shape[3]), lse.clone()))
+
+
+def stand_ins(sample: Sample, dtype: torch.dtype) -> StandIns:
+    """What stands for the dropped blocks of a call, by plain torch; what kernels multiply is rounded to `dtype`."""
+    q, k, v, lists, key_mask, _, scale = sample[1:8]
+    assert lists is not None
+    known = summaries.summarise(k, v, lists.kv_block, scale, key_mask, sample.summary)
+    made = summaries.stand_ins(q, k, v, lists, scale, key_mask, known)
+    slope = None if made.slope is None else made.slope.to(dtype)
+    return made._replace(key=made.key.to(dtype), value=made.value.to(dtype), slope=slope)
 
 
 def exact(case: Case, sample: Sample) -> tuple[Tensor, ...]:
@@ -197,6 +209,10 @@ def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
         assert lists is not None
         return emulated.quantised_attention(q, k, v, lists, scale, key_mask, 8)
     scores, out, lse = rounded_attention(sample)
+    if case.summary is not None:
+        q, k, v, lists, _, _, scale = sample[1:8]
+        assert lists is not None
+        return summaries.merge(q, k, v, lists, scale, stand_ins(sample, q.dtype), out, lse)
     if case.kind == "attend":
         return out, lse
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffsparse_kernels.summaries import MOST_BIAS, NOWHERE
+from diffsparse_kernels.summaries import MOST_BIAS
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 MOST_MASS = tl.constexpr(MOST_BIAS * 1.4426950408889634)  # of varied scores, as a power of two
-EMPTY = tl.constexpr(NOWHERE)  # log count of a block without keys
 
 
 @triton.jit
@@ -180,15 +179,105 @@ def next_block(idx_ptr, turn, turns, PARTS: tl.constexpr, SPARSE: tl.constexpr):
 
 
 @triton.jit
+def mean_scores(
+    q, squares, keys, log_counts, variances, start, kv_blocks, scale_log2,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, VARIED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Scores of the mean keys of blocks start .. start + BLOCK_N, in base 2, [M, N]; -inf beyond and without keys."""
+    columns = start + tl.arange(0, BLOCK_N)
+    there = columns < kv_blocks
+    k = load_rows(keys, start, kv_blocks, D, 1, BLOCK_N, D, D_PAD, True, False, UPCAST)  # [N, D]
+    log_count = tl.load(log_counts + columns, mask=there, other=-float("inf"))
+    scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2 + (log_count * LOG2E)[None, :]
+    if VARIED:
+        variance = tl.load(variances + columns, mask=there, other=0.0)
+        scores += tl.minimum(squares[:, None] * variance[None, :], MOST_MASS)
+    return scores
+
+
+@triton.jit
+def add_stand_ins(
+    q, acc, total, highest, bits_at, keys, values, log_counts, variances, scale_log2, kv_blocks,
+    D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    VARIED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The online softmax goes on over blocks that are not listed -> acc, total, highest, and their part of total."""
+    ours = tl.zeros_like(total)
+    squares = total
+    if VARIED:
+        squares = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * (LOG2E / 2)  # [M]
+    for start in tl.range(0, kv_blocks, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        scores = mean_scores(
+            q, squares, keys, log_counts, variances, start, kv_blocks, scale_log2, D, D_PAD, BLOCK_N, VARIED, UPCAST
+        )  # fmt: skip
+        bits = tl.load(bits_at + columns // 8, mask=columns < kv_blocks, other=255)
+        listed = (bits >> (7 - columns % 8).to(tl.uint8)) & 1  # [N]
+        scores = tl.where((listed != 0)[None, :], -float("inf"), scores)
+        v = load_rows(values, start, kv_blocks, D_V, 1, BLOCK_N, D_V, DV_PAD, True, False, UPCAST)  # [N, D_V]
+        weights, _, highest, shrink = softmax_step(scores, 1.0, highest)
+        part = tl.sum(weights, 1)
+        total = total * shrink + part
+        ours = ours * shrink + part
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, total, highest, ours
+
+
+@triton.jit
+def step_part(
+    out, share, queries, first_row, n_q, q_n, q_d, slope_at,
+    Q_BLOCK: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    LEFT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out [M, WIDTH] and the queries times share [M] times slope [D, WIDTH], of which LEFT columns are there.
+
+    A few channels at a time, read once more: there is no room for whole rows beside the output.
+    """
+    PART: tl.constexpr = 32 if D_PAD > 32 else D_PAD
+    for part in tl.static_range(D_PAD // PART):
+        q = load_rows(
+            queries + part * PART * q_d, first_row, n_q, q_n, q_d, Q_BLOCK, D - part * PART, PART, True, False, UPCAST
+        )  # fmt: skip
+        slope = load_rows(
+            slope_at + part * PART * D_V, 0, D - part * PART, D_V, 1, PART, LEFT, WIDTH, True, False, UPCAST
+        )  # fmt: skip
+        q = (q.to(tl.float32) * share[:, None]).to(slope.dtype)
+        out = tl.dot(q, slope, out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def shortening(
+    queries, first_row, n_q, q_n, q_d, slope_at, reach_at,
+    Q_BLOCK: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """What to multiply the steps of the rows with, so that none gets longer than the reach, [M]."""
+    PART: tl.constexpr = 32 if DV_PAD > 32 else DV_PAD
+    reach = tl.load(reach_at)
+    ones = tl.full([Q_BLOCK], 1.0, tl.float32)
+    squares = tl.zeros([Q_BLOCK], tl.float32) + reach * reach
+    for part in tl.static_range(DV_PAD // PART):
+        step = step_part(
+            tl.zeros([Q_BLOCK, PART], tl.float32), ones, queries, first_row, n_q, q_n, q_d, slope_at + part * PART,
+            Q_BLOCK, D, D_V, D_PAD, PART, D_V - part * PART, UPCAST,
+        )  # fmt: skip
+        squares += tl.sum(step * step, 1)
+    return reach * tl.rsqrt(tl.maximum(squares, TINY))
+
+
+@triton.jit
 def attend(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mass_ptr, cached_ptr, idx_ptr, cnt_ptr, order_ptr,
     key_mask_ptr, clear_ptr, place_ptr, low_ptr, high_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
-    scale_log2, n_q, n_kv, heads, listed, width,
+    bits_ptr, key_ptr, value_ptr, log_count_ptr, variance_ptr, slope_ptr, reach_ptr,
+    scale_log2, n_q, n_kv, heads, listed, width, slope_n,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     SPARSE: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr, AXES: tl.constexpr, MASS: tl.constexpr,
     SCALED: tl.constexpr, VALUES: tl.constexpr,
+    SUMMARISED: tl.constexpr, VARIED: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr,
     RAGGED: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query block.
@@ -200,6 +289,11 @@ def attend(
     N_q]: of `Boxes`. A pointer that its flag leaves unread may be any. SCALED: q and k are eight bits, to be multiplied
     by q_scale_ptr float32 [B, H, nQ] and k_scale_ptr [B, H, nK]. VALUES: "plain", or "int8" or "fp8": v_ptr is then
     [B, H, D_V, N_kv], rows `v_n` apart, to be multiplied by v_scale_ptr float32 [B, H, D_V].
+
+    SUMMARISED: what stands for the blocks outside the lists takes part, `StandIns` in contiguous tensors: bits_ptr
+    uint8 [B|1, H, nQ, nK / 8], key_ptr [B, H, nK, D] and value_ptr [B, H, nK, D_V] of q's dtype, log_count_ptr float32
+    [B, H, nK]; VARIED: variance_ptr float32 [B, H, nK]; SLOPED: slope_ptr of q's dtype, a [D, D_V] every `slope_n`
+    numbers for each query block; BOUNDED: reach_ptr float32 [B, H, nQ]. Ours.
     """
     lists_at, row_block, b, h = program_place(order_ptr, listed, n_q, heads, Q_BLOCK, ORDERED)
     first_row = row_block * Q_BLOCK
@@ -211,6 +305,15 @@ def attend(
         values = matrix(v_ptr + b * v_b + h * v_h, n_kv, v_n, BLOCK_N, D_V, DV_PAD, TMA)
     else:
         values = matrix(v_ptr + b * v_b + h * v_h, D_V, v_n, DV_PAD, n_kv, BLOCK_N, TMA)
+    if SLOPED:
+        row_blocks_at = (b * heads + h) * tl.cdiv(n_q, Q_BLOCK) + row_block
+        slope_at = slope_ptr + row_blocks_at * slope_n
+        short = tl.full([Q_BLOCK], 1.0, tl.float32)
+        if BOUNDED:  # before the output takes up the registers
+            short = shortening(
+                q_ptr + b * q_b + h * q_h, first_row, n_q, q_n, q_d, slope_at, reach_ptr + row_blocks_at,
+                Q_BLOCK, D, D_V, D_PAD, DV_PAD, UPCAST,
+            )  # fmt: skip
     q = load_rows(queries, first_row, n_q, q_n, q_d, Q_BLOCK, D, D_PAD, True, TMA, UPCAST)  # [M, D]
     highest = tl.full([Q_BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([Q_BLOCK], tl.float32)
@@ -271,86 +374,29 @@ def attend(
             held = tl.where(part == 0, 0.0, held) + part_sum * tl.math.exp2(base - cached)
             tl.store(mass_at + block, tl.sum(held, 0))  # the last part of a block has it all
         block = next_block(idx_at, turn + 1, turns, PARTS, SPARSE)
+    if SUMMARISED:
+        at = (b * heads + h) * kv_blocks
+        acc, total, highest, ours = add_stand_ins(
+            q, acc, total, highest, bits_ptr + lists_at.to(tl.int64) * tl.cdiv(kv_blocks, 8),
+            key_ptr + at * D, value_ptr + at * D_V, log_count_ptr + at, variance_ptr + at, scale_log2, kv_blocks,
+            D, D_V, D_PAD, DV_PAD, BLOCK_S, VARIED, UPCAST,
+        )  # fmt: skip
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     lse = tl.where(empty, -float("inf"), (highest + tl.math.log2(total)) * LN2)
     dims = tl.arange(0, DV_PAD)
     out_at = out_ptr + (row_at + first_row) * D_V + tl.arange(0, Q_BLOCK)[:, None] * D_V + dims[None, :]
     out = acc / total[:, None]
+    if SLOPED:
+        out = step_part(
+            out, short * ours / total, q_ptr + b * q_b + h * q_h, first_row, n_q, q_n, q_d, slope_at,
+            Q_BLOCK, D, D_V, D_PAD, DV_PAD, D_V, UPCAST,
+        )  # fmt: skip
     if VALUES != "plain":
         out *= tl.load(v_scale_ptr + (b * heads + h) * D_V + dims, mask=dims < D_V, other=0.0)[None, :]
     out = out.to(out_ptr.dtype.element_ty)
     tl.store(out_at, out, mask=(rows < n_q)[:, None] & (dims < D_V)[None, :])
     tl.store(lse_ptr + row_at + rows, lse, mask=rows < n_q)
-
-
-@triton.jit
-def add_summaries(
-    q_ptr, key_ptr, value_ptr, bias_ptr, variance_ptr, slopes_ptr, reach_ptr, out_ptr, lse_ptr,
-    scale_log2, n_q, kv_blocks, heads,
-    q_b, q_h, q_n, q_d,
-    D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    Q_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    VARIED: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Merge attention to the summaries of key blocks into the output and LSE of one query block, in place.
-
-    q [B, H, N_q, D] by its strides; key [B, H, nK, D], value [B, H, nK, D_V], bias float32 [B, H, nQ, nK] in base 2
-    (-inf where the block itself was seen), out [B, H, N_q, D_V] and lse float32 [B, H, N_q], contiguous. VARIED:
-    variance float32 [B, H, nK] adds mass. SLOPED: slopes [B, H, nQ, D, D_V] of q's dtype move the values with the
-    query; BOUNDED: by less than reach float32 [B, H, nQ]. Ours; the error is within twice that of the same merge in
-    plain torch.
-    """
-    q_blocks = tl.cdiv(n_q, Q_BLOCK)
-    row_block = tl.program_id(0) % q_blocks
-    bh = (tl.program_id(0) // q_blocks).to(tl.int64)
-    first_row = row_block * Q_BLOCK
-    rows = first_row + tl.arange(0, Q_BLOCK)  # [M]
-    queries = q_ptr + bh // heads * q_b + bh % heads * q_h
-    q = load_rows(queries, first_row, n_q, q_n, q_d, Q_BLOCK, D, D_PAD, True, False, UPCAST)  # [M, D]
-    if VARIED:
-        squares = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) * (LOG2E / 2)  # [M]
-    keys, values = key_ptr + bh * kv_blocks * D, value_ptr + bh * kv_blocks * D_V
-    bias_at = bias_ptr + (bh * q_blocks + row_block) * kv_blocks
-    highest = tl.full([Q_BLOCK], -float("inf"), tl.float32)
-    total = tl.zeros([Q_BLOCK], tl.float32)
-    acc = tl.zeros([Q_BLOCK, DV_PAD], tl.float32)
-    for start in tl.range(0, kv_blocks, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        k = load_rows(keys, start, kv_blocks, D, 1, BLOCK_N, D, D_PAD, True, False, UPCAST)  # [N, D]
-        v = load_rows(values, start, kv_blocks, D_V, 1, BLOCK_N, D_V, DV_PAD, True, False, UPCAST)
-        bias = tl.load(bias_at + columns, mask=columns < kv_blocks, other=-float("inf"))
-        scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2 + bias[None, :]  # [M, N]
-        if VARIED:
-            variance = tl.load(variance_ptr + bh * kv_blocks + columns, mask=columns < kv_blocks, other=0.0)
-            scores += tl.minimum(squares[:, None] * variance[None, :], MOST_MASS)
-        weights, _, highest, shrink = softmax_step(scores, 1.0, highest)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    if SLOPED:
-        slopes = slopes_ptr + (bh * q_blocks + row_block) * D * D_V
-        slope = load_rows(slopes, 0, D, D_V, 1, D_PAD, D_V, DV_PAD, True, False, UPCAST)  # [D, D_V]
-        step = tl.dot(q, slope, input_precision="ieee")  # [M, D_V]
-        if BOUNDED:
-            reach = tl.load(reach_ptr + bh * q_blocks + row_block)
-            longest = tl.maximum(tl.sum(step * step, 1) + reach * reach, TINY)
-            step *= (reach * tl.rsqrt(longest))[:, None]
-        acc += step * total[:, None]
-    there = rows < n_q
-    dims = tl.arange(0, DV_PAD)
-    out_at = out_ptr + (bh * n_q + rows)[:, None] * D_V + dims[None, :]
-    inside = there[:, None] & (dims < D_V)[None, :]
-    lse = tl.load(lse_ptr + bh * n_q + rows, mask=there, other=-float("inf")) * LOG2E
-    top = tl.maximum(highest, lse)
-    base = tl.where(top == -float("inf"), 0.0, top)
-    ours, theirs = tl.math.exp2(highest - base), tl.math.exp2(lse - base)
-    whole = total * ours + theirs
-    empty = whole == 0.0
-    whole = tl.where(empty, 1.0, whole)
-    out = acc * ours[:, None] + tl.load(out_at, mask=inside, other=0.0).to(tl.float32) * theirs[:, None]
-    tl.store(out_at, (out / whole[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
-    lse = tl.where(empty, -float("inf"), (base + tl.math.log2(whole)) * LN2)
-    tl.store(lse_ptr + bh * n_q + rows, lse, mask=there)
 
 
 @triton.jit
@@ -415,19 +461,6 @@ def first_order(
 
 
 @triton.jit
-def mean_scores(
-    q, keys, log_counts, start, kv_blocks, scale_log2,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """What blocks start .. start + BLOCK_N count to each query by their mean keys, in base 2, [M, N]; -inf beyond."""
-    columns = start + tl.arange(0, BLOCK_N)
-    k = load_rows(keys, start, kv_blocks, D, 1, BLOCK_N, D, D_PAD, True, False, UPCAST)  # [N, D]
-    log_count = tl.load(log_counts + columns, mask=columns < kv_blocks, other=0.0)
-    bias = tl.where(columns < kv_blocks, tl.maximum(log_count, EMPTY) * LOG2E, -float("inf"))
-    return tl.dot(q, k.T, input_precision="ieee") * scale_log2 + bias[None, :]
-
-
-@triton.jit
 def summary_error(
     q_ptr, key_ptr, log_count_ptr, steepness_ptr, variance_ptr, spread_ptr, error_ptr,
     scale_log2, n_q, kv_blocks, heads,
@@ -445,14 +478,18 @@ def summary_error(
     bh = (tl.program_id(0) // q_blocks).to(tl.int64)
     queries = q_ptr + bh // heads * q_b + bh % heads * q_h
     q = load_rows(queries, row_block * Q_BLOCK, n_q, q_n, q_d, Q_BLOCK, D, D_PAD, True, False, UPCAST)  # [M, D]
+    squares = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)  # [M], 0 beyond the last row
     keys, log_counts = key_ptr + bh * kv_blocks * D, log_count_ptr + bh * kv_blocks
     highest = tl.full([Q_BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([Q_BLOCK], tl.float32)
     for start in tl.range(0, kv_blocks, BLOCK_N):
-        scores = mean_scores(q, keys, log_counts, start, kv_blocks, scale_log2, D, D_PAD, BLOCK_N, UPCAST)
+        scores = mean_scores(
+            q, squares, keys, log_counts, log_counts, start, kv_blocks, scale_log2, D, D_PAD, BLOCK_N, False, UPCAST
+        )  # fmt: skip
         weights, _, highest, shrink = softmax_step(scores, 1.0, highest)
         total = total * shrink + tl.sum(weights, 1)
-    squares = tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)  # [M], 0 beyond the last row
+    highest = tl.where(total == 0.0, 0.0, highest)  # no key at all
+    total = tl.where(total == 0.0, 1.0, total)
     first = squares / (total * total)
     second = first * squares
     error_at = error_ptr + (bh * q_blocks + row_block) * kv_blocks
@@ -463,7 +500,9 @@ def summary_error(
         steepness = tl.load(steepness_ptr + at, mask=there, other=0.0)
         variance = tl.load(variance_ptr + at, mask=there, other=0.0)
         curved = variance * tl.load(spread_ptr + at, mask=there, other=0.0) / 2
-        scores = mean_scores(q, keys, log_counts, start, kv_blocks, scale_log2, D, D_PAD, BLOCK_N, UPCAST)
+        scores = mean_scores(
+            q, squares, keys, log_counts, log_counts, start, kv_blocks, scale_log2, D, D_PAD, BLOCK_N, False, UPCAST
+        )  # fmt: skip
         weights = tl.math.exp2(scores - highest[:, None])
         # Both orders in one sum over the rows, which crosses warps.
         orders = first[:, None] * (steepness * steepness)[None, :] + second[:, None] * (curved * curved)[None, :]

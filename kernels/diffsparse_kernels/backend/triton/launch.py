@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, cast
 
 import torch
 import triton
@@ -28,7 +29,8 @@ from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes, each_head
 from diffsparse_kernels.measured import HEAD_DIMS, Copy, Tile, tiles_for
-from diffsparse_kernels.summaries import Slopes, Summaries, keeps_slopes, mixed_slopes, parts_of
+from diffsparse_kernels.merge import merge_attention
+from diffsparse_kernels.summaries import StandIns, Summaries, keeps_slopes, mixing, parts_of
 
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,6 +48,10 @@ class Flags(TypedDict):
     MASS: bool
     SCALED: bool
     VALUES: str
+    SUMMARISED: bool
+    VARIED: bool
+    SLOPED: bool
+    BOUNDED: bool
 
 
 class Rounded(NamedTuple):
@@ -143,39 +149,54 @@ def block_sparse_attention(
     scale: float,
     key_mask: Tensor | None,
     boxes: Boxes | None = None,
+    stand_ins: StandIns | None = None,
     tile: Tile | None = None,
     copy: Copy | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the listed blocks. `tile` instead of the table's serves to measure tiles."""
-    blocks = lists.q_block, lists.kv_block
-    return attend(q, k, v, scale, key_mask, blocks, lists=lists, boxes=boxes, tile=tile, copy=copy)[:2]
+    """Attention over the listed blocks, and what stands for the others. `tile` serves to measure tiles."""
+    found = attend(
+        q,
+        k,
+        v,
+        scale,
+        key_mask,
+        (lists.q_block, lists.kv_block),
+        lists=lists,
+        boxes=boxes,
+        tile=tile,
+        copy=copy,
+        stand_ins=stand_ins,
+    )
+    return found[:2]
 
 
-def merge_summaries(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: BlockLists,
-    scale: float,
-    key_mask: Tensor | None,
-    summaries: Summaries,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Merge what the summaries of the blocks outside the lists give into out and lse of any back end, in place."""
-    bias = summaries.bias(lists)
-    if summaries.by == "means":
-        return _add_summaries(q, lists, scale, summaries, bias, None, out, lse)
-    head_bytes = (lists.q_blocks + lists.kv_blocks) * k.shape[3] * v.shape[3] * k.element_size()
-    for part in parts_of(k, head_bytes):
-        some = summaries.part(part)
-        slope = some.slope
-        if slope is None:
+def stand_ins(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, key_mask: Tensor | None, summaries: Summaries
+) -> StandIns:
+    """What stands for the blocks outside the lists, in q's dtype. Slopes that were not kept are made again."""
+    made = StandIns(summaries.key.to(q.dtype), summaries.value.to(q.dtype), summaries.log_count, summaries.variance)
+    if not summaries.mixed:
+        return made._replace(slope=None if summaries.slope is None else summaries.slope.to(q.dtype))
+    weights, reach = mixing(q, lists, scale, summaries, made.bias(lists))
+    weights = weights.to(q.dtype)
+    slope = q.new_empty(*q.shape[:2], lists.q_blocks, k.shape[3] * v.shape[3])
+    for part in parts_of(k, lists.kv_blocks * k.shape[3] * v.shape[3] * k.element_size()):
+        some = summaries.slope if summaries.slope is None else summaries.slope[part].to(q.dtype)
+        if some is None:
             keys = None if key_mask is None else each_head(key_mask).expand(k.shape[:3])[part]
-            slope = _first_order(k[part], v[part], lists.kv_block, scale, keys, True).slope
-        some = some._replace(slope=None if slope is None else slope.to(q.dtype))
-        mixed = mixed_slopes(q[part], lists, scale, some, bias[part])
-        _add_summaries(q[part], lists, scale, some, bias[part], mixed, out[part], lse[part])
+            some = cast(Tensor, _first_order(k[part], v[part], lists.kv_block, scale, keys, True).slope)
+        torch.matmul(weights[part], some.flatten(3), out=slope[part])
+    return made._replace(slope=slope.unflatten(3, (k.shape[3], -1)), reach=reach)
+
+
+def merge(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, stand_ins: StandIns, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """out and lse of any back end, and what stands for the blocks outside the lists."""
+    none = replace(lists, cnt=torch.zeros_like(lists.cnt), order=None, bits=lists.packed())
+    blocks = lists.q_block, lists.kv_block
+    theirs, their_lse, _ = attend(q, k, v, scale, None, blocks, lists=none, stand_ins=stand_ins)
+    return merge_attention(out, lse, theirs, their_lse)
 
 
 def first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None) -> Summaries:
@@ -226,47 +247,6 @@ def first_order_constants(head_dim: int, value_dim: int, kv_block: int, tile: Ti
     return {**sizes, "KV_BLOCK": kv_block, "BLOCK_V": tile.keys}
 
 
-def _add_summaries(
-    q: Tensor,
-    lists: BlockLists,
-    scale: float,
-    summaries: Summaries,
-    bias: Tensor,
-    mixed: Slopes | None,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Launch `kernels.add_summaries` for some heads, whose out and lse lie in memory without gaps."""
-    (batch, heads, n_q, head_dim), kv_blocks = q.shape, summaries.key.shape[2]
-    tile = summaries_tile(chip(q.device), q.element_size(), mixed is not None)
-    slope, reach = (None, None) if mixed is None else mixed
-    launch(
-        kernels.add_summaries,
-        batch * heads * lists.q_blocks,
-        q,
-        tile,
-        q_ptr=q,
-        key_ptr=summaries.key.to(q.dtype).contiguous(),
-        value_ptr=summaries.value.to(q.dtype).contiguous(),
-        bias_ptr=(bias * LOG2E).contiguous(),
-        variance_ptr=bias if summaries.variance is None else summaries.variance.contiguous(),
-        slopes_ptr=q if slope is None else slope.contiguous(),
-        reach_ptr=bias if reach is None else reach.contiguous(),
-        out_ptr=out,
-        lse_ptr=lse,
-        scale_log2=scale * LOG2E,
-        n_q=n_q,
-        kv_blocks=kv_blocks,
-        heads=heads,
-        **strides(q=q),
-        **summaries_constants(head_dim, out.shape[3], lists.q_block, tile),
-        VARIED=summaries.variance is not None,
-        SLOPED=slope is not None,
-        BOUNDED=reach is not None,
-        UPCAST=upcast(q),
-    )
-
-
 def summary_error(q: Tensor, summaries: Summaries, q_block: int, scale: float) -> Tensor:
     """Estimated error of each tile's summary, float32 [B, H, nQ, nK], two passes over the mean keys."""
     (batch, heads, n_q, head_dim), kv_blocks = q.shape, summaries.key.shape[2]
@@ -303,19 +283,6 @@ def error_tile(itemsize: int) -> Tile:
 def error_constants(head_dim: int, q_block: int, tile: Tile) -> dict[str, int]:
     """The constants of `kernels.summary_error` that sizes and tile decide."""
     return {"D": head_dim, "D_PAD": padded(head_dim), "Q_BLOCK": q_block, "BLOCK_N": tile.keys}
-
-
-def summaries_tile(chip: int, itemsize: int, first_order: bool) -> Tile:
-    """The tile of `kernels.add_summaries`: to first order a small one, or it spills on chips without tensor memory."""
-    if itemsize > 2 or (first_order and not 90 <= chip < 120):
-        return Tile(16, 8, 1)
-    return Tile(64, 8, 2)
-
-
-def summaries_constants(head_dim: int, value_dim: int, q_block: int, tile: Tile) -> dict[str, int]:
-    """The constants of `kernels.add_summaries` that sizes and tile decide."""
-    sizes = {"D": head_dim, "D_V": value_dim, "D_PAD": padded(head_dim), "DV_PAD": padded(value_dim)}
-    return {**sizes, "Q_BLOCK": q_block, "BLOCK_N": tile.keys}
 
 
 def block_mass(
@@ -374,18 +341,22 @@ def attend(
     boxes: Boxes | None = None,
     tile: Tile | None = None,
     copy: Copy | None = None,
+    stand_ins: StandIns | None = None,
     rounded: Rounded | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `kernels.attend` -> out, lse, mass (empty if there is no cached LSE)."""
     case = _case_of(q, k, v, blocks, key_mask, boxes, cached, rounded)
+    case = case._replace(summary=None if stand_ins is None else stand_ins.by)
     check(case)
+    if scale < 0 and stand_ins is not None and stand_ins.slope is not None:
+        stand_ins = stand_ins._replace(slope=-stand_ins.slope)  # as the queries
     q, scale = positive(q, scale)
     (batch, heads, n_q, _), n_kv = q.shape, k.shape[2]
     q_blocks, kv_blocks = blocks_of(n_q, case.q_block), blocks_of(n_kv, case.kv_block)
     out = q.new_empty(batch, heads, n_q, case.value_dim, dtype=case.dtype)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32)
     mass = q.new_empty((0,) if cached is None else (batch, heads, q_blocks, kv_blocks), dtype=torch.float32)
-    flags = _flags(lists, key_mask, boxes, cached, rounded)
+    flags = _flags(lists, key_mask, boxes, cached, rounded, stand_ins)
     tile = tile or attend_tile(case, q.device, flags, copy)
     launch(
         kernels.attend,
@@ -403,12 +374,14 @@ def attend(
         **mask_pointers(key_mask, q),
         **_box_pointers(boxes, q),
         **_scale_pointers(rounded, lse),
+        **_stand_in_arguments(lists, stand_ins, lse),
         scale_log2=scale * LOG2E,
         n_q=n_q,
         n_kv=n_kv,
         heads=heads,
         **strides(q=q, k=k, v=v),
         **attend_constants(case.head_dim, case.value_dim, case.q_block, case.kv_block, tile),
+        BLOCK_S=stand_ins_width(chip(q.device), case.dtype.itemsize),
         **flags,
         RAGGED=n_kv % case.kv_block != 0,
         UPCAST=upcast(q, v),
@@ -439,18 +412,40 @@ def _flags(
     boxes: Boxes | None,
     cached: Tensor | None,
     rounded: Rounded | None,
+    stand_ins: StandIns | None,
 ) -> Flags:
     ordered = lists is not None and lists.order is not None
     flags = flags_of(lists is not None, ordered, key_mask is not None, boxes, cached is not None)
     if rounded is not None:
         flags["SCALED"], flags["VALUES"] = True, rounded.values
+    if stand_ins is not None:
+        flags["SUMMARISED"], flags["VARIED"] = True, stand_ins.variance is not None
+        flags["SLOPED"], flags["BOUNDED"] = stand_ins.slope is not None, stand_ins.reach is not None
     return flags
 
 
 def flags_of(sparse: bool, ordered: bool, masked: bool, boxes: Boxes | None, mass: bool) -> Flags:
-    """The flags of inputs that are not rounded."""
-    axes = 0 if boxes is None else boxes.place.shape[0]
-    return Flags(SPARSE=sparse, ORDERED=ordered, MASKED=masked, AXES=axes, MASS=mass, SCALED=False, VALUES="plain")
+    """The flags of inputs that are not rounded, without summaries."""
+    return Flags(
+        SPARSE=sparse,
+        ORDERED=ordered,
+        MASKED=masked,
+        AXES=0 if boxes is None else boxes.place.shape[0],
+        MASS=mass,
+        SCALED=False,
+        VALUES="plain",
+        SUMMARISED=False,
+        VARIED=False,
+        SLOPED=False,
+        BOUNDED=False,
+    )
+
+
+def stand_ins_width(chip: int, itemsize: int) -> int:
+    """Stand-ins that `kernels.attend` takes at a time: as many as fit beside the output."""
+    if itemsize > 2:
+        return 16
+    return 64 if 90 <= chip < 120 else 32
 
 
 def attend_tile(case: Case, device: torch.device, flags: Flags, copy: Copy | None = None) -> Tile:
@@ -479,8 +474,8 @@ def capable_tiles(tiles: list[Tile], itemsize: int, copyable: bool, flags: Flags
     if itemsize > 2:
         yield Tile(min(16, tiles[-1].keys), 8, 1)
         return
-    # Sums over the rows of warps that work apart, and boxes, are more than the compiler can specialise.
-    together = flags["MASS"] or flags["AXES"] > 0
+    # Sums over the rows of warps that work apart, boxes and a second loop are more than the compiler can specialise.
+    together = flags["MASS"] or flags["AXES"] > 0 or flags["SUMMARISED"]
     kinds = {"pointers": True, "tma": copyable, "specialised": copyable and not together}
     yield from (tile for tile in tiles if kinds[tile.copy])
 
@@ -556,6 +551,17 @@ def _list_arguments(lists: BlockLists | None, unread: Tensor, programs: int) -> 
 def _box_pointers(boxes: Boxes | None, unread: Tensor) -> dict[str, Tensor]:
     pointers = (unread,) * 3 if boxes is None else tuple(x.contiguous() for x in boxes)
     return dict(zip(("place_ptr", "low_ptr", "high_ptr"), pointers, strict=True))
+
+
+def _stand_in_arguments(lists: BlockLists | None, by: StandIns | None, unread: Tensor) -> dict[str, object]:
+    if lists is None or by is None:
+        names = ("bits", "key", "value", "log_count", "variance", "slope", "reach")
+        return {**{f"{name}_ptr": unread for name in names}, "slope_n": 0}
+    counts = by.log_count.float().expand(by.key.shape[:3])
+    parts = {name: x.contiguous() for name, x in by._replace(log_count=counts)._asdict().items() if x is not None}
+    pointers = {f"{name}_ptr": parts.get(name, unread) for name in by._fields}
+    slope_n = 0 if by.slope is None or by.slope.shape[2] == 1 else by.slope.shape[3] * by.slope.shape[4]
+    return {**pointers, "bits_ptr": lists.packed().contiguous(), "slope_n": slope_n}
 
 
 def _scale_pointers(rounded: Rounded | None, unread: Tensor) -> dict[str, Tensor]:
