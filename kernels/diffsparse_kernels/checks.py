@@ -108,7 +108,7 @@ def check_summary(k: Tensor, v: Tensor, lists: BlockLists, summary: Summary | Su
 
 
 def _check_parts(summary: Summaries, key: tuple[int, ...], value_dim: int, like: Tensor) -> None:
-    """Of these shapes, on this tensor's device, in float32, or in its dtype where that is better."""
+    """Of these shapes, on this tensor's device, in float32, or in its dtype where that is better or multiplied."""
     wide, exact = key[:3], torch.promote_types(like.dtype, torch.float32)
     counts = summary.log_count
     if counts.ndim == 3 and counts.shape[0] in (1, wide[0]) and counts.shape[1] in (1, wide[1]):
@@ -117,7 +117,8 @@ def _check_parts(summary: Summaries, key: tuple[int, ...], value_dim: int, like:
     for name in ("variance", "spread", "steepness"):
         parts[name] = getattr(summary, name), wide
     for name, (part, shape) in parts.items():
-        if part is not None and (tuple(part.shape), part.device, part.dtype) != (shape, like.device, exact):
+        dtypes = (exact, like.dtype) if name in ("key", "value") else (exact,)
+        if part is not None and ((tuple(part.shape), part.device) != (shape, like.device) or part.dtype not in dtypes):
             raise KernelInputError(
                 f"wanted summaries whose {name} is {exact} {shape} on {like.device}; got {part.dtype} "
                 f"{tuple(part.shape)} on {part.device}. Make them of these keys, in blocks of this length"

@@ -87,10 +87,11 @@ def first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor
 
 @first_order.register_fake
 def _(k: Tensor, v: Tensor, block: int, *_: object) -> list[Tensor]:
-    empty, (dim, value_dim) = partial(k.new_empty, dtype=_accumulated(k)), (k.shape[3], v.shape[3])
+    empty, (dim, value_dim) = partial(k.new_empty, dtype=plain.kept_dtype(k)), (k.shape[3], v.shape[3])
     blocks = *k.shape[:2], blocks_of(k.shape[2], block)
     slope = [empty(*blocks, dim, value_dim)] if plain.keeps_slopes(k, v, block) else []
-    return [empty(*blocks, dim), empty(*blocks, value_dim), *(empty(*blocks) for _ in range(4)), *slope]
+    moments = (k.new_empty(*blocks, dtype=_accumulated(k)) for _ in range(4))
+    return [empty(*blocks, dim), empty(*blocks, value_dim), *moments, *slope]
 
 
 @torch.library.custom_op("diffsparse_kernels::summary_error", mutates_args=())

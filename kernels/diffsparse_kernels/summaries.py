@@ -18,16 +18,16 @@ SUMMARIES: tuple[Summary, ...] = ("means", "first-order")
 
 _LOG2_E = math.log2(math.e)
 _CACHE_BYTES = 4 * 2**20  # what stays in the processor's cache
-_DEVICE_BYTES = 256 * 2**20  # what may exist at a time on a device, where few large products are fast
-_KEPT_BYTES = 64 * 2**20  # slopes that are kept by a processor; a device re-reads K and V in less time than it saves
+_DEVICE_BYTES = 512 * 2**20  # what may exist at a time on a device, where few large products are fast
+_KEPT_BYTES = 64 * 2**20  # slopes that are kept by a processor
 MOST_BIAS = 3.0  # beyond, a few keys hold the mass of a block, and the scores are no normal distribution
 Part = tuple[slice, slice]  # samples, heads
-_REACH = 0.5  # of a step to first order, in spreads of the values
+REACH = 0.5  # of a step to first order, in spreads of the values
 NOWHERE = -1e30  # log count of a block without keys, where -inf would give NaN
 
 
 class Summaries(NamedTuple):
-    """What stands for each block of n keys, in float32 or better.
+    """What stands for each block of n keys, in float32 or better; on a device what is multiplied is in the keys' dtype.
 
     By "means" a block counts to a query q as n keys with the mean key and the mean value: n * exp(q . key * scale).
     "first-order" adds what varies about the means. Scores with the variance |q|^2 t raise the mass of the block by
@@ -82,17 +82,25 @@ class Summaries(NamedTuple):
 
 def summarise(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, by: Summary) -> Summaries:
     """Summaries over the real keys of each block; a ragged last block has fewer."""
-    return _means(k, v, block, key_mask) if by == "means" else first_order(k, v, block, scale, key_mask)
+    if by == "first-order":
+        return first_order(k, v, block, scale, key_mask)
+    means, dtype = _means(k, v, block, key_mask), kept_dtype(k)
+    return means._replace(key=means.key.to(dtype), value=means.value.to(dtype))
 
 
 def keeps_slopes(k: Tensor, v: Tensor, block: int) -> bool:
     """Whether the slopes of all blocks stay from the statistics on until they are mixed.
 
-    On a device they would hold 1.5 GiB at 40 heads of 75,600 tokens, and made again they cost one read of K and V: a
-    hundredth of the sparse product.
+    At 40 heads of 75,600 tokens they would hold 1.5 GiB, and made again they cost one read of K and V: a hundredth of
+    the sparse product.
     """
     numbers = k.shape[0] * k.shape[1] * blocks_of(k.shape[2], block) * k.shape[3] * v.shape[3]
-    return k.device.type == "cpu" and numbers * torch.promote_types(k.dtype, torch.float32).itemsize <= _KEPT_BYTES
+    return numbers * kept_dtype(k).itemsize <= (_KEPT_BYTES if k.device.type == "cpu" else _DEVICE_BYTES)
+
+
+def kept_dtype(k: Tensor) -> torch.dtype:
+    """Of mean keys, mean values and slopes."""
+    return torch.promote_types(k.dtype, torch.float32) if k.device.type == "cpu" else k.dtype
 
 
 def first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None) -> Summaries:
@@ -103,8 +111,9 @@ def first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor
         part = _varied(k, v, block, scale, key_mask, means, (samples, heads))
         for parts, tensor in zip(found, part if keeps else part[:3], strict=False):
             parts.append(tensor.flatten(0, 1))
-    joined = (torch.cat(parts).unflatten(0, k.shape[:2]) for parts in found if parts)
-    return means._replace(**dict(zip(("variance", "spread", "steepness", "slope"), joined, strict=False)))
+    variance, spread, steepness, *slope = (torch.cat(parts).unflatten(0, k.shape[:2]) for parts in found if parts)
+    key, value, *slope = (x.to(kept_dtype(k)) for x in (means.key, means.value, *slope))
+    return Summaries(key, value, means.log_count, variance, spread, steepness, *slope)
 
 
 def _means(k: Tensor, v: Tensor, block: int, key_mask: Tensor | None) -> Summaries:
@@ -237,7 +246,7 @@ def mixing(
     weights = scores.mul_(scale).add_(bias).softmax(-1).nan_to_num_(0)
     if summaries.spread is None:
         return weights, None
-    return weights, (weights @ summaries.spread[..., None]).mul_(_REACH)[..., 0]
+    return weights, (weights @ summaries.spread[..., None]).mul_(REACH)[..., 0]
 
 
 def merge(

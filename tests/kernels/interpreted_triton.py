@@ -138,7 +138,7 @@ def test_summaries_merge_as_they_do_in_plain_torch(
     q, k, v = size.qkv(dtype)
     q[:, :, ::2] *= 4  # their scores vary so much that the mass they add is cut off
     mask, keys = random_mask(size, 0.4), torch.rand(size.batch, size.kv_len) < 0.7
-    mask[:, :, 0] = False
+    mask[:, :, 0], mask[:, :, -1] = False, True  # of the first query block all stand for themselves, of the last none
     lists = size.lists(mask)
     exact_ = [x.double() for x in (q, k, v)]
     rest, apart = (lists, size.scale), {"key_mask": keys, "backend": "reference"}

@@ -14,10 +14,15 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
 from diffsparse_kernels import measured as tiles
 from diffsparse_kernels.backend.triton import kernels as triton_kernels
 from diffsparse_kernels.backend.triton import launch as triton
 from diffsparse_kernels.case import Case
+from diffsparse_kernels.lists import BlockLists
 from diffsparse_kernels.measured import Tile
 from diffsparse_kernels.summaries import Summaries
 from support import aot
@@ -148,6 +153,16 @@ def first_order(chip: int, dtype: str, head_dim: int, kv_block: int) -> aot.Comp
 
 
 @aot.compiles
+@pytest.mark.parametrize("head_dim", [72, 128])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_mixing(chip: int, head_dim: int) -> None:
+    constants = triton.mix_constants(head_dim, 128) | {"BOUNDED": True, "UPCAST": False}
+    types = {"weight_ptr": "*bf16", "spread_ptr": "*fp32", "reach_scale": "fp32"}
+    kernel = aot.compiled(triton_kernels.mix, chip, constants, 8, 2, **types)
+    aot.assert_sound(kernel, chip, "mma.sync")
+
+
+@aot.compiles
 @pytest.mark.parametrize(("head_dim", "kv_block"), [(128, 128), (72, 64)])
 @pytest.mark.parametrize("chip", [89, *CHIPS])
 def test_statistics(chip: int, head_dim: int, kv_block: int) -> None:
@@ -180,6 +195,27 @@ def test_float32_fits_the_smallest_memory(chip: int) -> None:
 
 def first_tile(*arguments: Any) -> Tile:
     return next(triton.capable_tiles(*arguments))
+
+
+@pytest.mark.parametrize("by", [None, "first-order"])
+def test_a_prompt_of_another_length_is_not_compiled_for_anew(by: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel for all lengths that end within a block."""
+    variants = set()
+
+    def launch(kernel: Any, programs: int, q: torch.Tensor, tile: Tile, **arguments: Any) -> None:
+        bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+        variants.add((kernel.__name__, str(bind(**arguments)[1])))
+
+    monkeypatch.setattr(triton, "launch", launch)
+    for length in (4100, 4097, 4104, 4112, 8193):
+        q, k, v = (torch.zeros(1, length, 3, 64, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+        mask = torch.ones(1, 3, -(-length // 64), -(-length // 64)) > 0
+        lists = BlockLists.from_mask(mask, q_block=64, kv_block=64, q_len=length, kv_len=length)
+        theirs = None
+        if by is not None:
+            theirs = triton.stand_ins(q, k, v, lists, 0.1, None, triton.first_order(k, v, 64, 0.1, None))
+        triton.block_sparse_attention(q, k, v, lists, 0.1, None, stand_ins=theirs)
+    assert len(variants) == len({name for name, _ in variants})
 
 
 def test_a_tile_is_taken_only_where_its_needs_are_met() -> None:

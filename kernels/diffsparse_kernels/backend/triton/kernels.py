@@ -16,6 +16,8 @@ from diffsparse_kernels.summaries import MOST_BIAS
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Sizes that change with a prompt: a kernel that is right for one is right for all, and is compiled once.
+SIZES = ("n_q", "n_kv", "length", "kv_blocks", "heads", "listed", "width", "slope_n")
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 MOST_MASS = tl.constexpr(MOST_BIAS * 1.4426950408889634)  # of varied scores, as a power of two
 
@@ -266,7 +268,7 @@ def shortening(
     return reach * tl.rsqrt(tl.maximum(squares, TINY))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def attend(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mass_ptr, cached_ptr, idx_ptr, cnt_ptr, order_ptr,
     key_mask_ptr, clear_ptr, place_ptr, low_ptr, high_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
@@ -407,7 +409,7 @@ def centred_rows(x, there, count):
     return mean, tl.where(there[:, None], x - mean[None, :], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def first_order(
     k_ptr, v_ptr, key_mask_ptr, key_ptr, value_ptr, log_count_ptr, variance_ptr, spread_ptr, steepness_ptr, slope_ptr,
     scale, n_kv, heads, mask_b, mask_h,
@@ -418,8 +420,8 @@ def first_order(
     """What `Summaries` hold of one key block, BLOCK_V channels of the values at a time.
 
     k [B, H, N_kv, D], v [B, H, N_kv, D_V] by their strides; key_mask_ptr uint8 [B|1, H|1, N_kv] by its own. key
-    [B, H, nK, D], value [B, H, nK, D_V] and the others [B, H, nK] are float32, slope [B, H, nK, D, D_V] is of the
-    inputs' dtype and written if SLOPED, all contiguous. Keys and values are centred in float32, and rounded to the
+    [B, H, nK, D], value [B, H, nK, D_V] and, if SLOPED, slope [B, H, nK, D, D_V] have the dtype that was allocated,
+    the others float32 [B, H, nK], all contiguous. Keys and values are centred in float32, and rounded to the
     inputs' dtype for their product, which is float32. Ours.
     """
     kv_blocks = tl.cdiv(n_kv, KV_BLOCK)
@@ -461,6 +463,89 @@ def first_order(
 
 
 @triton.jit
+def mean_rows(
+    x, first_block, length, x_n, x_d,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Mean rows of BLOCKS blocks of one head, float32 [BLOCKS, D]; 0 beyond the last."""
+    means = tl.zeros([BLOCKS, D_PAD], tl.float32)
+    for block in tl.range(BLOCKS):
+        start = (first_block + block) * BLOCK
+        rows = load_rows(x, start, length, x_n, x_d, BLOCK, D, D_PAD, True, False, UPCAST).to(tl.float32)
+        count = tl.minimum(tl.maximum(length - start, 1), BLOCK)
+        mean = tl.sum(rows, 0) / count
+        means = tl.where((tl.arange(0, BLOCKS) == block)[:, None], mean[None, :], means)
+    return means
+
+
+@triton.jit
+def mixing_scores(
+    means, keys, log_counts, bits, start, kv_blocks, byte_rows, scale_log2,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Scores of mean keys start .. start + BLOCK_N, in base 2, float32 [BLOCKS, N]; -inf where a block is listed."""
+    columns = start + tl.arange(0, BLOCK_N)
+    there = columns < kv_blocks
+    k = load_rows(keys, start, kv_blocks, D, 1, BLOCK_N, D, D_PAD, True, False, UPCAST).to(tl.float32)  # [N, D]
+    log_count = tl.load(log_counts + columns, mask=there, other=-float("inf"))
+    scores = tl.dot(means, k.T, input_precision="tf32x3") * scale_log2 + (log_count * LOG2E)[None, :]
+    listed = tl.load(bits + byte_rows[:, None] + columns[None, :] // 8, mask=there[None, :], other=255)
+    listed = (listed >> (7 - columns % 8).to(tl.uint8)[None, :]) & 1
+    return tl.where(listed != 0, -float("inf"), scores)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mix(
+    q_ptr, key_ptr, log_count_ptr, spread_ptr, bits_ptr, weight_ptr, reach_ptr,
+    scale_log2, reach_scale, n_q, kv_blocks, heads, listed,
+    q_b, q_h, q_n, q_d,
+    D: tl.constexpr, D_PAD: tl.constexpr, Q_BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BOUNDED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """How the mean queries of BLOCKS query blocks weigh the blocks that are not listed, as `mixing` has it.
+
+    q [B, H, N_q, D] by its strides; key [B, H, nK, D] of q's dtype, log_count and spread float32 [B, H, nK], bits uint8
+    [B|1, H, nQ, nK / 8], `listed` rows of them in all, contiguous. weight [B, H, nQ, nK] of q's dtype and, if BOUNDED,
+    reach float32 [B, H, nQ] are written, contiguous. Two passes over the mean keys. Ours.
+    """
+    q_blocks = tl.cdiv(n_q, Q_BLOCK)
+    groups = tl.cdiv(q_blocks, BLOCKS)
+    first = tl.program_id(0) % groups * BLOCKS
+    bh = (tl.program_id(0) // groups).to(tl.int64)
+    blocks = first + tl.arange(0, BLOCKS)
+    queries = q_ptr + bh // heads * q_b + bh % heads * q_h
+    means = mean_rows(queries, first, n_q, q_n, q_d, BLOCKS, Q_BLOCK, D, D_PAD, UPCAST)
+    keys, log_counts = key_ptr + bh * kv_blocks * D, log_count_ptr + bh * kv_blocks
+    rows = bh * q_blocks + tl.minimum(blocks, q_blocks - 1)
+    byte_rows = rows % listed * tl.cdiv(kv_blocks, 8)  # all samples share the lists where there are fewer
+    highest = tl.full([BLOCKS], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCKS], tl.float32)
+    for start in tl.range(0, kv_blocks, BLOCK_N):
+        scores = mixing_scores(
+            means, keys, log_counts, bits_ptr, start, kv_blocks, byte_rows, scale_log2, D, D_PAD, BLOCK_N, UPCAST
+        )  # fmt: skip
+        weights, _, highest, shrink = softmax_step(scores, 1.0, highest)
+        total = total * shrink + tl.sum(weights, 1)
+    highest = tl.where(total == 0.0, 0.0, highest)  # all are listed
+    total = tl.where(total == 0.0, 1.0, total)
+    reach = tl.zeros([BLOCKS], tl.float32)
+    for start in tl.range(0, kv_blocks, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        scores = mixing_scores(
+            means, keys, log_counts, bits_ptr, start, kv_blocks, byte_rows, scale_log2, D, D_PAD, BLOCK_N, UPCAST
+        )  # fmt: skip
+        weights = tl.math.exp2(scores - highest[:, None]) / total[:, None]
+        if BOUNDED:
+            spread = tl.load(spread_ptr + bh * kv_blocks + columns, mask=columns < kv_blocks, other=0.0)
+            reach += tl.sum(weights * spread[None, :], 1)
+        inside = (blocks < q_blocks)[:, None] & (columns < kv_blocks)[None, :]
+        weights = weights.to(weight_ptr.dtype.element_ty)
+        tl.store(weight_ptr + rows[:, None] * kv_blocks + columns[None, :], weights, mask=inside)
+    if BOUNDED:
+        tl.store(reach_ptr + rows, reach * reach_scale, mask=blocks < q_blocks)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def summary_error(
     q_ptr, key_ptr, log_count_ptr, steepness_ptr, variance_ptr, spread_ptr, error_ptr,
     scale_log2, n_q, kv_blocks, heads,
@@ -509,7 +594,7 @@ def summary_error(
         tl.store(error_at + columns, tl.sqrt(tl.sum(weights * weights * orders, 0)), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def measure(
     q_ptr, k_ptr, mass_ptr, cached_ptr, key_mask_ptr, clear_ptr,
     scale_log2, n_q, n_kv, heads,
@@ -560,7 +645,7 @@ def measure(
         tl.store(mass_at + turn // PARTS, found, mask=row_blocks < q_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def round_rows(
     x_ptr, mean_ptr, out_ptr, scale_ptr, shift_ptr, length, heads, x_b, x_h, x_n, x_d, out_n,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, KEYS: tl.constexpr,
@@ -594,7 +679,7 @@ def round_rows(
     tl.store(at, eight_bits(x / scale, TYPE, UPCAST), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def round_values(
     v_ptr, scale_ptr, out_ptr, length, heads, x_b, x_h, x_n, x_d, out_n,
     D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr, UPCAST: tl.constexpr,

@@ -30,7 +30,7 @@ from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes, each_head
 from diffsparse_kernels.measured import HEAD_DIMS, Copy, Tile, tiles_for
 from diffsparse_kernels.merge import merge_attention
-from diffsparse_kernels.summaries import StandIns, Summaries, keeps_slopes, mixing, parts_of
+from diffsparse_kernels.summaries import REACH, StandIns, Summaries, keeps_slopes, kept_dtype, parts_of
 
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -177,16 +177,54 @@ def stand_ins(
     made = StandIns(summaries.key.to(q.dtype), summaries.value.to(q.dtype), summaries.log_count, summaries.variance)
     if not summaries.mixed:
         return made._replace(slope=None if summaries.slope is None else summaries.slope.to(q.dtype))
-    weights, reach = mixing(q, lists, scale, summaries, made.bias(lists))
-    weights = weights.to(q.dtype)
+    weights, reach = _mixing(q, lists, scale, summaries, made)
     slope = q.new_empty(*q.shape[:2], lists.q_blocks, k.shape[3] * v.shape[3])
     for part in parts_of(k, lists.kv_blocks * k.shape[3] * v.shape[3] * k.element_size()):
-        some = summaries.slope if summaries.slope is None else summaries.slope[part].to(q.dtype)
+        some = None if summaries.slope is None else summaries.slope[part]
         if some is None:
             keys = None if key_mask is None else each_head(key_mask).expand(k.shape[:3])[part]
             some = cast(Tensor, _first_order(k[part], v[part], lists.kv_block, scale, keys, True).slope)
-        torch.matmul(weights[part], some.flatten(3), out=slope[part])
+        torch.matmul(weights[part], some.to(q.dtype).flatten(3), out=slope[part])
     return made._replace(slope=slope.unflatten(3, (k.shape[3], -1)), reach=reach)
+
+
+def _mixing(
+    q: Tensor, lists: BlockLists, scale: float, summaries: Summaries, made: StandIns
+) -> tuple[Tensor, Tensor | None]:
+    """Launch `kernels.mix` -> weights [B, H, nQ, nK] of q's dtype, reach [B, H, nQ]."""
+    (batch, heads, n_q, head_dim), kv_blocks = q.shape, lists.kv_blocks
+    weights = q.new_empty(batch, heads, lists.q_blocks, kv_blocks)
+    reach, bits = q.new_empty(weights.shape[:3], dtype=torch.float32), lists.packed().contiguous()
+    spread, constants = summaries.spread, mix_constants(head_dim, lists.q_block)
+    launch(
+        kernels.mix,
+        batch * heads * blocks_of(lists.q_blocks, constants["BLOCKS"]),
+        q,
+        Tile(constants["BLOCK_N"], 8, 2),
+        q_ptr=q,
+        key_ptr=made.key.contiguous(),
+        log_count_ptr=made.log_count.float().expand(weights.shape[0], heads, -1).contiguous(),
+        spread_ptr=reach if spread is None else spread.contiguous(),
+        bits_ptr=bits,
+        weight_ptr=weights,
+        reach_ptr=reach,
+        scale_log2=scale * LOG2E,
+        reach_scale=REACH,
+        n_q=n_q,
+        kv_blocks=kv_blocks,
+        heads=heads,
+        listed=bits.shape[0] * heads * lists.q_blocks,
+        **strides(q=q),
+        **constants,
+        BOUNDED=spread is not None,
+        UPCAST=upcast(q),
+    )
+    return weights, None if spread is None else reach
+
+
+def mix_constants(head_dim: int, q_block: int) -> dict[str, int]:
+    """The constants of `kernels.mix` that sizes decide."""
+    return {"D": head_dim, "D_PAD": padded(head_dim), "Q_BLOCK": q_block, "BLOCKS": 16, "BLOCK_N": 64}
 
 
 def merge(
@@ -208,9 +246,9 @@ def _first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tenso
     """Launch `kernels.first_order`; without slopes, unless `sloped`."""
     (batch, heads, n_kv, head_dim), value_dim = k.shape, v.shape[3]
     blocks, tile = (batch, heads, blocks_of(n_kv, block)), first_order_tile(k.element_size(), value_dim)
-    empty = partial(k.new_empty, dtype=torch.float32)
-    slope = k.new_empty(*blocks, head_dim, value_dim) if sloped else None
-    moments = (empty(blocks) for _ in range(4))
+    empty = partial(k.new_empty, dtype=kept_dtype(k))
+    slope = empty(*blocks, head_dim, value_dim) if sloped else None
+    moments = (k.new_empty(blocks, dtype=torch.float32) for _ in range(4))
     made = Summaries._make((empty(*blocks, head_dim), empty(*blocks, value_dim), *moments, slope))
     mask = None if key_mask is None else each_head(key_mask).contiguous().view(torch.uint8).expand(k.shape[:3])
     launch(
