@@ -78,8 +78,10 @@ def attention_with_mass(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention`, and in the same pass `block_mass` against `lse_cached` -> out, lse, mass.
 
-    Without `lse_cached` the mass is that of the call's own LSE: one pass on the CPU, elsewhere two. Args, returns and
-    raises as in these two.
+    Without `lse_cached` the mass is that of the call's own LSE where a back end sees whole rows ("cpu", "reference").
+    Elsewhere that is known only when the pass ends: then it is the one that the summaries of the keys give, so each
+    row counts by exp(own - estimate). Blocks chosen by such masses are as good: on the embedded model AdaSpa has the
+    same PSNR within what prompts differ by (DESIGN.md). Args, returns and raises as in these two.
     """
     check_qkv(q, k, v, key_mask)
     if lse_cached is not None:

@@ -105,6 +105,16 @@ class BlockLists:
         return self.cnt.float().mean() / self.kv_blocks
 
     @classmethod
+    def none(
+        cls, batch: int, heads: int, q_block: int, kv_block: int, q_len: int, kv_len: int, device: torch.device
+    ) -> BlockLists:
+        """Lists without any block."""
+        rows, columns = blocks_of(q_len, q_block), blocks_of(kv_len, kv_block)
+        idx = torch.zeros(batch, heads, rows, 1, dtype=torch.int16, device=device)
+        bits = torch.zeros(batch, heads, rows, blocks_of(columns, 8), dtype=torch.uint8, device=device)
+        return cls(idx, idx[..., 0].int(), q_block, kv_block, q_len, kv_len, bits=bits)
+
+    @classmethod
     def from_mask(
         cls, mask: Tensor, *, q_block: int, kv_block: int, q_len: int, kv_len: int, width: int | None = None
     ) -> BlockLists:

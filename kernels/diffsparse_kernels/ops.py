@@ -18,7 +18,7 @@ from diffsparse_kernels.case import DENSE_BLOCKS, Case
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.registry import Choice, check_named, choose, choose_quantised, choose_summary, running
-from diffsparse_kernels.summaries import Summaries, Summary
+from diffsparse_kernels.summaries import StandIns, Summaries, Summary
 
 Sparse = Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, lists, scale, key_mask, ...) -> out, lse
 
@@ -138,19 +138,22 @@ def attention_with_mass(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention with the block mass -> out, lse, mass."""
-    blocks, rest = (q_block, kv_block), (q_block, kv_block, scale, key_mask)
-    if lse_cached is not None:
-        fused = running(choose(Case.of("fused", q, k, v, blocks, key_mask), q.device, backend))
-        out, lse, mass = fused.attention_with_mass(q, k, v, lse_cached, *rest)
-        return out.contiguous(), lse.contiguous(), mass.contiguous()
-    dense = running(choose(Case.of("attend", q, k, v, DENSE_BLOCKS, key_mask), q.device, backend))
-    if getattr(dense, "SEES_WHOLE_ROWS", False):
-        out, lse, mass = dense.attention_with_mass(q, k, v, None, *rest)
-    else:  # the LSE is known when the pass ends
-        second = choose(Case.of("mass", q, k, k, blocks, key_mask), q.device, backend).module
-        out, lse = dense.attention(q, k, v, scale, key_mask)
-        mass = second.block_mass(q, k, lse, *rest)
+    fused = running(choose(Case.of("fused", q, k, v, (q_block, kv_block), key_mask), q.device, backend))
+    if lse_cached is None and not getattr(fused, "SEES_WHOLE_ROWS", False):
+        lse_cached = _estimated_lse(q, k, v, q_block, kv_block, scale, key_mask)
+    out, lse, mass = fused.attention_with_mass(q, k, v, lse_cached, q_block, kv_block, scale, key_mask)
     return out.contiguous(), lse.contiguous(), mass.contiguous()
+
+
+def _estimated_lse(
+    q: Tensor, k: Tensor, v: Tensor, q_block: int, kv_block: int, scale: float, key_mask: Tensor | None
+) -> Tensor:
+    """What the summaries of all blocks of keys give for the LSE, which a kernel knows when its pass ends."""
+    made = Summaries(*first_order(k, v, kv_block, scale, key_mask))
+    none = BlockLists.none(q.shape[0], q.shape[1], q_block, kv_block, q.shape[2], k.shape[2], q.device)
+    (merge,) = _summary_kernels(Case.of("summaries", q, k, v, (q_block, kv_block), key_mask), q.device, "merge")
+    nothing = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -torch.inf, dtype=_accumulated(q))
+    return cast(Tensor, merge(q, k, v, none, scale, StandIns(*made[:4]), *nothing)[1])
 
 
 @attention_with_mass.register_fake

@@ -126,6 +126,19 @@ def test_dense_with_mass(size: Size, dtype: torch.dtype) -> None:
         torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("size", "dtype"), CASES[:3], ids=str)
+def test_mass_of_a_search_in_one_pass(size: Size, dtype: torch.dtype) -> None:
+    """By the LSE that the means give: exact where keys are alike within a block, padded ones apart."""
+    q, k, v = size.qkv(dtype)
+    k = k[:, :, torch.arange(size.kv_len) // size.kv_block * size.kv_block]
+    keys = torch.rand(size.batch, size.kv_len) < 0.7
+    blocks = {"q_block": size.q_block, "kv_block": size.kv_block, "scale": size.scale, "key_mask": keys}
+    out, lse, mass = dk.attention_with_mass(q, k, v, **blocks, backend="triton")
+    want = dk.attention_with_mass(*(x.double() for x in (q, k, v)), **blocks, backend="reference")
+    torch.testing.assert_close(mass.double(), want[2], rtol=0.02, atol=0.02)
+    assert_attention((out, lse), (q, k, v), keys[:, None, None].expand(*q.shape[:3], -1), size.scale)
+
+
 @pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("by", dk.summaries.SUMMARIES)
 @pytest.mark.parametrize("folded", [False, True])

@@ -15,6 +15,7 @@ from diffsparse_kernels.strips import joined, strips
 from diffsparse_kernels.summaries import MOST_BIAS, StandIns
 
 _STRIP_BYTES = 256 * 2**20  # scores of one strip of query rows
+SEES_WHOLE_ROWS = True  # so `attention_with_mass` can do without a cached LSE
 
 
 def capability(device: torch.device, case: Case | None = None) -> str | None:
@@ -32,14 +33,15 @@ def attention_with_mass(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     q_block: int,
     kv_block: int,
     scale: float,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense attention, its LSE, and the block mass against the given LSE."""
-    return (*attention(q, k, v, scale, key_mask), block_mass(q, k, lse, q_block, kv_block, scale, key_mask))
+    """Dense attention, its LSE, and the block mass against the given LSE, or its own."""
+    out, own = attention(q, k, v, scale, key_mask)
+    return out, own, block_mass(q, k, own if lse is None else lse, q_block, kv_block, scale, key_mask)
 
 
 def block_mass(
