@@ -11,7 +11,7 @@ from diffsparse.errors import ConfigError, UnknownNameError, closest
 from diffsparse.plans.plan import Plan
 from diffsparse.strategies.adaspa import AdaSpa
 from diffsparse.strategies.base import Strategy, as_given, as_strategy
-from diffsparse.strategies.compensated import Compensated
+from diffsparse.strategies.compensated import WAYS, Compensated
 from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.digest import Digest
 from diffsparse.strategies.gna import GNA
@@ -65,6 +65,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "tangent": Tangent,
 }
 
+_WRAPPERS: dict[str, Callable[[Strategy, Any], Strategy]] = {
+    **dict.fromkeys(WAYS, Compensated),
+    **dict.fromkeys(PRECISIONS, Rounded),
+}
 SEARCHES: dict[str, type[Search]] = {"paro": PAROSearch, "sparse-vdit": SparseVDiTSearch}
 
 
@@ -119,8 +123,9 @@ def _make(text: str, knobs: dict[str, Any]) -> Strategy:
     name, colon, plan = text.partition(":")
     name, plus, how = name.lower().rpartition("+")
     if plus:
-        made = _make(name + colon + plan, knobs)
-        return Rounded(made, how) if how in PRECISIONS else Compensated(made, how)  # type: ignore[arg-type]  # checked there
+        if how not in _WRAPPERS:
+            raise ConfigError(f"after a plus wanted one of {', '.join(_WRAPPERS)}; got {how!r}")
+        return _WRAPPERS[how](_make(name + colon + plan, knobs), how)
     name = how
     if name not in STRATEGIES:
         raise UnknownNameError(f"no strategy is called {name!r}; known: {closest(name, STRATEGIES)}")

@@ -179,7 +179,7 @@ def block_sparse_attention(
             of these keys and values. Keys that boxes hide in listed blocks stay hidden.
         precision: None for the inputs' own, or eight bits: "int8" (scores), "int8-int8", "int8-fp8" (scores, weighted
             values) or "fp8"; `triton.eight_bits` says what each costs, and what its kernels take. All else is emulated
-            with the same rounding ("int8 emulated"), slower than without. Not for summaries, and not with boxes.
+            with the same rounding ("int8 emulated"), no faster than without. Summaries are not rounded. Without boxes.
         backend: as in `attention`.
 
     Returns:

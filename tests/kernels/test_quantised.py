@@ -255,8 +255,8 @@ def test_what_was_chosen_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv, lists = size.qkv(torch.bfloat16), size.lists(MASKS["random"](size))
     right, asked = registry.load, []
 
-    def fast(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-        asked.append(rest[-1])
+    def fast(q: Tensor, *_: object, precision: str) -> tuple[Tensor, Tensor]:
+        asked.append(precision)
         return torch.full_like(q, 7), q.new_zeros(q.shape[:3], dtype=torch.float32)
 
     fake = SimpleNamespace(block_sparse_attention=fast)
