@@ -31,6 +31,7 @@ from .strategies import (
     Dense as Dense,
     Digest as Digest,
     Random as Random,
+    Rounded as Rounded,
     SparseVDiT as SparseVDiT,
     Strategy as Strategy,
     Tangent as Tangent,

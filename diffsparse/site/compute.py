@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 import diffsparse_kernels as kernels
-from diffsparse.errors import DenseFallbackError
+from diffsparse.errors import ConfigError, DenseFallbackError
 from diffsparse.orders.per_head import HeadOrders
 from diffsparse.site.charge import MASS_PASS, summary_work
 from diffsparse.site.place import Place
@@ -68,8 +68,13 @@ def _multiplied(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site) -> 
     if blocks.bits < 16:
         rounded = partial(kernels.quantised_attention, bits=blocks.bits)
         return rounded(q, k, v, lists, scale=scale, key_mask=keys, summary=summary)
+    if site.precision is not None and blocks.boxes is not None:
+        raise ConfigError(
+            f"precision {site.precision!r} can't hide single keys, as windows do that cut through tiles; "
+            "give windows and strides of whole tiles, or leave it out"
+        )
     return kernels.block_sparse_attention(
-        q, k, v, lists, scale=scale, key_mask=keys, boxes=blocks.boxes, summary=summary
+        q, k, v, lists, scale=scale, key_mask=keys, boxes=blocks.boxes, summary=summary, precision=site.precision
     )
 
 
@@ -85,6 +90,7 @@ class Site(Place):
     key_mask: which tokens may be attended to: bool [B, N], or [B, H, N] where the tokens' order differs by head.
     strict: raise instead of falling back to dense attention.
     summary: how dropped blocks stand for their keys in every product whose `Blocks` say nothing of it.
+    precision: of every product whose `Blocks` say nothing of bits; None is that of the inputs.
     product: computes sparse products and reports what ran; a wrapper may put a function of its own here.
     """
 
@@ -95,6 +101,7 @@ class Site(Place):
     key_mask: Tensor | None = None
     strict: bool = False
     summary: kernels.Summary | None = None
+    precision: str | None = None
     product: Product = field(default=multiply, repr=False)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, *, reason: str = "strategy") -> Tensor:

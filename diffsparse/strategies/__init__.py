@@ -11,7 +11,7 @@ from diffsparse.errors import ConfigError, UnknownNameError, closest
 from diffsparse.plans.plan import Plan
 from diffsparse.strategies.adaspa import AdaSpa
 from diffsparse.strategies.base import Strategy, as_given, as_strategy
-from diffsparse.strategies.compensated import Compensated
+from diffsparse.strategies.compensated import WAYS, Compensated
 from diffsparse.strategies.dense import Dense
 from diffsparse.strategies.digest import Digest
 from diffsparse.strategies.gna import GNA
@@ -19,9 +19,11 @@ from diffsparse.strategies.paro import PARO, PAROSearch
 from diffsparse.strategies.planned import Planned
 from diffsparse.strategies.random import Random
 from diffsparse.strategies.rivals import PISA, SVGEAR, DiTFastAttn, SolAttn
+from diffsparse.strategies.rounded import Rounded
 from diffsparse.strategies.search import Search
 from diffsparse.strategies.sparse_vdit import SparseVDiT, SparseVDiTSearch
 from diffsparse.strategies.tangent import Tangent
+from diffsparse_kernels import PRECISIONS
 
 __all__ = [
     "GNA",
@@ -33,6 +35,7 @@ __all__ = [
     "Dense",
     "Digest",
     "Random",
+    "Rounded",
     "SparseVDiT",
     "Strategy",
     "Tangent",
@@ -62,6 +65,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "tangent": Tangent,
 }
 
+_WRAPPERS: dict[str, Callable[[Strategy, Any], Strategy]] = {
+    **dict.fromkeys(WAYS, Compensated),
+    **dict.fromkeys(PRECISIONS, Rounded),
+}
 SEARCHES: dict[str, type[Search]] = {"paro": PAROSearch, "sparse-vdit": SparseVDiTSearch}
 
 
@@ -69,6 +76,8 @@ def name_of(strategy: object) -> str:
     """The name under which `parse` knows the strategy; of others, that of the class in small letters."""
     if isinstance(strategy, Compensated):
         return f"{name_of(strategy.strategy)}+{strategy.by}"
+    if isinstance(strategy, Rounded):
+        return f"{name_of(strategy.strategy)}+{strategy.precision}"
     cls = type(as_given(strategy))
     return next((name for name, known in STRATEGIES.items() if known is cls), cls.__name__.lower())
 
@@ -97,7 +106,7 @@ def parse(names: str, **knobs: Any) -> list[Strategy]:
     """Strategies from a comma-separated list such as "adaspa,random+means,paro:plan.safetensors".
 
     Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon. `+means` or
-    `+tail` makes up for what it drops (`Compensated`).
+    `+tail` makes up for what it drops (`Compensated`), `+int8` computes in eight bits (`Rounded`).
 
     Raises:
         UnknownNameError: a name that is no strategy's.
@@ -112,9 +121,12 @@ def parse(names: str, **knobs: Any) -> list[Strategy]:
 
 def _make(text: str, knobs: dict[str, Any]) -> Strategy:
     name, colon, plan = text.partition(":")
-    name, plus, by = name.lower().partition("+")
+    name, plus, how = name.lower().rpartition("+")
     if plus:
-        return Compensated(_make(name + colon + plan, knobs), by)  # type: ignore[arg-type]  # checked there
+        if how not in _WRAPPERS:
+            raise ConfigError(f"after a plus wanted one of {', '.join(_WRAPPERS)}; got {how!r}")
+        return _WRAPPERS[how](_make(name + colon + plan, knobs), how)
+    name = how
     if name not in STRATEGIES:
         raise UnknownNameError(f"no strategy is called {name!r}; known: {closest(name, STRATEGIES)}")
     cls = STRATEGIES[name]

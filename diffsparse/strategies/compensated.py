@@ -16,7 +16,7 @@ from diffsparse.strategies.base import Strategy, Wrapper, as_strategy, is_attend
 from diffsparse.strategies.work import Kind, Outline, Step
 from diffsparse_kernels import BlockLists, Summary, merge_attention
 
-_WAYS = ("means", "first-order", "tail")
+WAYS = ("means", "first-order", "tail")
 _SPARSE = ("sparse", "refresh")  # kinds of steps that drop blocks
 
 
@@ -42,8 +42,8 @@ class Compensated(Wrapper):
     budget: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.by not in _WAYS:
-            raise ConfigError(f"compensation wants one of {', '.join(_WAYS)}; got {self.by!r}")
+        if self.by not in WAYS:
+            raise ConfigError(f"compensation wants one of {', '.join(WAYS)}; got {self.by!r}")
         if not is_attending(self.strategy) or as_strategy(self.strategy).is_compensated:
             raise ConfigError(f"wanted a strategy that is not compensated yet; got {self.strategy!r}")
         if not isinstance(self.budget, int | float) or not self.budget > 0:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from diffsparse.errors import ConfigError, DiffsparseError
 from diffsparse_eval.rows import SCHEMA, SCHEMA_KEY, BenchRow
 from diffsparse_eval.suites import Case, sdpa
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from torch.nn.attention import SDPBackend
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 INPUTS = 2  # sets of inputs that alternate
 _FOREIGN = ("flex", "flash-attn-4")
 DEFAULTS = {"cpu": ("cpu",), "gpu": ("gluon", "triton", *_FOREIGN)}  # backends that are timed by default
-Kind = Literal["dense", "mass", "sparse", "means", "first-order", "raster", "ordered"]
+Kind = Literal[
+    "dense", "mass", "sparse", "means", "first-order", "raster", "ordered", "int8", "int8-int8", "int8-fp8", "fp8"
+]
 
 
 class WrongResultError(DiffsparseError, ArithmeticError):
@@ -36,7 +39,8 @@ class Entry(NamedTuple):
 
     backend: name of the kernel.
     kind: dense; mass, the search pass without values; sparse; means and first-order, with such summaries of dropped
-        blocks; raster and ordered, with [B, N, H, D] in and out, without and with an order of the tokens for each head.
+        blocks; raster and ordered, with [B, N, H, D] in and out, without and with an order of the tokens for each head;
+        int8 and the like, in these eight bits.
     density: share of blocks computed.
     error: largest error that `check` found; None where nothing was compared.
     """
@@ -138,7 +142,7 @@ def _calls(
     failed: Failed,
 ) -> dict[Entry, Sequence[Call]]:
     """All calls that are timed, one for each set of inputs."""
-    from diffsparse_kernels import attention, block_sparse_attention
+    from diffsparse_kernels import PRECISIONS, attention, block_sparse_attention
 
     found: dict[Entry, Sequence[Call]] = {
         Entry(name, "dense"): [partial(sdpa, member, *qkv) for qkv in inputs]
@@ -154,7 +158,9 @@ def _calls(
         found[entry] = [partial(block_sparse_attention, *qkv, lists[sparsity], backend=name) for qkv in inputs]
         if name not in _FOREIGN:
             for kind, variant in _variants(case, lists[sparsity], name).items():
-                found[entry._replace(kind=kind)] = [partial(variant, *qkv) for qkv in inputs]
+                found[entry._replace(kind=kind, error=None if kind in PRECISIONS else worst)] = [
+                    partial(variant, *qkv) for qkv in inputs
+                ]
     return found
 
 
@@ -172,7 +178,7 @@ def _mass_calls(case: Case, inputs: list[QKV], backend: str, failed: Failed) -> 
 
 
 def _variants(case: Case, lists: BlockLists, backend: str) -> dict[Kind, Callable[..., object]]:
-    """The same blocks with summaries of the others; token-major, as models call; and so with an order for each head."""
+    """The same blocks with summaries of the others; in eight bits; token-major, as models call; in head orders."""
     import torch
 
     from diffsparse import Layout
@@ -183,6 +189,8 @@ def _variants(case: Case, lists: BlockLists, backend: str) -> dict[Kind, Callabl
 
     kernel = partial(block_sparse_attention, lists=lists, backend=backend)
     found: dict[Kind, Callable[..., object]] = {by: partial(kernel, summary=by) for by in SUMMARIES}
+    if backend == "triton":
+        found |= {name: partial(kernel, precision=name) for name in _precisions(case, lists.idx.device)}
     frames, rest = divmod(case.tokens, 256)
     if rest:
         return found
@@ -196,6 +204,20 @@ def _variants(case: Case, lists: BlockLists, backend: str) -> dict[Kind, Callabl
         return orders.undo(kernel(*(orders.apply(_token_major(x)) for x in qkv))[0]).transpose(1, 2).contiguous()
 
     return {**found, "raster": raster, "ordered": ordered}
+
+
+def _precisions(case: Case, device: torch.device) -> list[Kind]:
+    """Eight bits that the triton backend has for a case."""
+    import torch
+
+    from diffsparse_kernels import PRECISIONS
+    from diffsparse_kernels.case import Case as Asked
+    from diffsparse_kernels.registry import capability
+
+    sizes = case.head_dim, case.head_dim, case.q_block, case.kv_block
+    asked = Asked("attend", getattr(torch, case.dtype), *sizes)
+    able = (name for name in PRECISIONS if capability("triton", device, asked._replace(precision=name)) is None)
+    return cast(list[Kind], list(able))
 
 
 def _token_major(x: Tensor) -> Tensor:

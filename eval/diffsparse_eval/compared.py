@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import diffsparse
 from diffsparse import Dense, Handle, Preset, Schedule
-from diffsparse.strategies import SEARCHES, Compensated, Strategy, as_strategy, knobs_of, name_of
+from diffsparse.strategies import SEARCHES, Compensated, Rounded, Strategy, as_strategy, knobs_of, name_of
 from diffsparse.strategies.base import as_given
 from diffsparse.strategies.planned import Planned
 
@@ -62,6 +62,8 @@ def label(compared: Compared) -> str:
     """Name, sparsity and what else differs from the defaults: `adaspa 0.8 order=tile4x4x4`, `random 0.8 +means`."""
     if isinstance(compared, Compensated):
         return f"{label(compared.strategy)} +{compared.by}"
+    if isinstance(compared, Rounded):
+        return f"{label(compared.strategy)} +{compared.precision}"
     if isinstance(compared, Guided):
         preset = compared.preset
         return f"{label(compared.strategy)} {_HEADS} {preset.head_strength:g}x{preset.head_scale:g}"

@@ -1,4 +1,5 @@
 from .backend.emulated import incoherence as incoherence, quantise as quantise
+from .case import PRECISIONS as PRECISIONS
 from .errors import (
     BackendError as BackendError,
     DiffsparseError as DiffsparseError,

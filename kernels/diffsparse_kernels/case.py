@@ -18,6 +18,21 @@ PRECISIONS: dict[str, tuple[str, str]] = {
     "int8-fp8": ("int8", "fp8"),
     "fp8": ("fp8", "fp8"),
 }
+
+
+class Format(NamedTuple):
+    """A number format of eight bits.
+
+    largest: magnitude.
+    one: what a softmax weight of 1 becomes.
+    """
+
+    dtype: torch.dtype
+    largest: float
+    one: float
+
+
+FORMATS = {"int8": Format(torch.int8, 127.0, 127.0), "fp8": Format(torch.float8_e4m3fn, 448.0, 256.0)}
 INTEGERS = "int8-int8"  # both products are of integers
 Kind = Literal["attend", "fused", "mass", "summaries", "errors", "statistics"]
 

@@ -51,9 +51,9 @@ BACKENDS = {
     "flex": Backend(f"{_HERE}.flex", ("cuda", "cpu")),
     "flash-attn-4": Backend(f"{_HERE}.flash4", ("cuda",), kinds=("attend",)),
 }
-# Computed in few bits: `block_sparse_attention` with a precision, and `quantised_attention` with a number of bits.
+# Computed in few bits: `block_sparse_attention` with a precision, and `quantised_attention` with fewer than eight.
 _OTHERS = {f"triton {precision}": f"{_HERE}.triton.eight_bits" for precision in PRECISIONS}
-_OTHERS |= {f"int{bits} emulated": f"{_HERE}.emulated" for bits in range(2, 9)}
+_OTHERS |= {f"{numbers} emulated": f"{_HERE}.emulated" for numbers in (*PRECISIONS, *(f"int{n}" for n in range(2, 8)))}
 _OTHERS["torch"] = "diffsparse_kernels.summaries"  # makes and merges them where no kernel does
 
 

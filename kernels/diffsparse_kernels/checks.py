@@ -74,16 +74,12 @@ def check_lists(q: Tensor, k: Tensor, lists: BlockLists) -> None:
         raise KernelInputError(f"the lists are on {lists.idx.device}, q on {q.device}; move one of them")
 
 
-def check_precision(q: Tensor, precision: str, boxes: Boxes | None, summary: bool, backend: str | None) -> None:
-    """What the eight-bit kernels take."""
+def check_precision(precision: object, boxes: Boxes | None, backend: str | None) -> None:
+    """The name of one, and nothing beside it that eight bits can't do."""
     if precision not in PRECISIONS:
-        raise KernelInputError(f"wanted precision as one of {', '.join(PRECISIONS)}, or None; got {precision!r}")
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise KernelInputError(f"precision {precision!r} wants bfloat16 or float16 inputs; got {q.dtype}")
-    if boxes is not None or summary:
-        raise KernelInputError(
-            f"precision {precision!r} takes no boxes and no summary; got one. Leave one of them away"
-        )
+        raise KernelInputError(f"wanted precision as one of {', '.join(PRECISIONS)}, or None; got {precision!r:.60}")
+    if boxes is not None:
+        raise KernelInputError(f"precision {precision!r} takes no boxes; got some. Leave one of them away")
     if backend not in (None, "triton"):
         raise BackendError(f"precision {precision!r} wants the triton backend; got {backend!r}")
 

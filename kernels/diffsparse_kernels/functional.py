@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffsparse_kernels import ops
-from diffsparse_kernels.case import DENSE_BLOCKS, Case
+from diffsparse_kernels.case import DENSE_BLOCKS, INTEGERS, Case
 from diffsparse_kernels.catalog import BACKENDS
 from diffsparse_kernels.checks import (
     check_bits,
@@ -179,8 +179,9 @@ def block_sparse_attention(
         summary: let each dropped block stand in the same softmax: by "means", at about 1 / kv_block of dense attention;
             to "first-order", at D / N + D / (2 q_block kv_block) more; or as the `Summaries` say that `summarise` made
             of these keys and values. Keys that boxes hide in listed blocks stay hidden.
-        precision: None for the inputs' own, or eight bits on the triton backend: "int8" (scores), "int8-int8",
-            "int8-fp8" (scores, weighted values) or "fp8"; `eight_bits` says what each costs. Without boxes and summary.
+        precision: None for the inputs' own, or eight bits: "int8" (scores), "int8-int8", "int8-fp8" (scores, weighted
+            values) or "fp8"; `triton.eight_bits` says what each costs, and what its kernels take. All else is emulated
+            with the same rounding ("int8 emulated"), no faster than without. Summaries are not rounded. Without boxes.
         backend: as in `attention`.
 
     Returns:
@@ -193,19 +194,18 @@ def block_sparse_attention(
     check_lists(q, k, lists)
     check_summary(k, v, lists, summary)
     if precision is not None:
-        check_precision(q, precision, boxes, summary is not None, backend)
+        check_precision(precision, boxes, backend)
     if boxes is not None:
         check_boxes(q, k, boxes)
     like = q
     if differs_by_head(key_mask):
         q, k, v, key_mask, lists = *fold_heads(q, k, v), key_mask.flatten(0, 1), lists.by_head(q.shape[0])
         summary = summary.by_head() if isinstance(summary, Summaries) else summary
-    arguments = q, k, v, *_parts(lists), _scale(q, scale), key_mask
+    arguments, named = (q, k, v, *_parts(lists), _scale(q, scale), key_mask), _named(q, backend)
     if precision is not None:
-        out, lse = ops.eight_bit_attention(*arguments, precision)
+        out, lse = ops.eight_bit_attention(*arguments, *_stand_ins(summary), precision, named)
     else:
-        hidden = boxes or (None,) * 3
-        out, lse = ops.block_sparse_attention(*arguments, *hidden, *_stand_ins(summary), _named(q, backend))
+        out, lse = ops.block_sparse_attention(*arguments, *(boxes or (None,) * 3), *_stand_ins(summary), named)
     out, lse = unfold_heads(like, out, lse)
     return out, lse
 
@@ -223,11 +223,9 @@ def quantised_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks whose two products are of whole numbers (PAROAttention, arXiv 2506.16054).
 
-    8 bits run in the triton backend's kernel ("triton int8-int8") where it can compute the call and was right in a
-    trial on the device: on a CUDA device, bfloat16 or float16, blocks of 16 to 128 queries and 32 to 128 keys, heads of
-    17 to 128 channels. All else is emulated in plain torch ("int8 emulated"), no faster than without rounding.
-    `record` says which ran; DIFFSPARSE_BACKEND, set to any backend but triton, has all of it emulated. How each rounds
-    is said in `eight_bits` and in `emulated`.
+    8 bits are `block_sparse_attention` with the precision "int8-int8", which a device may have a kernel for; fewer are
+    emulated in plain torch ("int4 emulated"), no faster than without rounding: with a scale for each block of queries,
+    keys and values, and for each tile of weights.
 
     Args:
         q: as in `attention`.
@@ -249,6 +247,10 @@ def quantised_attention(
     check_lists(q, k, lists)
     check_summary(k, v, lists, summary)
     check_bits(bits)
+    if bits == 8:
+        return block_sparse_attention(
+            q, k, v, lists, scale=scale, key_mask=key_mask, summary=summary, precision=INTEGERS
+        )
     rest = _scale(q, scale), key_mask, *_stand_ins(summary), bits
     out, lse = ops.quantised_attention(q, k, v, *_parts(lists), *rest)
     return out, lse

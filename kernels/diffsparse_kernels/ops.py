@@ -17,7 +17,7 @@ from diffsparse_kernels import summaries as plain
 from diffsparse_kernels.case import DENSE_BLOCKS, Case
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
-from diffsparse_kernels.registry import Choice, check_named, choose, choose_quantised, choose_summary, running
+from diffsparse_kernels.registry import Choice, choose, choose_rounded, choose_summary, running
 from diffsparse_kernels.summaries import StandIns, Summaries, Summary
 
 Sparse = Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, lists, scale, key_mask, ...) -> out, lse
@@ -199,14 +199,16 @@ def eight_bit_attention(
     kv_block: int,
     scale: float,
     key_mask: Tensor | None,
+    summary: str,
+    summaries: Sequence[Tensor | None],
     precision: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Block-sparse attention in eight bits, by the triton backend -> out, lse."""
-    check_named("triton", q.device)
+    """Block-sparse attention in eight bits, by the fastest that can -> out, lse; summaries are not rounded."""
     lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order, packed)
-    kernel = running(Choice(f"triton {precision}"))
-    out, lse = kernel.block_sparse_attention(q, k, v, lists, scale, key_mask, precision)
-    return out, lse
+    case = Case.of("attend", q, k, v, (q_block, kv_block), key_mask)._replace(precision=precision)
+    kernel = partial(running(choose_rounded(case, q.device, backend)).block_sparse_attention, precision=precision)
+    return summarised(kernel, False, q, k, v, lists, scale, key_mask, summary, summaries)
 
 
 @eight_bit_attention.register_fake
@@ -231,10 +233,9 @@ def quantised_attention(
     summaries: Sequence[Tensor | None],
     bits: int,
 ) -> tuple[Tensor, Tensor]:
-    """Block-sparse attention in whole numbers, by the fastest that can -> out, lse."""
+    """Block-sparse attention in whole numbers of fewer than eight bits, emulated -> out, lse."""
     lists = BlockLists(idx, cnt, q_block, kv_block, q.shape[2], k.shape[2], order, packed)
-    case = Case.of("attend", q, k, v, (q_block, kv_block), key_mask)
-    kernel = partial(running(choose_quantised(case, q.device, bits)).quantised_attention, bits=bits)
+    kernel = partial(running(Choice(f"int{bits} emulated")).quantised_attention, bits=bits)
     return summarised(kernel, False, q, k, v, lists, scale, key_mask, summary, summaries)
 
 

@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 
 from diffsparse_kernels import measured, trials
-from diffsparse_kernels.case import INTEGERS, Case, Kind
+from diffsparse_kernels.case import Case, Kind
 from diffsparse_kernels.catalog import BACKENDS, load
 from diffsparse_kernels.errors import BackendError, NoKernelError
 from diffsparse_kernels.machine import device_name
 
 _YOUNG = ("gluon", "triton", "flash-attn-4")  # tried in a process of their own before they are used
-_INTEGER_DEVICES = ("cuda",)  # where eight bits are faster than none; in the interpreter they run if they are named
+_EIGHT_BIT_DEVICES = ("cuda",)  # where eight bits are faster than none; in the interpreter they run if they are named
 _SUBSTITUTE = {"gluon": "triton", "flash-attn-4": "triton"}  # what computes the cases that a named one can't
 _USUAL = Case("attend", torch.bfloat16, 128, 128, 128, 128)  # what most models ask for
 _FINER = _USUAL._replace(kv_block=64)  # Digest's blocks; the others are AdaSpa's
@@ -131,23 +131,32 @@ def choose_summary(case: Case, device: torch.device) -> Choice:
         return Choice("torch", error.passed_over)
 
 
-def choose_quantised(case: Case, device: torch.device, bits: int) -> Choice:
-    """What computes this case in whole numbers of so many bits: never none, for plain torch can emulate all of them.
+def choose_rounded(case: Case, device: torch.device, named: str = "") -> Choice:
+    """What computes this case in its eight bits: never none, for plain torch can emulate all of them.
 
-    8 bits are the triton backend's where it can and its kernel was right in its trial, or is named by
-    DIFFSPARSE_BACKEND.
+    It is the triton backend where that can and its kernel was right in its trial, or is named by DIFFSPARSE_BACKEND.
+
+    named: "triton" by the caller.
+
+    Raises:
+        BackendError, NoKernelError: what the caller named doesn't run here, or can't do this.
     """
-    return _choose_quantised(case._replace(precision=INTEGERS), device, bits, _named())
+    if not named:
+        return _choose_rounded(case, device, _named())
+    check_named(named, device)
+    if (reason := capability(named, device, case)) is not None:
+        raise NoKernelError(f"the triton backend can't compute {case}: {reason}")
+    return Choice(f"triton {case.precision}")
 
 
 @cache
-def _choose_quantised(case: Case, device: torch.device, bits: int, named: str) -> Choice:
-    emulated = f"int{bits} emulated"
-    usual = named == "triton" or (not named and device.type in _INTEGER_DEVICES)
-    if bits != 8 or not usual or capability("triton", device) is not None:
+def _choose_rounded(case: Case, device: torch.device, named: str) -> Choice:
+    emulated, fast = f"{case.precision} emulated", f"triton {case.precision}"
+    usual = named == "triton" or (not named and device.type in _EIGHT_BIT_DEVICES)
+    if not usual or capability("triton", device) is not None:
         return Choice(emulated)
-    fast = f"triton {INTEGERS}"
-    reason = capability("triton", device, case) or ("" if named else trials.verdict(f"triton-{INTEGERS}", case, device))
+    tried = f"triton-{case.precision}"
+    reason = capability("triton", device, case) or ("" if named else trials.verdict(tried, case, device))
     return Choice(emulated, (f"{fast}: {reason}",)) if reason else Choice(fast)
 
 
@@ -231,7 +240,7 @@ def backend_for(device: torch.device) -> str:
 
 def forget_measurements() -> None:
     """Read what was measured on this machine again, when it is next asked for."""
-    for known in (_choose, _choose_quantised, capability):
+    for known in (_choose, _choose_rounded, capability):
         known.cache_clear()
     measured.forget()
     trials.forget()

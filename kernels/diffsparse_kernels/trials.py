@@ -30,6 +30,7 @@ SECONDS = 30.0  # that a trial may be silent: compiling, copying, computing
 _START = 90.0  # to import torch and to open the device
 _LONGEST = 300.0
 _MARK = "DIFFSPARSE_TRIAL"  # set in a trial's own process
+_COMPILERS = ("triton", "flash-attn-4", "nvidia-cutlass-dsl")  # packages that make kernels, or hold others' source
 _TRIED_ON = ("cuda",)  # kinds of device; on others tests show whether a kernel is right
 _LOG = logging.getLogger(__name__)
 _lock = threading.RLock()
@@ -130,7 +131,7 @@ def _folder() -> Path:
 def _world(device: torch.device) -> dict[str, str]:
     """All that a verdict depends on besides the case."""
     known = {"device": device_name(device), "driver": driver(), "torch": torch.__version__}
-    return known | {"triton": _triton(), "source": source()}
+    return known | {name: _version(name) for name in _COMPILERS} | {"source": source()}
 
 
 @cache
@@ -143,8 +144,8 @@ def source() -> str:
     return digest.hexdigest()[:24]
 
 
-def _triton() -> str:
+def _version(package: str) -> str:
     try:
-        return version("triton")
+        return version(package)
     except PackageNotFoundError:
         return ""

@@ -318,7 +318,9 @@ main(["bench", "--suite", "gpu", "--shrink", "600", "--backend", "triton", "--ro
         ("triton", "sparse"),
         ("triton", "means"),
         ("triton", "first-order"),
+        *(("triton", precision) for precision in diffsparse_kernels.PRECISIONS),
     ]
+    assert [bool(row["max_error"]) for row in rows] == [False, False, True, True, True, *(False,) * 4]
 
 
 def test_tuning_wants_the_triton_backend(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,17 +35,17 @@ def test_without_the_mean_the_scores_of_common_keys_are_worse(monkeypatch: pytes
     k = k + 20
     lists, allowed = size.lists(torch.ones(size.blocks, dtype=torch.bool)), torch.ones(1, 2, 200, 200, dtype=torch.bool)
     want, _ = exact.softmax_attention(q, k, v, allowed, size.scale)
-    with_mean, _ = dk.block_sparse_attention(q, k, v, lists, precision="int8")
+    with_mean, _ = dk.block_sparse_attention(q, k, v, lists, precision="int8", backend="triton")
     monkeypatch.setattr(torch.Tensor, "mean", lambda x, *_, **__: x.new_zeros(x.shape[:2] + x.shape[3:]).float())
-    without, _ = dk.block_sparse_attention(q, k, v, lists, precision="int8")
+    without, _ = dk.block_sparse_attention(q, k, v, lists, precision="int8", backend="triton")
     errors = [(x.double() - want).norm() for x in (with_mean, without)]
     assert 3 * errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("by_head", [False, True])
 def test_eight_bits_take_the_fast_kernel(by_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_INTEGER_DEVICES", ("cpu",))  # the interpreter in the place of a GPU
-    registry._choose_quantised.cache_clear()
+    monkeypatch.setattr(registry, "_EIGHT_BIT_DEVICES", ("cpu",))  # the interpreter in the place of a GPU
+    registry._choose_rounded.cache_clear()
     size = SIZES[0]
     qkv, mask = size.qkv(torch.bfloat16), random_mask(size)
     mask[0, 0, 0] = False
@@ -57,7 +57,7 @@ def test_eight_bits_take_the_fast_kernel(by_head: bool, monkeypatch: pytest.Monk
     assert all(map(torch.equal, got, want))
     fast, named, slow = ran
     assert fast == named == dk.Choice("triton int8-int8")
-    assert slow.name == "int8 emulated"
+    assert slow.name == "int8-int8 emulated"
     assert "bfloat16 or float16; got torch.float32" in slow.passed_over[0]
 
 
@@ -73,8 +73,9 @@ def test_means_join_unrounded() -> None:
     torch.testing.assert_close(got_lse, lse, atol=1e-3, rtol=1e-3)
 
 
-def test_the_trial_passes_it() -> None:
-    case = Case("attend", torch.bfloat16, 32, 32, 32, 32, True, precision="int8-int8")
-    kernel = selftest.kernel_of("triton-int8-int8")
+@pytest.mark.parametrize("precision", eight_bits.PRECISIONS)
+def test_the_trial_passes_it(precision: str) -> None:
+    case = Case("attend", torch.bfloat16, 32, 32, 32, 32, True, precision=precision)
+    kernel = selftest.kernel_of(f"triton-{precision}")
     for sample in selftest.samples(case, torch.device("cpu"), long=False):
         assert selftest.examine(case, kernel, sample, 2).problem == ""

@@ -59,7 +59,8 @@ def test_ops_obey_the_rules_of_custom_ops(dtype: torch.dtype, masked: bool) -> N
     check(ops.summary_error, (q, [*made[:-1], None], 16, 0.25), test_utils=tests)
     for summary in (("", []), ("means", []), ("first-order", made)):
         check(ops.block_sparse_attention, (*arguments, *boxes, *summary, "cpu"), test_utils=tests)
-        check(ops.quantised_attention, (*arguments, *summary, 8), test_utils=tests)
+        check(ops.quantised_attention, (*arguments, *summary, 4), test_utils=tests)
+        check(ops.eight_bit_attention, (*arguments, *summary, "int8", ""), test_utils=tests)
 
 
 def test_fullgraph_compile_gives_the_eager_result() -> None:

@@ -1,8 +1,10 @@
-"""Emulated 8 and 4 bits, against whole numbers multiplied one by one."""
+"""Few bits: whole numbers against products made one by one, eight bits emulated, and what computes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +16,11 @@ from torch import Tensor
 import diffsparse_kernels as dk
 from diffsparse_kernels import registry, trials
 from diffsparse_kernels.backend import emulated
-from diffsparse_kernels.case import Case
+from diffsparse_kernels.case import PRECISIONS, Case
 from support import exact
 from support.cases import MASKS, Size
 from support.devices import pretended
+from support.rounded import attention as attention_in_eight_bits
 
 SIZES = (Size(dim=16), Size(batch=1, q_len=83, kv_len=83, dim=20), Size(1, 2, 40, 70, 8, 12, q_block=16, kv_block=24))
 
@@ -56,7 +59,7 @@ def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, size: Size,
 def test_it_multiplies_whole_numbers(size: Size, kind: str) -> None:
     q, k, v = size.qkv(torch.float64)
     mask = MASKS[kind](size)
-    for bits in (8, 4):
+    for bits in (7, 4):
         out, lse = dk.quantised_attention(q, k, v, size.lists(mask), bits=bits)
         for b in range(size.batch):
             for h in range(size.heads):
@@ -113,12 +116,16 @@ def test_zeros_and_bad_input() -> None:
         dk.quantise(torch.zeros(4, 2), 16, 2)
 
 
+FEW = {"int4": partial(dk.quantised_attention, bits=4), "int8": partial(dk.block_sparse_attention, precision="int8")}
+
+
+@pytest.mark.parametrize("few", FEW.values(), ids=FEW)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_means_join_unrounded(size: Size) -> None:
+def test_means_join_unrounded(size: Size, few: Callable[..., tuple[Tensor, Tensor]]) -> None:
     q, k, v = size.qkv(torch.float64)
     lists = size.lists(MASKS["random"](size))
-    out, lse = dk.quantised_attention(q, k, v, lists, bits=8)
-    got, got_lse = dk.quantised_attention(q, k, v, lists, bits=8, summary="means")
+    out, lse = few(q, k, v, lists)
+    got, got_lse = few(q, k, v, lists, summary="means")
     total, summed = lse.exp()[..., None], out * lse.exp()[..., None]
     for number in range(lists.kv_blocks):
         block = slice(number * size.kv_block, (number + 1) * size.kv_block)
@@ -137,13 +144,47 @@ def test_on_the_cpu_it_is_emulated_and_says_so() -> None:
     with dk.record() as ran:
         got = dk.quantised_attention(*qkv, lists, bits=8, key_mask=keys)
         dk.quantised_attention(*qkv, lists, bits=4)
-    assert ran == [dk.Choice("int8 emulated"), dk.Choice("int4 emulated")]
-    want = emulated.quantised_attention(*qkv, lists, size.scale, keys, 8)
+        dk.block_sparse_attention(*qkv, lists, precision="fp8", summary="means")
+    names = [choice.name for choice in ran]
+    assert names[:3] == ["int8-int8 emulated", "int4 emulated", "fp8 emulated"]
+    assert not any(choice.passed_over for choice in ran)
+    want = emulated.block_sparse_attention(*qkv, lists, size.scale, keys, "int8-int8")
     assert all(map(torch.equal, got, want))
 
 
-CASE = Case("attend", torch.bfloat16, 64, 64, 64, 64)
-FAST = "triton int8-int8"
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_eight_bits_are_rounded_as_the_kernel_does(size: Size, precision: str) -> None:
+    """Against the construction that the kernel's own results are held to."""
+    q, k, v = size.qkv(torch.float64)
+    k = k + 2 * torch.randn(size.dim, dtype=torch.float64)
+    mask, keys = MASKS["random"](size), torch.rand(size.batch, size.kv_len) < 0.8
+    mask[0, 0, 0] = False
+    out, lse = dk.block_sparse_attention(q, k, v, size.lists(mask), key_mask=keys, precision=precision)
+    kinds = PRECISIONS[precision]
+    allowed, blocks = size.allowed(mask, keys), (size.q_block, size.kv_block)
+    want, want_lse = attention_in_eight_bits(q, k, v, allowed, size.scale, blocks, *kinds)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, want_lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_eight_bits_cost_what_is_documented(dtype: torch.dtype) -> None:
+    size = Size(1, 2, 500, 500, 64, q_block=64, kv_block=64)
+    q, k, v = size.qkv(dtype)
+    k = k + 2 * torch.randn(size.dim).to(dtype)
+    mask, errors = MASKS["random"](size), []
+    want, _ = exact.softmax_attention(q, k, v, size.allowed(mask, None), size.scale)
+    for precision in (None, "int8", "int8-int8", "int8-fp8", "fp8"):
+        out, _ = dk.block_sparse_attention(q, k, v, size.lists(mask), precision=precision)
+        assert out.dtype == dtype
+        errors.append(float((out.double() - want).norm() / want.norm()))
+    assert errors == sorted(errors)
+    assert errors[-1] < 0.08
+
+
+CASE = Case("attend", torch.bfloat16, 64, 64, 64, 64, precision="int8-int8")
+FAST, EMULATED = "triton int8-int8", "int8-int8 emulated"
 CPU = torch.device("cpu")
 
 
@@ -151,7 +192,7 @@ CPU = torch.device("cpu")
 def gpu_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The CPU as if it were a GPU."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(registry, "_INTEGER_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(registry, "_EIGHT_BIT_DEVICES", ("cuda", "cpu"))
     with pretended(monkeypatch, "triton"):
         yield
 
@@ -170,20 +211,24 @@ def gpu_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_the_fast_kernel_runs_where_it_can(change: dict[str, object], reason: str) -> None:
-    choice = registry.choose_quantised(CASE._replace(**change), CPU, 8)
-    assert choice.name == ("int8 emulated" if reason else FAST)
+    choice = registry.choose_rounded(CASE._replace(**change), CPU)
+    assert choice.name == (EMULATED if reason else FAST)
     assert len(choice.passed_over) == bool(reason)
     assert all(told.startswith(f"{FAST}: ") and reason in told for told in choice.passed_over)
-    assert registry.choose_quantised(CASE._replace(**change), CPU, 4) == dk.Choice("int4 emulated")
+    if reason:
+        with pytest.raises(dk.NoKernelError, match=re.escape(reason)):
+            registry.choose_rounded(CASE._replace(**change), CPU, "triton")
+    else:
+        assert registry.choose_rounded(CASE._replace(**change), CPU, "triton") == choice
 
 
 def test_the_interpreter_is_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton runs on the CPU, eight bits are emulated unless it is named."""
     pytest.importorskip("triton")
     with pretended(monkeypatch, "triton"):
-        assert registry.choose_quantised(CASE, CPU, 8) == dk.Choice("int8 emulated")
+        assert registry.choose_rounded(CASE, CPU) == dk.Choice(EMULATED)
         monkeypatch.setenv("DIFFSPARSE_BACKEND", "triton")
-        assert registry.choose_quantised(CASE, CPU, 8) == dk.Choice(FAST)
+        assert registry.choose_rounded(CASE, CPU) == dk.Choice(FAST)
 
 
 @pytest.mark.usefixtures("gpu_here")
@@ -195,12 +240,12 @@ def test_a_fast_kernel_that_is_wrong_is_passed_over(monkeypatch: pytest.MonkeyPa
         return "hang in its trial"
 
     monkeypatch.setattr(trials, "verdict", verdict)
-    assert registry.choose_quantised(CASE, CPU, 8) == dk.Choice("int8 emulated", (f"{FAST}: hang in its trial",))
+    assert registry.choose_rounded(CASE, CPU) == dk.Choice(EMULATED, (f"{FAST}: hang in its trial",))
     assert tried == ["triton-int8-int8 int8-int8"]
     monkeypatch.setenv("DIFFSPARSE_BACKEND", "triton")  # named, so without a trial
-    assert registry.choose_quantised(CASE, CPU, 8) == dk.Choice(FAST)
+    assert registry.choose_rounded(CASE, CPU) == dk.Choice(FAST)
     monkeypatch.setenv("DIFFSPARSE_BACKEND", "reference")
-    assert registry.choose_quantised(CASE, CPU, 8) == dk.Choice("int8 emulated")
+    assert registry.choose_rounded(CASE, CPU) == dk.Choice(EMULATED)
     assert len(tried) == 1
 
 
@@ -210,16 +255,16 @@ def test_what_was_chosen_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv, lists = size.qkv(torch.bfloat16), size.lists(MASKS["random"](size))
     right, asked = registry.load, []
 
-    def fast(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-        asked.append(rest[-1])
+    def fast(q: Tensor, *_: object, precision: str) -> tuple[Tensor, Tensor]:
+        asked.append(precision)
         return torch.full_like(q, 7), q.new_zeros(q.shape[:3], dtype=torch.float32)
 
-    fake = SimpleNamespace(quantised_attention=fast)
+    fake = SimpleNamespace(block_sparse_attention=fast)
     monkeypatch.setattr(registry, "load", lambda name: fake if name == FAST else right(name))
     with dk.record() as ran:
         out, _ = dk.quantised_attention(*qkv, lists, bits=8)
         exact_, _ = dk.quantised_attention(*(x.float() for x in qkv), lists, bits=8)
-    assert [choice.name for choice in ran] == [FAST, "int8 emulated"]
-    assert asked == [8]
+    assert [choice.name for choice in ran] == [FAST, EMULATED]
+    assert asked == ["int8-int8"]
     assert (out == 7).all()
     assert not (exact_ == 7).any()

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from diffsparse_kernels import child, summaries, trials
 from diffsparse_kernels.backend import cpu, emulated, reference
 from diffsparse_kernels.backend import selftest as proof
-from diffsparse_kernels.case import Case
+from diffsparse_kernels.case import PRECISIONS, Case
 from support import trial
 
 SCRIPT = str(Path(trial.__file__))
@@ -103,10 +104,11 @@ def test_the_right_one_is_tried_once_for_each_case(monkeypatch: pytest.MonkeyPat
     assert ran == [["-m", "diffsparse_kernels.backend.selftest", "cpu", "gluon", *CASE.words()]]
     assert trials.verdict("gluon", CASE._replace(masked=True), CPU) == ""
     assert len(ran) == 2
-    monkeypatch.setattr(trials, "driver", lambda: "another")
-    trials.forget()
-    trials.verdict("gluon", CASE, CPU)
-    assert len(ran) == 3
+    for count, name in enumerate(("driver", "_version"), 3):  # of the packages that kernels are borrowed from, too
+        monkeypatch.setattr(trials, name, lambda *_: "another")
+        trials.forget()
+        trials.verdict("gluon", CASE, CPU)
+        assert len(ran) == count
 
 
 def test_a_full_device_says_nothing_of_the_kernel(a_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,13 +235,15 @@ def test_the_proof_covers_boxes() -> None:
         assert proof.examine(case, blind, sample).problem.startswith("wrong: the output is off")
 
 
-def test_the_proof_knows_what_eight_bits_cost() -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_proof_knows_what_eight_bits_cost(precision: str) -> None:
     """Their own rounding passes, that of four bits does not, nor do rows that are mixed up."""
-    case = Case("attend", torch.bfloat16, 64, 64, 64, 64, True, precision="int8-int8")
+    case = Case("attend", torch.bfloat16, 64, 64, 64, 64, True, precision=precision)
 
     def kernel(bits: int, shift: int) -> SimpleNamespace:
         def attend(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            out, lse = emulated.quantised_attention(*call[:-1], bits)
+            eight = partial(emulated.block_sparse_attention, precision=precision)
+            out, lse = (eight if bits == 8 else partial(emulated.quantised_attention, bits=bits))(*call[:-1])
             return out.roll(shift, 2), lse
 
         return SimpleNamespace(block_sparse_attention=attend)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import diffsparse_kernels as dk
-from diffsparse_kernels.backend.triton import eight_bits
+from diffsparse_kernels.case import PRECISIONS
 from support import exact
 from support.cases import Size, random_mask
 from support.places import Place
@@ -70,7 +70,7 @@ def assert_no_worse_than_rounding(place: Place, size: Size, dtype: torch.dtype, 
     out, lse = place(dk.block_sparse_attention, *qkv, size.lists(mask), key_mask=keys, precision=precision)
     allowed = size.allowed(mask, keys)
     want, want_lse = exact.softmax_attention(*qkv, allowed, size.scale)
-    kinds = eight_bits.PRECISIONS[precision]
+    kinds = PRECISIONS[precision]
     low, low_lse = attention(*qkv, allowed, size.scale, (size.q_block, size.kv_block), *kinds)
     assert out.dtype == dtype
     # What the integer kernel rounds against the running maximum, and fp8's subnormals, are rounded a little otherwise.

@@ -35,6 +35,7 @@ _LEGEND = (
     "speed-up is over the fastest dense kernel of the same case; mass is the search pass without values",
     "means, first-order: with such summaries of dropped blocks, which are made in the same call",
     "raster and ordered: [B, N, H, D] in and out, without and with an order of the tokens for each head",
+    "int8, fp8 and the like: in these eight bits, rounding included",
     "efficiency is TFLOP/s per computed block over that dense kernel's",
 )
 

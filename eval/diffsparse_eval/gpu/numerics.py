@@ -17,7 +17,7 @@ from diffsparse_kernels import registry
 from diffsparse_kernels.backend.nvidia import chip
 from diffsparse_kernels.backend.selftest import KERNELS, compute, examine, kernel_of, poison, samples
 from diffsparse_kernels.backend.triton import launch as triton
-from diffsparse_kernels.case import Case
+from diffsparse_kernels.case import INTEGERS, Case
 from diffsparse_kernels.measured import Copy, tiles_for
 
 LAUNCHES = 50
@@ -178,7 +178,7 @@ def _choose(case: Case, device: torch.device) -> Attempt:
 
 
 def _choose_eight_bits(device: torch.device) -> Attempt:
-    return _verdict(registry.choose_quantised(_USUAL, device, 8))
+    return _verdict(registry.choose_rounded(_USUAL._replace(precision=INTEGERS), device))
 
 
 def _verdict(choice: registry.Choice) -> Attempt:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffsparse_kernels import summaries
 from diffsparse_kernels.backend import emulated, reference
-from diffsparse_kernels.case import INTEGERS, Case
+from diffsparse_kernels.case import PRECISIONS, Case
 from diffsparse_kernels.catalog import load
 from diffsparse_kernels.child import follow_parent, say
 from diffsparse_kernels.lists import BlockLists, blocks_of
@@ -40,7 +40,7 @@ KERNELS = {  # name -> back end, and which of its kernels, where there are sever
     "triton": ("triton", "pointers"),
     "triton-tma": ("triton", "tma"),
     "triton-specialised": ("triton", "specialised"),
-    f"triton-{INTEGERS}": (f"triton {INTEGERS}", "eight bits"),
+    **{f"triton-{precision}": (f"triton {precision}", precision) for precision in PRECISIONS},
     "flash-attn-4": ("flash-attn-4", ""),
 }
 _WITH_TILES = ("attention", "attention_with_mass", "block_sparse_attention", "block_mass")
@@ -196,7 +196,7 @@ def exact(case: Case, sample: Sample) -> tuple[Tensor, ...]:
 
 
 def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
-    """The same in plain torch, every step rounded to the inputs' dtype, or both products to eight bits."""
+    """The same in plain torch, every step rounded to the inputs' dtype, or to the eight bits that the case asks for."""
     if case.kind == "summaries":
         out, lse = compute(case, summaries, sample)
         return out, lse.to(out.dtype)
@@ -207,7 +207,7 @@ def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
     if case.precision is not None:
         q, k, v, lists, key_mask, _, scale = sample[1:8]
         assert lists is not None
-        return emulated.quantised_attention(q, k, v, lists, scale, key_mask, 8)
+        return emulated.block_sparse_attention(q, k, v, lists, scale, key_mask, case.precision)
     scores, out, lse = rounded_attention(sample)
     if case.summary is not None:
         q, k, v, lists, _, _, scale = sample[1:8]
@@ -366,8 +366,8 @@ def kernel_of(name: str) -> Kernel:
         return kernel
     backend, kind = KERNELS[name]
     module = load(backend)
-    if kind == "eight bits":  # without boxes
-        return SimpleNamespace(block_sparse_attention=lambda *call: module.quantised_attention(*call[:-1], 8))
+    if kind in PRECISIONS:  # without boxes
+        return SimpleNamespace(block_sparse_attention=lambda *call: module.block_sparse_attention(*call[:-1], kind))
     if not kind:
         return module
     only = {function: partial(getattr(module, function), copy=kind) for function in _WITH_TILES}

@@ -29,7 +29,8 @@ _MODEL, _SIZE, _SPARSE, _HEADS = "Model", "Size and sampling", "Strategy", "Head
 DEFAULT_BLOCK = "64; with a GPU 128, of tangent and digest 128x64"
 STRATEGIES = (
     "digest, tangent, adaspa, gna, random, dense, paro:PLAN or sparse-vdit:PLAN; from adaspa on also with +means, "
-    "+first-order or +tail; for comparison sol, pisa, svg-ear, dit-fast"
+    "+first-order or +tail; all with +int8, +fp8, +int8-int8 or +int8-fp8 in eight bits; for comparison sol, pisa, "
+    "svg-ear, dit-fast"
 )
 
 # --- options of more than one command, or of one of the four and a command ------------------------------------------

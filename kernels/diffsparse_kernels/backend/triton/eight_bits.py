@@ -5,6 +5,9 @@ Queries and keys are rounded with one scale for each block, after the mean key i
 it back. Values have one scale for each channel (SageAttention2, arXiv 2411.10958), weights the fixed one of the
 softmax's range; integer values are PAROAttention's (arXiv 2506.16054, section 4.3).
 
+They take bfloat16 and float16, blocks of 16 to 128 queries and 32 to 128 keys and heads of 17 to 128 channels, without
+boxes, on a GPU of sm_80 or later (fp8: sm_89); there they are used once they were right in a trial (`choose_rounded`).
+
 precision -> product of queries and keys, of weights and values:
     int8        int8, the inputs' dtype
     int8-int8   int8, int8
@@ -25,15 +28,11 @@ from torch import Tensor
 from diffsparse_kernels.backend.nvidia import chip, positive
 from diffsparse_kernels.backend.triton import kernels
 from diffsparse_kernels.backend.triton import launch as plain
-from diffsparse_kernels.case import INTEGERS, PRECISIONS, copyable
+from diffsparse_kernels.case import FORMATS, INTEGERS, PRECISIONS, copyable
 from diffsparse_kernels.errors import BackendError
 from diffsparse_kernels.lists import BlockLists, blocks_of
-from diffsparse_kernels.masks import differs_by_head, fold_heads, unfold_heads
 from diffsparse_kernels.measured import Tile, tiles_for
 
-_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-_LIMITS = {"int8": 127.0, "fp8": 448.0}  # largest magnitudes
-_WEIGHT_ONE = {"int8": 127.0, "fp8": 256.0}  # what a weight of 1 becomes
 _ALIGNMENT = 16  # bytes, for the copy engine
 _CHUNK = 64  # values rounded at a time
 _WARPS = 8  # of the kernels that round
@@ -64,19 +63,6 @@ def block_sparse_attention(
     return out, lse + shift * scale
 
 
-def quantised_attention(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, key_mask: Tensor | None, bits: int
-) -> tuple[Tensor, Tensor]:
-    """The same with both products of integers; the key mask may differ by head."""
-    assert bits == 8
-    if not differs_by_head(key_mask):
-        return block_sparse_attention(q, k, v, lists, scale, key_mask, INTEGERS)
-    queries, keys, values = fold_heads(q, k, v)
-    rest = lists.by_head(q.shape[0]), scale, key_mask.flatten(0, 1), INTEGERS
-    out, lse = unfold_heads(q, *block_sparse_attention(queries, keys, values, *rest))
-    return out, lse
-
-
 def tile_for(chip: int, head_dim: int, q_block: int, kv_block: int, precision: str, copyable: bool) -> Tile:
     """The table's tile whose warps all do the same; integer values need room for a second sum."""
     together = plain.flags_of(sparse=True, ordered=False, masked=False, boxes=None, mass=True)
@@ -89,7 +75,7 @@ def _rounded_rows(x: Tensor, mean: Tensor, block: int, kind: str, *, keys: bool)
     """x in eight bits, its scales [B, H, nB], and for queries x . mean [B, H, N]."""
     batch, heads, length, dim = x.shape
     width = blocks_of(dim, _ALIGNMENT) * _ALIGNMENT
-    rounded = x.new_empty(batch, heads, length, width, dtype=_TYPES[kind])
+    rounded = x.new_empty(batch, heads, length, width, dtype=FORMATS[kind].dtype)
     scale = x.new_empty(batch, heads, blocks_of(length, block), dtype=torch.float32)
     shift = x.new_empty((0,) if keys else (batch, heads, length), dtype=torch.float32)
     _round(
@@ -103,7 +89,7 @@ def _rounded_rows(x: Tensor, mean: Tensor, block: int, kind: str, *, keys: bool)
         scale_ptr=scale,
         shift_ptr=shift,
         out_n=width,
-        LIMIT=_LIMITS[kind],
+        LIMIT=FORMATS[kind].largest,
         KEYS=keys,
         TYPE=kind,
     )
@@ -114,12 +100,12 @@ def _rounded_values(v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """v in eight bits, transposed [B, H, D_V, N], and what its weighted sums are to be multiplied by [B, H, D_V]."""
     batch, heads, length, dim = v.shape
     width = blocks_of(length, _ALIGNMENT) * _ALIGNMENT
-    rounded = v.new_empty(batch, heads, dim, width, dtype=_TYPES[kind])
+    rounded = v.new_empty(batch, heads, dim, width, dtype=FORMATS[kind].dtype)
     largest = torch.linalg.vector_norm(v, torch.inf, dim=2, dtype=torch.float32)
-    scale = largest.clamp(min=1e-30) / _LIMITS[kind]
+    scale = largest.clamp(min=1e-30) / FORMATS[kind].largest
     programs = batch * heads * blocks_of(length, _CHUNK)
     _round(kernels.round_values, programs, v, _CHUNK, v_ptr=v, scale_ptr=scale, out_ptr=rounded, out_n=width, TYPE=kind)
-    return rounded[..., :length], scale / _WEIGHT_ONE[kind]
+    return rounded[..., :length], scale / FORMATS[kind].one
 
 
 def _round(kernel: triton.runtime.JITFunction, programs: int, x: Tensor, block: int, **arguments: object) -> None:
