@@ -162,6 +162,28 @@ class Site(Place):
         with self._heard():
             return kernels.summary_error(q, summaries, q_block=q_block, scale=self.scale)
 
+    def largest(self, error: Tensor, share: float, block: kernels.Block) -> kernels.BlockLists:
+        """Lists of the blocks with the largest errors [B, H, nQ, nK], by one budget for the heads of all ranks.
+
+        share: of all blocks, the best of each row among them; blocks with text are listed beside it.
+        """
+        heads, rank, text = error.shape[1], self.shard.rank, self.layout.text_sink(block, error.device)
+        own = heads * rank, heads * (rank + 1)
+        with self._heard():
+            return kernels.lists_of_largest(
+                self.shard.all_heads(error), share, **self._sizes(block), always=text, heads=own
+            )
+
+    def unpacked(self, bits: Tensor, block: kernels.Block) -> kernels.BlockLists:
+        """Lists of the blocks of an earlier step, as `BlockLists.packed` gave them."""
+        with self._heard():
+            return kernels.lists_of_bits(bits, **self._sizes(block))
+
+    def _sizes(self, block: kernels.Block) -> dict[str, int]:
+        """Of lists in blocks of so many tokens."""
+        (q_block, kv_block), tokens = kernels.edges(block), self.layout.tokens
+        return {"q_block": q_block, "kv_block": kv_block, "q_len": tokens, "kv_len": tokens}
+
     def exact_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of a few queries [B, H, n, D] to all keys, on our own kernels; who asks for it counts it."""
         return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)[0]

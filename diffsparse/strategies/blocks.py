@@ -78,8 +78,18 @@ def with_text(density: float, block: Block, layout: Layout | None) -> float:
     """Share of blocks computed where a share `density` is chosen without regard to text, whose blocks are kept too."""
     if layout is None:
         return density
-    (rows, text_rows), (columns, text_columns) = (_counts(layout, edge) for edge in edges(block))
-    return 1 - (1 - density) * (1 - text_rows / rows) * (1 - text_columns / columns)
+    rows, columns = (_text(layout, edge) for edge in edges(block))
+    return 1 - (1 - density) * (1 - rows) * (1 - columns)
+
+
+def rows_of_text(block: Block, layout: Layout) -> float:
+    """Share of the query blocks that hold text."""
+    return _text(layout, edges(block)[0])
+
+
+def _text(layout: Layout, edge: int) -> float:
+    blocks, text = _counts(layout, edge)
+    return text / blocks
 
 
 def _counts(layout: Layout, edge: int) -> tuple[int, int]:

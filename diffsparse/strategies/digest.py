@@ -16,7 +16,6 @@ from diffsparse.strategies.residual import LowRank, affordable_rank
 from diffsparse.strategies.tangent import Tangent
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_kernels import edges
-from diffsparse_kernels.lists import from_bits
 
 _RENEWING = Fraction(3, 8)  # of the work of a long run: its later dense steps
 _APART = 10  # steps
@@ -98,8 +97,8 @@ class Digest(Tangent):
         # a step cache may skip the very step that is due
         if any(kept.step < step <= site.step for step in kept.renewals):
             return self.observe(q, k, v, site)
-        mask = None if kept.blocks is None else from_bits(kept.blocks, site.layout.blocks(edges(self.block)[1]))
-        return site.sparse(q, k, v, kept.between._blocks(q, k, v, site, kept.between._useful(kept, q, site), mask))
+        residual = kept.between._useful(kept, q, site)
+        return site.sparse(q, k, v, kept.between._blocks(q, k, v, site, residual, kept.blocks))
 
     def expected(self, run: Outline) -> list[Step]:
         """What each step computes: as Tangent, and the sparse product beside the dense one in steps that teach."""

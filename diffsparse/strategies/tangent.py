@@ -14,14 +14,12 @@ from diffsparse.orders.named import AUTO, check_order
 from diffsparse.site.charge import MASS_PASS, summary_work
 from diffsparse.site.compute import Blocks, Site
 from diffsparse.strategies.base import Strategy
-from diffsparse.strategies.blocks import check_block, check_share, with_text
+from diffsparse.strategies.blocks import check_block, check_share, rows_of_text, with_text
 from diffsparse.strategies.probes import FEWEST, Rows, fit, mended_rows, probe_count, probe_work
 from diffsparse.strategies.residual import LowRank
 from diffsparse.strategies.work import Outline, Step
-from diffsparse_kernels import Block, BlockLists, Summaries, Summary, best_block, edges, select_heads, spread
+from diffsparse_kernels import Block, BlockLists, Summaries, Summary, best_block, edges, spread
 
-_LEAST = 1e-3  # of the blocks, beside the best of each row
-_NOTHING = 2.0**-40  # of the largest error
 _MOST_STATISTICS = 1 / 3  # of the work, as all that follow
 
 
@@ -91,37 +89,37 @@ class Tangent(Strategy):
         if run.layout is None or run.head_dim is None:
             return Step("sparse", 1 - self.sparsity, new=1.0)
         layout, dim, rank = run.layout, run.head_dim, self._most_rank
-        text = with_text(0.0, self.block, layout)
-        best = (1 - text) / layout.blocks(edges(self.block)[1])  # every row its own
-        share = min(text + max(self._share(layout, dim, rank), best), 1.0)
+        best = (1 - rows_of_text(self.block, layout)) / layout.blocks(edges(self.block)[1])  # every row its own
+        share = min(with_text(0.0, self.block, layout) + max(self._share(layout, dim, rank), best), 1.0)
         summaries = summary_work(self._summary(layout.tokens, dim), 1 - share, self.block, layout.tokens, dim)
         return Step("sparse", share + summaries, self._beside(layout.tokens, dim, rank), new=1.0)
 
     def _blocks(
-        self, q: Tensor, k: Tensor, v: Tensor, site: Site, residual: LowRank | None, mask: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, site: Site, residual: LowRank | None, bits: Tensor | None = None
     ) -> Blocks:
         """The blocks of this call, summaries of all others, and what is added to the output.
 
         residual: of the same product in an earlier step.
-        mask: the blocks of that step, bool [B, H, nQ, nK]; None chooses them anew.
+        bits: the blocks of that step, of `BlockLists.packed`; None chooses them anew.
         """
         (q_block, kv_block), (tokens, dim) = edges(self.block), q.shape[2:]
-        listed = partial(BlockLists.from_mask, q_block=q_block, kv_block=kv_block, q_len=tokens, kv_len=tokens)
         if self._is_whole:
-            return Blocks(
-                listed(q.new_ones(*q.shape[:2], *map(site.layout.blocks, edges(self.block)), dtype=torch.bool))
-            )
+            every = q.new_ones(*q.shape[:2], *map(site.layout.blocks, edges(self.block)), dtype=torch.bool)
+            sizes = {"q_block": q_block, "kv_block": kv_block, "q_len": tokens, "kv_len": tokens}
+            return Blocks(BlockLists.from_mask(every, **sizes))
         summaries = site.summarise(k, v, kv_block, self._summary(tokens, dim))
-        if mask is None:
+        if bits is None:
             varied = summaries if summaries.by == "first-order" else _with_bound(summaries, k, v, kv_block, site)
             error = site.summary_error(q, varied, self.block)
-            mask = self._largest(error, self._share(site.layout, dim, residual.rank if residual else 0), site)
+            lists = site.largest(error, self._share(site.layout, dim, residual.rank if residual else 0), self.block)
+        else:
+            lists = site.unpacked(bits, self.block)
         correct = None if residual is None else residual.added_to
         site.record.beside += 0.0 if residual is None else residual.rank / (2 * tokens)
         if probes := self._probe_count(tokens, dim):
             rows = mended_rows(site.layout, q_block, probes, q.device)
             correct = partial(_probed, q, k, v, site, rows, residual)
-        return Blocks(listed(mask), summary=summaries, correct=correct)
+        return Blocks(lists, summary=summaries, correct=correct)
 
     def _summary(self, tokens: int, dim: int) -> Summary:
         """First order, where its statistics and slopes leave most of the work to blocks."""
@@ -137,7 +135,7 @@ class Tangent(Strategy):
         summaries = summary_work(self._summary(tokens, dim), 1.0, self.block, tokens, dim)
         rest = summaries + self._beside(tokens, dim, rank)
         share = (1 - self.sparsity - rest) / (1 - 1 / kv_block)
-        return max(share - with_text(0.0, self.block, layout), _LEAST)
+        return max(share - with_text(0.0, self.block, layout), 0.0)
 
     def _beside(self, tokens: int, dim: int, rank: int) -> float:
         """What is computed beside blocks and summaries, in dense passes: routing, probes and the residual."""
@@ -146,17 +144,6 @@ class Tangent(Strategy):
 
     def _routing(self) -> float:
         return MASS_PASS / edges(self.block)[1]
-
-    def _largest(self, error: Tensor, share: float, site: Site) -> Tensor:
-        """The blocks of a layer with the largest errors, the largest of each row, and text; bool [B, H, nQ, nK]."""
-        sink = site.layout.text_sink(self.block, error.device)
-        error = (error if sink is None else error.masked_fill(sink, 0)).nan_to_num(0, 0, 0)
-        flat = site.shard.all_heads(error).flatten(1, 2)[:, None]  # one threshold for the heads of all ranks
-        mask = select_heads(flat, share)
-        if share < 1:  # what is exact as it is needs no block, though it ties with all that the budget has room for
-            mask &= flat > flat.amax((-2, -1), keepdim=True) * _NOTHING
-        mask = site.shard.own(mask.view(error.shape[0], -1, *error.shape[2:]), 1)
-        return mask if sink is None else mask | sink
 
 
 def _with_bound(means: Summaries, k: Tensor, v: Tensor, block: int, site: Site) -> Summaries:

@@ -15,6 +15,8 @@ from .functional import (
     break_even as break_even,
     default_block as default_block,
     kernel_for as kernel_for,
+    lists_of_bits as lists_of_bits,
+    lists_of_largest as lists_of_largest,
     quantised_attention as quantised_attention,
     summarise as summarise,
     summary_error as summary_error,

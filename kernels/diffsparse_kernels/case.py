@@ -34,7 +34,7 @@ class Format(NamedTuple):
 
 FORMATS = {"int8": Format(torch.int8, 127.0, 127.0), "fp8": Format(torch.float8_e4m3fn, 448.0, 256.0)}
 INTEGERS = "int8-int8"  # both products are of integers
-Kind = Literal["attend", "fused", "mass", "summaries", "errors", "statistics"]
+Kind = Literal["attend", "fused", "mass", "summaries", "errors", "statistics", "selection"]
 
 
 class Case(NamedTuple):
@@ -42,7 +42,8 @@ class Case(NamedTuple):
 
     kind: "attend" (dense or over lists), "fused" (dense with the block mass), "mass" (that alone), "summaries" (made
         ready for kernels, and merged into what one gave that doesn't take them), "errors" (of the summaries,
-        estimated), "statistics" (that make summaries of first order).
+        estimated), "statistics" (that make summaries of first order), "selection" (lists of the largest errors; none of
+        the sizes matters, all are 0).
     dtype: of q, k, v.
     head_dim: channels of queries and keys.
     value_dim: channels of values.
@@ -97,6 +98,8 @@ class Case(NamedTuple):
         return cls(cast(Kind, kind), getattr(torch, dtype), head_dim, value_dim, q_block, kv_block, *flags, by)
 
     def __str__(self) -> str:
+        if self == SELECTION:
+            return self.kind
         parts = [
             self.kind,
             str(self.dtype).removeprefix("torch."),
@@ -107,6 +110,9 @@ class Case(NamedTuple):
         flags[f"precision {self.precision}"] = self.precision is not None
         flags[f"summaries ({self.summary})"] = self.summary is not None
         return ", ".join([*parts, *(name for name, present in flags.items() if present)])
+
+
+SELECTION = Case("selection", torch.float32, 0, 0, 0, 0)
 
 
 def copyable(*tensors: Tensor) -> bool:

@@ -11,6 +11,8 @@ of these functions as it can; all tensors are [B, H, N, D], all key masks bool [
     merge(q, k, v, lists, scale, stand_ins, out, lse) -> out, lse with the stand-ins of the blocks outside the lists
     first_order(k, v, block, scale, key_mask) -> summaries, the key mask [B, N_kv] or [B, H, N_kv]
     summary_error(q, summaries, q_block, scale) -> error
+    lists_of_largest(error, share, always, heads) -> idx, cnt, bits, order
+    lists_of_bits(bits, columns) -> idx, cnt, order
 """
 
 from __future__ import annotations

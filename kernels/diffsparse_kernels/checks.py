@@ -133,6 +133,29 @@ def check_summary_error(q: Tensor, summaries: Summaries) -> None:
     _check_parts(summaries, tuple(key.shape), summaries.value.shape[-1], q)
 
 
+def check_errors(error: Tensor, blocks: tuple[int, int], always: Tensor | None, heads: tuple[int, int]) -> None:
+    """Errors of so many blocks, blocks that are listed anyway, and a range of heads."""
+    if error.ndim != 4 or not error.is_floating_point() or tuple(error.shape[2:]) != blocks:
+        raise KernelInputError(
+            f"wanted errors as float [B, H, {blocks[0]}, {blocks[1]}]; got {error.dtype} {tuple(error.shape)}"
+        )
+    if always is not None and (always.dtype, tuple(always.shape), always.device) != (torch.bool, blocks, error.device):
+        raise KernelInputError(
+            f"wanted what is always listed as bool {blocks} on {error.device}; got {always.dtype} "
+            f"{tuple(always.shape)} on {always.device}"
+        )
+    if not 0 <= heads[0] < heads[1] <= error.shape[1]:
+        raise KernelInputError(f"wanted a range of the {error.shape[1]} heads; got {heads}")
+
+
+def check_packed(bits: Tensor, rows: int, columns: int) -> None:
+    """Bits of so many rows and columns of blocks."""
+    if bits.dtype != torch.uint8 or bits.ndim != 4 or tuple(bits.shape[2:]) != (rows, -(-columns // 8)):
+        raise KernelInputError(
+            f"wanted bits as uint8 [B|1, H, {rows}, {-(-columns // 8)}]; got {bits.dtype} {tuple(bits.shape)}"
+        )
+
+
 def check_boxes(q: Tensor, k: Tensor, boxes: Boxes) -> None:
     """Boxes that belong to these queries and keys."""
     axes = boxes.place.shape[0]

@@ -12,8 +12,10 @@ from diffsparse_kernels.checks import (
     check_bits,
     check_blocks,
     check_boxes,
+    check_errors,
     check_lists,
     check_lse,
+    check_packed,
     check_precision,
     check_qkv,
     check_summary,
@@ -21,7 +23,7 @@ from diffsparse_kernels.checks import (
     check_summary_name,
 )
 from diffsparse_kernels.errors import BackendError, KernelInputError
-from diffsparse_kernels.lists import Block, BlockLists, edges
+from diffsparse_kernels.lists import Block, BlockLists, blocks_of, edges
 from diffsparse_kernels.machine import device_name
 from diffsparse_kernels.masks import Boxes, differs_by_head, fold_heads, unfold_heads
 from diffsparse_kernels.measured import density_limit
@@ -315,6 +317,64 @@ def summary_error(q: Tensor, summaries: Summaries, *, q_block: int, scale: float
     check_summary_error(q, summaries)
     error: Tensor = ops.summary_error(q, list(summaries._replace(slope=None)), q_block, _scale(q, scale))
     return error
+
+
+def lists_of_largest(
+    error: Tensor,
+    share: float,
+    *,
+    q_block: int,
+    kv_block: int,
+    q_len: int,
+    kv_len: int,
+    always: Tensor | None = None,
+    heads: tuple[int, int] | None = None,
+) -> BlockLists:
+    """Lists of the blocks with the largest errors, one budget for all heads and rows of a sample, in bounded memory.
+
+    Exactly the share of all blocks, rounded up, the best of each row among them: first these, then the largest others;
+    of equals the lower head, row, block. Where rows are more than that, each has its best. What lies 40 octaves below
+    the largest error counts for nothing, and is not taken: then there may be fewer.
+
+    Args:
+        error: float [B, H, nQ, nK], compared as float32; what is negative or not finite counts as zero.
+        share: of the blocks of a sample, in [0, 1].
+        q_block: queries of a block.
+        kv_block: keys of a block.
+        q_len: queries in all.
+        kv_len: keys in all.
+        always: bool [nQ, nK], blocks that are listed anyway, beside the share.
+        heads: the first of those whose lists are made, and the one behind the last; all by default.
+
+    Returns:
+        Lists with their bits and their order.
+
+    Raises:
+        KernelInputError: shapes or dtypes that don't fit.
+    """
+    first, last = heads or (0, error.shape[1])
+    check_errors(error, (blocks_of(q_len, q_block), blocks_of(kv_len, kv_block)), always, (first, last))
+    idx, cnt, bits, order = ops.lists_of_largest(error, share, always, first, last)
+    return BlockLists(idx, cnt, q_block, kv_block, q_len, kv_len, order, bits)
+
+
+def lists_of_bits(bits: Tensor, *, q_block: int, kv_block: int, q_len: int, kv_len: int) -> BlockLists:
+    """Lists of the blocks that are set in `bits`, in bounded memory: what has them for many steps need keep no more.
+
+    Args:
+        bits: uint8 [B|1, H, nQ, ceil(nK / 8)], of `BlockLists.packed`.
+        q_block, kv_block, q_len, kv_len: as of the lists that it is of.
+
+    Returns:
+        Lists with these bits and their order.
+
+    Raises:
+        KernelInputError: bits of another shape or dtype.
+    """
+    columns = blocks_of(kv_len, kv_block)
+    check_packed(bits, blocks_of(q_len, q_block), columns)
+    idx, cnt, order = ops.lists_of_bits(bits, columns)
+    return BlockLists(idx, cnt, q_block, kv_block, q_len, kv_len, order, bits)
 
 
 def kernel_for(

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from diffsparse_kernels.errors import KernelInputError
+from diffsparse_kernels.strips import tiles
 
+_PAIR_BYTES = 32  # that a pair of blocks takes for a moment
 Block = int | tuple[int, int]  # tokens of a block: one number, or those of queries and of keys
 
 
@@ -138,9 +140,18 @@ class BlockLists:
         _check_mask(mask, (blocks_of(q_len, q_block), blocks_of(kv_len, kv_block)), (q_block, kv_block, q_len, kv_len))
         cnt = mask.sum(-1, dtype=torch.int32)
         if width is None:
-            width = max(int(cnt.max()), 1) if mask.device.type == "cpu" else mask.shape[-1]
-        lists = cls(_compacted(mask, width), cnt.clamp(max=width), q_block, kv_block, q_len, kv_len)
+            width = _longest(cnt, mask.shape[-1])
+        idx = torch.empty(*cnt.shape, width, dtype=number_type(mask.shape[-1]), device=mask.device)
+        for tile in tiles(mask, mask.shape[3] * _PAIR_BYTES):
+            idx[tile] = _compacted(mask[tile], width)
+        lists = cls(idx, cnt.clamp(max=width), q_block, kv_block, q_len, kv_len)
         return lists if mask.device.type == "cpu" else lists.ordered()
+
+    def trimmed(self, width: int) -> BlockLists:
+        """The same lists in less memory; the longest has at most `width` entries."""
+        if width >= self.idx.shape[3]:
+            return self
+        return replace(self, idx=self.idx[..., : max(width, 1)].contiguous())
 
     def ordered(self) -> BlockLists:
         """The same lists with their order: the head with the most work first, and within it the longest list first.
@@ -148,10 +159,7 @@ class BlockLists:
         A device starts blocks of threads in order, each as soon as there is room, so the short ones fill the gaps at
         the end. Heads stay together, for their keys and values then stay in the cache.
         """
-        rows = self.cnt.flatten(0, 1).argsort(dim=-1, descending=True, stable=True)  # [B|1 * H, nQ]
-        heads = self.cnt.sum(-1).flatten().argsort(descending=True, stable=True)
-        order = (heads[:, None] * self.q_blocks + rows[heads]).flatten()
-        return replace(self, order=order.int())
+        return replace(self, order=order_of(self.cnt))
 
     def by_head(self, batch: int) -> BlockLists:
         """The same lists for `batch` samples whose heads stand as samples of one head: idx [B * H, 1, nQ, W]."""
@@ -170,17 +178,19 @@ class BlockLists:
         return replace(self, idx=idx, cnt=cnt, order=order, bits=bits)
 
     def packed(self) -> Tensor:
-        """The same blocks as bits, uint8 [B|1, H, nQ, ceil(nK / 8)]."""
-        return to_bits(self.to_mask()) if self.bits is None else self.bits
+        """The same blocks as bits, uint8 [B|1, H, nQ, ceil(nK / 8)]; made a few rows at a time, if need be."""
+        if self.bits is not None:
+            return self.bits
+        bits = torch.empty(*self.cnt.shape, blocks_of(self.kv_blocks, 8), dtype=torch.uint8, device=self.cnt.device)
+        for tile in tiles(bits, self.kv_blocks * _PAIR_BYTES):
+            bits[tile] = to_bits(_listed(self.idx[tile], self.cnt[tile], self.kv_blocks))
+        return bits
 
     def to_mask(self) -> Tensor:
         """The same blocks as a bool mask [B|1, H, nQ, nK]."""
         if self.bits is not None:
             return from_bits(self.bits, self.kv_blocks)
-        listed = torch.arange(self.idx.shape[-1], device=self.idx.device) < self.cnt[..., None]
-        spare = self.idx.long().masked_fill_(~listed, self.kv_blocks)
-        mask = torch.zeros(*self.cnt.shape, self.kv_blocks + 1, dtype=torch.bool, device=self.idx.device)
-        return mask.scatter_(-1, spare, True)[..., :-1]
+        return _listed(self.idx, self.cnt, self.kv_blocks)
 
     def to_token_mask(self, rows: slice, mask: Tensor) -> Tensor:
         """The same for some query rows, token by token: bool [B|1, H, rows, N_kv].
@@ -258,13 +268,48 @@ def _check_mask(mask: Tensor, blocks: tuple[int, int], sizes: tuple[int, int, in
         )
 
 
+def _listed(idx: Tensor, cnt: Tensor, columns: int) -> Tensor:
+    """The blocks of lists [..., W] as a mask, bool [..., columns]."""
+    behind = torch.arange(idx.shape[-1], device=idx.device) >= cnt[..., None]
+    spare = idx.long().masked_fill_(behind, columns)
+    mask = torch.zeros(*cnt.shape, columns + 1, dtype=torch.bool, device=idx.device)
+    return mask.scatter_(-1, spare, True)[..., :-1]
+
+
+def number_type(blocks: int) -> torch.dtype:
+    """Of the numbers of so many blocks: wide lists of many layers are what fills a device's memory."""
+    return torch.int16 if blocks <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def lists_of_bits(bits: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`functional.lists_of_bits` in plain torch, a few rows at a time -> idx, cnt, order."""
+    cnt = torch.empty(bits.shape[:3], dtype=torch.int32, device=bits.device)
+    for tile in tiles(bits, columns * _PAIR_BYTES):
+        cnt[tile] = from_bits(bits[tile], columns).sum(-1, dtype=torch.int32)
+    width = _longest(cnt, columns)
+    idx = torch.empty(*cnt.shape, width, dtype=number_type(columns), device=bits.device)
+    for tile in tiles(bits, columns * _PAIR_BYTES):
+        idx[tile] = _compacted(from_bits(bits[tile], columns), width)
+    return idx, cnt, order_of(cnt)
+
+
+def order_of(cnt: Tensor) -> Tensor:
+    """`BlockLists.ordered` for lists of these lengths [B|1, H, nQ]."""
+    rows = cnt.flatten(0, 1).argsort(dim=-1, descending=True, stable=True)  # [B|1 * H, nQ]
+    heads = cnt.sum(-1).flatten().argsort(descending=True, stable=True)
+    return (heads[:, None] * cnt.shape[2] + rows[heads]).flatten().int()
+
+
+def _longest(cnt: Tensor, columns: int) -> int:
+    """Of the lists on the CPU; elsewhere, where one would have to wait for the device, as many as there may be."""
+    return max(int(cnt.max()), 1) if cnt.device.type == "cpu" else columns
+
+
 def _compacted(mask: Tensor, width: int) -> Tensor:
     """Numbers of the True blocks of each row, ascending, the first `width` of them: [B|1, H, nQ, width].
 
     Without a sort: the running count gives each True block its place, all others share one that is cut off.
     """
     place = mask.cumsum(-1).sub_(1).masked_fill_(~mask, width).clamp_(max=width)
-    dtype = torch.int16 if mask.shape[-1] <= torch.iinfo(torch.int16).max else torch.int32
-    numbers = torch.arange(mask.shape[-1], dtype=dtype, device=mask.device).expand(mask.shape)
-    idx = numbers.new_zeros(*mask.shape[:3], width + 1).scatter_(-1, place, numbers)[..., :width]
-    return idx.contiguous()
+    numbers = torch.arange(mask.shape[-1], dtype=number_type(mask.shape[-1]), device=mask.device).expand(mask.shape)
+    return numbers.new_zeros(*mask.shape[:3], width + 1).scatter_(-1, place, numbers)[..., :width]

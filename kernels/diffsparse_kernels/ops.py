@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from diffsparse_kernels import select
 from diffsparse_kernels import summaries as plain
-from diffsparse_kernels.case import DENSE_BLOCKS, Case
-from diffsparse_kernels.lists import BlockLists, blocks_of
+from diffsparse_kernels.case import DENSE_BLOCKS, SELECTION, Case
+from diffsparse_kernels.lists import BlockLists, blocks_of, number_type
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.registry import Choice, choose, choose_rounded, choose_summary, running
 from diffsparse_kernels.summaries import StandIns, Summaries, Summary
@@ -108,6 +109,48 @@ def summary_error(q: Tensor, parts: Sequence[Tensor | None], q_block: int, scale
 def _(q: Tensor, parts: Sequence[Tensor | None], q_block: int, scale: float) -> Tensor:
     key = cast(Tensor, parts[0])
     return key.new_empty(*q.shape[:2], blocks_of(q.shape[2], q_block), key.shape[2], dtype=_accumulated(q))
+
+
+@torch.library.custom_op("diffsparse_kernels::lists_of_largest", mutates_args=())
+def lists_of_largest(error: Tensor, share: float, always: Tensor | None, first: int, last: int) -> list[Tensor]:
+    """Lists of the largest errors, of heads first .. last -> idx, cnt, bits, order."""
+    return list(_selecting("lists_of_largest", error.device)(error, share, always, (first, last)))
+
+
+@lists_of_largest.register_fake
+def _(error: Tensor, share: float, always: Tensor | None, first: int, last: int) -> list[Tensor]:
+    own, columns = (error.shape[0], last - first, error.shape[2]), error.shape[3]
+    idx, cnt, order = _lists(error, own, columns)
+    return [idx, cnt, error.new_empty(*own, (columns + 7) // 8, dtype=torch.uint8), order]
+
+
+@torch.library.custom_op("diffsparse_kernels::lists_of_bits", mutates_args=())
+def lists_of_bits(bits: Tensor, columns: int) -> list[Tensor]:
+    """Lists of bits -> idx, cnt, order."""
+    return list(_selecting("lists_of_bits", bits.device)(bits, columns))
+
+
+@lists_of_bits.register_fake
+def _(bits: Tensor, columns: int) -> list[Tensor]:
+    return _lists(bits, bits.shape[:3], columns)
+
+
+def _selecting(name: str, device: torch.device) -> Callable[..., Any]:
+    """This function of the back end that selects; that of plain torch where it has none."""
+    kernel: Callable[..., Any] = getattr(running(choose_summary(SELECTION, device)), name, getattr(select, name))
+    return kernel
+
+
+def _lists(like: Tensor, own: Sequence[int], columns: int) -> list[Tensor]:
+    """Fakes of idx, cnt and order."""
+    width: int | torch.SymInt = columns
+    if like.device.type == "cpu":  # as wide as the longest
+        width = torch.library.get_ctx().new_dynamic_size(min=1)
+        torch._check(width <= columns)
+    empty = partial(like.new_empty, dtype=torch.int32)
+    batch, heads, rows = own
+    idx = like.new_empty(*own, width, dtype=number_type(columns))
+    return [idx, empty(batch, heads, rows), empty(batch * heads * rows)]
 
 
 @torch.library.custom_op("diffsparse_kernels::attention", mutates_args=())

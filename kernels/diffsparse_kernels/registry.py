@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from diffsparse_kernels import measured, trials
-from diffsparse_kernels.case import Case, Kind
+from diffsparse_kernels.case import SELECTION, Case, Kind
 from diffsparse_kernels.catalog import BACKENDS, load
 from diffsparse_kernels.errors import BackendError, NoKernelError
 from diffsparse_kernels.machine import device_name
@@ -36,6 +36,7 @@ _MASKED = (
 USUAL = (
     *(case._replace(masked=masked) for masked in (False, True) for case in _MASKED),
     *(_FINER._replace(kind=kind) for kind in ("errors", "statistics")),
+    SELECTION,
 )
 
 
@@ -124,7 +125,7 @@ def _ways(name: str, case: Case) -> list[Case]:
 
 
 def choose_summary(case: Case, device: torch.device) -> Choice:
-    """What computes this case of summaries: never none, for plain torch can compute all of them."""
+    """What computes this case of summaries, or a selection: never none, for plain torch can compute all of them."""
     try:
         return choose(case, device)
     except NoKernelError as error:

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+_CACHE_BYTES = 4 * 2**20  # what stays in the processor's cache
+_DEVICE_BYTES = 256 * 2**20  # what may exist at a time on a device, where few large operations are fast
+
 
 def strips(length: int, row_bytes: int, most_bytes: int, multiple: int = 1) -> Iterator[slice]:
     """Ranges of `length` rows of `row_bytes` each that fit `most_bytes`; each but the last a multiple of `multiple`."""
@@ -19,3 +22,12 @@ def joined(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tens
     """Outputs [B, H, rows, D_v] and LSEs [B, H, rows] of all strips -> out in `dtype`, lse."""
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, 2).to(dtype), torch.cat(lses, 2)
+
+
+def tiles(x: Tensor, row_bytes: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Samples, heads and rows of x [B, H, rows, ...], in order, as many at a time as memory has room for."""
+    (batch, heads, rows), room = x.shape[:3], _CACHE_BYTES if x.device.type == "cpu" else _DEVICE_BYTES
+    for samples in strips(batch, heads * rows * row_bytes, room):
+        for some in strips(heads, rows * row_bytes, room):
+            for part in strips(rows, row_bytes, room):
+                yield samples, some, part

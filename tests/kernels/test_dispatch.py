@@ -57,6 +57,9 @@ def test_ops_obey_the_rules_of_custom_ops(dtype: torch.dtype, masked: bool) -> N
     made = list(dk.summarise(k, v, 16, scale=0.25, key_mask=keys))
     check(ops.first_order, (k, v, 16, 0.25, keys), test_utils=tests)
     check(ops.summary_error, (q, [*made[:-1], None], 16, 0.25), test_utils=tests)
+    for always in (None, torch.rand(3, 9) < 0.2):
+        check(ops.lists_of_largest, (torch.rand(1, 4, 3, 9), 0.3, always, 1, 3), test_utils=tests)
+    check(ops.lists_of_bits, (blocks.packed(), 3), test_utils=tests)
     for summary in (("", []), ("means", []), ("first-order", made)):
         check(ops.block_sparse_attention, (*arguments, *boxes, *summary, "cpu"), test_utils=tests)
         check(ops.quantised_attention, (*arguments, *summary, 4), test_utils=tests)
@@ -70,6 +73,8 @@ def test_fullgraph_compile_gives_the_eager_result() -> None:
         _, lse = dk.attention(q, k, v)
         mass = dk.block_mass(q, k, lse, q_block=16, kv_block=16)
         made = dk.summarise(k, v, 16)
+        largest = dk.lists_of_largest(dk.summary_error(q, made, q_block=16), 0.5, **SIZES)
+        mass = mass * dk.lists_of_bits(largest.packed(), **SIZES).to_mask()
         parts = [dk.block_sparse_attention(q, k, v, blocks, summary=s)[0] for s in (None, "means", made)]
         return sum(parts) * mass.sum() * dk.summary_error(q, made, q_block=16).sum()
 
@@ -78,6 +83,7 @@ def test_fullgraph_compile_gives_the_eager_result() -> None:
     torch.testing.assert_close(compiled(*inputs), model(*inputs))
 
 
+SIZES = {"q_block": 16, "kv_block": 16, "q_len": 48, "kv_len": 48}
 BAD: dict[str, tuple[Any, str]] = {
     "three axes": (lambda q, k, v: dk.attention(q[0], k[0], v[0]), r"wanted q, k, v as \[B, H, N, D\]"),
     "grouped heads": (lambda q, k, v: dk.attention(q, k[:, :1], v[:, :1]), "Expand grouped key heads"),
@@ -92,6 +98,16 @@ BAD: dict[str, tuple[Any, str]] = {
         lambda q, k, v: dk.block_sparse_attention(*(x.repeat(1, 2, 1, 1) for x in (q, k, v)), lists=lists()),
         "wanted lists",
     ),
+    "errors": (lambda q, k, v: dk.lists_of_largest(q[0], 0.5, **SIZES), r"wanted errors as float \[B, H, 3, 3\]"),
+    "text": (
+        lambda q, k, v: dk.lists_of_largest(q[:, :, :3, :3], 0.5, **SIZES, always=torch.ones(3, 4) > 0),
+        r"always listed as bool \(3, 3\) on cpu; got torch.bool \(3, 4\)",
+    ),
+    "range": (
+        lambda q, k, v: dk.lists_of_largest(q[:, :, :3, :3], 0.5, **SIZES, heads=(1, 3)),
+        r"wanted a range of the 2 heads; got \(1, 3\)",
+    ),
+    "bits": (lambda q, k, v: dk.lists_of_bits(q[:, :, :3, :1], **SIZES), r"wanted bits as uint8 \[B\|1, H, 3, 1\]"),
     "device": (lambda q, k, v: dk.attention(q, k.to("meta"), v), "on one device"),
 }
 

@@ -76,7 +76,9 @@ def never_waiting() -> Iterator[None]:
 def search(mass: torch.Tensor, keep: torch.Tensor, always: torch.Tensor) -> list[BlockLists]:
     masks = dk.select_rows(mass, 3), dk.select_rows(mass, keep, always), dk.select_heads(mass, 0.3)
     sizes = {"q_block": 8, "kv_block": 8, "q_len": 60, "kv_len": 70}
-    return [BlockLists.from_mask(mask, **sizes, width=9).ordered() for mask in masks]
+    largest = dk.lists_of_largest(mass, 0.3, always=always, **sizes)
+    found = [largest, dk.lists_of_bits(largest.packed(), **sizes)]
+    return found + [BlockLists.from_mask(mask, **sizes, width=9).ordered() for mask in masks]
 
 
 def test_a_search_waits_for_nothing_and_finds_what_it_finds_on_the_cpu(request: pytest.FixtureRequest) -> None:

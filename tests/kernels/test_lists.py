@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import BlockLists, KernelInputError
+from diffsparse_kernels import BlockLists, KernelInputError, strips
+from diffsparse_kernels.lists import from_bits, to_bits
 
 shapes = st.tuples(*(st.integers(1, high) for high in (2, 3, 7, 9)))
 
@@ -129,28 +131,105 @@ def test_mass_is_held_by_the_fewest(shape: tuple[int, ...], share: float, seed: 
     assert (mass.masked_fill(mask, -1).amax(-1) <= weakest).all()
 
 
-@settings(deadline=None, max_examples=60)
-@given(shape=shapes, density=st.floats(0.01, 1), seed=st.integers(0, 2**31), octaves=st.floats(0, 30))
-def test_heads_keep_their_share_by_one_threshold(
-    shape: tuple[int, ...], density: float, seed: int, octaves: float
+def by_sorting(error: Tensor, share: float, above: float) -> Tensor:
+    """What is taken of each group [G, R, nK]: the best of its rows, then the largest others, of equals the first.
+
+    above: what is no more counts for nothing.
+    """
+    mask = torch.zeros(error.shape, dtype=torch.bool)
+    for flat, one in zip(error.nan_to_num(0, 0, 0).clamp(min=0), mask, strict=True):
+        best = flat.argmax(-1) + torch.arange(len(flat)) * flat.shape[1]
+        values, firsts = flat.flatten().tolist(), set(best.tolist())
+        ranked = sorted(range(len(values)), key=lambda i: (i not in firsts, -values[i], i))
+        ranked = [i for i in ranked if values[i] > above]
+        wanted = math.ceil(round(share * len(values), 6))
+        one.view(-1)[ranked[: max(wanted, len(firsts & set(ranked)))]] = True
+    return mask
+
+
+@pytest.fixture(params=[False, True], ids=["at once", "row by row"])
+def strip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param:
+        monkeypatch.setattr(strips, "_CACHE_BYTES", 1)
+
+
+WORLDS = st.sampled_from(["distinct", "equal", "odd", "nothing"])
+
+
+def errors_of(shape: tuple[int, ...], seed: int, world: str) -> Tensor:
+    """Over 20 octaves; some equal; or some neither finite nor positive; or all zero."""
+    generator = torch.Generator().manual_seed(seed)
+    errors = torch.rand(shape, generator=generator).mul(-20).exp2()
+    if world == "equal":
+        return (3 * errors).round()
+    if world == "nothing":
+        return torch.zeros(shape)
+    if world == "odd":
+        for strange in (torch.nan, torch.inf, -torch.nan, -1.0, -0.0):
+            errors[torch.rand(shape, generator=generator) < 0.1] = strange
+    return errors
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=shapes, density=st.floats(0.001, 1), seed=st.integers(0, 2**31), world=WORLDS)
+def test_heads_keep_exactly_their_share(
+    shape: tuple[int, ...], density: float, seed: int, world: str, strip: None
 ) -> None:
-    mass = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).mul(-octaves).exp2()
-    mask = dk.select_heads(mass, density)
-    size = shape[2] * shape[3]
-    flat, kept = mass.flatten(2), mask.flatten(2)
-    assert (kept.sum(-1) >= density * size - 1e-4).all()
-    assert mask.any(-1).all()
-    # A threshold finer than 1/100 octave: what is kept is at most that much under the exact k-th largest.
-    exact = flat.sort(-1, descending=True).values[..., max(0, int(-(-density * size // 1)) - 1)]
-    best = mass.amax(-1, keepdim=True).expand_as(mass).flatten(2) == flat
-    assert (flat >= exact[..., None] * 2 ** (-40 / 4000))[kept & ~best].all()
+    mass = errors_of(shape, seed, world)
+    mask, rows, blocks = dk.select_heads(mass, density), shape[2], shape[2] * shape[3]
+    assert (mask.sum((-2, -1)) == max(math.ceil(round(density * blocks, 6)), rows)).all()
+    assert torch.equal(mask.flatten(0, 1), by_sorting(mass.flatten(0, 1), density, -1))
 
 
-def test_a_bin_counts_beyond_what_float32_can() -> None:
-    """24 heads of a long video hold more blocks than 2^24, and with `Digest` they are one histogram."""
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=shapes, share=st.floats(0, 1), seed=st.integers(0, 2**31), world=WORLDS, text=st.booleans())
+def test_lists_of_the_largest_errors(
+    shape: tuple[int, ...], share: float, seed: int, world: str, text: bool, strip: None
+) -> None:
+    """One budget for all heads; what is listed anyway has no part in it, and what is nothing takes none of it."""
+    error = errors_of(shape, seed, world)
+    always = torch.rand(shape[2:], generator=torch.Generator().manual_seed(seed)) < 0.2 if text else None
+    apart = torch.zeros(shape[2:], dtype=torch.bool) if always is None else always
+    lists = dk.lists_of_largest(error, share, **square(shape), always=always)
+    counted = error.masked_fill(apart, 0)
+    mask = by_sorting(counted.flatten(1, 2), share, 0).view(shape)
+    assert torch.equal(lists.to_mask(), mask | apart)
+    again = dk.lists_of_bits(lists.packed(), **square(shape))
+    assert lists.order is not None
+    assert again.order is not None
+    plain = BlockLists.from_mask(mask | apart, **square(shape)).ordered()
+    for got in (lists, again):
+        assert torch.equal(got.idx, plain.idx)
+        assert torch.equal(got.cnt, plain.cnt)
+        assert got.order.equal(plain.order)
+        assert torch.equal(got.packed(), to_bits(mask | apart))
+
+
+def test_lists_of_some_heads_are_chosen_among_all() -> None:
+    error = errors_of((2, 4, 5, 9), 0, "equal")
+    whole = dk.lists_of_largest(error, 0.3, **square(error.shape)).to_mask()
+    some = dk.lists_of_largest(error, 0.3, **square(error.shape), heads=(1, 3))
+    assert torch.equal(some.to_mask(), whole[:, 1:3])
+
+
+def test_what_is_forty_octaves_down_is_nothing() -> None:
+    error = torch.tensor([[8.0, 2.0**-35, 2.0**-37.5], [2.0**-38, 0, 0]])[None, None]
+    assert dk.lists_of_largest(error, 1.0, **square(error.shape)).to_mask().tolist() == [
+        [[[True, True, False], [False, False, False]]]
+    ]
+
+
+def square(shape: tuple[int, ...], block: int = 8) -> dict[str, int]:
+    return {"q_block": block, "kv_block": block, "q_len": shape[2] * block, "kv_len": shape[3] * block}
+
+
+def test_more_blocks_than_float32_counts() -> None:
+    """24 heads of a long video hold more than 2^24, and in `Tangent` they are one group."""
     many, few = 2**24 + 2**20, 2**19
     mass = torch.cat([torch.ones(many), torch.full((few,), 0.5)])[None, None, None]
-    assert int(dk.select_heads(mass, (2**24 + 2**18) / (many + few)).sum()) == many
+    mask = dk.select_heads(mass, (2**24 + 2**18) / (many + few))
+    assert int(mask.sum()) == 2**24 + 2**18
+    assert mask[..., : 2**24 + 2**18].all()
 
 
 @pytest.mark.parametrize(("density", "blocks", "kept"), [(0.7, 10, 7), (0.1, 30, 3), (0.25, 10, 3)])
@@ -159,9 +238,13 @@ def test_a_share_is_rounded_up_once(density: float, blocks: int, kept: int) -> N
     assert int(dk.select_heads(mass, density).sum()) == kept
 
 
-def test_heads_of_zero_and_nan_mass() -> None:
-    assert dk.select_heads(torch.zeros(1, 1, 3, 3), 0.5).any(-1).all()
-    assert dk.select_heads(torch.full((1, 1, 3, 3), torch.nan), 0.5).any(-1).all()
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 70])
+def test_bits(length: int) -> None:
+    mask = torch.rand(2, 3, 5, length) < 0.5
+    bits = to_bits(mask)
+    assert bits.shape == (2, 3, 5, -(-length // 8))
+    assert bits.dtype == torch.uint8
+    assert torch.equal(from_bits(bits, length), mask)
 
 
 @settings(deadline=None, max_examples=40)

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from diffsparse_kernels import child, summaries, trials
+from diffsparse_kernels import child, select, summaries, trials
 from diffsparse_kernels.backend import cpu, emulated, reference
 from diffsparse_kernels.backend import selftest as proof
-from diffsparse_kernels.case import PRECISIONS, Case
+from diffsparse_kernels.case import PRECISIONS, SELECTION, Case
 from support import trial
 
 SCRIPT = str(Path(trial.__file__))
@@ -271,6 +271,26 @@ def test_the_proof_sees_small_faults(scale: float, shift: float) -> None:
         out, _ = off(*sample[1:5], sample.scale, None)
         error, limit = proof.spot_check(out, sample)
         assert (error > limit) == (scale != 1)
+
+
+def test_the_proof_of_a_selection() -> None:
+    """Lists that are one block short are wrong, and so is an order that is another."""
+
+    def short(*call: Any) -> tuple[torch.Tensor, ...]:
+        idx, cnt, bits, order = select.lists_of_largest(*call)
+        return idx, cnt - (torch.arange(cnt.numel()) == 5).int().view_as(cnt), bits, order
+
+    def turned(*call: Any) -> tuple[torch.Tensor, ...]:
+        *rest, order = select.lists_of_largest(*call)
+        return *rest, order.roll(1)
+
+    for sample in proof.samples(SELECTION, CPU):
+        assert proof.examine(SELECTION, select, sample).problem == ""
+        for wrong in (short, turned):
+            kernel = SimpleNamespace(lists_of_largest=wrong, lists_of_bits=select.lists_of_bits)
+            assert proof.examine(SELECTION, kernel, sample, 1).problem.startswith("wrong: the ")
+    assert Case.read(SELECTION.words()) == SELECTION
+    assert str(SELECTION) == "selection"
 
 
 @pytest.mark.parametrize("kind", ["mass", "fused", "summaries", "errors"])

@@ -17,7 +17,6 @@ from diffsparse.errors import ConfigError
 from diffsparse.strategies.residual import LowRank
 from diffsparse.strategies.work import Outline
 from diffsparse_eval import metrics
-from diffsparse_kernels.lists import from_bits, to_bits
 from diffsparse_pipelines import tiny
 from diffsparse_pipelines.generation import generation
 from support import exact
@@ -237,22 +236,13 @@ def test_the_blocks_that_stay_are_those_that_what_was_kept_is_of() -> None:
     qkv, others = inputs(LONG), inputs(LONG)
     strategy = Digest(0.8, 32, probes=False)
     strategy.observe(*others, site(LONG, 9, 50, memory))
-    mask = from_bits(memory["kept"].blocks, LONG.blocks(32))
+    bits = memory["kept"].blocks
     between = strategy._between(memory["kept"].renewals, 50, 9)
     blocks = between._blocks(*others, site(LONG, 9, 50), None)
-    assert torch.equal(mask, blocks.lists.to_mask())
+    assert torch.equal(bits, blocks.lists.packed())
     found = strategy.attend(*qkv, site(LONG, 10, 50, memory))
-    want = site(LONG, 10, 50).sparse(*qkv, between._blocks(*qkv, site(LONG, 10, 50), memory["kept"].residual, mask))
+    want = site(LONG, 10, 50).sparse(*qkv, between._blocks(*qkv, site(LONG, 10, 50), memory["kept"].residual, bits))
     assert torch.equal(found, want)
-
-
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 70])
-def test_bits(length: int) -> None:
-    mask = torch.rand(2, 3, 5, length) < 0.5
-    bits = to_bits(mask)
-    assert bits.shape == (2, 3, 5, -(-length // 8))
-    assert bits.dtype == torch.uint8
-    assert torch.equal(from_bits(bits, length), mask)
 
 
 def test_without_a_dense_step_it_is_tangent() -> None:

@@ -58,7 +58,8 @@ def test_a_kernel_that_fails_leaves_the_run_to_the_next(mode: str, reason: str, 
 
 @pytest.fixture
 def only_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The CPU as if it were a GPU."""
+    """The CPU as if it were a GPU, but for what would run there whatever the blocks are."""
+    monkeypatch.delattr(registry.load("triton"), "lists_of_largest")
     monkeypatch.setattr("diffsparse_kernels.break_even", registered_break_even)
     with pretended(monkeypatch, "triton"):
         yield
@@ -111,7 +112,7 @@ def test_summaries_that_a_slower_kernel_makes_are_told(
     strategy: Tangent, limit: float, merged: bool, cpu_has_them: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: limit)
-    theirs: tuple[Kind, ...] = ("summaries", "errors", "statistics")
+    theirs: tuple[Kind, ...] = ("summaries", "errors", "statistics", "selection")
     others: tuple[Kind, ...] = ("attend", "fused", "mass")
     with pretended(monkeypatch, "triton", "cpu"):
         here = registry.BACKENDS

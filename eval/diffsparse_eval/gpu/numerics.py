@@ -17,13 +17,13 @@ from diffsparse_kernels import registry
 from diffsparse_kernels.backend.nvidia import chip
 from diffsparse_kernels.backend.selftest import KERNELS, compute, examine, kernel_of, poison, samples
 from diffsparse_kernels.backend.triton import launch as triton
-from diffsparse_kernels.case import INTEGERS, Case
+from diffsparse_kernels.case import INTEGERS, SELECTION, Case
 from diffsparse_kernels.measured import Copy, tiles_for
 
 LAUNCHES = 50
 EIGHT_BITS = {"int8": 0.012, "int8-int8": 0.020, "int8-fp8": 0.037, "fp8": 0.052}  # relative errors, as documented
 FIRST_USE = "first use"
-SUMMARISED = ("summaries", "errors", "statistics")  # kinds of cases
+BESIDE = ("summaries", "errors", "statistics", "selection")  # kinds of cases, beside attention
 _BF16, _FP16 = torch.bfloat16, torch.float16
 _USUAL = registry.USUAL[0]
 _ALL = (  # of every kernel that can do them
@@ -57,6 +57,7 @@ _ALL = (  # of every kernel that can do them
         {"kind": "statistics", "masked": True, "kv_block": 16, "head_dim": 72, "value_dim": 72},
         {"kind": "statistics", "dtype": torch.float32},
     )),
+    SELECTION,
 )  # fmt: skip
 _GLUON = tuple(
     Case("attend", dtype, dim, dim, 128, kv_block, masked)
@@ -101,7 +102,7 @@ def does(kernel: str, case: Case, device: torch.device) -> bool:
         return False
     if kind in ("", "pointers"):
         return True
-    if case.kind in ("mass", *SUMMARISED):
+    if case.kind in ("mass", *BESIDE):
         return case.kind == "mass" and triton.measure_tile(chip(device), case.kv_block, 2, True).copy == kind
     flags = triton.flags_of(True, True, case.masked, None, case.kind == "fused")
     flags |= {"AXES": case.axes, "SUMMARISED": case.summary is not None}
@@ -113,7 +114,7 @@ def _small(kernel: str, listed: list[Case]) -> list[Case]:
     small = [case._replace(q_block=max(case.q_block // 4, 16), kv_block=max(case.kv_block // 4, 16)) for case in listed]
     if kernel.startswith("triton"):
         return small[::4]
-    return [case for case in small if case.kind not in SUMMARISED]
+    return [case for case in small if case.kind not in BESIDE]
 
 
 def jobs(options: Options) -> list[str]:
@@ -161,7 +162,7 @@ def launch(kernel: str, case: Case, options: Options) -> None:
 
 def _first_use(options: Options, channel: Channel) -> None:
     """The trials that a user's first run makes, each in a process of its own."""
-    plain = [case for case in registry.USUAL if not case.masked]
+    plain = [case for case in registry.USUAL if not case.masked and case != SELECTION]
     embedded = [case._replace(head_dim=64, value_dim=64, q_block=64, kv_block=64) for case in plain]
     for case in dict.fromkeys((*registry.USUAL, *embedded)):
         with channel.heartbeat(60):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffsparse_kernels import summaries
+from diffsparse_kernels import select, summaries
 from diffsparse_kernels.backend import emulated, reference
 from diffsparse_kernels.case import PRECISIONS, Case
 from diffsparse_kernels.catalog import load
@@ -44,19 +44,23 @@ KERNELS = {  # name -> back end, and which of its kernels, where there are sever
     "flash-attn-4": ("flash-attn-4", ""),
 }
 _WITH_TILES = ("attention", "attention_with_mass", "block_sparse_attention", "block_mass")
-_WITHOUT_TILES = ("first_order", "summary_error", "stand_ins", "merge")
+_WITHOUT_TILES = ("first_order", "summary_error", "stand_ins", "merge", "lists_of_largest", "lists_of_bits")
 _RESULTS = {
     "attend": ("output", "LSE"),
     "summaries": ("output", "LSE"),
     "errors": ("error",),
     "statistics": ("mean key", "mean value", "variance", "spread", "steepness"),
+    "selection": ("numbers", "lengths", "order", "bits"),
     "mass": ("mass",),
     "fused": ("output", "LSE", "mass"),
 }
 
 
 class Sample(NamedTuple):
-    """One call: q, k, v [B, H, N, D], the lists (None: dense), and what hides keys."""
+    """One call: q, k, v [B, H, N, D], the lists (None: dense), and what hides keys.
+
+    Of a selection, q is errors [B, H, nQ, nK] and the key mask what is always listed [nQ, nK].
+    """
 
     name: str
     q: Tensor
@@ -93,6 +97,12 @@ def samples(case: Case, device: torch.device, long: bool = True) -> Iterator[Sam
     long: one with more keys than 16 bits count, too, for which a CPU takes seconds.
     """
     draw = _Draw(case, device)
+    if case.kind == "selection":
+        yield draw.errors("errors", (2, 3, 7, 19), None)
+        yield draw.errors("errors beside text", (1, 2, 9, 1030), 4)
+        if long:
+            yield draw.errors("errors of many rows", (2, 8, 300, 600), 7)
+        return
     n_q, n_kv = 3 * case.q_block - 9, 6 * case.kv_block - case.kv_block // 2 - 4
     mask = draw.less((2, 2, 3, 6), 0.7)
     mask[0, 0, 0] = False
@@ -137,6 +147,17 @@ class _Draw:
         boxes = _boxes(case.axes, n_q, n_kv, self._generator, self._device) if case.axes else None
         return Sample(name, q, k, v, lists, keys.to(self._device) if case.masked else None, boxes)
 
+    def errors(self, name: str, shape: tuple[int, int, int, int], text: int | None) -> Sample:
+        """A selection among errors of which some are equal and some aren't finite. text: of these blocks each."""
+        errors = torch.rand(shape, generator=self._generator).mul(8).exp2()
+        errors = torch.where(self.less(shape, 0.5), errors.round(), errors)
+        errors = errors.masked_fill(self.less(shape, 0.1), torch.nan).to(self._device)
+        always = None
+        if text is not None:
+            rows, columns = (torch.arange(size) % text == 0 for size in shape[2:])
+            always = (rows[:, None] | columns).to(self._device)
+        return Sample(name, errors, errors, errors, key_mask=always)
+
     def _normal(self, length: int, dim: int, token_major: bool) -> Tensor:
         shape = (2, length, 2, dim) if token_major else (2, 2, length, dim)
         x = torch.randn(*shape, generator=self._generator).to(self._device, self._case.dtype)
@@ -156,6 +177,8 @@ def _boxes(axes: int, n_q: int, n_kv: int, generator: torch.Generator, device: t
 def compute(case: Case, kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
     """What a kernel gives for one call of a case."""
     q, k, v, lists, key_mask, boxes, scale = sample[1:8]
+    if case.kind == "selection":
+        return _selected(kernel, q, key_mask)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = torch.linspace(3, 6, q.shape[2], device=q.device).to(wide).expand(q.shape[:3])
     tiles = lse, case.q_block, case.kv_block, scale, key_mask
@@ -190,13 +213,24 @@ def stand_ins(sample: Sample, dtype: torch.dtype) -> StandIns:
     return made._replace(key=made.key.to(dtype), value=made.value.to(dtype), slope=slope)
 
 
+def _selected(kernel: Kernel, error: Tensor, always: Tensor | None) -> tuple[Tensor, ...]:
+    """A third of the blocks: numbers [2, B, H, nQ, nK], from errors and from bits, lengths, order and bits."""
+    columns = error.shape[3]
+    idx, cnt, bits, order = kernel.lists_of_largest(error, 1 / 3, always, (0, error.shape[1]))
+    again, *rest = kernel.lists_of_bits(bits, columns)
+    numbers = torch.stack([torch.nn.functional.pad(x, (0, columns - x.shape[3])) for x in (idx, again)])
+    return numbers.double(), *(torch.stack(x).double() for x in zip((cnt, order), rest, strict=True)), bits.double()
+
+
 def exact(case: Case, sample: Sample) -> tuple[Tensor, ...]:
     """The same by the reference, in float64."""
-    return compute(case, SimpleNamespace(**{**vars(summaries), **vars(reference)}), sample.double())
+    return compute(case, SimpleNamespace(**{**vars(select), **vars(summaries), **vars(reference)}), sample.double())
 
 
 def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
     """The same in plain torch, every step rounded to the inputs' dtype, or to the eight bits that the case asks for."""
+    if case.kind == "selection":
+        return compute(case, select, sample)
     if case.kind == "summaries":
         out, lse = compute(case, summaries, sample)
         return out, lse.to(out.dtype)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffsparse_kernels import trials
 from diffsparse_kernels.backend.nvidia import LOG2E, chip, mask_pointers, positive
-from diffsparse_kernels.backend.triton import kernels
+from diffsparse_kernels.backend.triton import kernels, selection
 from diffsparse_kernels.case import DENSE_BLOCKS, PRECISIONS, Case
 from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, blocks_of
@@ -36,6 +36,7 @@ BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton's interpreter multiplies bfloat16 as bit patterns: there it is computed in float32.
 INTERPRETED: bool = not isinstance(kernels.attend, triton.runtime.JITFunction)
+lists_of_largest, lists_of_bits = selection.lists_of_largest, selection.lists_of_bits
 
 
 class Flags(TypedDict):
@@ -86,6 +87,8 @@ def device_capability(device: torch.device) -> str | None:
 
 def case_capability(case: Case) -> str | None:
     """What the kernels can't do of a case on any device; None if they can do all."""
+    if case.kind == "selection":
+        return None
     # Of rows that are sampled from a block there may be fewer.
     q_block = max(case.q_block, BLOCKS[0]) if case.kind == "mass" else case.q_block
     if q_block not in BLOCKS or case.kv_block not in BLOCKS:
