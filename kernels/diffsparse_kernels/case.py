@@ -19,7 +19,7 @@ PRECISIONS: dict[str, tuple[str, str]] = {
     "fp8": ("fp8", "fp8"),
 }
 INTEGERS = "int8-int8"  # both products are of integers
-Kind = Literal["attend", "fused", "mass", "summaries", "errors", "statistics"]
+Kind = Literal["attend", "fused", "mass", "summaries", "errors", "statistics", "rows", "fit"]
 
 
 class Case(NamedTuple):
@@ -27,7 +27,8 @@ class Case(NamedTuple):
 
     kind: "attend" (dense or over lists), "fused" (dense with the block mass), "mass" (that alone), "summaries" (made
         ready for kernels, and merged into what one gave that doesn't take them), "errors" (of the summaries,
-        estimated), "statistics" (that make summaries of first order).
+        estimated), "statistics" (that make summaries of first order), "rows" (moved and put back), "fit" (of a
+        correction to some rows).
     dtype: of q, k, v.
     head_dim: channels of queries and keys.
     value_dim: channels of values.

@@ -11,6 +11,9 @@ of these functions as it can; all tensors are [B, H, N, D], all key masks bool [
     merge(q, k, v, lists, scale, stand_ins, out, lse) -> out, lse with the stand-ins of the blocks outside the lists
     first_order(k, v, block, scale, key_mask) -> summaries, the key mask [B, N_kv] or [B, H, N_kv]
     summary_error(q, summaries, q_block, scale) -> error
+    move_rows(tensors, orders, picked) -> tensors
+    restore_rows(x, inverses, picked, correction) -> x
+    fit_rows(exact, out, probes, codes, scale, basis) -> correction
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFSPARSE_BACKEND", "triton")
     strategy = Digest(0.8, (128, 64))
     qkv = [OnDevice(torch.randn(1, layout.tokens, 2, 128).bfloat16()) for _ in range(3)]
+
     def place(step):
         return replace(site(layout, step, 10, memory), dense_backend=DenseBackend("native", lambda q, k, v: v))
 
