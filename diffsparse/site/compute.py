@@ -266,8 +266,10 @@ class Site(Place):
         lists, tokens = blocks.lists, self.layout.tokens
         work = partial(summary_work, by, block=(lists.q_block, lists.kv_block), tokens=tokens)
         none, every = (work(dropped=x, head_dim=q.shape[3], mixed=mixed) for x in (0.0, 1.0))
-        whole = lists.q_len * lists.kv_len / tokens**2  # if all blocks were listed
-        return torch.rsub(lists.density(), every, alpha=-whole * (1 + none - every))  # one launch; the work is linear
+        listed = (
+            (1 + none - every) * lists.q_len * lists.kv_len / tokens**2 / lists.kv_blocks
+        )  # for each block of a row
+        return torch.rsub(lists.cnt.mean(dtype=torch.float32), every, alpha=-listed)  # linear: two launches
 
     def _known_density(self, blocks: Blocks, q: Tensor) -> float | None:
         """The density as a number; on a device that of an earlier call, where this one's isn't here: none waits."""

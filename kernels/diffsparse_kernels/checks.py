@@ -162,20 +162,22 @@ def check_orders(x: Tensor, orders: Tensor, picked: Tensor | None) -> None:
 
 def check_correction(x: Tensor, correction: Correction) -> None:
     """A correction of the rows of x."""
-    batch, heads, rows, dim = x.shape
+    wide, (rows, dim) = tuple(x.shape[:2]), x.shape[2:]
     rank = 0 if correction.codes is None else correction.codes.shape[-1]
-    wanted = Correction(
-        *((batch, heads, *rest) for rest in ((dim, dim), (1, dim), (rows, rank), (rows, 1), (rank, dim))), (rows, 1)
-    )
+    wanted = {
+        "by_output": (*wide, dim, dim),
+        "constant": (*wide, 1, dim),
+        "codes": (*wide, rows, rank),
+        "scale": (*wide, rows, 1),
+        "by_code": (*wide, rank, dim),
+        "rows": (rows, 1),
+    }
     for name, part in correction._asdict().items():
-        shape = getattr(wanted, name)
-        if part is not None and (tuple(part.shape) != shape or part.device != x.device):
-            raise KernelInputError(
-                f"wanted {name} {shape} on {x.device} to correct {tuple(x.shape)}; got {tuple(part.shape)} on {part.device}"
-            )
-    whole = correction.by_output, correction.constant
-    coded = correction.codes, correction.scale, correction.by_code
-    if any(len({part is None for part in parts}) > 1 for parts in (whole, coded)):
+        if part is not None and (tuple(part.shape), part.device) != (wanted[name], x.device):
+            got = f"{tuple(part.shape)} on {part.device}"
+            raise KernelInputError(f"wanted {name} {wanted[name]} on {x.device} for {tuple(x.shape)}; got {got}")
+    by_output, constant, codes, scale, by_code, _ = (part is None for part in correction)
+    if by_output != constant or not codes == scale == by_code:
         raise KernelInputError(
             "wanted by_output with constant, and codes with scale and by_code; got only some of them"
         )
@@ -187,8 +189,6 @@ def check_fit(
     """Probe rows that belong to this output, and to what was kept."""
     wanted = *out.shape[:2], len(probes), out.shape[3]
     if tuple(exact.shape) != wanted or exact.dtype != out.dtype or probes.dtype != torch.int64 or len(probes) < 2:
-        raise KernelInputError(
-            f"wanted exact {wanted} of {out.dtype} for at least 2 int64 probes of {tuple(out.shape)}; got {exact.dtype} "
-            f"{tuple(exact.shape)} for {probes.dtype} {tuple(probes.shape)}"
-        )
+        got = f"{exact.dtype} {tuple(exact.shape)} for {probes.dtype} {tuple(probes.shape)}"
+        raise KernelInputError(f"wanted exact {wanted} of {out.dtype} for two int64 probes or more; got {got}")
     check_correction(out, Correction(codes=codes, scale=scale, by_code=basis))

@@ -324,7 +324,7 @@ def fit_rows(
 
 @fit_rows.register_fake
 def _(exact: Tensor, out: Tensor, probes: Tensor, codes: Tensor | None, *_: object) -> list[Tensor]:
-    batch, heads, _, dim = out.shape
+    (batch, heads), dim = out.shape[:2], out.shape[3]
     wide = partial(out.new_empty, dtype=_accumulated(out))
     by_code = [] if codes is None else [wide(batch, heads, codes.shape[3], dim)]
     return [out.new_empty(batch, heads, dim, dim), wide(batch, heads, 1, dim), *by_code]

@@ -24,7 +24,8 @@ from diffsparse_kernels.backend.nvidia import LOG2E, chip, mask_pointers, positi
 from diffsparse_kernels.backend.triton import kernels
 from diffsparse_kernels.backend.triton.fit import fit_rows as fit_rows
 from diffsparse_kernels.backend.triton.host import INTERPRETED, launch, padded, strides, upcast
-from diffsparse_kernels.backend.triton.rows import move_rows as move_rows, restore_rows as restore_rows
+from diffsparse_kernels.backend.triton.rows import move_rows as move_rows
+from diffsparse_kernels.backend.triton.rows import restore_rows as restore_rows
 from diffsparse_kernels.case import DENSE_BLOCKS, PRECISIONS, Case
 from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, blocks_of

@@ -119,8 +119,8 @@ def move_rows(tensors: Sequence[Tensor], orders: Tensor, picked: Tensor) -> list
         return [moved for x in tensors for moved in move_rows([x], orders, picked)]
     (batch, heads, _, dim), length = tensors[0].shape, orders.shape[1]
     made = [x.new_empty(batch, heads, length, dim) for x in tensors]
-    q, k, v = [*tensors, *tensors[:1] * (_MOST - len(tensors))]
-    outs = [*made, *made[:1] * (_MOST - len(tensors))]
+    unread = [0] * (_MOST - len(tensors))
+    q, k, v = (tensors[i] for i in (*range(len(tensors)), *unread))
     tile = move_tile_of(q.element_size())
     launch(
         move,
@@ -130,7 +130,7 @@ def move_rows(tensors: Sequence[Tensor], orders: Tensor, picked: Tensor) -> list
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
-        **{f"{name}_out_ptr": x for name, x in zip("qkv", outs, strict=True)},
+        **{f"{name}_out_ptr": x for name, x in zip("qkv", (*made, *(made[i] for i in unread)), strict=True)},
         orders_ptr=orders,
         **_picked_arguments(picked, batch, heads),
         length=length,
@@ -157,10 +157,7 @@ def restore_rows(
 ) -> Tensor:
     """Rows corrected and by number, stored as [B, N, H, D] where they move."""
     (batch, heads, length, dim), tokens = x.shape, x.shape[2] if inverses is None else inverses.shape[1]
-    if inverses is None:
-        out = x.new_empty(x.shape)
-    else:
-        out = x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    out = x.new_empty(x.shape) if inverses is None else x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     made = correction or Correction()
     rank = 0 if made.codes is None else made.codes.shape[3]
     tile = restore_tile(x.element_size())
