@@ -150,7 +150,7 @@ def _arrange(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tile
 
 
 def _orders(tiling: Tiling, cells: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tile after tile, then what is not in `cells`: int64 [M], its inverse [N], and where there is a token, bool [M]."""
+    """Tile after tile, then what is not in `cells`: int64 [M], its inverse [N], and where there is one, bool [M]."""
     frame, row, column = _spread([torch.tensor(axis.cells) for axis in tiling.axes], tiling, gap=-1)
     video = cells[frame, row, column].masked_fill((frame < 0) | (row < 0) | (column < 0), -1)
     text = torch.ones(tokens, dtype=torch.bool)
