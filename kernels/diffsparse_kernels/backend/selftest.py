@@ -212,31 +212,31 @@ def _moved(kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
     by_output, constant = (torch.randn(batch, heads, n, dim, generator=draw) / dim**0.5 for n in (dim, 1))
     some = torch.rand(tokens, 1, generator=draw) < 0.8
     moved = kernel.move_rows([sample.q, sample.k], orders, picked)
-    residual = _residual(sample)
+    residual = Correction(None, None, *_residual(sample))
     whole = residual._replace(by_output=by_output.to(device), constant=constant.to(device), rows=some.to(device))
     restored = kernel.restore_rows(moved[0], inverses, picked, whole)
     return *moved, restored, kernel.restore_rows(sample.q, None, None, residual)
 
 
-def _residual(sample: Sample) -> Correction:
-    """Of low rank, with numbers that few bits hold."""
+def _residual(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and basis of one of low rank, with numbers that few bits hold."""
     (batch, heads, tokens, dim), draw = sample.q.shape, torch.Generator().manual_seed(2)
     codes = torch.randint(-127, 128, (batch, heads, tokens, _RANK), generator=draw, dtype=torch.int8)
     scale = torch.full((batch, heads, tokens, 1), 2.0**-6, dtype=torch.bfloat16)
     basis = torch.eye(_RANK, dim).expand(batch, heads, -1, -1)
-    return Correction(None, None, *(x.to(sample.q.device) for x in (codes, scale, basis)))
+    return codes.to(sample.q.device), scale.to(sample.q.device), basis.to(sample.q.device)
 
 
 def _fitted(case: Case, kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
     """Maps of rows that miss as much as they have, and a residual: exact in few bits, so that one candidate is best."""
-    residual, tokens, device = _residual(sample), sample.q.shape[2], sample.q.device
+    (codes, scale, basis), tokens, device = _residual(sample), sample.q.shape[2], sample.q.device
     count = min(case.q_block * 7 // 8, tokens)
     probes = torch.linspace(0, tokens - 1, count).long().to(device)
     out = sample.q.clone(memory_format=torch.preserve_format)
     out[..., :_RANK] = 0
     exact = 2 * out
-    exact[..., :_RANK] = rows.decoded(residual.codes, residual.scale)
-    made = kernel.fit_rows(exact[:, :, probes], out, probes, residual.codes, residual.scale, residual.by_code)
+    exact[..., :_RANK] = rows.decoded(codes, scale)
+    made = kernel.fit_rows(exact[:, :, probes], out, probes, codes, scale, basis)
     return made.by_output, made.constant, made.by_code
 
 

@@ -189,7 +189,7 @@ def restore_rows(
 
 def restore_tile(itemsize: int) -> Tile:
     """The tile of `restore`; its `keys` are rows."""
-    return Tile(128 if itemsize == 2 else 32, 8, 1)
+    return Tile(64 if itemsize == 2 else 32, 8, 1)
 
 
 def restore_constants(head_dim: int, rank: int, tile: Tile) -> dict[str, int]:
