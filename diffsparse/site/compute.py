@@ -264,12 +264,12 @@ class Site(Place):
         if known is not None and known.of() is blocks.lists and known.by == by:
             return known.share
         lists, tokens = blocks.lists, self.layout.tokens
+        count, whole = lists.cnt.mean(dtype=torch.float32), lists.q_len * lists.kv_len / tokens**2
+        if by is None:
+            return count / (lists.kv_blocks / whole)
         work = partial(summary_work, by, block=(lists.q_block, lists.kv_block), tokens=tokens)
         none, every = (work(dropped=x, head_dim=q.shape[3], mixed=mixed) for x in (0.0, 1.0))
-        listed = (
-            (1 + none - every) * lists.q_len * lists.kv_len / tokens**2 / lists.kv_blocks
-        )  # for each block of a row
-        return torch.rsub(lists.cnt.mean(dtype=torch.float32), every, alpha=-listed)  # linear: two launches
+        return torch.rsub(count, every, alpha=-whole / lists.kv_blocks * (1 + none - every))  # it is linear: one launch
 
     def _known_density(self, blocks: Blocks, q: Tensor) -> float | None:
         """The density as a number; on a device that of an earlier call, where this one's isn't here: none waits."""
