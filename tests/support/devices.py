@@ -122,7 +122,7 @@ class Launches(TorchDispatchMode):
         if func in _ALLOCATING:
             out.zero_()
         elif not func.is_view:
-            self.names.append(str(func).removeprefix("aten."))
+            self.names.append(func._opname)
         if to is not None and torch.device(to).type == "cpu":
             return out
         return tree_map_only(torch.Tensor, lambda x: there[id(x)] if id(x) in there else OnDevice(x), out)
