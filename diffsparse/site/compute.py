@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 import diffsparse_kernels as kernels
@@ -28,7 +29,9 @@ class Blocks:
     orders: the order of the tokens that the lists count in; None if they count q, k, v as these stand.
     boxes: hide keys token by token within the listed blocks; they count the tokens as the lists do.
     summary: how dropped blocks stand for their keys, or what was made for it, in tokens as the lists count them.
-    correct: makes of the output [B, H, N, D], tokens as the lists count them, a better one, unless the call runs dense.
+    correct: makes of the output [B, H, N, D], tokens as the lists count them, a better one, or says what is to be added
+        to it, unless the call runs dense. What is added, is added as the tokens are put in order again: an output that
+        has a correction goes back as it is.
     bits: of the numbers multiplied: 16 leaves them as they are; 8 and 4 are emulated where no kernel does them.
     heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
     """
@@ -37,7 +40,7 @@ class Blocks:
     orders: HeadOrders | None = None
     boxes: kernels.Boxes | None = None
     summary: kernels.Summary | kernels.Summaries | None = None
-    correct: Callable[[Tensor], Tensor] | None = None
+    correct: Callable[[Tensor], Tensor | kernels.Correction] | None = None
     bits: int = 16
     heads: int | None = None
 
@@ -45,6 +48,13 @@ class Blocks:
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Method = Callable[[Tensor, Tensor, Tensor, "Site"], Tensor]
 Product = Callable[[Tensor, Tensor, Tensor, Blocks, "Site"], tuple[Tensor, Tensor]]
+
+
+class Pending(NamedTuple):
+    """An output, and what is still to be added to it."""
+
+    out: Tensor
+    correction: kernels.Correction
 
 
 class DenseBackend(NamedTuple):
@@ -92,6 +102,7 @@ class Site(Place):
     summary: how dropped blocks stand for their keys in every product whose `Blocks` say nothing of it.
     precision: of every product whose `Blocks` say nothing of bits; None is that of the inputs.
     product: computes sparse products and reports what ran; a wrapper may put a function of its own here.
+    pending: what an output lacks until its tokens are put in order again; None where they stand as they came.
     """
 
     memory: dict[str, Any]
@@ -103,6 +114,7 @@ class Site(Place):
     summary: kernels.Summary | None = None
     precision: str | None = None
     product: Product = field(default=multiply, repr=False)
+    pending: list[Pending] | None = field(default=None, repr=False)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, *, reason: str = "strategy") -> Tensor:
         """Dense attention on the user's own backend; `reason` goes into the report as a planned dense call."""
@@ -188,6 +200,11 @@ class Site(Place):
         """Attention of a few queries [B, H, n, D] to all keys, on our own kernels; who asks for it counts it."""
         return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)[0]
 
+    def fit_rows(self, exact: Tensor, out: Tensor, probes: Tensor, **kept: Tensor) -> kernels.Correction:
+        """What `exact` says of some rows of out [B, H, N, D], fitted to correct all; who asks for it counts it."""
+        with self._heard():
+            return kernels.fit_rows(exact, out, probes, **kept)
+
     def sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | kernels.BlockLists) -> Tensor:
         """Block-sparse attention [B, H, N, D]; dense, with the reason reported, where that is faster."""
         blocks = Blocks(blocks) if isinstance(blocks, kernels.BlockLists) else blocks
@@ -221,13 +238,15 @@ class Site(Place):
 
         keys: the order of keys and values, if it is not that of the queries.
         """
-        keys = orders if keys is None else keys
-        here, mask = self, keys.keys(self.key_mask)
-        if mask is not None:
-            here = replace(self, key_mask=mask)
+        of_keys = orders if keys is None else keys
+        here = replace(self, key_mask=of_keys.keys(self.key_mask), pending=[])
         if self.key_mask is not None:
-            here = replace(here, dense_backend=self.dense_backend._replace(attend=_moved_back(orders, keys, self)))
-        return orders.undo(method(orders.apply(q), keys.apply(k), keys.apply(v), here))
+            here = replace(here, dense_backend=self.dense_backend._replace(attend=_moved_back(orders, of_keys, self)))
+        with self._heard():
+            q, k, v = orders.apply(q, k, v) if keys is None else (*orders.apply(q), *keys.apply(k, v))
+        out = method(q, k, v, here)
+        with self._heard():
+            return orders.undo(out, here._awaited(out))
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         """The product, with tokens as the lists count them."""
@@ -235,7 +254,25 @@ class Site(Place):
         if self.key_mask is not None:
             here = replace(self, key_mask=self.key_mask.expand(len(q), *self.key_mask.shape[1:]))
         out, _ = self.product(q, k, v, blocks, here)
-        return out if blocks.correct is None else blocks.correct(out)
+        better = out if blocks.correct is None else blocks.correct(out)
+        if isinstance(better, Tensor):
+            return better
+        if self.pending is None:
+            with self._heard():
+                return kernels.restore_rows(out, correction=better)
+        self.pending.append(Pending(out, better))
+        return out
+
+    def _awaited(self, out: Tensor) -> kernels.Correction | None:
+        """What an output still lacks, of the call that ends with it."""
+        if not self.pending:
+            return None
+        if len(self.pending) > 1 or self.pending[0].out is not out:
+            raise ConfigError(
+                f"wanted an output that has a correction to go back as it is; layer {self.layer} made another of it. "
+                "Leave `Blocks.correct` away, or let it return the better output itself"
+            )
+        return self.pending[0].correction
 
     @contextmanager
     def _heard(self) -> Iterator[list[kernels.Choice]]:
@@ -251,26 +288,61 @@ class Site(Place):
 
     def _computed(self, blocks: Blocks, q: Tensor) -> Tensor:
         """Share of dense attention in the listed blocks and in summaries; gaps of tiles are computed too."""
-        lists, by, tokens = blocks.lists, blocks.summary, self.layout.tokens
-        share = lists.density() * (lists.q_len * lists.kv_len / tokens**2)
-        by, mixed = (by.by, by.mixed) if isinstance(by, kernels.Summaries) else (by, True)
-        return share + summary_work(by, 1 - share, (lists.q_block, lists.kv_block), tokens, q.shape[3], mixed)
+        known: _Density | None = self.memory.get("density")
+        by, mixed = _kind(blocks.summary)
+        if known is not None and known.of() is blocks.lists and known.by == by:
+            return known.share
+        lists, tokens = blocks.lists, self.layout.tokens
+        count, whole = lists.cnt.mean(dtype=torch.float32), lists.q_len * lists.kv_len / tokens**2
+        if by is None:
+            return count / (lists.kv_blocks / whole)
+        work = partial(summary_work, by, block=(lists.q_block, lists.kv_block), tokens=tokens)
+        none, every = (work(dropped=x, head_dim=q.shape[3], mixed=mixed) for x in (0.0, 1.0))
+        return torch.rsub(count, every, alpha=-whole / lists.kv_blocks * (1 + none - every))  # it is linear: one launch
 
     def _known_density(self, blocks: Blocks, q: Tensor) -> float | None:
         """The density as a number; on a device that of an earlier call, where this one's isn't here: none waits."""
-        lists, (of, reading, known) = blocks.lists, self.memory.get("density", (lambda: None, None, None))
-        if of() is not lists:  # strategies may make new lists at each call
-            known = known if reading is None or (last := reading.value()) is None else last
-            reading = Reading(self._computed(blocks, q))
-            self.memory["density"] = weakref.ref(lists), reading, known
-        number: float | None = reading.value()
-        return known if number is None else number
+        last: _Density | None = self.memory.get("density")
+        if last is not None and last.of() is blocks.lists:
+            return last.number()
+        share = self._computed(blocks, q)  # strategies may make new lists at each call
+        before = None if last is None else last.number()
+        here = _Density(weakref.ref(blocks.lists), _kind(blocks.summary)[0], share, Reading(share), before)
+        self.memory["density"] = here
+        return here.number()
+
+
+class _Density(NamedTuple):
+    """Share of dense attention in some lists and in summaries, and what is known of it.
+
+    of: the lists.
+    by: the summaries.
+    share: 0-dim, on the device of the lists.
+    reading: the same on its way.
+    before: of the lists before these.
+    """
+
+    of: weakref.ref[kernels.BlockLists]
+    by: kernels.Summary | None
+    share: Tensor
+    reading: Reading
+    before: float | None
+
+    def number(self) -> float | None:
+        """Of the latest lists whose share is here."""
+        number = self.reading.value()
+        return self.before if number is None else number
+
+
+def _kind(summary: kernels.Summary | kernels.Summaries | None) -> tuple[kernels.Summary | None, bool]:
+    """How dropped blocks stand for their keys, and whether each query block mixes their slopes."""
+    return (summary.by, summary.mixed) if isinstance(summary, kernels.Summaries) else (summary, True)
 
 
 def _moved_back(orders: HeadOrders, keys: HeadOrders, site: Site) -> Attend:
     """The site's dense attention for moved queries, and moved keys and values."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return orders.apply(site.dense_backend.attend(orders.undo(q), keys.undo(k), keys.undo(v)))
+        return orders.apply(site.dense_backend.attend(orders.undo(q), keys.undo(k), keys.undo(v)))[0]
 
     return attend

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffsparse_kernels import Correction
+
 
 class LowRank(NamedTuple):
     """A residual [B, H, N, D] of rank r for each head; its rows are rounded to eight bits.
@@ -36,15 +38,10 @@ class LowRank(NamedTuple):
         """Of each head."""
         return self.basis.shape[2]
 
-    def coefficients(self, rows: Tensor | None = None) -> Tensor:
-        """In the basis, float32 [B, H, N, r], of all rows or of some."""
-        codes, scale = (x if rows is None else x.index_select(2, rows) for x in (self.codes, self.scale))
-        return codes.float() * scale.float()
-
-    def added_to(self, out: Tensor) -> Tensor:
-        """out [B, H, N, D] and the residual, in its dtype."""
-        rows, basis = (x.flatten(0, 1).to(out.dtype) for x in (self.coefficients(), self.basis))
-        return torch.baddbmm(out.flatten(0, 1), rows, basis).view(out.shape)
+    @property
+    def correction(self) -> Correction:
+        """The residual, to be added to an output [B, H, N, D]."""
+        return Correction(codes=self.codes, scale=self.scale, by_code=self.basis)
 
 
 def affordable_rank(most: int, head_bytes: float, tokens: int, head_dim: int) -> int:

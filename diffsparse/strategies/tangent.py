@@ -15,10 +15,10 @@ from diffsparse.site.charge import MASS_PASS, summary_work
 from diffsparse.site.compute import Blocks, Site
 from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_share, rows_of_text, with_text
-from diffsparse.strategies.probes import FEWEST, Rows, fit, mended_rows, probe_count, probe_work
+from diffsparse.strategies.probes import FEWEST, Rows, mended_rows, probe_count, probe_work
 from diffsparse.strategies.residual import LowRank
 from diffsparse.strategies.work import Outline, Step
-from diffsparse_kernels import Block, BlockLists, Summaries, Summary, best_block, edges, spread
+from diffsparse_kernels import Block, BlockLists, Correction, Summaries, Summary, best_block, edges, spread
 
 _MOST_STATISTICS = 1 / 3  # of the work, as all that follow
 
@@ -114,11 +114,11 @@ class Tangent(Strategy):
             lists = site.largest(error, self._share(site.layout, dim, residual.rank if residual else 0), self.block)
         else:
             lists = site.unpacked(bits, self.block)
-        correct = None if residual is None else residual.added_to
+        correct = None if residual is None else lambda _: residual.correction
         site.record.beside += 0.0 if residual is None else residual.rank / (2 * tokens)
         if probes := self._probe_count(tokens, dim):
             rows = mended_rows(site.layout, q_block, probes, q.device)
-            correct = partial(_probed, q, k, v, site, rows, residual)
+            correct = partial(_probed, q, k, v, site, rows, residual) if len(rows.probes) >= FEWEST else None
         return Blocks(lists, summary=summaries, correct=correct)
 
     def _summary(self, tokens: int, dim: int) -> Summary:
@@ -153,18 +153,11 @@ def _with_bound(means: Summaries, k: Tensor, v: Tensor, block: int, site: Site) 
     return means._replace(variance=variance, spread=values, steepness=variance.sqrt() * values)
 
 
-def _probed(q: Tensor, k: Tensor, v: Tensor, site: Site, rows: Rows, residual: LowRank | None, out: Tensor) -> Tensor:
-    """out [B, H, N, D] and what a fit to exact rows adds."""
-    count, (tokens, dim) = len(rows.probes), q.shape[2:]
-    if count < FEWEST:
-        return out
-    site.record.beside += probe_work(count, tokens, dim)
-    exact = torch.promote_types(out.dtype, torch.float32)
-    got = out.index_select(2, rows.probes).to(exact).nan_to_num(0, 0, 0)  # a row that is lost takes no other with it
-    missing = (site.exact_rows(q.index_select(2, rows.probes), k, v).to(exact) - got).nan_to_num(0, 0, 0)
-    if residual is None:
-        found = fit(missing, got).added_to(out, None)
-    else:
-        some = residual.coefficients(rows.probes).to(exact)
-        found = fit(missing, got, some, residual.basis.to(exact)).added_to(out, residual.coefficients())
-    return found if rows.mended is None else torch.where(rows.mended, found, out)
+def _probed(
+    q: Tensor, k: Tensor, v: Tensor, site: Site, rows: Rows, residual: LowRank | None, out: Tensor
+) -> Correction:
+    """What a fit to exact rows adds to out [B, H, N, D]."""
+    site.record.beside += probe_work(len(rows.probes), *q.shape[2:])
+    exact = site.exact_rows(q.index_select(2, rows.probes), k, v)
+    kept = {} if residual is None else residual._asdict()
+    return site.fit_rows(exact, out, rows.probes, **kept)._replace(rows=rows.mended)

@@ -201,7 +201,7 @@ def _variants(case: Case, lists: BlockLists, backend: str) -> dict[Kind, Callabl
         return kernel(*(_token_major(x) for x in qkv))[0].transpose(1, 2).contiguous()
 
     def ordered(*qkv: Tensor) -> Tensor:
-        return orders.undo(kernel(*(orders.apply(_token_major(x)) for x in qkv))[0]).transpose(1, 2).contiguous()
+        return orders.undo(kernel(*orders.apply(*map(_token_major, qkv)))[0]).transpose(1, 2).contiguous()
 
     return {**found, "raster": raster, "ordered": ordered}
 

@@ -14,10 +14,13 @@ from .functional import (
     block_sparse_attention as block_sparse_attention,
     break_even as break_even,
     default_block as default_block,
+    fit_rows as fit_rows,
     kernel_for as kernel_for,
     lists_of_bits as lists_of_bits,
     lists_of_largest as lists_of_largest,
+    move_rows as move_rows,
     quantised_attention as quantised_attention,
+    restore_rows as restore_rows,
     summarise as summarise,
     summary_error as summary_error,
 )
@@ -31,6 +34,7 @@ from .registry import (
     forget_measurements as forget_measurements,
     record as record,
 )
+from .rows import Correction as Correction
 from .select import select_heads as select_heads, select_mass as select_mass, select_rows as select_rows
 from .summaries import (
     Summaries as Summaries,

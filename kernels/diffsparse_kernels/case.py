@@ -34,7 +34,7 @@ class Format(NamedTuple):
 
 FORMATS = {"int8": Format(torch.int8, 127.0, 127.0), "fp8": Format(torch.float8_e4m3fn, 448.0, 256.0)}
 INTEGERS = "int8-int8"  # both products are of integers
-Kind = Literal["attend", "fused", "mass", "summaries", "errors", "statistics", "selection"]
+Kind = Literal["attend", "fused", "mass", "summaries", "errors", "statistics", "selection", "rows", "fit"]
 
 
 class Case(NamedTuple):
@@ -43,7 +43,7 @@ class Case(NamedTuple):
     kind: "attend" (dense or over lists), "fused" (dense with the block mass), "mass" (that alone), "summaries" (made
         ready for kernels, and merged into what one gave that doesn't take them), "errors" (of the summaries,
         estimated), "statistics" (that make summaries of first order), "selection" (lists of the largest errors; none of
-        the sizes matters, all are 0).
+        the sizes matters, all are 0), "rows" (moved and put back), "fit" (of a correction to some rows).
     dtype: of q, k, v.
     head_dim: channels of queries and keys.
     value_dim: channels of values.

@@ -13,6 +13,9 @@ of these functions as it can; all tensors are [B, H, N, D], all key masks bool [
     summary_error(q, summaries, q_block, scale) -> error
     lists_of_largest(error, share, always, heads) -> idx, cnt, bits, order
     lists_of_bits(bits, columns) -> idx, cnt, order
+    move_rows(tensors, orders, picked) -> tensors
+    restore_rows(x, inverses, picked, correction) -> x
+    fit_rows(exact, out, probes, codes, scale, basis) -> correction
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from diffsparse_kernels.case import PRECISIONS
 from diffsparse_kernels.errors import BackendError, KernelInputError
 from diffsparse_kernels.lists import BlockLists
 from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.rows import Correction
 from diffsparse_kernels.summaries import SUMMARIES, Summaries, Summary
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -165,3 +166,49 @@ def check_boxes(q: Tensor, k: Tensor, boxes: Boxes) -> None:
         raise KernelInputError(f"wanted boxes as int32 [A, {k.shape[2]}] and twice [A, {q.shape[2]}]; got {got}")
     if any(x.device != q.device for x in boxes):
         raise KernelInputError(f"the boxes are on {boxes.place.device}, q on {q.device}; move one of them")
+
+
+def check_orders(x: Tensor, orders: Tensor, picked: Tensor | None) -> None:
+    """Orders of the rows of x, and which of them each head has."""
+    if x.ndim != 4 or orders.ndim != 2 or picked is None or picked.ndim != 2:
+        got = f"{tuple(x.shape)}, {tuple(orders.shape)} and {None if picked is None else tuple(picked.shape)}"
+        raise KernelInputError(f"wanted rows [B, H, N, D], orders [orders, M] and picked [B|1, H|1]; got {got}")
+    if any(mine not in (1, size) for mine, size in zip(picked.shape, x.shape[:2], strict=True)):
+        raise KernelInputError(f"wanted picked [{x.shape[0]} or 1, {x.shape[1]} or 1]; got {tuple(picked.shape)}")
+    if not orders.dtype == picked.dtype == torch.int64 or not x.device == orders.device == picked.device:
+        got = ", ".join(f"{y.dtype} on {y.device}" for y in (x, orders, picked))
+        raise KernelInputError(f"wanted orders and picked as int64 on the device of the rows; got {got}")
+
+
+def check_correction(x: Tensor, correction: Correction) -> None:
+    """A correction of the rows of x."""
+    wide, (rows, dim) = tuple(x.shape[:2]), x.shape[2:]
+    rank = 0 if correction.codes is None else correction.codes.shape[-1]
+    wanted = {
+        "by_output": (*wide, dim, dim),
+        "constant": (*wide, 1, dim),
+        "codes": (*wide, rows, rank),
+        "scale": (*wide, rows, 1),
+        "by_code": (*wide, rank, dim),
+        "rows": (rows, 1),
+    }
+    for name, part in correction._asdict().items():
+        if part is not None and (tuple(part.shape), part.device) != (wanted[name], x.device):
+            got = f"{tuple(part.shape)} on {part.device}"
+            raise KernelInputError(f"wanted {name} {wanted[name]} on {x.device} for {tuple(x.shape)}; got {got}")
+    by_output, constant, codes, scale, by_code, _ = (part is None for part in correction)
+    if by_output != constant or not codes == scale == by_code:
+        raise KernelInputError(
+            "wanted by_output with constant, and codes with scale and by_code; got only some of them"
+        )
+
+
+def check_fit(
+    exact: Tensor, out: Tensor, probes: Tensor, codes: Tensor | None, scale: Tensor | None, basis: Tensor | None
+) -> None:
+    """Probe rows that belong to this output, and to what was kept."""
+    wanted = *out.shape[:2], len(probes), out.shape[3]
+    if tuple(exact.shape) != wanted or exact.dtype != out.dtype or probes.dtype != torch.int64 or len(probes) < 2:
+        got = f"{exact.dtype} {tuple(exact.shape)} for {probes.dtype} {tuple(probes.shape)}"
+        raise KernelInputError(f"wanted exact {wanted} of {out.dtype} for two int64 probes or more; got {got}")
+    check_correction(out, Correction(codes=codes, scale=scale, by_code=basis))

@@ -12,9 +12,12 @@ from diffsparse_kernels.checks import (
     check_bits,
     check_blocks,
     check_boxes,
+    check_correction,
     check_errors,
+    check_fit,
     check_lists,
     check_lse,
+    check_orders,
     check_packed,
     check_precision,
     check_qkv,
@@ -28,6 +31,7 @@ from diffsparse_kernels.machine import device_name
 from diffsparse_kernels.masks import Boxes, differs_by_head, fold_heads, unfold_heads
 from diffsparse_kernels.measured import density_limit
 from diffsparse_kernels.registry import Choice, check_known, choose
+from diffsparse_kernels.rows import Correction
 from diffsparse_kernels.summaries import Summaries, Summary
 
 
@@ -375,6 +379,89 @@ def lists_of_bits(bits: Tensor, *, q_block: int, kv_block: int, q_len: int, kv_l
     check_packed(bits, blocks_of(q_len, q_block), columns)
     idx, cnt, order = ops.lists_of_bits(bits, columns)
     return BlockLists(idx, cnt, q_block, kv_block, q_len, kv_len, order, bits)
+
+
+def move_rows(*tensors: Tensor, orders: Tensor, picked: Tensor) -> list[Tensor]:
+    """The rows of each head in its order; on a GPU up to three tensors in one launch.
+
+    Args:
+        tensors: [B, H, N, D], of any dtype, strides and D, all with the same B, H and N.
+        orders: int64 [orders, M], which row stands at each place.
+        picked: int64 [B|1, H|1], the order of each head.
+
+    Returns:
+        For each tensor one [B, H, M, D], contiguous.
+
+    Raises:
+        KernelInputError: shapes, dtypes or devices that don't fit.
+    """
+    for x in tensors:
+        check_orders(x, orders, picked)
+    moved: list[Tensor] = ops.move_rows(list(tensors), orders, picked)
+    return moved
+
+
+def restore_rows(
+    x: Tensor, inverses: Tensor | None = None, picked: Tensor | None = None, correction: Correction | None = None
+) -> Tensor:
+    """Rows of each head by number, and what a correction adds to them; on a GPU one launch.
+
+    Args:
+        x: [B, H, M, D].
+        inverses: int64 [orders, N], which row comes to each place; None leaves them where they are.
+        picked: int64 [B|1, H|1], the order of each head.
+        correction: of the rows of x, as these stand.
+
+    Returns:
+        [B, H, N, D] of x's dtype; stored as [B, N, H, D] where rows move. x itself, where there is nothing to do.
+
+    Raises:
+        KernelInputError: shapes, dtypes or devices that don't fit.
+    """
+    if inverses is not None:
+        check_orders(x, inverses, picked)
+    if correction is not None:
+        check_correction(x, correction)
+    added = correction is not None and (correction.by_output is not None or correction.codes is not None)
+    if inverses is None and not added:
+        return x
+    restored: Tensor = ops.restore_rows(x, inverses, picked, list(correction) if correction and added else [])
+    return restored
+
+
+def fit_rows(
+    exact: Tensor,
+    out: Tensor,
+    probes: Tensor,
+    *,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
+    basis: Tensor | None = None,
+) -> Correction:
+    """The affine map that predicts best what probe rows of an output miss, for each head of each sample. Ours.
+
+    Ridge regression on what the rows got, and on the coefficients of a residual of low rank that was kept, if any. It
+    starts from nothing, or from that residual as it is. Which of the two, which penalty, whether a mean alone is added
+    or nothing at all: whatever predicts the probes best, each from all others. For n centred rows X and
+    A = (X X^T + l I)^-1 the error of one that is left out is l (A y)_i / (l A_ii - 1/n).
+
+    Args:
+        exact: [B, H, n, D], what the probe rows should be; those that are not finite miss nothing.
+        out: [B, H, N, D], the output, of exact's dtype.
+        probes: int64 [n], numbers of its rows.
+        codes: int8 [B, H, N, r], of all rows of the residual; its scale and basis go with them.
+        scale: bfloat16 [B, H, N, 1], of a row's codes.
+        basis: float32 [B, H, r, D].
+
+    Returns:
+        The correction of all rows, computed in float32 or better.
+
+    Raises:
+        KernelInputError: shapes, dtypes or devices that don't fit.
+    """
+    check_fit(exact, out, probes, codes, scale, basis)
+    by_output, constant, *by_code = ops.fit_rows(exact, out, probes, codes, scale, basis)
+    return Correction(by_output, constant, *((codes, scale, *by_code) if by_code else ()))
 
 
 def kernel_for(

@@ -104,7 +104,7 @@ class BlockLists:
 
     def density(self) -> Tensor:
         """Share of all blocks that are listed: float32, 0-dim, on the lists' device (no sync)."""
-        return self.cnt.float().mean() / self.kv_blocks
+        return self.cnt.mean(dtype=torch.float32) / self.kv_blocks
 
     @classmethod
     def none(

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from diffsparse_kernels import select
+from diffsparse_kernels import fit, rows, select
 from diffsparse_kernels import summaries as plain
-from diffsparse_kernels.case import DENSE_BLOCKS, SELECTION, Case
+from diffsparse_kernels.case import DENSE_BLOCKS, SELECTION, Case, Kind
 from diffsparse_kernels.lists import BlockLists, blocks_of, number_type
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.registry import Choice, choose, choose_rounded, choose_summary, running
@@ -67,6 +67,12 @@ def _summary_kernels(case: Case, device: torch.device, *names: str) -> Iterator[
     """
     module = running(choose_summary(case, device))
     return (torch.autocast(device.type, enabled=False)(getattr(module, name, getattr(plain, name))) for name in names)
+
+
+def _kernel_or(plain: Callable[..., Any], case: Case, device: torch.device) -> Callable[..., Any]:
+    """The function of this name of the back end that computes the case; that of plain torch where it has none."""
+    kernel: Callable[..., Any] = getattr(running(choose_summary(case, device)), plain.__name__, plain)
+    return cast(Callable[..., Any], torch.autocast(device.type, enabled=False)(kernel))
 
 
 def summarise(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, by: Summary) -> Summaries:
@@ -319,6 +325,61 @@ def block_sparse_attention(
 @block_sparse_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return _outputs(q, v)
+
+
+@torch.library.custom_op("diffsparse_kernels::move_rows", mutates_args=())
+def move_rows(tensors: Sequence[Tensor], orders: Tensor, picked: Tensor) -> list[Tensor]:
+    """Rows of each head by number."""
+    moved: list[Tensor] = _kernel_or(rows.move_rows, _rows_case("rows", tensors[0]), orders.device)(
+        tensors, orders, picked
+    )
+    return moved
+
+
+@move_rows.register_fake
+def _(tensors: Sequence[Tensor], orders: Tensor, picked: Tensor) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:2], orders.shape[1], x.shape[3]) for x in tensors]
+
+
+@torch.library.custom_op("diffsparse_kernels::restore_rows", mutates_args=())
+def restore_rows(
+    x: Tensor, inverses: Tensor | None, picked: Tensor | None, correction: Sequence[Tensor | None]
+) -> Tensor:
+    """Rows corrected and by number; `correction` has the parts of `Correction`, or none."""
+    made = rows.Correction(*correction) if correction else None
+    kernel = _kernel_or(rows.restore_rows, _rows_case("rows", x), x.device)
+    return cast(Tensor, kernel(x, inverses, picked, made))
+
+
+@restore_rows.register_fake
+def _(x: Tensor, inverses: Tensor | None, *_: object) -> Tensor:
+    if inverses is None:
+        return x.new_empty(x.shape)
+    return x.new_empty(x.shape[0], inverses.shape[1], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+@torch.library.custom_op("diffsparse_kernels::fit_rows", mutates_args=())
+def fit_rows(
+    exact: Tensor, out: Tensor, probes: Tensor, codes: Tensor | None, scale: Tensor | None, basis: Tensor | None
+) -> list[Tensor]:
+    """What is fitted of a `Correction`: by_output, constant, and by_code where there are codes."""
+    case = _rows_case("fit", out, 1 << (exact.shape[2] - 1).bit_length())
+    kernel = _kernel_or(fit.fit_rows, case, out.device)
+    made = kernel(exact, out, probes, codes, scale, basis)
+    return [x for x in (made.by_output, made.constant, made.by_code) if x is not None]
+
+
+@fit_rows.register_fake
+def _(exact: Tensor, out: Tensor, probes: Tensor, codes: Tensor | None, *_: object) -> list[Tensor]:
+    (batch, heads), dim = out.shape[:2], out.shape[3]
+    wide = partial(out.new_empty, dtype=_accumulated(out))
+    by_code = [] if codes is None else [wide(batch, heads, codes.shape[3], dim)]
+    return [out.new_empty(batch, heads, dim, dim), wide(batch, heads, 1, dim), *by_code]
+
+
+def _rows_case(kind: Kind, x: Tensor, rows: int = 128) -> Case:
+    """Of some rows of x [B, H, N, D]; their kernels take any strides."""
+    return Case(kind, x.dtype, x.shape[3], x.shape[3], rows, DENSE_BLOCKS[1])
 
 
 def _outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ _MASKED = (
 USUAL = (
     *(case._replace(masked=masked) for masked in (False, True) for case in _MASKED),
     *(_FINER._replace(kind=kind) for kind in ("errors", "statistics")),
+    *(_USUAL._replace(kind=kind) for kind in ("rows", "fit")),
     SELECTION,
 )
 

@@ -170,7 +170,7 @@ def test_what_is_tried_on_hopper() -> None:
     wanted = {(b, d, t, m) for b in (64, 128) for d in (64, 72, 96, 128) for t in ("bf", "f") for m in (False, True)}
     assert {(c.kv_block, c.head_dim, "bf" if c.dtype == torch.bfloat16 else "f", c.masked) for c in tried} == wanted
     kinds = {case.kind for case in numerics.cases("triton", GPU)}
-    assert kinds == {"attend", "fused", "mass", "summaries", "errors", "statistics"}
+    assert kinds == {"attend", "fused", "mass", "summaries", "errors", "statistics", "rows", "fit"}
     assert {case.kind for case in numerics.cases("triton-tma", GPU)} == {"attend", "fused", "mass"}
     assert len(list(numerics.launches(GPU))) == sum(len(numerics.cases(name, GPU)) for name in numerics.kernels(GPU))
 

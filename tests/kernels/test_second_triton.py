@@ -12,7 +12,7 @@ import pytest
 
 VERSION = "3.6"
 FOLDER = Path(sys.prefix) / f"triton-{VERSION}"
-FILES = ("test_triton.py", "test_gluon.py", "test_eight_bits.py", "test_selection.py")
+FILES = ("test_triton.py", "test_gluon.py", "test_eight_bits.py", "test_selection.py", "test_rows.py")
 CODE = f"""
 import sys, pytest, triton
 assert triton.__version__.startswith("{VERSION}."), triton.__version__

@@ -141,7 +141,7 @@ class Halves:
         mask = torch.zeros(1, 2, -(-n // BLOCK), -(-n // BLOCK), dtype=torch.bool)
         mask[..., 0] = True
         lists = BlockLists.from_mask(mask, q_block=BLOCK, kv_block=BLOCK, q_len=n, kv_len=n)
-        q, k, v = (orders.apply(x[:, ::2]) for x in (q, k, v))
+        q, k, v = orders.apply(*(x[:, ::2] for x in (q, k, v)))
         out[:, ::2] = orders.undo(site.sparse(q, k, v, lists))
         return out
 

@@ -44,7 +44,7 @@ def test_each_head_gets_its_order_and_back(f: int, h: int, w: int, text: int, to
     if token_major:
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
     orders = HeadOrders.of(names, picked, layout, CPU)
-    moved = orders.apply(x)
+    (moved,) = orders.apply(x)
     for head, order in enumerate(picked.tolist()):
         assert torch.equal(moved[:, head], x[:, head, permutation(names[order], layout)[0]])  # text is last already
     assert torch.equal(orders.undo(moved), x)
@@ -55,7 +55,7 @@ def test_views_that_are_neither_way_contiguous() -> None:
     whole = torch.randn(1, 2, 18, 12)
     orders = HeadOrders.of(AXES, torch.tensor([2, 5]), layout, CPU)
     part = whole[..., 4:8]
-    assert torch.equal(orders.apply(part), orders.apply(part.contiguous()))
+    assert torch.equal(*orders.apply(part, part.contiguous()))
 
 
 def place_of(order: str, layout: Layout, block: int) -> Tensor:

@@ -15,9 +15,9 @@ import diffsparse
 from diffsparse import Digest, Layout, Schedule, Tangent
 from diffsparse.errors import ConfigError
 from diffsparse.site.compute import Blocks, Site, multiply
-from diffsparse.strategies.probes import fit, mended_rows, probe_count
+from diffsparse.strategies.probes import mended_rows, probe_count
 from diffsparse.strategies.work import Outline
-from diffsparse_kernels import edges
+from diffsparse_kernels import edges, fit_rows
 from support import exact
 from support.sites import site
 from support.tiny_pipelines import BUILDERS, run
@@ -258,8 +258,8 @@ def test_the_fit_is_what_leaving_each_probe_out_says(noise: float, with_kept: bo
     kept, basis = (torch.randn(2, 3, *shape).double() for shape in ((n, rank), (rank, dim)))
     missing = 0.2 * out @ torch.randn(dim, dim).double() + noise * torch.randn(2, 3, n, dim).double()
     missing = missing + kept @ basis if with_kept else missing
-    args = (kept, basis) if with_kept else (None, None)
-    found = fit(missing, out, *args).added_to(out, kept if with_kept else None) - out
+    given = {"codes": kept, "scale": torch.ones(2, 3, n, 1).double(), "basis": basis} if with_kept else {}
+    found = fit_rows(out + missing, out, torch.arange(n), **given).added_to(out) - out
     for at in ((b, h) for b in range(2) for h in range(3)):
         want = best_of_left_out(missing[at], out[at], *((kept[at], basis[at]) if with_kept else (None, None)))
         torch.testing.assert_close(found[at], want, atol=1e-9, rtol=1e-6)
@@ -270,7 +270,7 @@ def test_an_affine_error_is_mended() -> None:
     exact_rows = torch.randn(1, 2, 500, dim).double()
     bent = exact_rows @ (torch.eye(dim).double() + 0.1 * torch.randn(dim, dim).double()) + 0.3
     rows = torch.linspace(0, 499, 64).long()
-    mended = fit(exact_rows[:, :, rows] - bent[:, :, rows], bent[:, :, rows]).added_to(bent, None)
+    mended = fit_rows(exact_rows[:, :, rows], bent, rows).added_to(bent)
     assert (mended - exact_rows).norm() < 0.1 * (bent - exact_rows).norm()
 
 
@@ -286,7 +286,7 @@ def test_where_nothing_is_dropped_there_is_nothing_else(strategy: Tangent) -> No
 
 def test_noise_is_left_alone() -> None:
     out, noise = torch.randn(1, 8, 64, 16).double(), torch.randn(1, 8, 64, 16).double()
-    added = fit(noise, out).added_to(out, None) - out
+    added = fit_rows(out + noise, out, torch.arange(64)).added_to(out) - out
     assert (added.square().sum((-1, -2)) < 0.05 * noise.square().sum((-1, -2))).all()
 
 

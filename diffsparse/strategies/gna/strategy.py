@@ -132,29 +132,25 @@ def _arrange(gna: GNA, layout: Layout, heads: int, device: torch.device) -> Tile
     if layout.references:  # in tiles of the image alone, or holes would lie in tiles of both
         frames, height, width = cells.shape
         tiling = gna.tiling((frames, height, width), tiling.tile)
-    orders = _orders(tiling, cells, layout.tokens)
-    tokens = len(orders.forward)
+    forward, back, filled = _orders(tiling, cells, layout.tokens)
+    tokens = len(forward)
     text = -(-tokens // gna.block) - math.prod(tiling.counts)
     mask = F.pad(_block_mask(tiling), (0, text, 0, text), value=True)[None, None]
-    if layout.references and orders.filled is not None:  # tiles without a token, where images differ in size
-        some = F.pad(orders.filled, (0, -tokens % gna.block)).view(-1, gna.block).any(-1)
+    if layout.references and filled is not None:  # tiles without a token, where images differ in size
+        some = F.pad(filled, (0, -tokens % gna.block)).view(-1, gna.block).any(-1)
         mask = mask & some[:, None] & some
     one = BlockLists.from_mask(mask, q_block=gna.block, kv_block=gna.block, q_len=tokens, kv_len=tokens)
     idx, cnt = (x.to(device).expand(1, heads, *x.shape[2:]).contiguous() for x in (one.idx, one.cnt))
     return Tiled(
         replace(one, idx=idx, cnt=cnt),
-        HeadOrders(
-            orders.forward.to(device)[None],  # of all heads
-            orders.back.to(device)[None],
-            None if orders.filled is None else orders.filled.to(device),
-        ),
+        HeadOrders.shared(forward.to(device), back.to(device), None if filled is None else filled.to(device)),
         Boxes(*(x.to(device) for x in _boxes(tiling, tokens))) if tiling.cuts else None,
         float(one.density()) * tokens**2 / layout.tokens**2,
     )
 
 
-def _orders(tiling: Tiling, cells: Tensor, tokens: int) -> HeadOrders:
-    """Tile after tile, then what is not in `cells`; for one head, int64 [M] and [N]."""
+def _orders(tiling: Tiling, cells: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tile after tile, then what is not in `cells`: int64 [M], its inverse [N], and where there is one, bool [M]."""
     frame, row, column = _spread([torch.tensor(axis.cells) for axis in tiling.axes], tiling, gap=-1)
     video = cells[frame, row, column].masked_fill((frame < 0) | (row < 0) | (column < 0), -1)
     text = torch.ones(tokens, dtype=torch.bool)
@@ -164,7 +160,7 @@ def _orders(tiling: Tiling, cells: Tensor, tokens: int) -> HeadOrders:
     forward = forward.clamp(min=0)
     back = torch.empty(tokens, dtype=torch.int64)
     back[forward[filled]] = filled.nonzero()[:, 0]
-    return HeadOrders(forward, back, None if filled.all() else filled)
+    return forward, back, None if filled.all() else filled
 
 
 def _block_mask(tiling: Tiling) -> Tensor:

@@ -122,7 +122,8 @@ class PAROSearch:
         orders, video = HeadOrders.of(self.orders, picked, site.layout, q.device), site.layout.video
         lse, keys = lse.gather(-1, orders.forward.expand(lse.shape)), orders.keys(site.key_mask)
         keys = None if keys is None else keys[..., :video]
-        return _Video(orders.apply(q)[:, :, :video], orders.apply(k)[:, :, :video], lse[..., :video], keys)
+        q, k = (x[:, :, :video] for x in orders.apply(q, k))
+        return _Video(q, k, lse[..., :video], keys)
 
     def _recall(self, video: _Video, scale: float | None) -> Tensor:
         """Mass in the best blocks, and all mass: [2, H]."""

@@ -115,7 +115,7 @@ def clusters(x: Tensor, block: int, layout: Layout, key_mask: Tensor | None = No
             place = place.gather(2, _sorted_within(part, (moved * direction[:, :, part]).sum(-1)))
     forward = torch.arange(layout.tokens, device=x.device).repeat(*x.shape[:2], 1)
     forward[:, :, layout.span] = place + layout.text_before
-    return HeadOrders(forward, forward.argsort(-1))
+    return HeadOrders.each(forward)
 
 
 def _sorted_within(part: Tensor, by: Tensor) -> Tensor:

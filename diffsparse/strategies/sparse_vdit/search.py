@@ -174,7 +174,7 @@ class _Follower(Strategy):
         columns = sums_of(self.sums, site).get("columns")
         orders, layout = head_orders(modes, site.layout, q.device), site.layout.text_last()
         lists = head_lists(modes, columns, layout, self.search.sparsity, self.search.block, q.device)
-        q, k, v, keys = *(orders.apply(x) for x in (q, k, v)), orders.keys(site.key_mask)
+        q, k, v, keys = *orders.apply(q, k, v), orders.keys(site.key_mask)
         return orders.undo(block_sparse_attention(q, k, v, lists, scale=site.scale, key_mask=keys)[0])
 
     def _choose(self, errors: Tensor, site: Site) -> Tensor:

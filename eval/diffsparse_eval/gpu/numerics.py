@@ -23,7 +23,7 @@ from diffsparse_kernels.measured import Copy, tiles_for
 LAUNCHES = 50
 EIGHT_BITS = {"int8": 0.012, "int8-int8": 0.020, "int8-fp8": 0.037, "fp8": 0.052}  # relative errors, as documented
 FIRST_USE = "first use"
-BESIDE = ("summaries", "errors", "statistics", "selection")  # kinds of cases, beside attention
+AROUND = ("summaries", "errors", "statistics", "selection", "rows", "fit")  # kinds of cases of no attention
 _BF16, _FP16 = torch.bfloat16, torch.float16
 _USUAL = registry.USUAL[0]
 _ALL = (  # of every kernel that can do them
@@ -56,6 +56,10 @@ _ALL = (  # of every kernel that can do them
         {"kind": "statistics", "kv_block": 64},
         {"kind": "statistics", "masked": True, "kv_block": 16, "head_dim": 72, "value_dim": 72},
         {"kind": "statistics", "dtype": torch.float32},
+        {"kind": "rows"},
+        {"kind": "rows", "dtype": torch.float32, "head_dim": 72, "value_dim": 72},
+        {"kind": "fit"},
+        {"kind": "fit", "q_block": 64, "head_dim": 64, "value_dim": 64},
     )),
     SELECTION,
 )  # fmt: skip
@@ -102,7 +106,7 @@ def does(kernel: str, case: Case, device: torch.device) -> bool:
         return False
     if kind in ("", "pointers"):
         return True
-    if case.kind in ("mass", *BESIDE):
+    if case.kind in ("mass", *AROUND):
         return case.kind == "mass" and triton.measure_tile(chip(device), case.kv_block, 2, True).copy == kind
     flags = triton.flags_of(True, True, case.masked, None, case.kind == "fused")
     flags |= {"AXES": case.axes, "SUMMARISED": case.summary is not None}
@@ -114,7 +118,7 @@ def _small(kernel: str, listed: list[Case]) -> list[Case]:
     small = [case._replace(q_block=max(case.q_block // 4, 16), kv_block=max(case.kv_block // 4, 16)) for case in listed]
     if kernel.startswith("triton"):
         return small[::4]
-    return [case for case in small if case.kind not in BESIDE]
+    return [case for case in small if case.kind not in AROUND]
 
 
 def jobs(options: Options) -> list[str]:

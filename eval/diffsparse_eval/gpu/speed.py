@@ -323,6 +323,4 @@ def _summarised(
 
 
 def _apply_all(orders: HeadOrders, qkv: QKV) -> None:
-    for x in qkv:
-        x = orders.apply(x)
-    orders.undo(x)
+    orders.undo(orders.apply(*qkv)[0])

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffsparse_kernels import select, summaries
+from diffsparse_kernels import fit, rows, select, summaries
 from diffsparse_kernels.backend import emulated, reference
 from diffsparse_kernels.case import PRECISIONS, Case
 from diffsparse_kernels.catalog import load
 from diffsparse_kernels.child import follow_parent, say
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.rows import Correction
 from diffsparse_kernels.summaries import StandIns, Summaries, Summary
 
 _MANY = 40_000  # keys: more than 16 bits count
@@ -44,7 +45,12 @@ KERNELS = {  # name -> back end, and which of its kernels, where there are sever
     "flash-attn-4": ("flash-attn-4", ""),
 }
 _WITH_TILES = ("attention", "attention_with_mass", "block_sparse_attention", "block_mass")
-_WITHOUT_TILES = ("first_order", "summary_error", "stand_ins", "merge", "lists_of_largest", "lists_of_bits")
+_WITHOUT_TILES = (
+    *("first_order", "summary_error", "stand_ins", "merge"),
+    *("lists_of_largest", "lists_of_bits", "move_rows", "restore_rows", "fit_rows"),
+)
+_PLAIN = SimpleNamespace(**{**vars(summaries), **vars(select), **vars(rows), **vars(fit)})
+_RANK = 4  # of a correction
 _RESULTS = {
     "attend": ("output", "LSE"),
     "summaries": ("output", "LSE"),
@@ -53,6 +59,8 @@ _RESULTS = {
     "selection": ("numbers", "lengths", "order", "bits"),
     "mass": ("mass",),
     "fused": ("output", "LSE", "mass"),
+    "rows": ("queries", "keys", "corrected rows", "rows of a residual"),
+    "fit": ("map", "constant", "map of codes"),
 }
 
 
@@ -109,6 +117,10 @@ def samples(case: Case, device: torch.device, long: bool = True) -> Iterator[Sam
     prefix = torch.arange(n_kv) < torch.tensor([[n_kv - case.kv_block // 3], [n_kv]])
     holes = draw.less((2, n_kv), 0.8)
     holes[0, : case.kv_block] = False
+    if case.kind in ("rows", "fit"):
+        yield draw.sample("head-major", n_kv, None, prefix, False)
+        yield draw.sample("token-major", n_kv, None, prefix, True)
+        return
     if case.kind in ("attend", "summaries"):
         yield draw.sample("lists", n_q, mask, prefix, False)
         yield draw.sample("one set of lists for all, token-major", n_q, mask[1:], holes, True)
@@ -176,6 +188,10 @@ def _boxes(axes: int, n_q: int, n_kv: int, generator: torch.Generator, device: t
 
 def compute(case: Case, kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
     """What a kernel gives for one call of a case."""
+    if case.kind == "rows":
+        return _moved(kernel, sample)
+    if case.kind == "fit":
+        return _fitted(case, kernel, sample)
     q, k, v, lists, key_mask, boxes, scale = sample[1:8]
     if case.kind == "selection":
         return _selected(kernel, q, key_mask)
@@ -222,9 +238,46 @@ def _selected(kernel: Kernel, error: Tensor, always: Tensor | None) -> tuple[Ten
     return numbers.double(), *(torch.stack(x).double() for x in zip((cnt, order), rest, strict=True)), bits.double()
 
 
+def _moved(kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
+    """Queries and keys in an order for each head, and queries put back with a map and a residual added."""
+    (batch, heads, tokens, dim), draw, device = sample.q.shape, torch.Generator().manual_seed(1), sample.q.device
+    orders = torch.stack([torch.randperm(tokens, generator=draw) for _ in range(3)])
+    picked = torch.randint(0, 3, (batch, heads), generator=draw).to(device)
+    inverses, orders = (x.to(device) for x in (orders.argsort(), orders))
+    by_output, constant = (torch.randn(batch, heads, n, dim, generator=draw) / dim**0.5 for n in (dim, 1))
+    some = torch.rand(tokens, 1, generator=draw) < 0.8
+    moved = kernel.move_rows([sample.q, sample.k], orders, picked)
+    residual = Correction(None, None, *_residual(sample))
+    whole = residual._replace(by_output=by_output.to(device), constant=constant.to(device), rows=some.to(device))
+    restored = kernel.restore_rows(moved[0], inverses, picked, whole)
+    return *moved, restored, kernel.restore_rows(sample.q, None, None, residual)
+
+
+def _residual(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and basis of one of low rank, with numbers that few bits hold."""
+    (batch, heads, tokens, dim), draw = sample.q.shape, torch.Generator().manual_seed(2)
+    codes = torch.randint(-127, 128, (batch, heads, tokens, _RANK), generator=draw, dtype=torch.int8)
+    scale = torch.full((batch, heads, tokens, 1), 2.0**-6, dtype=torch.bfloat16)
+    basis = torch.eye(_RANK, dim).expand(batch, heads, -1, -1)
+    return codes.to(sample.q.device), scale.to(sample.q.device), basis.to(sample.q.device)
+
+
+def _fitted(case: Case, kernel: Kernel, sample: Sample) -> tuple[Tensor, ...]:
+    """Maps of rows that miss as much as they have, and a residual: exact in few bits, so that one candidate is best."""
+    (codes, scale, basis), tokens, device = _residual(sample), sample.q.shape[2], sample.q.device
+    count = min(case.q_block * 7 // 8, tokens)
+    probes = torch.linspace(0, tokens - 1, count).long().to(device)
+    out = sample.q.clone(memory_format=torch.preserve_format)
+    out[..., :_RANK] = 0
+    exact = 2 * out
+    exact[..., :_RANK] = rows.decoded(codes, scale)
+    made = kernel.fit_rows(exact[:, :, probes], out, probes, codes, scale, basis)
+    return made.by_output, made.constant, made.by_code
+
+
 def exact(case: Case, sample: Sample) -> tuple[Tensor, ...]:
     """The same by the reference, in float64."""
-    return compute(case, SimpleNamespace(**{**vars(select), **vars(summaries), **vars(reference)}), sample.double())
+    return compute(case, SimpleNamespace(**{**vars(_PLAIN), **vars(reference)}), sample.double())
 
 
 def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
@@ -236,8 +289,8 @@ def rounded(case: Case, sample: Sample) -> tuple[Tensor, ...]:
         return out, lse.to(out.dtype)
     if case.kind == "errors":
         return compute(case, SimpleNamespace(summary_error=_rounded_error), sample)
-    if case.kind == "statistics":
-        return tuple(x.to(sample.q.dtype) for x in compute(case, summaries, sample))
+    if case.kind in ("statistics", "rows", "fit"):
+        return tuple(x.to(sample.q.dtype) for x in compute(case, _PLAIN, sample))
     if case.precision is not None:
         q, k, v, lists, key_mask, _, scale = sample[1:8]
         assert lists is not None

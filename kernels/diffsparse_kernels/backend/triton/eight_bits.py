@@ -28,6 +28,7 @@ from torch import Tensor
 from diffsparse_kernels.backend.nvidia import chip, positive
 from diffsparse_kernels.backend.triton import kernels
 from diffsparse_kernels.backend.triton import launch as plain
+from diffsparse_kernels.backend.triton.host import INTERPRETED, launch, padded, strides
 from diffsparse_kernels.case import FORMATS, INTEGERS, PRECISIONS, copyable
 from diffsparse_kernels.errors import BackendError
 from diffsparse_kernels.lists import BlockLists, blocks_of
@@ -109,7 +110,7 @@ def _rounded_values(v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _round(kernel: triton.runtime.JITFunction, programs: int, x: Tensor, block: int, **arguments: object) -> None:
-    plain.launch(
+    launch(
         kernel,
         programs,
         x,
@@ -117,9 +118,9 @@ def _round(kernel: triton.runtime.JITFunction, programs: int, x: Tensor, block: 
         **arguments,
         length=x.shape[2],
         heads=x.shape[1],
-        **plain.strides(x=x),
+        **strides(x=x),
         D=x.shape[3],
-        D_PAD=plain.padded(x.shape[3]),
+        D_PAD=padded(x.shape[3]),
         BLOCK=block,
-        UPCAST=plain.INTERPRETED,
+        UPCAST=INTERPRETED,
     )

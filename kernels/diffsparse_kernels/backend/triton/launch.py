@@ -11,19 +11,23 @@ best kind that was right in its trial.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextvars import copy_context
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypedDict, cast
 
 import torch
-import triton
 from torch import Tensor
 
 from diffsparse_kernels import trials
 from diffsparse_kernels.backend.nvidia import LOG2E, chip, mask_pointers, positive
-from diffsparse_kernels.backend.triton import kernels, selection
+from diffsparse_kernels.backend.triton import kernels
+from diffsparse_kernels.backend.triton.fit import fit_rows as fit_rows
+from diffsparse_kernels.backend.triton.host import INTERPRETED, launch, padded, strides, upcast
+from diffsparse_kernels.backend.triton.rows import move_rows as move_rows
+from diffsparse_kernels.backend.triton.rows import restore_rows as restore_rows
+from diffsparse_kernels.backend.triton.selection import lists_of_bits as lists_of_bits
+from diffsparse_kernels.backend.triton.selection import lists_of_largest as lists_of_largest
 from diffsparse_kernels.case import DENSE_BLOCKS, PRECISIONS, Case
 from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, blocks_of
@@ -34,9 +38,6 @@ from diffsparse_kernels.summaries import REACH, StandIns, Summaries, keeps_slope
 
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Triton's interpreter multiplies bfloat16 as bit patterns: there it is computed in float32.
-INTERPRETED: bool = not isinstance(kernels.attend, triton.runtime.JITFunction)
-lists_of_largest, lists_of_bits = selection.lists_of_largest, selection.lists_of_bits
 
 
 class Flags(TypedDict):
@@ -556,27 +557,6 @@ def measure_constants(head_dim: int, q_block: int, kv_block: int, tile: Tile) ->
     }
 
 
-def launch(kernel: triton.runtime.JITFunction, programs: int, q: Tensor, tile: Tile, **arguments: object) -> None:
-    """Run `programs` of a kernel on q's device."""
-
-    def run() -> None:
-        if tile.copy != "pointers":  # descriptors are made on the device, in memory that Triton asks for
-            triton.set_allocator(_allocator(q.device))
-        kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
-
-    with torch.cuda.device_of(q):
-        copy_context().run(run)  # so the allocator is set for this launch only
-
-
-def _allocator(device: torch.device) -> Callable[[int, int, int | None], Tensor]:
-    return lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
-
-
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """Of each tensor by name, as kernels call them: `q_b`, `q_h`, `q_n`, `q_d`."""
-    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("bhnd")}
-
-
 def _list_arguments(lists: BlockLists | None, unread: Tensor, programs: int) -> dict[str, object]:
     if lists is None:
         return {**dict.fromkeys(("idx_ptr", "cnt_ptr", "order_ptr"), unread), "listed": programs, "width": 0}
@@ -617,13 +597,3 @@ def check(case: Case) -> None:
     reason = case_capability(case)
     if reason is not None:
         raise NoKernelError(f"the triton backend can't do this: {reason}")
-
-
-def padded(head_dim: int) -> int:
-    """Head sizes are padded to powers of two in registers, at least the 16 that tensor cores need."""
-    return int(max(16, triton.next_power_of_2(head_dim)))
-
-
-def upcast(*tensors: Tensor) -> bool:
-    """Whether the interpreter is to compute in float32."""
-    return INTERPRETED and any(x.dtype in (torch.bfloat16, torch.float8_e4m3fn) for x in tensors)
