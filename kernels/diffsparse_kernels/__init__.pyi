@@ -1,5 +1,5 @@
 from .backend.emulated import incoherence as incoherence, quantise as quantise
-from .case import PRECISIONS as PRECISIONS
+from .case import PRECISIONS as PRECISIONS, Summary as Summary
 from .errors import (
     BackendError as BackendError,
     DiffsparseError as DiffsparseError,
@@ -38,7 +38,6 @@ from .rows import Correction as Correction
 from .select import select_heads as select_heads, select_mass as select_mass, select_rows as select_rows
 from .summaries import (
     Summaries as Summaries,
-    Summary as Summary,
     block_means as block_means,
     spread as spread,
 )

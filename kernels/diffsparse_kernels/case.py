@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from diffsparse_kernels.masks import Boxes
-from diffsparse_kernels.summaries import Summary
 
 DENSE_BLOCKS = 128, 128  # in which dense attention is computed
 # precision -> number format of queries and keys, of weights and values; "plain" is the inputs' own
@@ -34,6 +33,7 @@ class Format(NamedTuple):
 
 FORMATS = {"int8": Format(torch.int8, 127.0, 127.0), "fp8": Format(torch.float8_e4m3fn, 448.0, 256.0)}
 INTEGERS = "int8-int8"  # both products are of integers
+Summary = Literal["means", "first-order"]  # how a block that is not listed stands for its keys
 Kind = Literal["attend", "fused", "mass", "summaries", "errors", "statistics", "selection", "rows", "fit"]
 
 

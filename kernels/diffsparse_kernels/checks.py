@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffsparse_kernels.case import PRECISIONS
+from diffsparse_kernels.case import PRECISIONS, Summary
 from diffsparse_kernels.errors import BackendError, KernelInputError
 from diffsparse_kernels.lists import BlockLists
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.rows import Correction
-from diffsparse_kernels.summaries import SUMMARIES, Summaries, Summary
+from diffsparse_kernels.summaries import SUMMARIES, Summaries
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

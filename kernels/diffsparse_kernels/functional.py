@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffsparse_kernels import ops
-from diffsparse_kernels.case import DENSE_BLOCKS, INTEGERS, Case
+from diffsparse_kernels.case import DENSE_BLOCKS, INTEGERS, Case, Summary
 from diffsparse_kernels.catalog import BACKENDS
 from diffsparse_kernels.checks import (
     check_bits,
@@ -32,7 +32,7 @@ from diffsparse_kernels.masks import Boxes, differs_by_head, fold_heads, unfold_
 from diffsparse_kernels.measured import density_limit
 from diffsparse_kernels.registry import Choice, check_known, choose
 from diffsparse_kernels.rows import Correction
-from diffsparse_kernels.summaries import Summaries, Summary
+from diffsparse_kernels.summaries import Summaries
 
 
 def attention(

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from diffsparse_kernels import fit, rows, select
 from diffsparse_kernels import summaries as plain
-from diffsparse_kernels.case import DENSE_BLOCKS, SELECTION, Case, Kind
+from diffsparse_kernels.case import DENSE_BLOCKS, SELECTION, Case, Kind, Summary
 from diffsparse_kernels.lists import BlockLists, blocks_of, number_type
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.registry import Choice, choose, choose_rounded, choose_summary, running
-from diffsparse_kernels.summaries import StandIns, Summaries, Summary
+from diffsparse_kernels.summaries import StandIns, Summaries
 
 Sparse = Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, lists, scale, key_mask, ...) -> out, lse
 

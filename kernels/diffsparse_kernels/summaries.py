@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
+from diffsparse_kernels.case import Summary
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import each_head, fold_heads
 from diffsparse_kernels.strips import strips
 
-Summary = Literal["means", "first-order"]  # how a block that is not listed stands for its keys
-SUMMARIES: tuple[Summary, ...] = ("means", "first-order")
+SUMMARIES: tuple[Summary, ...] = get_args(Summary)
 
 _LOG2_E = math.log2(math.e)
 _CACHE_BYTES = 4 * 2**20  # what stays in the processor's cache

@@ -20,7 +20,7 @@ import torch
 from diffsparse_kernels import child, select, summaries, trials
 from diffsparse_kernels.backend import cpu, emulated, reference
 from diffsparse_kernels.backend import selftest as proof
-from diffsparse_kernels.case import PRECISIONS, SELECTION, Case
+from diffsparse_kernels.case import PRECISIONS, SELECTION, Case, Summary
 from support import trial
 
 SCRIPT = str(Path(trial.__file__))
@@ -212,7 +212,7 @@ def test_the_proof_passes_what_is_right(kind: str, masked: bool, copyable: bool)
 
 
 @pytest.mark.parametrize("summary", summaries.SUMMARIES)
-def test_the_proof_knows_what_a_loop_with_summaries_gives(summary: summaries.Summary) -> None:
+def test_the_proof_knows_what_a_loop_with_summaries_gives(summary: Summary) -> None:
     case = Case("attend", torch.bfloat16, 24, 24, 16, 32, True, summary=summary)
     names = {sample.name for sample in proof.samples(case, CPU)}
     assert ("first order" in names) == (summary == "first-order")

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from diffsparse_kernels import fit, rows, select, summaries
 from diffsparse_kernels.backend import emulated, reference
-from diffsparse_kernels.case import PRECISIONS, Case
+from diffsparse_kernels.case import PRECISIONS, Case, Summary
 from diffsparse_kernels.catalog import load
 from diffsparse_kernels.child import follow_parent, say
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.rows import Correction
-from diffsparse_kernels.summaries import StandIns, Summaries, Summary
+from diffsparse_kernels.summaries import StandIns, Summaries
 
 _MANY = 40_000  # keys: more than 16 bits count
 # Faults of the machine at this moment, not of a kernel.
