@@ -266,10 +266,11 @@ def test_in_its_own_loop_as_merged_afterwards(by: dk.Summary) -> None:
     qkv, mask = size.qkv(torch.bfloat16), random_mask(size, 0.3)
     (q, k, v), lists = (x.double() for x in qkv), size.lists(mask)
     made = dk.summarise(k, v, size.kv_block, by=by)
-    want = reference.block_sparse_attention(q, k, v, lists, size.scale, None)
-    summaries.merge_summaries(q, k, v, lists, size.scale, None, made, *want)
-    slopes = summaries.mixed_slopes(q, lists, size.scale, made, made.bias(lists)) if made.mixed else (None, None)
-    stand_ins = StandIns(made.key.bfloat16(), made.value.bfloat16(), made.log_count, made.variance, *slopes)
+    exactly = summaries.stand_ins(q, k, v, lists, size.scale, None, made)
+    apart = reference.block_sparse_attention(q, k, v, lists, size.scale, None)
+    want = summaries.merge(q, k, v, lists, size.scale, exactly, *apart)
+    parts = {name: getattr(exactly, name) for name in ("key", "value", "slope")}
+    stand_ins = exactly._replace(**{name: None if x is None else x.bfloat16() for name, x in parts.items()})
     out, lse = attend(size, qkv, lists, stand_ins=stand_ins)
     low = written_out(size, qkv, mask, None, stand_ins)
     assert (out.double() - want[0]).abs().max() <= exact.tolerance(want[0], low[0])
@@ -281,8 +282,9 @@ def test_one_slope_for_all_query_blocks() -> None:
     qkv, mask = size.qkv(torch.bfloat16), random_mask(size)
     made = drawn(size, torch.bfloat16, "slope")
     assert made.slope is not None
-    made = made._replace(slope=made.slope[:, :, :1].expand_as(made.slope))
-    assert_stands(attend(size, qkv, size.lists(mask), stand_ins=made), size, qkv, mask, None, made)
+    one = made._replace(slope=made.slope[:, :, :1])
+    each = made._replace(slope=made.slope[:, :, :1].expand_as(made.slope))
+    assert_stands(attend(size, qkv, size.lists(mask), stand_ins=one), size, qkv, mask, None, each)
 
 
 # --- the mass of the blocks -------------------------------------------------------------------------------------------

@@ -256,8 +256,7 @@ def _summary_arguments(stand_ins: StandIns | None, lists: BlockLists | None, q: 
     if stand_ins.variance is not None:
         found["variance_ptr"] = stand_ins.variance.float().contiguous()
     if stand_ins.slope is not None:
-        slope = stand_ins.slope if stand_ins.slope.stride(2) else stand_ins.slope[:, :, :1]  # one for all blocks
-        found["slopes"] = _tiles(slope.to(q.dtype).contiguous(), C.D_PAD, C)
+        found["slopes"] = _tiles(stand_ins.slope.to(q.dtype).contiguous(), C.D_PAD, C)
         if stand_ins.reach is not None:
             found["reach_ptr"] = stand_ins.reach.float().contiguous()
     return unread | found
