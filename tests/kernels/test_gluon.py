@@ -60,7 +60,7 @@ def attend(
     lists: dk.BlockLists | None,
     keys: Tensor | None = None,
     stand_ins: StandIns | None = None,
-    variant: gluon.Variant = gluon.Variant(),
+    variant: gluon.Variant = gluon.USUAL,
 ) -> tuple[Tensor, Tensor]:
     """Attention over lists, or dense by tiles of any size."""
     q, k, v = qkv
@@ -167,9 +167,7 @@ def written_out(
 ) -> tuple[Tensor, Tensor]:
     """One softmax over the listed keys and the stand-ins of all other blocks, in the dtype of the inputs."""
     q, k, v = qkv
-    key, value, log_count, variance, slope, reach = (
-        None if x is None else x.to(q.dtype) for x in stand_ins
-    )
+    key, value, log_count, variance, slope, reach = (None if x is None else x.to(q.dtype) for x in stand_ins)
     assert key is not None
     assert value is not None
     assert log_count is not None
@@ -352,7 +350,13 @@ def compiled(constants: gluon.Constants) -> aot.Compiled:
         "COPIED": ("outs",),
     }
     unread = [name for flag, names in wanted.items() if not getattr(constants, flag) for name in names]
-    types = {"scale": "fp32", "bits_ptr": "*u8", "log_count_ptr": "*fp32", "variance_ptr": "*fp32", "reach_ptr": "*fp32"}
+    types = {
+        "scale": "fp32",
+        "bits_ptr": "*u8",
+        "log_count_ptr": "*fp32",
+        "variance_ptr": "*fp32",
+        "reach_ptr": "*fp32",
+    }
     for names, rows, rank in (
         (("queries", "outs"), 64, 4),
         (("keys", "values", "mean_keys", "mean_values"), constants.KV_BLOCK, 4),
@@ -459,7 +463,9 @@ def test_on_the_device() -> None:
         lists = size.lists(mask).to(device).ordered()
         for keys in (None, *(make(size) for make in KEY_MASKS.values())):
             moved = None if keys is None else keys.to(device)
-            out, lse = gluon._attend(*(x.to(device) for x in qkv), size.scale, moved, size.kv_block, gluon.Variant(), lists)[:2]
+            out, lse = gluon._attend(
+                *(x.to(device) for x in qkv), size.scale, moved, size.kv_block, gluon.USUAL, lists
+            )[:2]
             assert_attention((out.cpu(), lse.cpu()), qkv, size.allowed(mask, keys), size.scale)
 
 

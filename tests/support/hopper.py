@@ -12,7 +12,7 @@ import random
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -149,7 +149,8 @@ class Hopper:
         self._world = {name: getattr(value, "value", value) for name, value in vars(module).items()}  # of constants
         self._world.update(
             gl=self._language(),
-            range=lambda *bounds: map(torch.tensor, range(*bounds)),  # a turn is a number of the machine's
+            range=_turns,
+            tl=types.SimpleNamespace(range=_turns),
             mbarrier=self._barriers(),
             copy_tile=self._copy,
             store_tile=self._copy_out,
@@ -274,6 +275,11 @@ class Hopper:
             store=_store,
             warp_specialize=self._partitions,
         )
+
+
+def _turns(*bounds: Any, disable_licm: bool = False) -> Iterator[Tensor]:
+    """Numbers of the machine's, not of the compiler's."""
+    return map(torch.tensor, range(*bounds))
 
 
 def _there(value: Any) -> Any:

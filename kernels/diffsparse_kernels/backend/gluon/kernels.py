@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from triton import language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -41,6 +42,7 @@ MOST_MASS = gl.constexpr(MOST_BIAS * 1.4426950408889634)  # of varied scores, as
 MOST_GROWTH = gl.constexpr(8.0)  # of a maximum before a lazy consumer rescales, as a power of two
 Q_BLOCK = gl.constexpr(128)
 ROWS = gl.constexpr(64)  # of a consumer
+FLAT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # what a consumer reads of each key, one a thread
 # Renamed in Triton 3.9.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -113,15 +115,18 @@ class Call(NamedTuple):
     listed: Any
     width: Any
     programs: Any
+    q_blocks: Any
+    kv_blocks: Any
     log_b: Any
     log_h: Any
 
 
 class Place(NamedTuple):
-    """A query block: its sample, head and number there, its number among all, its list's, and the list's length."""
+    """A query block: sample, head, head among all, number there and among all; number of its list, and its length."""
 
     b: Any
     h: Any
+    head: Any
     row_block: Any
     block: Any
     list_at: Any
@@ -208,18 +213,25 @@ def leave(ring, turn, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def place_of(turn, call, C: gl.constexpr):
-    """The query block that comes at this turn, longest list first where an order says so."""
-    list_at = turn % call.listed
+def blocks_of_this_program(call):
+    """Number of query blocks that a persistent program takes."""
+    return gl.cdiv(call.programs - gl.program_id(0), gl.num_programs(0))
+
+
+@gluon.jit
+def place_of(number, call, C: gl.constexpr):
+    """The query block of this number of a program; those of all programs come by turns, as an order says."""
+    turn = gl.program_id(0) + number * gl.num_programs(0)
+    within = turn % call.listed
+    list_at = within
     if C.ORDERED:
-        list_at = gl.load(call.order + list_at)
-    block = turn // call.listed * call.listed + list_at
-    q_blocks = gl.cdiv(call.n_q, Q_BLOCK)
-    turns = gl.cdiv(call.n_kv, C.KV_BLOCK)
+        list_at = gl.load(call.order + within)
+    block = turn - within + list_at
+    head = block // call.q_blocks
+    turns = call.kv_blocks
     if C.SPARSE:
         turns = gl.load(call.cnt + list_at)
-    head = block // q_blocks
-    return Place(head // call.heads, head % call.heads, block % q_blocks, block, list_at, turns)
+    return Place(head // call.heads, head % call.heads, head, block % call.q_blocks, block, list_at, turns)
 
 
 @gluon.jit
@@ -235,7 +247,7 @@ def block_at(turn, call, place, LISTED: gl.constexpr):
 @gluon.jit
 def tiles_of_means(call, C: gl.constexpr):
     """Number of tiles that the means of all key blocks fill."""
-    return gl.cdiv(gl.cdiv(call.n_kv, C.KV_BLOCK), C.KV_BLOCK)
+    return gl.cdiv(call.kv_blocks, C.KV_BLOCK)
 
 
 # --- the producer -----------------------------------------------------------------------------------------------------
@@ -245,18 +257,17 @@ def tiles_of_means(call, C: gl.constexpr):
 def produce(call, memory, C: gl.constexpr):
     """Request all tiles of this program in order."""
     if C.PERSISTENT:
-        number, done = 0, 0
-        for turn in range(gl.program_id(0), call.programs, gl.num_programs(0)):
-            done = produce_block(number, done, turn, call, memory, C)
-            number += 1
+        done = 0
+        for number in tl.range(blocks_of_this_program(call), disable_licm=True):  # hoisting has no registers to spare
+            done = produce_block(number, done, call, memory, C)
     else:
-        produce_block(0, 0, gl.program_id(0), call, memory, C)
+        produce_block(0, 0, call, memory, C)
 
 
 @gluon.jit
-def produce_block(number, done, turn, call, memory, C: gl.constexpr):
+def produce_block(number, done, call, memory, C: gl.constexpr):
     """Request the tiles of a query block; the key block of the next turn is read while this one's slots fill."""
-    place = place_of(turn, call, C)
+    place = place_of(number, call, C)
     b, h, keys, values = place.b, place.h, memory.k, memory.v
     for half in gl.static_range(2):
         first = place.row_block * Q_BLOCK + half * ROWS
@@ -300,8 +311,8 @@ def hide_keys(scores, last, left, start, mask_at, clear, n_kv, C: gl.constexpr):
     COLUMN: gl.constexpr = gl.SliceLayout(0, scores_layout(C))
     if C.MASKED:
         if start + C.KV_BLOCK > clear:
-            keys = start + gl.arange(0, C.KV_BLOCK, layout=COLUMN)
-            allowed = gl.load(mask_at + keys, mask=keys < n_kv, other=0)
+            keys = start + gl.arange(0, C.KV_BLOCK, layout=FLAT)
+            allowed = gl.convert_layout(gl.load(mask_at + keys, mask=keys < n_kv, other=0), COLUMN)
             scores = gl.where((allowed != 0)[None, :], scores, -float("inf"))
     else:
         if last:
@@ -312,7 +323,7 @@ def hide_keys(scores, last, left, start, mask_at, clear, n_kv, C: gl.constexpr):
 
 @gluon.jit
 def softmax_step(scores, scale, highest, HOLLOW: gl.constexpr, C: gl.constexpr):
-    """Weights of one tile against the running maximum -> weights, their base, the new maximum, shrinkage of the old.
+    """Weights of one tile against the running maximum -> weights, the new maximum, shrinkage of what the old one gave.
 
     HOLLOW: a row may have seen no key yet; its maximum is -inf then, and its base 0. A lazy one's maximum is not the
     greatest, but near it.
@@ -323,7 +334,7 @@ def softmax_step(scores, scale, highest, HOLLOW: gl.constexpr, C: gl.constexpr):
     base = now
     if HOLLOW:
         base = gl.where(now == -float("inf"), 0.0, now)
-    return gl.exp2(scores * scale - base[:, None]), base, now, gl.exp2(highest - base)
+    return gl.exp2(scores * scale - base[:, None]), now, gl.exp2(highest - base)
 
 
 @gluon.jit
@@ -355,18 +366,18 @@ def log2_of_cached(rows, call, place, C: gl.constexpr):
     """Cached LSE of the rows in base 2; +inf, a weight of zero, where it is not finite or there is no row."""
     cached = rows.to(gl.float32)
     if C.MASS:
-        cached_at = call.cached + (place.block // gl.cdiv(call.n_q, Q_BLOCK)).to(gl.int64) * call.n_q
+        cached_at = call.cached + place.head.to(gl.int64) * call.n_q
         cached = gl.load(cached_at + rows, mask=rows < call.n_q, other=float("inf"))
         cached = gl.where(gl.abs(cached) < float("inf"), cached * LOG2E, float("inf"))
     return cached
 
 
 @gluon.jit
-def store_mass(sums, base, cached, block, call, place, LATE: gl.constexpr, C: gl.constexpr):
+def store_mass(sums, highest, cached, block, call, place, LATE: gl.constexpr, C: gl.constexpr):
     """Mass of a key block in a consumer's rows, by the sums of their weights against the running maximum."""
     half = place.block.to(gl.int64) * 2 + LATE
-    mass_at = call.mass + half * gl.cdiv(call.n_kv, C.KV_BLOCK)
-    gl.store(mass_at + block, gl.sum(sums * gl.exp2(base - cached), 0))
+    mass_at = call.mass + half * call.kv_blocks
+    gl.store(mass_at + block, gl.sum(sums * gl.exp2(highest - cached), 0))
 
 
 # --- a consumer -------------------------------------------------------------------------------------------------------
@@ -376,18 +387,17 @@ def store_mass(sums, base, cached, block, call, place, LATE: gl.constexpr, C: gl
 def consume(call, memory, LATE: gl.constexpr, C: gl.constexpr):
     """Half of the query rows of all query blocks of this program; LATE is 1 for the second consumer."""
     if C.PERSISTENT:
-        number, done = 0, 0
-        for turn in range(gl.program_id(0), call.programs, gl.num_programs(0)):
-            done = consume_block(number, done, turn, call, memory, LATE, C)
-            number += 1
+        done = 0
+        for number in tl.range(blocks_of_this_program(call), disable_licm=True):  # hoisting has no registers to spare
+            done = consume_block(number, done, call, memory, LATE, C)
     else:
-        consume_block(0, 0, gl.program_id(0), call, memory, LATE, C)
+        consume_block(0, 0, call, memory, LATE, C)
 
 
 @gluon.jit
-def consume_block(number, done, turn, call, memory, LATE: gl.constexpr, C: gl.constexpr):
+def consume_block(number, done, call, memory, LATE: gl.constexpr, C: gl.constexpr):
     """Half of the query rows of one query block."""
-    place = place_of(turn, call, C)
+    place = place_of(number, call, C)
     q_turn = 2 * number + LATE
     q = arrived(memory.q, q_turn, ROWS, C.D_PAD, 2)
     acc, highest, total = attend_listed(q, done, call, place, memory, LATE, C)
@@ -435,10 +445,10 @@ def attend_listed(q, done, call, place, memory, LATE: gl.constexpr, C: gl.conste
         scores = warpgroup_mma_wait(0, deps=(scores,))
         leave(keys, done, C.STAGES)
         scores = hide_keys(scores, turns == 1, left, block * C.KV_BLOCK, mask_at, clear, call.n_kv, C)
-        weights, base, highest, shrink = softmax_step(scores, call.scale, highest, C.MASKED, C)
+        weights, highest, shrink = softmax_step(scores, call.scale, highest, C.MASKED, C)
         total = gl.sum(weights, 1)
         if C.MASS:
-            store_mass(total, base, cached, block, call, place, LATE, C)
+            store_mass(total, highest, cached, block, call, place, LATE, C)
         low = rounded(weights, q.dtype, C)
         for turn in range(1, turns):
             now = done + turn
@@ -453,11 +463,11 @@ def attend_listed(q, done, call, place, memory, LATE: gl.constexpr, C: gl.conste
             scores = warpgroup_mma_wait(1, deps=(next_scores,))
             leave(keys, now, C.STAGES)
             scores = hide_keys(scores, turn == turns - 1, left, block * C.KV_BLOCK, mask_at, clear, call.n_kv, C)
-            weights, base, highest, shrink = softmax_step(scores, call.scale, highest, C.MASKED, C)
+            weights, highest, shrink = softmax_step(scores, call.scale, highest, C.MASKED, C)
             sums = gl.sum(weights, 1)
             total = total * shrink + sums
             if C.MASS:
-                store_mass(sums, base, cached, block, call, place, LATE, C)
+                store_mass(sums, highest, cached, block, call, place, LATE, C)
             acc = warpgroup_mma_wait(0, deps=(weighted,))
             leave(values, now - 1, C.STAGES)
             acc = rescaled(acc, shrink, C)
@@ -473,20 +483,18 @@ def attend_listed(q, done, call, place, memory, LATE: gl.constexpr, C: gl.conste
 @gluon.jit
 def count_means(tile, call, place, C: gl.constexpr):
     """What the blocks of a tile count -> log2 of their keys, -inf for blocks that are listed or empty; variance."""
-    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     COLUMN: gl.constexpr = gl.SliceLayout(0, scores_layout(C))
-    kv_blocks = gl.cdiv(call.n_kv, C.KV_BLOCK)
     blocks = tile * C.KV_BLOCK + gl.arange(0, C.KV_BLOCK, layout=FLAT)
-    there = blocks < kv_blocks
+    there = blocks < call.kv_blocks
     b, h = place.b.to(gl.int64), place.h.to(gl.int64)
     log_count = gl.load(call.log_count + b * call.log_b + h * call.log_h + blocks, mask=there, other=-float("inf"))
-    bits_at = call.bits + place.list_at.to(gl.int64) * gl.cdiv(kv_blocks, 8)
+    bits_at = call.bits + place.list_at.to(gl.int64) * gl.cdiv(call.kv_blocks, 8)
     bits = gl.load(bits_at + blocks // 8, mask=there, other=0).to(gl.int32)
     listed = (bits >> (7 - blocks % 8)) & 1
     bias = gl.where(listed == 1, -float("inf"), log_count * LOG2E)
     variance = bias
     if C.VARIED:
-        variance = gl.load(call.variance + (b * call.heads + h) * kv_blocks + blocks, mask=there, other=0.0)
+        variance = gl.load(call.variance + place.head.to(gl.int64) * call.kv_blocks + blocks, mask=there, other=0.0)
     return gl.convert_layout(bias, COLUMN), gl.convert_layout(variance, COLUMN)
 
 
@@ -519,7 +527,7 @@ def attend_means(q, acc, highest, total, done, call, place, memory, LATE: gl.con
         scores = scores * call.scale + bias[None, :]
         if C.VARIED:
             scores += gl.minimum(squares[:, None] * variance[None, :], MOST_MASS)
-        weights, base, highest, shrink = softmax_step(scores, 1.0, highest, True, C)
+        weights, highest, shrink = softmax_step(scores, 1.0, highest, True, C)
         sums = gl.sum(weights, 1)
         total, stood = total * shrink + sums, stood * shrink + sums
         acc = rescaled(acc, shrink, C)
@@ -564,7 +572,7 @@ def store_out(acc, total, call, place, LATE: gl.constexpr, C: gl.constexpr):
     rows = rows_of(place, LATE, gl.SliceLayout(1, OUT))
     dims = gl.arange(0, C.D_PAD, layout=gl.SliceLayout(0, OUT))
     inside = (rows < call.n_q)[:, None] & (dims < C.D)[None, :]
-    out_at = call.out + (place.block // gl.cdiv(call.n_q, Q_BLOCK)).to(gl.int64) * call.n_q * C.D
+    out_at = call.out + place.head.to(gl.int64) * call.n_q * C.D
     out = divided(acc, total, C).to(call.out.dtype.element_ty)
     gl.store(out_at + rows[:, None] * C.D + dims[None, :], out, mask=inside)
 
@@ -584,18 +592,21 @@ def copy_out(acc, total, q_turn, call, place, memory, LATE: gl.constexpr, C: gl.
 def store_lse(highest, total, call, place, LATE: gl.constexpr, C: gl.constexpr):
     """Write a consumer's rows of the LSE, -inf for a query without any key."""
     rows = rows_of(place, LATE, gl.SliceLayout(1, scores_layout(C)))
-    lse_at = call.lse + (place.block // gl.cdiv(call.n_q, Q_BLOCK)).to(gl.int64) * call.n_q
+    lse_at = call.lse + place.head.to(gl.int64) * call.n_q
     gl.store(lse_at + rows, (highest + gl.log2(total)) * LN2, mask=rows < call.n_q)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
-@gluon.jit(do_not_specialize=["n_q", "n_kv", "heads", "listed", "width", "programs", "log_b", "log_h"])
+SIZES = ("n_q", "n_kv", "heads", "listed", "width", "programs", "q_blocks", "kv_blocks", "log_b", "log_h")
+
+
+@gluon.jit(do_not_specialize=SIZES)  # or a prompt of another length would wait for another kernel
 def attend(queries, keys, values, mean_keys, mean_values, slopes, outs,
     out_ptr, lse_ptr, cached_ptr, mass_ptr, idx_ptr, cnt_ptr, order_ptr, bits_ptr,
     log_count_ptr, variance_ptr, reach_ptr, key_mask_ptr, clear_ptr,
-    scale, n_q, n_kv, heads, listed, width, programs, log_b, log_h, C: gl.constexpr,
+    scale, n_q, n_kv, heads, listed, width, programs, q_blocks, kv_blocks, log_b, log_h, C: gl.constexpr,
 ):  # fmt: skip
     """Attention of 128 query rows of one head to its key blocks, and to the means of all others.
 
@@ -606,13 +617,13 @@ def attend(queries, keys, values, mean_keys, mean_values, slopes, outs,
     with strides log_b and log_h; variance_ptr float32 [B, H, nK], reach_ptr [B, H, nQ]: of `StandIns`. key_mask_ptr,
     clear_ptr: of `mask_pointers`. What the constants leave unread may be None. scale: of the scores, positive, in base
     2. listed: number of lists; where it is less than B * H * nQ, all samples share them. width: of a list. programs:
-    B * H * nQ.
+    B * H * nQ. q_blocks, kv_blocks: nQ and nK.
     """
     call = Call(
         queries, keys, values, mean_keys, mean_values, slopes, outs,
         out_ptr, lse_ptr, cached_ptr, mass_ptr, idx_ptr, cnt_ptr, order_ptr, bits_ptr,
         log_count_ptr, variance_ptr, reach_ptr, key_mask_ptr, clear_ptr,
-        scale, n_q, n_kv, heads, listed, width, programs, log_b, log_h,
+        scale, n_q, n_kv, heads, listed, width, programs, q_blocks, kv_blocks, log_b, log_h,
     )  # fmt: skip
     hands = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(hands.index(0), count=1)

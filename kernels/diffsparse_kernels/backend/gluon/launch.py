@@ -51,8 +51,9 @@ class Variant(NamedTuple):
     producers: int = 4
 
 
+USUAL = Variant()
 VARIANTS = {
-    "usual": Variant(),
+    "usual": USUAL,
     "persistent": Variant(persistent=True),
     "copied": Variant(copied=True),
     "lazy": Variant(lazy=True),
@@ -96,7 +97,7 @@ def case_capability(case: Case) -> str | None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, variant: Variant = Variant()
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, variant: Variant = USUAL
 ) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
     return _attend(q, k, v, scale, key_mask, KV_BLOCKS[-1], variant)[:2]
@@ -111,7 +112,7 @@ def attention_with_mass(
     kv_block: int,
     scale: float,
     key_mask: Tensor | None,
-    variant: Variant = Variant(),
+    variant: Variant = USUAL,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention, its LSE and the block mass, one pass."""
     out, fresh, halves = _attend(q, k, v, scale, key_mask, kv_block, variant, cached=lse)
@@ -127,7 +128,7 @@ def block_sparse_attention(
     key_mask: Tensor | None,
     boxes: Boxes | None = None,
     stand_ins: StandIns | None = None,
-    variant: Variant = Variant(),
+    variant: Variant = USUAL,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks, and over what stands for all others. `variant` serves to measure others."""
     return _attend(q, k, v, scale, key_mask, lists.kv_block, variant, lists, stand_ins)[:2]
@@ -140,7 +141,7 @@ def constants(
     masked: bool = False,
     mass: bool = False,
     stand_ins: StandIns | None = None,
-    variant: Variant = Variant(),
+    variant: Variant = USUAL,
 ) -> Constants:
     """What the kernel is compiled for: as many stages as the shared memory of one block of threads holds."""
     padded = 64 if head_dim <= 64 else 128
@@ -210,6 +211,8 @@ def _attend(
             n_kv=n_kv,
             heads=heads,
             programs=programs,
+            q_blocks=q_blocks,
+            kv_blocks=kv_blocks,
             C=C,
             num_warps=4,
         )
