@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -459,20 +460,22 @@ def test_what_is_left_to_the_triton_backend(change: dict[str, Any], reason: str)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a Hopper GPU")
-def test_on_the_device() -> None:
+def test_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
     if torch.cuda.get_device_capability(device)[0] != 9:
         pytest.skip("wants a Hopper GPU")
     assert gluon.capability(device) is None
-    for size in SIZES:
-        qkv, mask = size.qkv(torch.bfloat16), random_mask(size)
-        lists = size.lists(mask).to(device).ordered()
+    monkeypatch.setattr(gluon_kernels, "attend", ATTEND)
+    for size, variant in itertools.product([*SIZES, *SUMMARISED_SIZES], gluon.VARIANTS.values()):
+        qkv, mask, made = size.qkv(torch.bfloat16), random_mask(size), drawn(size, torch.bfloat16, *PARTS["bounded"])
+        there, lists = [x.to(device) for x in qkv], size.lists(mask).to(device).ordered()
+        moved = StandIns._make(None if x is None else x.to(device) for x in made)
         for keys in (None, *(make(size) for make in KEY_MASKS.values())):
-            moved = None if keys is None else keys.to(device)
-            out, lse = gluon._attend(
-                *(x.to(device) for x in qkv), size.scale, moved, size.kv_block, gluon.USUAL, lists
-            )[:2]
+            hidden = None if keys is None else keys.to(device)
+            out, lse = attend(size, there, lists, hidden, None, variant)
             assert_attention((out.cpu(), lse.cpu()), qkv, size.allowed(mask, keys), size.scale)
+            out, lse = attend(size, there, lists, hidden, moved, variant)
+            assert_stands((out.cpu(), lse.cpu()), size, qkv, mask, keys, made)
 
 
 @pytest.fixture

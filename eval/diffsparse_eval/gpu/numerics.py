@@ -109,7 +109,8 @@ def cases(kernel: str, options: Options) -> list[Case]:
     if kernel == "gluon":
         return [*_GLUON, *_VARIED]
     if kernel in variants(options):
-        return [_USUAL, _USUAL._replace(kv_block=64, masked=True), *_VARIED[::3]]
+        plain = (case for case in _GLUON if not case.masked and case.dtype == _BF16 and case.head_dim in (64, 128))
+        return [*plain, *_VARIED[::3]]
     listed = [case for case in _ALL if does(kernel, case, torch.device(options.device))]
     return listed if options.on_gpu else _small(kernel, listed)
 

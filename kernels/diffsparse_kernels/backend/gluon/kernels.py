@@ -481,21 +481,32 @@ def attend_listed(q, done, call, place, memory, LATE: gl.constexpr, C: gl.conste
 
 
 @gluon.jit
-def count_means(tile, call, place, C: gl.constexpr):
-    """What the blocks of a tile count -> log2 of their keys, -inf for blocks that are listed or empty; variance."""
-    COLUMN: gl.constexpr = gl.SliceLayout(0, scores_layout(C))
+def read_means(tile, call, place, C: gl.constexpr):
+    """What is known of the blocks of a tile of means -> log of their keys, bytes that have their bits, variance."""
     blocks = tile * C.KV_BLOCK + gl.arange(0, C.KV_BLOCK, layout=FLAT)
     there = blocks < call.kv_blocks
-    b, h = place.b.to(gl.int64), place.h.to(gl.int64)
-    log_count = gl.load(call.log_count + b * call.log_b + h * call.log_h + blocks, mask=there, other=-float("inf"))
+    counts_at = call.log_count + place.b.to(gl.int64) * call.log_b + place.h.to(gl.int64) * call.log_h
+    counts = gl.load(counts_at + blocks, mask=there, other=-float("inf"))
     bits_at = call.bits + place.list_at.to(gl.int64) * gl.cdiv(call.kv_blocks, 8)
-    bits = gl.load(bits_at + blocks // 8, mask=there, other=0).to(gl.int32)
-    listed = (bits >> (7 - blocks % 8)) & 1
-    bias = gl.where(listed == 1, -float("inf"), log_count * LOG2E)
-    variance = bias
+    bits = gl.load(bits_at + blocks // 8, mask=there, other=0)
+    variance = counts
     if C.VARIED:
-        variance = gl.load(call.variance + place.head.to(gl.int64) * call.kv_blocks + blocks, mask=there, other=0.0)
-    return gl.convert_layout(bias, COLUMN), gl.convert_layout(variance, COLUMN)
+        variance_at = call.variance + place.head.to(gl.int64) * call.kv_blocks
+        variance = gl.load(variance_at + blocks, mask=there, other=0.0)
+    return counts, bits, variance
+
+
+@gluon.jit
+def add_counts(scores, counts, bits, variance, squares, C: gl.constexpr):
+    """Scores of means in base 2 with what their keys count; -inf for blocks that are listed, or have no key."""
+    COLUMN: gl.constexpr = gl.SliceLayout(0, scores_layout(C))
+    listed = bits.to(gl.int32) >> (7 - gl.arange(0, C.KV_BLOCK, layout=FLAT) % 8) & 1
+    bias = gl.convert_layout(gl.where(listed == 1, -float("inf"), counts * LOG2E), COLUMN)
+    scores += bias[None, :]
+    if C.VARIED:
+        variance = gl.convert_layout(variance, COLUMN)
+        scores += gl.minimum(squares[:, None] * variance[None, :], MOST_MASS)
+    return scores
 
 
 @gluon.jit
@@ -517,16 +528,14 @@ def attend_means(q, acc, highest, total, done, call, place, memory, LATE: gl.con
         squares = half_squares(q, C)
     for tile in range(tiles_of_means(call, C)):
         now = done + tile
-        bias, variance = count_means(tile, call, place, C)
+        counts, bits, variance = read_means(tile, call, place, C)  # which takes as long as the product of the keys
         means = arrived(keys, now, C.KV_BLOCK, C.D_PAD, C.STAGES)
         mbarrier.wait(mine, (now & 1) ^ 1 ^ LATE)
         scores = score(q, means, C)
         mbarrier.arrive(other, count=1)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         leave(keys, now, C.STAGES)
-        scores = scores * call.scale + bias[None, :]
-        if C.VARIED:
-            scores += gl.minimum(squares[:, None] * variance[None, :], MOST_MASS)
+        scores = add_counts(scores * call.scale, counts, bits, variance, squares, C)
         weights, highest, shrink = softmax_step(scores, 1.0, highest, True, C)
         sums = gl.sum(weights, 1)
         total, stood = total * shrink + sums, stood * shrink + sums

@@ -9,6 +9,7 @@ against float64 stays below twice that of plain attention in the same dtype.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -165,6 +166,7 @@ def constants(
     )
 
 
+@cache
 def layout(rank: int) -> gl.NVMMASharedLayout:
     """Of a tile [1, ..., rows, D_PAD] in shared memory, as the tensor cores read it."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
