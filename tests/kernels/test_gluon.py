@@ -219,6 +219,16 @@ def test_other_blocks_stand_as_their_summaries(size: Size, parts: str) -> None:
     assert_stands(got, size, qkv, mask, None, stand_ins)
 
 
+@pytest.mark.parametrize("variant", ["usual", "all"])
+def test_tiles_of_means_outnumber_the_stages(variant: str) -> None:
+    size = Size(batch=1, heads=2, q_len=150, kv_len=40_000, dim=128, q_block=128, kv_block=128)
+    qkv, stand_ins = size.qkv(torch.bfloat16), drawn(size, torch.bfloat16, "variance")
+    mask = random_mask(size, 0.02)
+    mask[0, 1] = False
+    got = attend(size, qkv, size.lists(mask), stand_ins=stand_ins, variant=gluon.VARIANTS[variant])
+    assert_stands(got, size, qkv, mask, None, stand_ins)
+
+
 @pytest.mark.parametrize("kind", ["full", "empty", "sparse"])
 def test_all_blocks_are_listed_or_none(kind: str) -> None:
     size = SUMMARISED_SIZES[2]
