@@ -67,12 +67,15 @@ _GLUON = tuple(
     Case("attend", dtype, dim, dim, 128, kv_block, masked)
     for masked, dtype, dim, kv_block in itertools.product((False, True), (_BF16, _FP16), (128, 64, 72, 96), (128, 64))
 )
-_VARIED = tuple(  # other work of the same kernel, and all of it where the kernel is built otherwise
-    _USUAL._replace(kind=kind, summary=summary, head_dim=dim, value_dim=dim, kv_block=kv_block, masked=masked)
-    for (kind, summary), masked, (dim, kv_block) in itertools.product(
-        (("fused", None), ("attend", "means"), ("attend", "first-order")),
-        (False, True),
-        ((128, 128), (128, 64), (64, 128), (72, 64)),
+_WORK = (  # of the same kernel beside attention to lists
+    _USUAL._replace(kind="fused"),
+    _USUAL._replace(summary="means"),
+    _USUAL._replace(summary="first-order"),
+)
+_VARIED = tuple(
+    case._replace(head_dim=dim, value_dim=dim, kv_block=kv_block, masked=masked)
+    for case, masked, (dim, kv_block) in itertools.product(
+        _WORK, (False, True), ((128, 128), (128, 64), (64, 128), (72, 64))
     )
 )
 

@@ -19,8 +19,8 @@ barriers are in, and which consumer is next.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,operator"
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from triton import language as tl
 from triton.experimental import gluon
@@ -85,70 +85,20 @@ class Constants:
     PRODUCERS: int = 4
 
 
-class Call(NamedTuple):
-    """The arguments of `attend`. To the compiler a named tuple is one of its own: no field may be called `values`."""
-
-    q_tiles: Any
-    k_tiles: Any
-    v_tiles: Any
-    key_tiles: Any
-    value_tiles: Any
-    slope_tiles: Any
-    out_tiles: Any
-    out: Any
-    lse: Any
-    cached: Any
-    mass: Any
-    idx: Any
-    cnt: Any
-    order: Any
-    bits: Any
-    log_count: Any
-    variance: Any
-    reach: Any
-    key_mask: Any
-    clear: Any
-    scale: Any
-    n_q: Any
-    n_kv: Any
-    heads: Any
-    listed: Any
-    width: Any
-    programs: Any
-    q_blocks: Any
-    kv_blocks: Any
-    log_b: Any
-    log_h: Any
-
-
-class Place(NamedTuple):
-    """A query block: sample, head, head among all, number there and among all; number of its list, and its length."""
-
-    b: Any
-    h: Any
-    head: Any
-    row_block: Any
-    block: Any
-    list_at: Any
-    turns: Any
-
-
-class Ring(NamedTuple):
-    """Slots that tiles go round in, and a barrier of each that says "full" and one that says "empty"."""
-
-    slots: Any
-    full: Any
-    empty: Any
-
-
-class Memory(NamedTuple):
-    """Shared memory: a slot of `q` for each consumer; `hands` pass the tensor cores from one to the other."""
-
-    q: Any
-    k: Any
-    v: Any
-    slopes: Any
-    hands: Any
+# To the compiler a named tuple is a tuple of its own: no field may be called `values`.
+Call = namedtuple(  # the arguments of `attend`
+    "Call",
+    "q_tiles k_tiles v_tiles key_tiles value_tiles slope_tiles out_tiles out lse cached mass idx cnt order bits "
+    "log_count variance reach key_mask clear scale n_q n_kv heads listed width programs q_blocks kv_blocks log_b log_h",
+)
+# A query block: its sample and head, the head among all, its number there and among all, its list's, and that's length.
+Place = namedtuple("Place", "b h head row_block block list_at turns")
+# Which keys exist, and are let through: of the last tile the first `left`; the first `clear`; those of the mask.
+Limits = namedtuple("Limits", "left clear mask_at")
+# Slots that tiles go round in, and a barrier of each that says "full" and one that says "empty".
+Ring = namedtuple("Ring", "slots full empty")
+# Shared memory: a slot of `q` for each consumer; `hands` pass the tensor cores from one to the other.
+Memory = namedtuple("Memory", "q k v slopes hands")
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
@@ -302,22 +252,30 @@ def score(q, keys, C: gl.constexpr):
 
 
 @gluon.jit
-def hide_keys(scores, last, left, start, mask_at, clear, n_kv, C: gl.constexpr):
-    """-inf for keys that the mask hides, or that do not exist; most tiles have none of either.
+def limits_of(call, place, C: gl.constexpr):
+    """What hides keys from this query block, which has a list that is not empty."""
+    left, clear, mask_at = call.n_kv, call.n_kv, call.key_mask
+    if C.MASKED:
+        clear = gl.load(call.clear + place.b)
+        mask_at = call.key_mask + place.b.to(gl.int64) * call.n_kv
+    else:
+        left -= block_at(place.turns - 1, call, place, C.SPARSE) * C.KV_BLOCK
+    return Limits(left, clear, mask_at)
 
-    last: whether this is the last tile, of whose keys only the first `left` exist. clear: so many keys are all let
-    through by the mask.
-    """
+
+@gluon.jit
+def hide_keys(scores, last, start, limits, n_kv, C: gl.constexpr):
+    """-inf for keys that the mask hides, or that do not exist; most tiles have none of either."""
     COLUMN: gl.constexpr = gl.SliceLayout(0, scores_layout(C))
     if C.MASKED:
-        if start + C.KV_BLOCK > clear:
+        if start + C.KV_BLOCK > limits.clear:
             keys = start + gl.arange(0, C.KV_BLOCK, layout=FLAT)
-            allowed = gl.convert_layout(gl.load(mask_at + keys, mask=keys < n_kv, other=0), COLUMN)
+            allowed = gl.convert_layout(gl.load(limits.mask_at + keys, mask=keys < n_kv, other=0), COLUMN)
             scores = gl.where((allowed != 0)[None, :], scores, -float("inf"))
     else:
         if last:
             columns = gl.arange(0, C.KV_BLOCK, layout=COLUMN)
-            scores = gl.where((columns < left)[None, :], scores, -float("inf"))
+            scores = gl.where((columns < limits.left)[None, :], scores, -float("inf"))
     return scores
 
 
@@ -419,6 +377,17 @@ def consume_block(number, done, call, memory, LATE: gl.constexpr, C: gl.constexp
 
 
 @gluon.jit
+def weigh(scores, turn, block, highest, cached, limits, call, place, LATE: gl.constexpr, C: gl.constexpr):
+    """Weights of the keys of a listed block -> these, their sums, the new maximum, shrinkage of the old sums."""
+    scores = hide_keys(scores, turn == place.turns - 1, block * C.KV_BLOCK, limits, call.n_kv, C)
+    weights, highest, shrink = softmax_step(scores, call.scale, highest, C.MASKED, C)
+    sums = gl.sum(weights, 1)
+    if C.MASS:
+        store_mass(sums, highest, cached, block, call, place, LATE, C)
+    return weights, sums, highest, shrink
+
+
+@gluon.jit
 def attend_listed(q, done, call, place, memory, LATE: gl.constexpr, C: gl.constexpr):
     """Attention to the listed blocks -> weighted values, not yet divided, maximum and sum of weights."""
     LISTED: gl.constexpr = C.SPARSE and C.MASKED  # without a mask a consumer need not know its block
@@ -428,14 +397,9 @@ def attend_listed(q, done, call, place, memory, LATE: gl.constexpr, C: gl.conste
     acc = gl.full([ROWS, C.D_PAD], 0.0, gl.float32, out_layout(C))
     highest = gl.full([ROWS], -float("inf"), gl.float32, ROW)
     total = gl.full([ROWS], 0.0, gl.float32, ROW)
-    left, clear, mask_at = call.n_kv, call.n_kv, call.key_mask
-    if C.MASKED:
-        clear = gl.load(call.clear + place.b)
-        mask_at = call.key_mask + place.b.to(gl.int64) * call.n_kv
     cached = log2_of_cached(rows_of(place, LATE, ROW), call, place, C)
     if turns > 0:
-        if not C.MASKED:
-            left -= block_at(turns - 1, call, place, C.SPARSE) * C.KV_BLOCK
+        limits = limits_of(call, place, C)
         block = block_at(0, call, place, LISTED)
         ahead = block_at(1, call, place, LISTED)
         tile = arrived(keys, done, C.KV_BLOCK, C.D_PAD, C.STAGES)
@@ -444,11 +408,7 @@ def attend_listed(q, done, call, place, memory, LATE: gl.constexpr, C: gl.conste
         mbarrier.arrive(other, count=1)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         leave(keys, done, C.STAGES)
-        scores = hide_keys(scores, turns == 1, left, block * C.KV_BLOCK, mask_at, clear, call.n_kv, C)
-        weights, highest, shrink = softmax_step(scores, call.scale, highest, C.MASKED, C)
-        total = gl.sum(weights, 1)
-        if C.MASS:
-            store_mass(total, highest, cached, block, call, place, LATE, C)
+        weights, total, highest, shrink = weigh(scores, 0, block, highest, cached, limits, call, place, LATE, C)
         low = rounded(weights, q.dtype, C)
         for turn in range(1, turns):
             now = done + turn
@@ -462,12 +422,8 @@ def attend_listed(q, done, call, place, memory, LATE: gl.constexpr, C: gl.conste
             mbarrier.arrive(other, count=1)
             scores = warpgroup_mma_wait(1, deps=(next_scores,))
             leave(keys, now, C.STAGES)
-            scores = hide_keys(scores, turn == turns - 1, left, block * C.KV_BLOCK, mask_at, clear, call.n_kv, C)
-            weights, highest, shrink = softmax_step(scores, call.scale, highest, C.MASKED, C)
-            sums = gl.sum(weights, 1)
+            weights, sums, highest, shrink = weigh(scores, turn, block, highest, cached, limits, call, place, LATE, C)
             total = total * shrink + sums
-            if C.MASS:
-                store_mass(sums, highest, cached, block, call, place, LATE, C)
             acc = warpgroup_mma_wait(0, deps=(weighted,))
             leave(values, now - 1, C.STAGES)
             acc = rescaled(acc, shrink, C)

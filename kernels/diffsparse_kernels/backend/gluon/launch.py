@@ -32,9 +32,9 @@ _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 if not VERSIONS[0] <= _VERSION < VERSIONS[1]:
     raise ImportError(f"the gluon backend wants Triton 3.6 to 3.9; found {triton.__version__}")
 
-Q_BLOCK = 128
+Q_BLOCK: int = kernels.Q_BLOCK.value
 KV_BLOCKS = (64, 128)
-_ROWS = 64  # of a tile of queries or of the output
+_ROWS: int = kernels.ROWS.value  # of a tile of queries or of the output
 
 
 class Variant(NamedTuple):
