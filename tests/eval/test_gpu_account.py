@@ -169,7 +169,7 @@ def test_what_is_tried_on_hopper() -> None:
     built = [f"gluon {variant}" for variant in list(VARIANTS)[1:]]
     assert numerics.variants(GPU) == built
     assert numerics.jobs(GPU) == ["first use", "triton", "triton-tma", "gluon", *built, "eight bits"]
-    assert tuning.jobs(GPU) == ["tiles", "variants"]
+    assert tuning.jobs(GPU) == ["variants", "tiles"]
     tried = numerics.cases("gluon", GPU)
     wanted = {(b, d, t, m) for b in (64, 128) for d in (64, 72, 96, 128) for t in ("bf", "f") for m in (False, True)}
     assert {(c.kv_block, c.head_dim, "bf" if c.dtype == torch.bfloat16 else "f", c.masked) for c in tried} == wanted

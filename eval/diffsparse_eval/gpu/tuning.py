@@ -30,8 +30,8 @@ _HAND_PICKED = (
 
 
 def jobs(options: Options) -> list[str]:
-    """A child for the tiles, and one for the variants where there are any."""
-    return ["tiles", *(["variants"] if options.on_gpu and variants(options) else [])]
+    """A child for the variants where there are any, and one for the tiles."""
+    return [*(["variants"] if options.on_gpu and variants(options) else []), "tiles"]
 
 
 def run(job: str, options: Options, channel: Channel) -> None:
