@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 import diffsparse_kernels as dk
+from diffsparse_kernels import summaries
+from diffsparse_kernels.backend import reference
 from diffsparse_kernels.backend.gluon import kernels as gluon_kernels
 from diffsparse_kernels.backend.gluon import launch as gluon
-from diffsparse_kernels.backend.nvidia import LOG2E, mask_pointers
+from diffsparse_kernels.backend.nvidia import mask_pointers
 from diffsparse_kernels.case import Case
-from diffsparse_kernels.lists import BlockLists, blocks_of
-from support import aot, hopper
+from diffsparse_kernels.summaries import StandIns
+from support import aot, exact, hopper
 from support.cases import KEY_MASKS, MASKS, Size, assert_attention, prefixes, random_mask
 from support.devices import pretended
 
+ATTEND = gluon_kernels.attend
 SIZES = [
     Size(batch=1, heads=2, q_len=200, kv_len=700, dim=64, q_block=128, kv_block=64),  # turns outnumber the stages
     Size(batch=2, heads=1, q_len=257, kv_len=333, dim=72, q_block=128, kv_block=128),  # both ends ragged
@@ -31,33 +37,35 @@ MASKED_SIZES = [
     Size(batch=2, heads=1, q_len=120, kv_len=333, dim=72, q_block=128, kv_block=128),
     Size(batch=2, heads=2, q_len=128, kv_len=256, dim=128, q_block=128, kv_block=128),  # no end is ragged
 ]
+SUMMARISED_SIZES = [
+    Size(batch=1, heads=2, q_len=200, kv_len=70 * 64 - 9, dim=64, q_block=128, kv_block=64),  # two tiles of means
+    Size(batch=2, heads=1, q_len=257, kv_len=333, dim=72, q_block=128, kv_block=128),
+    Size(batch=2, heads=2, q_len=100, kv_len=512, dim=128, q_block=128, kv_block=64),
+    Size(batch=1, heads=1, q_len=1, kv_len=1, dim=96, q_block=128, kv_block=128),
+]
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    """Launches run on threads, of persistent programs three for all query blocks."""
+    monkeypatch.setattr(gluon_kernels, "attend", hopper.Hopper(gluon_kernels, "attend"))
+    monkeypatch.setattr(gluon, "_processors", lambda device: 3)
+
+
+pytestmark = pytest.mark.usefixtures("emulated")
 
 
 def attend(
-    size: Size, qkv: tuple[torch.Tensor, ...], lists: BlockLists | None, keys: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `gluon._attend` does, on threads."""
-    constants = gluon.constants(size.dim, size.kv_block, lists, keys is not None)
-    programs = size.batch * size.heads * blocks_of(size.q_len, 128)
-    out, lse = torch.full_like(qkv[0], torch.nan), torch.full(qkv[0].shape[:3], torch.nan)
-    blocks = zip(qkv, (128, size.kv_block, size.kv_block), strict=True)
-    order = None if lists is None else lists.order
-    lists_of = (lse, lse) if lists is None else (lists.idx, lists.cnt)
-    pointers = (out, lse, *lists_of, lse if order is None else order, *mask_pointers(keys, lse).values())
-    hopper.Hopper(gluon_kernels).run(
-        "attend",
-        programs,
-        *(hopper.Descriptor(x, [1, 1, rows, constants["D_PAD"]]) for x, rows in blocks),
-        *(hopper.Pointer(x.view(-1)) for x in pointers),
-        size.scale * LOG2E,
-        size.q_len,
-        size.kv_len,
-        size.heads,
-        programs if lists is None else lists.cnt.numel(),
-        0 if lists is None else lists.idx.shape[3],
-        *constants.values(),
-    )
-    return out, lse
+    size: Size,
+    qkv: tuple[Tensor, ...],
+    lists: dk.BlockLists | None,
+    keys: Tensor | None = None,
+    stand_ins: StandIns | None = None,
+    variant: gluon.Variant = gluon.USUAL,
+) -> tuple[Tensor, Tensor]:
+    """Attention over lists, or dense by tiles of any size."""
+    q, k, v = qkv
+    return gluon._attend(q, k, v, size.scale, keys, size.kv_block, variant, lists, stand_ins)[:2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -123,7 +131,7 @@ def test_the_mask_is_read_where_keys_are_hidden_and_not_before(monkeypatch: pyte
     qkv, mask, keys = size.qkv(torch.bfloat16), MASKS["full"](size), prefixes(size, 200, 64)
     known = mask_pointers(keys, keys)
     known["key_mask_ptr"] = (keys & ~prefixes(size, 192, 64)).view(torch.uint8)  # wrong before the tile of the end
-    monkeypatch.setitem(globals(), "mask_pointers", lambda *_: known)
+    monkeypatch.setattr(gluon, "mask_pointers", lambda *_: known)
     assert_attention(attend(size, qkv, size.lists(mask), keys), qkv, size.allowed(mask, keys), size.scale)
 
 
@@ -139,20 +147,298 @@ def test_how_many_leading_keys_are_allowed() -> None:
         assert known["key_mask_ptr"].is_contiguous()
 
 
-@aot.compiles
+# --- what stands for the blocks that are not listed -------------------------------------------------------------------
+
+
+def drawn(size: Size, dtype: torch.dtype, *parts: str) -> StandIns:
+    """Stand-ins of no particular keys and values, some without any key; `parts`: variance, slope, reach."""
+    batch, heads, rows, blocks = size.blocks
+    counts = torch.randint(0, size.kv_block + 1, (batch, heads, blocks)).clamp(max=size.kv_block)
+    every = {
+        "variance": torch.rand(batch, heads, blocks) * 12 / size.dim,  # up to twice the most that counts
+        "slope": torch.randn(batch, heads, rows, size.dim, size.dim).to(dtype) / 4,
+        "reach": torch.rand(batch, heads, rows) * 4,
+    }
+    means = (torch.randn(batch, heads, blocks, size.dim).to(dtype) for _ in range(2))
+    return StandIns(*means, counts.log(), **{name: every[name] for name in parts})
+
+
+def written_out(
+    size: Size, qkv: tuple[Tensor, ...], mask: Tensor, keys: Tensor | None, stand_ins: StandIns
+) -> tuple[Tensor, Tensor]:
+    """One softmax over the listed keys and the stand-ins of all other blocks, in the dtype of the inputs."""
+    q, k, v = qkv
+    key, value, log_count, variance, slope, reach = (None if x is None else x.to(q.dtype) for x in stand_ins)
+    assert key is not None
+    assert value is not None
+    assert log_count is not None
+    scores = (q @ k.mT * size.scale).masked_fill(~size.allowed(mask, keys), -torch.inf)
+    theirs = q @ key.mT * size.scale + log_count[:, :, None]
+    if variance is not None:
+        theirs = theirs + (q.square().sum(-1)[..., None] * variance[:, :, None] / 2).clamp(max=3)
+    rows = torch.arange(size.q_len) // size.q_block
+    theirs = theirs.masked_fill(mask.expand(size.blocks)[:, :, rows], -torch.inf)
+    both = torch.cat((scores, theirs), -1)
+    weights = both.softmax(-1).nan_to_num(0)
+    out = weights @ torch.cat((v, value), 2)
+    if slope is not None:
+        step = (q[..., None, :] @ slope[:, :, rows])[..., 0, :]
+        if reach is not None:
+            most = reach[:, :, rows, None]
+            step = step * most / (most.square() + step.square().sum(-1, keepdim=True)).sqrt()
+        out = out + weights[..., k.shape[2] :].sum(-1, keepdim=True) * step
+    return out, both.logsumexp(-1)
+
+
+def assert_stands(got: tuple[Tensor, Tensor], size: Size, qkv: tuple[Tensor, ...], *rest: Any) -> None:
+    """As float64 has it, but for twice the error of the same in the dtype of the inputs."""
+    wants, lows = written_out(size, tuple(x.double() for x in qkv), *rest), written_out(size, qkv, *rest)
+    dead = wants[1].isneginf()
+    assert got[0].dtype == qkv[0].dtype
+    assert torch.equal(got[1].isneginf(), dead)
+    assert (got[0][dead] == 0).all()
+    for x, want, low in zip(got, wants, lows, strict=True):
+        assert (x.double() - want)[~dead].abs().max() <= exact.tolerance(want[~dead], low[~dead])
+
+
+PARTS = {
+    "means": (),
+    "varied": ("variance",),
+    "sloped": ("variance", "slope"),
+    "bounded": ("variance", "slope", "reach"),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("size", SUMMARISED_SIZES, ids=str)
+def test_other_blocks_stand_as_their_summaries(size: Size, parts: str) -> None:
+    qkv, mask = size.qkv(torch.bfloat16), random_mask(size, 0.3)
+    mask[0, 0, 0] = False
+    stand_ins = drawn(size, torch.bfloat16, *PARTS[parts])
+    got = attend(size, qkv, size.lists(mask), stand_ins=stand_ins)
+    assert_stands(got, size, qkv, mask, None, stand_ins)
+
+
+@pytest.mark.parametrize("variant", ["usual", "all"])
+def test_tiles_of_means_outnumber_the_stages(variant: str) -> None:
+    size = Size(batch=1, heads=2, q_len=150, kv_len=40_000, dim=128, q_block=128, kv_block=128)
+    qkv, stand_ins = size.qkv(torch.bfloat16), drawn(size, torch.bfloat16, "variance")
+    mask = random_mask(size, 0.02)
+    mask[0, 1] = False
+    got = attend(size, qkv, size.lists(mask), stand_ins=stand_ins, variant=gluon.VARIANTS[variant])
+    assert_stands(got, size, qkv, mask, None, stand_ins)
+
+
+@pytest.mark.parametrize("kind", ["full", "empty", "sparse"])
+def test_all_blocks_are_listed_or_none(kind: str) -> None:
+    size = SUMMARISED_SIZES[2]
+    qkv, mask, stand_ins = size.qkv(torch.float16), MASKS[kind](size), drawn(size, torch.float16, *PARTS["bounded"])
+    got = attend(size, qkv, size.lists(mask), stand_ins=stand_ins)
+    assert_stands(got, size, qkv, mask, None, stand_ins)
+
+
+@pytest.mark.parametrize("kind", KEY_MASKS)
+def test_summaries_of_padded_keys_and_one_mask_for_the_batch(kind: str) -> None:
+    size = MASKED_SIZES[1]
+    qkv, mask, keys = size.qkv(torch.bfloat16), random_mask(size)[:1], KEY_MASKS[kind](size)
+    made = drawn(size, torch.bfloat16, *PARTS["bounded"])
+    made = made._replace(log_count=made.log_count[:1].masked_fill(torch.arange(3) == 2, -torch.inf))
+    got = attend(size, qkv, size.lists(mask).ordered(), keys, made)
+    assert_stands(got, size, qkv, mask, keys, made)
+
+
+def test_no_key_at_all() -> None:
+    size = MASKED_SIZES[0]
+    qkv, mask, keys = size.qkv(torch.bfloat16), random_mask(size), KEY_MASKS["nothing"](size)
+    made = drawn(size, torch.bfloat16, *PARTS["bounded"])
+    made.log_count[0] = -torch.inf
+    got = attend(size, qkv, size.lists(mask), keys, made)
+    assert got[1][0].isneginf().all()
+    assert_stands(got, size, qkv, mask, keys, made)
+
+
+@pytest.mark.parametrize("scale", [0.2, -0.2, 0.0])
+def test_scales_of_either_sign(scale: float) -> None:
+    size = SUMMARISED_SIZES[2]
+    (q, k, v), mask, made = size.qkv(torch.float16), random_mask(size), drawn(size, torch.float16, *PARTS["bounded"])
+    got = gluon.block_sparse_attention(q, k, v, size.lists(mask), scale, None, None, made)
+    times = scale / size.scale
+    made = made._replace(key=made.key * times)
+    want = written_out(size, (q.double(), k.double() * times, v.double()), mask, None, made)
+    low = written_out(size, (q, k * times, v), mask, None, made)
+    assert (got[0].double() - want[0]).abs().max() <= exact.tolerance(want[0], low[0])
+
+
+@pytest.mark.parametrize("by", summaries.SUMMARIES)
+def test_in_its_own_loop_as_merged_afterwards(by: dk.Summary) -> None:
+    size = SUMMARISED_SIZES[2]
+    qkv, mask = size.qkv(torch.bfloat16), random_mask(size, 0.3)
+    (q, k, v), lists = (x.double() for x in qkv), size.lists(mask)
+    made = dk.summarise(k, v, size.kv_block, by=by)
+    exactly = summaries.stand_ins(q, k, v, lists, size.scale, None, made)
+    apart = reference.block_sparse_attention(q, k, v, lists, size.scale, None)
+    want = summaries.merge(q, k, v, lists, size.scale, exactly, *apart)
+    parts = {name: getattr(exactly, name) for name in ("key", "value", "slope")}
+    stand_ins = exactly._replace(**{name: None if x is None else x.bfloat16() for name, x in parts.items()})
+    out, lse = attend(size, qkv, lists, stand_ins=stand_ins)
+    low = written_out(size, qkv, mask, None, stand_ins)
+    assert (out.double() - want[0]).abs().max() <= exact.tolerance(want[0], low[0])
+    assert (lse.double() - want[1]).abs().max() <= exact.tolerance(want[1], low[1])
+
+
+def test_one_slope_for_all_query_blocks() -> None:
+    size = SUMMARISED_SIZES[1]
+    qkv, mask = size.qkv(torch.bfloat16), random_mask(size)
+    made = drawn(size, torch.bfloat16, "slope")
+    assert made.slope is not None
+    one = made._replace(slope=made.slope[:, :, :1])
+    each = made._replace(slope=made.slope[:, :, :1].expand_as(made.slope))
+    assert_stands(attend(size, qkv, size.lists(mask), stand_ins=one), size, qkv, mask, None, each)
+
+
+# --- the mass of the blocks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [None, *KEY_MASKS])
+@pytest.mark.parametrize("size", MASKED_SIZES, ids=str)
+def test_mass_in_the_same_pass(size: Size, kind: str | None) -> None:
+    qkv = size.qkv(torch.bfloat16)
+    keys = None if kind is None else KEY_MASKS[kind](size)
+    cached = torch.linspace(2, 5, size.q_len).expand(qkv[0].shape[:3]).clone()
+    cached[:, :, 3], cached[:, :, 7] = torch.inf, -torch.inf
+    blocks = size.q_block, size.kv_block
+    out, lse, mass = gluon.attention_with_mass(*qkv, cached, *blocks, size.scale, keys)
+    everywhere = torch.ones(size.blocks, dtype=torch.bool)
+    assert_attention((out, lse), qkv, size.allowed(everywhere, keys), size.scale)
+    want = reference.block_mass(qkv[0].double(), qkv[1].double(), cached.double(), *blocks, size.scale, keys)
+    torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=0)
+
+
+# --- other ways to build it -------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("head_dim", "kv_block"), [(64, 64), (64, 128), (72, 128), (128, 64), (128, 128)])
-def test_ahead_of_time(head_dim: int, kv_block: int, masked: bool) -> None:
+@pytest.mark.parametrize("size", [SUMMARISED_SIZES[0], *MASKED_SIZES], ids=str)
+@pytest.mark.parametrize("variant", gluon.VARIANTS)
+def test_variants(variant: str, size: Size, masked: bool) -> None:
+    qkv, mask = size.qkv(torch.bfloat16), random_mask(size, 0.4)
+    mask[0, 0, 0] = False
+    q, k, v = qkv
+    k = k + torch.randn(k.shape[2], 1).to(k.dtype)  # maxima grow, some by little and some by much
+    keys = KEY_MASKS["end"](size) if masked else None
+    built = gluon.VARIANTS[variant]
+    got = attend(size, (q * 4, k, v), size.lists(mask).ordered(), keys, variant=built)
+    assert_attention(got, (q * 4, k, v), size.allowed(mask, keys), size.scale)
+    stand_ins = drawn(size, torch.bfloat16, *PARTS["bounded"])
+    got = attend(size, (q, k, v), size.lists(mask).ordered(), keys, stand_ins, built)
+    assert_stands(got, size, (q, k, v), mask, keys, stand_ins)
+
+
+@pytest.mark.parametrize("variant", gluon.VARIANTS)
+def test_mass_of_variants(variant: str) -> None:
+    size = Size(batch=2, heads=3, q_len=300, kv_len=200, dim=64, q_block=128, kv_block=64)
+    q, k, v = size.qkv(torch.float16)
+    cached, rest = torch.full(q.shape[:3], 3.0), (128, 64, size.scale, None)
+    mass = gluon.attention_with_mass(q * 4, k, v, cached, *rest, gluon.VARIANTS[variant])[2]
+    want = reference.block_mass(q.double() * 4, k.double(), cached.double(), *rest)
+    torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=0)
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+def compiled(constants: gluon.Constants) -> aot.Compiled:
+    """The kernel for sm_90; what it does not read is None, as its launcher has it."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    constants = {**gluon.constants(head_dim, kv_block, None, masked), "SPARSE": True, "ORDERED": True}
-    rows = {"queries": 128, "keys": kv_block, "values": kv_block}
-    tile = "tensordesc<bf16[1, 1, {}, {}],{!r}>"
-    types = {name: tile.format(n, constants["D_PAD"], gluon.layout()) for name, n in rows.items()}
-    kernel = aot.compiled(gluon_kernels.attend, 90, constants, 4, 3, source=GluonASTSource, **types, scale="fp32")
+    wanted = {
+        "SPARSE": ("idx_ptr", "cnt_ptr", "order_ptr"),
+        "MASS": ("cached_ptr", "mass_ptr"),
+        "SUMMARISED": ("mean_keys", "mean_values", "bits_ptr", "log_count_ptr"),
+        "VARIED": ("variance_ptr",),
+        "SLOPED": ("slopes",),
+        "BOUNDED": ("reach_ptr",),
+        "COPIED": ("outs",),
+    }
+    unread = [name for flag, names in wanted.items() if not getattr(constants, flag) for name in names]
+    types = {
+        "scale": "fp32",
+        "bits_ptr": "*u8",
+        "log_count_ptr": "*fp32",
+        "variance_ptr": "*fp32",
+        "reach_ptr": "*fp32",
+    }
+    for names, rows, rank in (
+        (("queries", "outs"), 64, 4),
+        (("keys", "values", "mean_keys", "mean_values"), constants.KV_BLOCK, 4),
+        (("slopes",), constants.D_PAD, 5),
+    ):
+        shape = [1] * (rank - 2) + [rows, constants.D_PAD]
+        types |= dict.fromkeys(names, f"tensordesc<bf16{shape},{gluon.layout(rank)!r}>")
+    known = {**dict.fromkeys(unread), "C": constants}
+    return aot.compiled(ATTEND, 90, known, 4, 3, source=GluonASTSource, **types)
+
+
+LISTED: dict[str, Any] = {"SPARSE": True, "ORDERED": True}
+FIRST_ORDER: dict[str, Any] = {**LISTED, "SUMMARISED": True, "VARIED": True, "SLOPED": True, "BOUNDED": True}
+WORK: dict[str, dict[str, Any]] = {
+    "lists": LISTED,
+    "lists, masked": {**LISTED, "MASKED": True},
+    "mass": {"MASS": True},
+    "mass, masked": {"MASS": True, "MASKED": True},
+    "means": {**LISTED, "SUMMARISED": True},
+    "first order": FIRST_ORDER,
+    "first order, masked": {**FIRST_ORDER, "MASKED": True},
+}
+SHOWN = {
+    "lists": [(128, 128), (128, 64), (72, 128), (64, 128), (64, 64)],
+    "lists, masked": [(128, 128), (128, 64), (64, 64)],
+    "first order": [(128, 128), (128, 64)],
+}
+BUILDS = [
+    *((work, "usual", *size) for work in WORK for size in SHOWN.get(work, [(128, 128)])),
+    *(("lists", variant, 128, 128) for variant in list(gluon.VARIANTS)[1:]),
+    ("first order, masked", "all", 128, 128),
+]
+
+
+@aot.compiles
+@pytest.mark.parametrize(("work", "variant", "head_dim", "kv_block"), BUILDS)
+def test_ahead_of_time(work: str, variant: str, head_dim: int, kv_block: int) -> None:
+    built = gluon.constants(head_dim, kv_block, variant=gluon.VARIANTS[variant])
+    kernel = compiled(replace(built, **WORK[work]))
     aot.assert_sound(kernel, 90)
     assert aot.COPY_ENGINE in kernel.ptx
     assert aot.SPECIALISED in kernel.ptx
+
+
+def test_one_kernel_for_prompts_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of the cache that compiled kernels are in: of a launch, all that is not a tensor's own."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import compute_cache_key, create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(ATTEND.signature, ATTEND.params, backend)
+    keys: set[str] = set()
+
+    class Launched:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            def launch(**arguments: Any) -> None:
+                _, specialization, options = bind(**arguments)
+                keys.add(compute_cache_key({}, specialization, options))
+
+            return launch
+
+    monkeypatch.setattr(gluon_kernels, "attend", Launched())
+    for batch, length in ((1, 4096), (1, 4097), (2, 4104), (1, 4112), (1, 100)):
+        size = Size(batch=batch, heads=batch, q_len=length, kv_len=length, dim=64, q_block=128, kv_block=64)
+        lists = size.lists(torch.rand(size.blocks) < 0.9).ordered()
+        stand_ins = drawn(size, torch.bfloat16, *PARTS["bounded"])
+        attend(size, size.qkv(torch.bfloat16), lists, stand_ins=stand_ins)
+    assert len(keys) == 1
+    attend(size, size.qkv(torch.bfloat16), lists)
+    assert len(keys) == 2  # so they tell kernels apart
 
 
 CASE = Case("attend", torch.bfloat16, 128, 128, 128, 64)
@@ -171,6 +457,9 @@ CASE = Case("attend", torch.bfloat16, 128, 128, 128, 64)
         ({"head_dim": 256, "value_dim": 256}, "heads of at most 128 channels"),
         ({"value_dim": 64}, "as many of keys as of values"),
         ({"copyable": False}, "multiples of 16 bytes"),
+        ({"kind": "fused"}, ""),
+        ({"summary": "means"}, ""),
+        ({"summary": "first-order", "head_dim": 68, "value_dim": 68}, "a multiple of 8 channels; got 68"),
     ],
 )
 def test_what_is_left_to_the_triton_backend(change: dict[str, Any], reason: str) -> None:
@@ -181,18 +470,22 @@ def test_what_is_left_to_the_triton_backend(change: dict[str, Any], reason: str)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a Hopper GPU")
-def test_on_the_device() -> None:
+def test_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
     if torch.cuda.get_device_capability(device)[0] != 9:
         pytest.skip("wants a Hopper GPU")
     assert gluon.capability(device) is None
-    for size in SIZES:
-        qkv, mask = size.qkv(torch.bfloat16), random_mask(size)
-        lists = size.lists(mask).to(device).ordered()
+    monkeypatch.setattr(gluon_kernels, "attend", ATTEND)
+    for size, variant in itertools.product([*SIZES, *SUMMARISED_SIZES], gluon.VARIANTS.values()):
+        qkv, mask, made = size.qkv(torch.bfloat16), random_mask(size), drawn(size, torch.bfloat16, *PARTS["bounded"])
+        there, lists = [x.to(device) for x in qkv], size.lists(mask).to(device).ordered()
+        moved = StandIns._make(None if x is None else x.to(device) for x in made)
         for keys in (None, *(make(size) for make in KEY_MASKS.values())):
-            moved = None if keys is None else keys.to(device)
-            out, lse = gluon._attend(*(x.to(device) for x in qkv), size.scale, moved, size.kv_block, lists)
+            hidden = None if keys is None else keys.to(device)
+            out, lse = attend(size, there, lists, hidden, None, variant)
             assert_attention((out.cpu(), lse.cpu()), qkv, size.allowed(mask, keys), size.scale)
+            out, lse = attend(size, there, lists, hidden, moved, variant)
+            assert_stands((out.cpu(), lse.cpu()), size, qkv, mask, keys, made)
 
 
 @pytest.fixture

@@ -100,6 +100,10 @@ def test_spills_in_loops_are_seen() -> None:
     lines = ["/*0000*/ STL [R1], R2 ;", ".L_x_1:", "/*0010*/ LDL R2, [R1] ;", "/*0020*/ @P0 BRA `(.L_x_1) ;"]
     assert aot.in_loops("\n".join(lines)) == 1
     assert aot.in_loops("\n".join([lines[0], lines[2], lines[1], lines[3]])) == 0
+    assert aot.in_loops("\n".join([*lines[:3], lines[3].replace("@P0 ", "")])) == 0
+    around = [".L_x_0:", *lines, "/*0030*/ LDL R3, [R1] ;", "/*0040*/ @P1 BRA `(.L_x_0) ;"]
+    assert aot.in_loops("\n".join(around)) == 3  # the one within is too small to be more than a wait
+    assert aot.in_loops("\n".join([*around[:3], *["/*0015*/ HGMMA R8, R4 ;"] * 2, *around[3:]])) == 1
 
 
 @aot.compiles

@@ -36,6 +36,7 @@ TYPES = {
     "*u8": ("key_mask_ptr", "bits_ptr"),
     "fp32": ("scale_log2",),
 }
+_WAITING = 3  # instructions of a loop that does nothing but wait for a barrier
 ALIGNED = re.compile(r".*_ptr|[qkvx]_[bhn]")  # addresses and strides that are multiples of 16
 
 
@@ -108,19 +109,25 @@ def said(tool: str, *arguments: str) -> str:
 
 
 def in_loops(assembly: str) -> int:
-    """Loads from and stores to the stack between a label and a jump back to it."""
+    """Loads from and stores to the stack between a label and a jump back to it, if that depends on something.
+
+    Loops around others don't count: they run once for a block of queries. Nor do jumps back that are always taken, from
+    where a barrier is waited for, out of the way of the loop that needs it.
+    """
     labels: dict[str, int] = {}
-    stacked: list[bool] = []  # one for each instruction
-    spilling = set()
+    lines: list[str] = []  # one for each instruction
+    loops: set[tuple[int, int]] = set()
     for line in assembly.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(stacked)
+            labels[label[1]] = len(lines)
         if found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            stacked.append(bool(re.search(r"\b(LDL|STL)\b", found[1])))
-            jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", found[1])
-            start = labels.get(jump[1], len(stacked)) if jump else len(stacked)
-            spilling |= {at for at in range(start, len(stacked)) if stacked[at]}
-    return len(spilling)
+            lines.append(found[1])
+            jump = re.match(r"@\S+\s+BRA\b.*?(\.L_x_\d+)", found[1])
+            if jump and jump[1] in labels:
+                loops.add((labels[jump[1]], len(lines)))
+    working = [(a, z) for a, z in loops if z - a > _WAITING]
+    inner = [(a, z) for a, z in loops if not any(a <= b and y <= z and (b, y) != (a, z) for b, y in working)]
+    return len({at for loop in inner for at in range(*loop) if re.search(r"\b(LDL|STL)\b", lines[at])})
 
 
 def assert_sound(kernel: Compiled, chip: int, instruction: str | None = None) -> None:

@@ -2,7 +2,8 @@
 
 Copies arrive late, and their slot holds NaN until then. A matrix product reads its shared memory when it is issued and
 again when it is waited for, and both must agree: memory that is not full yet, or given back too early, is noticed. A
-barrier that is never completed raises instead of hanging.
+copy out of shared memory reads it as late as it may, and what the warps wrote there must have been fenced. A barrier
+that is never completed raises instead of hanging.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import random
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 _PATIENCE = 20.0  # seconds
 
@@ -65,8 +67,14 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order), self.dtype)
 
-    def slice(self, start: int, length: int) -> Shared:
-        return Shared(self.data[start : start + length], self.dtype)
+    def load(self, layout: Any) -> Tensor:
+        assert not self.data.isnan().any(), "read before it had arrived"
+        return self.data.clone()
+
+    def store(self, value: Tensor) -> None:
+        assert value.dtype == self.dtype
+        _under_way.unfenced = True
+        self.data.copy_(value)
 
 
 class Pointer:
@@ -85,19 +93,23 @@ class Descriptor:
 
     def __init__(self, tensor: Tensor, block: list[int]) -> None:
         size = torch.Size(block).numel() * tensor.element_size()
-        self.tensor, self.dtype, self.layout = tensor, tensor.dtype, None
+        self.tensor, self.dtype, self.layout, self.shape = tensor, tensor.dtype, None, tensor.shape
         self.block_type = types.SimpleNamespace(shape=block, nbytes=size)
 
     def tile(self, place: list[int]) -> Tensor:
         """Zeros beyond the tensor's edges."""
-        tile = self.tensor.new_zeros(self.block_type.shape)
-        ranges = [
-            slice(int(p), min(int(p) + n, size))
-            for p, n, size in zip(place, tile.shape, self.tensor.shape, strict=True)
-        ]
-        part = self.tensor[tuple(ranges)]
+        tile, part = self.tensor.new_zeros(self.block_type.shape), self._inside(place)
         tile[tuple(slice(0, n) for n in part.shape)] = part
         return tile
+
+    def write(self, place: list[int], tile: Tensor) -> None:
+        """Nothing beyond the tensor's edges."""
+        part = self._inside(place)
+        part.copy_(tile[tuple(slice(0, n) for n in part.shape)])
+
+    def _inside(self, place: list[int]) -> Tensor:
+        sizes = zip(place, self.block_type.shape, self.tensor.shape, strict=True)
+        return self.tensor[tuple(slice(int(p), min(int(p) + n, size)) for p, n, size in sizes)]
 
 
 class Product:
@@ -122,30 +134,44 @@ def _dawdle() -> None:
         time.sleep(random.random() * 2e-4)
 
 
-class Hopper:
-    """Runs a kernel of `module`, whose functions are taken from their decorators and bound to this machine."""
+_under_way = threading.local()  # of each partition: its products, its copies out, whether it wrote without a fence
 
-    def __init__(self, module: types.ModuleType) -> None:
-        self._under_way = threading.local()
-        self._program = 0
+
+class Hopper:
+    """Runs a kernel of `module`, whose functions are taken from their decorators and bound to this machine.
+
+    Stands where the kernel does: `hopper[grid](**arguments)`, with the arguments that a launcher makes.
+    """
+
+    def __init__(self, module: types.ModuleType, kernel: str) -> None:
+        self._kernel, self._program, self._programs = kernel, 0, 0
+        self._names: list[str] = getattr(module, kernel).arg_names
         self._world = {name: getattr(value, "value", value) for name, value in vars(module).items()}  # of constants
         self._world.update(
             gl=self._language(),
+            range=_turns,
+            tl=types.SimpleNamespace(range=_turns),
             mbarrier=self._barriers(),
             copy_tile=self._copy,
+            store_tile=self._copy_out,
+            store_wait=self._await_copies,
             warpgroup_mma=self._multiply,
             warpgroup_mma_wait=self._await_products,
-            fence_async_shared=lambda: None,
+            fence_async_shared=self._fence,
         )
         for name, value in vars(module).items():
             if hasattr(value, "is_gluon"):
                 code = value.fn.__code__
                 self._world[name] = types.FunctionType(code, self._world, name, value.fn.__defaults__)
 
-    def run(self, kernel: str, programs: int, *arguments: Any) -> None:
-        for program in range(programs):
-            self._program = program
-            self._world[kernel](*arguments)
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return lambda **arguments: self._run(grid[0], arguments)
+
+    def _run(self, programs: int, arguments: dict[str, Any]) -> None:
+        there = [_there(arguments[name]) for name in self._names]
+        self._programs = programs
+        for self._program in range(programs):
+            self._world[self._kernel](*there)
 
     def _copy(self, tiles: Descriptor, place: list[int], full: Any, slot: Shared) -> None:
         slot.data.fill_(torch.nan)
@@ -157,23 +183,37 @@ class Hopper:
 
         threading.Thread(target=deliver, daemon=True).start()
 
+    def _copy_out(self, tiles: Descriptor, place: list[int], slot: Shared) -> None:
+        assert not getattr(_under_way, "unfenced", False), "the copy engine may not see what was written"
+
+        def deliver() -> None:
+            time.sleep(random.random() ** 4 * 2e-2)
+            tiles.write(place, slot.data)
+
+        copy = threading.Thread(target=deliver, daemon=True)
+        copy.start()
+        _queue("copies").append(copy)
+
+    def _await_copies(self, left: int) -> None:
+        copies = _queue("copies")
+        while len(copies) > left:
+            copies.pop(0).join()
+
+    def _fence(self) -> None:
+        _under_way.unfenced = False
+
     def _multiply(self, a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Product:
         assert is_async
         product = Product(a, b, acc, use_acc)
-        self._queue().append(product)
+        _queue("products").append(product)
         return product
 
     def _await_products(self, left: int, deps: tuple[Product]) -> Tensor:
-        queue = self._queue()
-        while len(queue) > left:
-            queue.pop(0).finish()
+        products = _queue("products")
+        while len(products) > left:
+            products.pop(0).finish()
         assert deps[0].result is not None, "read before it was waited for"
         return deps[0].result
-
-    def _queue(self) -> list[Product]:
-        if not hasattr(self._under_way, "queue"):
-            self._under_way.queue = []
-        return self._under_way.queue  # type: ignore[no-any-return]
 
     def _partitions(self, work: list[tuple[Callable[..., Any], tuple[Any, ...]]], *_: Any) -> None:
         errors: list[BaseException] = []
@@ -181,6 +221,7 @@ class Hopper:
         def guarded(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
             try:
                 function(*arguments)
+                assert not _queue("copies"), "a copy out of shared memory may outlive it"
             except BaseException as error:
                 errors.append(error)
 
@@ -213,16 +254,20 @@ class Hopper:
             BlockedLayout=lambda *_: None,
             static_range=range,
             program_id=lambda axis: torch.tensor(self._program),
+            num_programs=lambda axis: torch.tensor(self._programs),
             cdiv=lambda a, b: -(-a // b),
             minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
-            maximum=torch.maximum,
+            maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
             max=lambda x, axis: x.amax(axis),
+            min=lambda x, axis: x.amin(axis),
             sum=lambda x, axis: x.sum(axis),
+            abs=torch.abs,
             exp2=torch.exp2,
             log2=torch.log2,
+            rsqrt=torch.rsqrt,
             where=torch.where,
             convert_layout=lambda x, layout: x,
-            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+            zeros_like=torch.zeros_like,
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
             arange=lambda start, end, layout: torch.arange(start, end),
             allocate_shared_memory=_allocate,
@@ -230,6 +275,24 @@ class Hopper:
             store=_store,
             warp_specialize=self._partitions,
         )
+
+
+def _turns(*bounds: Any, disable_licm: bool = False) -> Iterator[Tensor]:
+    """Numbers of the machine's, not of the compiler's."""
+    return map(torch.tensor, range(*bounds))
+
+
+def _there(value: Any) -> Any:
+    """A launcher's argument as the kernel sees it."""
+    if isinstance(value, TensorDescriptor):
+        return Descriptor(value.base, value.block_shape)
+    return Pointer(value.view(-1)) if isinstance(value, Tensor) else value
+
+
+def _queue(of: str) -> list[Any]:
+    """What this partition has under way."""
+    queue: list[Any] = _under_way.__dict__.setdefault(of, [])
+    return queue
 
 
 def _barrier(place: Any) -> Barrier:
@@ -246,12 +309,15 @@ def _allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
 def _load(pointer: Pointer, mask: Tensor | None = None, other: Any = None) -> Tensor:
     """Nothing is read where the mask is False; what is read lies within the tensor."""
     at = torch.as_tensor(pointer.at)
-    read = torch.ones_like(at, dtype=torch.bool) if mask is None else mask
+    read = torch.ones_like(at, dtype=torch.bool) if mask is None else torch.as_tensor(mask).expand(at.shape)
     assert ((at >= 0) & (at < pointer.flat.numel()))[read].all(), "read out of bounds"
-    found = pointer.flat[at.where(read, 0)]
-    return found if mask is None else found.where(read, other)
+    found = torch.full(at.shape, 0 if other is None else other, dtype=pointer.flat.dtype)
+    found[read] = pointer.flat[at[read]]
+    return found
 
 
-def _store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
-    mask = mask.expand(value.shape)
-    pointer.flat[pointer.at.expand(value.shape)[mask]] = value[mask]
+def _store(pointer: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
+    at = torch.as_tensor(pointer.at).expand(value.shape)
+    written = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand(value.shape)
+    assert ((at >= 0) & (at < pointer.flat.numel()))[written].all(), "written out of bounds"
+    pointer.flat[at[written]] = value[written]

@@ -247,7 +247,7 @@ def _best_tiles(rows: list[AccountRow]) -> list[TilesRow]:
     """The table of tiles, as `diffsparse bench --tune` writes it into the cache folder."""
     sizes: dict[tuple[str, int, int, int], list[tuple[float, TileRow]]] = {}
     for row in rows:
-        if row["stage"] == "tune" and row["ms"] is not None:
+        if row["stage"] == "tune" and row["ms"] is not None and row.get("tile") is not None:
             size = row["device"], row["head_dim"], row["q_block"], row["kv_block"]
             sizes.setdefault(size, []).append((row["ms"], row["tile"]))
     return [tiles_row(*size, (tile for _, tile in sorted(timed, key=itemgetter(0)))) for size, timed in sizes.items()]

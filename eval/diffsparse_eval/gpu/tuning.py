@@ -1,15 +1,22 @@
-"""A few tiles of the Triton kernel for each head size and block, each timed alone; `account` keeps the best."""
+"""Other ways to build the kernels, for each head size and block, each timed alone.
+
+Of the Triton kernel's tiles `account` keeps the best. The Gluon kernel's variants are candidates: rows tell which of
+them are faster than the first.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 
 from diffsparse_eval import tune
+from diffsparse_eval.gpu.numerics import variants
 from diffsparse_eval.gpu.stage import Channel, Options
 from diffsparse_eval.rows import Attempt
 from diffsparse_eval.suites import Case
 from diffsparse_kernels.backend.nvidia import chip
+from diffsparse_kernels.backend.selftest import kernel_of
 from diffsparse_kernels.measured import HEAD_DIMS, Tile, tiles_for
 
 _TOKENS, _HEADS = 8192, 8
@@ -23,16 +30,39 @@ _HAND_PICKED = (
 
 
 def jobs(options: Options) -> list[str]:
-    """One child."""
-    return ["tiles"]
+    """A child for the variants where there are any, and one for the tiles."""
+    return [*(["variants"] if options.on_gpu and variants(options) else []), "tiles"]
 
 
 def run(job: str, options: Options, channel: Channel) -> None:
-    """Each size: the table's tiles, then others; a CPU has none to tune."""
+    """Each size: the table's tiles, then others, or the variants; a CPU has none to tune."""
     if not options.on_gpu:
         return channel.row(kernel="all", shape="", verdict="nothing to tune")
     for head_dim, block in itertools.product(reversed(HEAD_DIMS), (128, 64)):
-        _tune(head_dim, block, options, channel)
+        if job == "variants":
+            _try_variants(head_dim, block, options, channel)
+        else:
+            _tune(head_dim, block, options, channel)
+
+
+def _try_variants(head_dim: int, kv_block: int, options: Options, channel: Channel) -> None:
+    """The first beside all others, over lists as long as a step has them."""
+    case = Case(_TOKENS, _HEADS, head_dim, "bfloat16", (128, kv_block), ())
+    qkv, lists = case.tensors(options.device), case.lists(1 - tune.TUNED_DENSITY, options.device)
+    for name in ("gluon", *variants(options)):
+        kernel = kernel_of(name).block_sparse_attention
+        measure = partial(tune.time_kernel, kernel, qkv, lists, options.device, _ROUNDS, _SECONDS)
+        channel.attempt(name, f"{head_dim}/128x{kv_block}", partial(_timed, measure, case))
+
+
+def _timed(measure: Callable[[], tuple[float, float, float]], case: Case) -> Attempt:
+    """What came of a kernel's calls, by their error, what is explained of it, and their seconds."""
+    error, limit, seconds = measure()
+    if not error <= limit:
+        return {"verdict": "wrong", "why": f"off by {error:.2e}, {limit:.2e} is explained", "error": error}
+    flops = tune.TUNED_DENSITY * case.flops
+    sizes: Attempt = {"head_dim": case.head_dim, "q_block": case.q_block, "kv_block": case.kv_block}
+    return {**sizes, "verdict": "timed", "ms": seconds * 1e3, "tflops": flops / seconds / 1e12, "error": error}
 
 
 def _tune(head_dim: int, block: int, options: Options, channel: Channel) -> None:
@@ -42,18 +72,8 @@ def _tune(head_dim: int, block: int, options: Options, channel: Channel) -> None
     tiles = dict.fromkeys([*listed, *(tile for tile in _HAND_PICKED if tile.keys <= block)])
 
     def measure(tile: Tile) -> Attempt:
-        error, limit, seconds = tune.time_tile(tile, qkv, lists, options.device, _ROUNDS, _SECONDS)
-        if not error <= limit:
-            return {"verdict": "wrong", "why": f"off by {error:.2e}, {limit:.2e} is explained", "error": error}
-        return {
-            "verdict": "timed",
-            "ms": seconds * 1e3,
-            "tflops": tune.TUNED_DENSITY * case.flops / seconds / 1e12,
-            "head_dim": head_dim,
-            "q_block": block,
-            "kv_block": block,
-            "tile": tune.as_row(tile),
-        }
+        timed = _timed(partial(tune.time_tile, tile, qkv, lists, options.device, _ROUNDS, _SECONDS), case)
+        return {**timed, "tile": tune.as_row(tile)}
 
     for tile in tiles:
         channel.attempt(

@@ -1,14 +1,16 @@
 """Attention on Hopper (sm_90) in Gluon. The kernel is in `kernels.py`; what it can't do, the triton backend does.
 
 It takes bfloat16 and float16 [B, H, N, D] whose rows are dense and whose addresses and strides are multiples of 16
-bytes, D at most 128, blocks of 128 queries and 64 or 128 keys, any key mask, no boxes, no mass. All else is the triton
-backend's, and so is everything where the kernel was wrong in its trial on the device. Scores, softmax and LSE are
-float32, and the error against float64 stays below twice that of plain attention in the same dtype.
+bytes, D at most 128, blocks of 128 queries and 64 or 128 keys, any key mask, no boxes; over lists with or without
+summaries of the other blocks, and dense with or without the block mass. All else is the triton backend's, and so is
+everything where the kernel was wrong in its trial on the device. Scores, softmax and LSE are float32, and the error
+against float64 stays below twice that of plain attention in the same dtype.
 """
 
 from __future__ import annotations
 
-from typing import TypedDict
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,31 +19,48 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from diffsparse_kernels.backend.gluon import kernels
+from diffsparse_kernels.backend.gluon.kernels import Constants
 from diffsparse_kernels.backend.nvidia import LOG2E, mask_pointers, positive
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.measured import HEAD_DIMS
+from diffsparse_kernels.summaries import StandIns
 
 VERSIONS = (3, 6), (3, 10)  # of Triton, the last excluded: Gluon is experimental, and renames things
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 if not VERSIONS[0] <= _VERSION < VERSIONS[1]:
     raise ImportError(f"the gluon backend wants Triton 3.6 to 3.9; found {triton.__version__}")
 
-Q_BLOCK = 128
+Q_BLOCK: int = kernels.Q_BLOCK.value
 KV_BLOCKS = (64, 128)
+_ROWS: int = kernels.ROWS.value  # of a tile of queries or of the output
 
 
-class Constants(TypedDict):
-    """The constants of `kernels.attend`."""
+class Variant(NamedTuple):
+    """How the kernel is built, as `Constants` says. A GPU has to show another right and faster before it is the first.
 
-    D: int
-    D_PAD: int
-    KV_BLOCK: int
-    STAGES: int
-    SPARSE: bool
-    ORDERED: bool
-    MASKED: bool
+    persistent: one program for each multiprocessor.
+    copied: the copy engine stores the output.
+    lazy: sums are rescaled only where a maximum has grown much.
+    producers: warps that drive the copy engine.
+    """
+
+    persistent: bool = False
+    copied: bool = False
+    lazy: bool = False
+    producers: int = 4
+
+
+USUAL = Variant()
+VARIANTS = {
+    "usual": USUAL,
+    "persistent": Variant(persistent=True),
+    "copied": Variant(copied=True),
+    "lazy": Variant(lazy=True),
+    "one producer": Variant(producers=1),
+    "all": Variant(True, True, True, 1),
+}
 
 
 def capability(device: torch.device, case: Case | None = None) -> str | None:
@@ -73,12 +92,32 @@ def case_capability(case: Case) -> str | None:
         return f"it takes blocks of {wanted}; got {case.q_block} and {case.kv_block}"
     if not case.copyable:
         return "it takes dense rows, with addresses and strides that are multiples of 16 bytes"
+    if case.summary is not None and case.head_dim % 8:
+        return f"with summaries it takes heads of a multiple of 8 channels; got {case.head_dim}"
     return None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, variant: Variant = USUAL
+) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    return _attend(q, k, v, scale, key_mask, KV_BLOCKS[-1], None)
+    return _attend(q, k, v, scale, key_mask, KV_BLOCKS[-1], variant)[:2]
+
+
+def attention_with_mass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    q_block: int,
+    kv_block: int,
+    scale: float,
+    key_mask: Tensor | None,
+    variant: Variant = USUAL,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense attention, its LSE and the block mass, one pass."""
+    out, fresh, halves = _attend(q, k, v, scale, key_mask, kv_block, variant, cached=lse)
+    return out, fresh, halves.unflatten(2, (-1, 2)).sum(3)
 
 
 def block_sparse_attention(
@@ -89,66 +128,140 @@ def block_sparse_attention(
     scale: float,
     key_mask: Tensor | None,
     boxes: Boxes | None = None,
+    stand_ins: StandIns | None = None,
+    variant: Variant = USUAL,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the listed blocks."""
-    return _attend(q, k, v, scale, key_mask, lists.kv_block, lists)
+    """Attention over the listed blocks, and over what stands for all others. `variant` serves to measure others."""
+    return _attend(q, k, v, scale, key_mask, lists.kv_block, variant, lists, stand_ins)[:2]
 
 
-def constants(head_dim: int, kv_block: int, lists: BlockLists | None, masked: bool) -> Constants:
-    """The constants of `kernels.attend`: as many stages as the shared memory of one block of threads holds."""
+def constants(
+    head_dim: int,
+    kv_block: int,
+    lists: BlockLists | None = None,
+    masked: bool = False,
+    mass: bool = False,
+    stand_ins: StandIns | None = None,
+    variant: Variant = USUAL,
+) -> Constants:
+    """What the kernel is compiled for: as many stages as the shared memory of one block of threads holds."""
     padded = 64 if head_dim <= 64 else 128
-    return {
-        "D": head_dim,
-        "D_PAD": padded,
-        "KV_BLOCK": kv_block,
-        "STAGES": 2 if kv_block * padded > 8192 else 4,
-        "SPARSE": lists is not None,
-        "ORDERED": lists is not None and lists.order is not None,
-        "MASKED": masked,
-    }
+    return Constants(
+        D=head_dim,
+        D_PAD=padded,
+        KV_BLOCK=kv_block,
+        STAGES=2 if kv_block * padded > 8192 else 4,
+        SPARSE=lists is not None,
+        ORDERED=lists is not None and lists.order is not None,
+        MASKED=masked,
+        MASS=mass,
+        SUMMARISED=stand_ins is not None,
+        VARIED=stand_ins is not None and stand_ins.variance is not None,
+        SLOPED=stand_ins is not None and stand_ins.slope is not None,
+        BOUNDED=stand_ins is not None and stand_ins.slope is not None and stand_ins.reach is not None,
+        PERSISTENT=variant.persistent,
+        COPIED=variant.copied and head_dim % 8 == 0,
+        LAZY=variant.lazy,
+        PRODUCERS=variant.producers,
+    )
 
 
-def layout() -> gl.NVMMASharedLayout:
-    """Of a tile [1, 1, rows, D_PAD] in shared memory, as the tensor cores read it."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+@cache
+def layout(rank: int) -> gl.NVMMASharedLayout:
+    """Of a tile [1, ..., rows, D_PAD] in shared memory, as the tensor cores read it."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, kv_block: int, lists: BlockLists | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_mask: Tensor | None,
+    kv_block: int,
+    variant: Variant,
+    lists: BlockLists | None = None,
+    stand_ins: StandIns | None = None,
+    cached: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `kernels.attend` -> out, lse, mass by half query blocks (empty if there is no cached LSE)."""
+    if stand_ins is not None and stand_ins.slope is not None and scale < 0:
+        stand_ins = stand_ins._replace(slope=-stand_ins.slope)  # as the queries will be
     q, scale = positive(q, scale)
-    batch, heads, n_q, head_dim = q.shape
+    (batch, heads, n_q, head_dim), n_kv = q.shape, k.shape[2]
+    q_blocks, kv_blocks = blocks_of(n_q, Q_BLOCK), blocks_of(n_kv, kv_block)
     out = q.new_empty(batch, heads, n_q, head_dim)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32)
-    constant = constants(head_dim, kv_block, lists, key_mask is not None)
-    programs = batch * heads * blocks_of(n_q, Q_BLOCK)
+    mass = q.new_empty((0,) if cached is None else (batch, heads, 2 * q_blocks, kv_blocks), dtype=torch.float32)
+    C = constants(head_dim, kv_block, lists, key_mask is not None, cached is not None, stand_ins, variant)
+    programs = batch * heads * q_blocks
     with torch.cuda.device_of(q):
-        kernels.attend[(programs,)](
-            _tiles(q, Q_BLOCK, constant["D_PAD"]),
-            _tiles(k, kv_block, constant["D_PAD"]),
-            _tiles(v, kv_block, constant["D_PAD"]),
-            out,
-            lse,
-            *_list_pointers(lists, lse),
-            *mask_pointers(key_mask, lse).values(),
-            scale * LOG2E,
-            n_q,
-            k.shape[2],
-            heads,
-            programs if lists is None else lists.cnt.numel(),
-            0 if lists is None else lists.idx.shape[3],
-            **constant,
+        kernels.attend[(min(programs, _processors(q.device)) if C.PERSISTENT else programs,)](
+            queries=_tiles(q, _ROWS, C),
+            keys=_tiles(k, kv_block, C),
+            values=_tiles(v, kv_block, C),
+            outs=_tiles(out, _ROWS, C) if C.COPIED else None,
+            out_ptr=out,
+            lse_ptr=lse,
+            cached_ptr=None if cached is None else cached.float().contiguous(),
+            mass_ptr=None if cached is None else mass,
+            **_list_arguments(lists, programs),
+            **_summary_arguments(stand_ins, lists, q, C),
+            **mask_pointers(key_mask, lse),
+            scale=scale * LOG2E,
+            n_q=n_q,
+            n_kv=n_kv,
+            heads=heads,
+            programs=programs,
+            q_blocks=q_blocks,
+            kv_blocks=kv_blocks,
+            C=C,
             num_warps=4,
         )
-    return out, lse
+    return out, lse, mass
 
 
-def _tiles(x: Tensor, rows: int, padded: int) -> TensorDescriptor:
-    """A descriptor of x [B, H, N, D] for the copy engine."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded], layout())
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a device, each of which has room for one program."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _list_pointers(lists: BlockLists | None, unread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _tiles(x: Tensor, rows: int, C: Constants) -> TensorDescriptor:
+    """A descriptor of x [..., N, D] for the copy engine."""
+    shape = [1] * (x.ndim - 2) + [rows, C.D_PAD]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, layout(x.ndim))
+
+
+def _list_arguments(lists: BlockLists | None, programs: int) -> dict[str, Any]:
     if lists is None:
-        return unread, unread, unread
-    return lists.idx.contiguous(), lists.cnt.contiguous(), unread if lists.order is None else lists.order
+        return {"idx_ptr": None, "cnt_ptr": None, "order_ptr": None, "listed": programs, "width": 0}
+    return {
+        "idx_ptr": lists.idx.contiguous(),
+        "cnt_ptr": lists.cnt.contiguous(),
+        "order_ptr": lists.order,
+        "listed": lists.cnt.numel(),
+        "width": lists.idx.shape[3],
+    }
+
+
+def _summary_arguments(stand_ins: StandIns | None, lists: BlockLists | None, q: Tensor, C: Constants) -> dict[str, Any]:
+    pointers = ("bits_ptr", "log_count_ptr", "variance_ptr", "reach_ptr")
+    unread = dict.fromkeys(("mean_keys", "mean_values", "slopes", *pointers)) | {"log_b": 0, "log_h": 0}
+    if stand_ins is None or lists is None:
+        return unread
+    counts = stand_ins.log_count.float().contiguous()
+    found = {
+        "mean_keys": _tiles(stand_ins.key.to(q.dtype).contiguous(), C.KV_BLOCK, C),
+        "mean_values": _tiles(stand_ins.value.to(q.dtype).contiguous(), C.KV_BLOCK, C),
+        "bits_ptr": lists.packed(),
+        "log_count_ptr": counts,
+        "log_b": 0 if counts.shape[0] == 1 else counts.stride(0),
+        "log_h": 0 if counts.shape[1] == 1 else counts.stride(1),
+    }
+    if stand_ins.variance is not None:
+        found["variance_ptr"] = stand_ins.variance.float().contiguous()
+    if stand_ins.slope is not None:
+        found["slopes"] = _tiles(stand_ins.slope.to(q.dtype).contiguous(), C.D_PAD, C)
+        if stand_ins.reach is not None:
+            found["reach_ptr"] = stand_ins.reach.float().contiguous()
+    return unread | found
