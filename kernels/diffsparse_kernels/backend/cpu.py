@@ -104,8 +104,8 @@ def block_sparse_attention(
     out, lse = work.q.new_empty(*work.q.shape[:2], v.shape[3]), work.q.new_empty(work.q.shape[:2])
     others = None if stand_ins is None else _Others.of(stand_ins, lists, scale)
     alone = boxes is None and torch.get_num_threads() == 1
-    for row, part in (_one_by_one if alone else _together)(work):
-        part = part if others is None else others.joined(part, work.q[row], row)
+    for row, queries, part in (_one_by_one if alone else _together)(work):
+        part = part if others is None else others.joined(part, queries, row)
         out[row], lse[row] = _finished(part)
     rows = slice(None, q.shape[2])
     out, lse = (x.unflatten(0, (*q.shape[:2], -1)).flatten(2, 3)[:, :, rows] for x in (out, lse))
@@ -147,12 +147,13 @@ def _finished(part: _Part) -> tuple[Tensor, Tensor]:
 class _Blocks(NamedTuple):
     """Inputs cut into blocks, padded up to whole ones."""
 
-    q: Tensor  # [B * H * nQ, q_block, D], times scale, float32 or better
+    q: Tensor  # [B * H * nQ, q_block, D], float32 or better
     k: Tensor  # [B * H * nK, kv_block, D], as q
     v: Tensor  # [B * H * nK, kv_block, D_v]
     hidden: Tensor | None  # [B * H * nK, kv_block, 1], what to add to the scores of masked keys
     boxes: Boxes | None  # place [nK, A, kv_block]; low, high [nQ, A, q_block]
     lists: BlockLists
+    scale: float
     most: int  # blocks of keys at a time
 
     @classmethod
@@ -178,13 +179,13 @@ class _Blocks(NamedTuple):
                     for x, block in cut
                 )
             )
-        queries = _cut(q.to(exact) * scale, lists.q_block)
+        queries = _cut(q.to(exact), lists.q_block)
         keys, values = _cut(k.to(exact), lists.kv_block), _cut(_computable(v), lists.kv_block)
         at_a_time = lists.kv_block * (k.shape[3] + v.shape[3] + lists.q_block) * exact.itemsize
-        return cls(queries, keys, values, hidden, boxes, lists, max(_GATHER_BYTES // at_a_time, 1))
+        return cls(queries, keys, values, hidden, boxes, lists, scale, max(_GATHER_BYTES // at_a_time, 1))
 
     def attended(self, q: Tensor, blocks: Tensor, columns: int, bias: Tensor | None = None) -> _Part:
-        """Attention of q [..., q_block, D] to the first `columns` keys of blocks [..., count].
+        """Attention of scaled q [..., q_block, D] to the first `columns` keys of blocks [..., count].
 
         bias: [m, 1, q_block, columns], one for each m-th of the rows.
         """
@@ -212,7 +213,7 @@ def _gathered(x: Tensor, blocks: Tensor, width: int) -> Tensor:
     return found if found.shape[-2] == width else found[..., :width, :]
 
 
-def _one_by_one(work: _Blocks) -> Iterator[tuple[slice, _Part]]:
+def _one_by_one(work: _Blocks) -> Iterator[tuple[slice, Tensor, _Part]]:
     """Some rows of blocks of one head at a time, each attended to by itself."""
     lists = work.lists
     samples = lists.idx.flatten(0, 1)  # [B|1 * H, nQ, W]
@@ -221,18 +222,19 @@ def _one_by_one(work: _Blocks) -> Iterator[tuple[slice, _Part]]:
     for head, start in enumerate(range(0, len(work.q), lists.q_blocks)):
         own = head % len(samples)
         blocks = samples[own].long().add_(head * lists.kv_blocks)
-        for rows in strips(lists.q_blocks, row_bytes, _GATHER_BYTES):
+        for rows in strips(lists.q_blocks, row_bytes, _STRIP_BYTES):
             there = slice(start + rows.start, start + rows.stop)
+            queries = work.q[there] * work.scale
             parts = [
                 work.attended(q, listed[:count], width) if count else work.nothing()
                 for q, listed, count, width in zip(
-                    work.q[there], blocks[rows], counts[own][rows], columns[own][rows], strict=True
+                    queries, blocks[rows], counts[own][rows], columns[own][rows], strict=True
                 )
             ]
-            yield there, _Part(*(torch.stack(x) for x in zip(*parts, strict=True)))
+            yield there, queries, _Part(*(torch.stack(x) for x in zip(*parts, strict=True)))
 
 
-def _together(work: _Blocks) -> Iterator[tuple[Tensor, _Part]]:
+def _together(work: _Blocks) -> Iterator[tuple[Tensor, Tensor, _Part]]:
     """Rows that keep equally many blocks, as many at a time as caches hold, and as many for each thread."""
     lists, threads = work.lists, torch.get_num_threads()
     for group in _groups(work):
@@ -242,11 +244,12 @@ def _together(work: _Blocks) -> Iterator[tuple[Tensor, _Part]]:
             at_a_time = at_a_time // heads * heads or -(-heads // -(-heads // at_a_time))
         bias = _BoxBias(work, group.columns)
         for row, idx in zip(group.row.split(at_a_time), group.idx.split(at_a_time), strict=True):
+            queries = work.q[row] * work.scale
             if not group.cnt:
-                yield row, work.nothing(len(row))
+                yield row, queries, work.nothing(len(row))
                 continue
             blocks = (row // lists.q_blocks * lists.kv_blocks)[:, None] + idx
-            yield row, work.attended(work.q[row], blocks, group.columns, bias.of(row, idx) if group.cut else None)
+            yield row, queries, work.attended(queries, blocks, group.columns, bias.of(row, idx) if group.cut else None)
 
 
 class _Group(NamedTuple):
@@ -348,7 +351,7 @@ class _Others(NamedTuple):
         return cls(made.key.flatten(0, 1), made.value.flatten(0, 1), bias, variance, slope, reach, lists, scale)
 
     def joined(self, part: _Part, q: Tensor, row: slice | Tensor) -> _Part:
-        """Attention of q [n, q_block, D] to the keys of `part` and to what stands for all others.
+        """Attention of scaled q [n, q_block, D] to the keys of `part` and to what stands for all others.
 
         row: which query blocks these are, a slice of one head's or the numbers of any.
         """
@@ -358,21 +361,24 @@ class _Others(NamedTuple):
         scores = _product(q.reshape(*flat, q.shape[2]), keys).view(*q.shape[:2], -1)
         scores.add_(self.bias[heads].masked_fill(self._listed(row), -_NEVER)[:, None])
         if self.variance is not None:
-            squares = q.square().sum(-1, keepdim=True)
+            squares = torch.linalg.vector_norm(q, dim=-1, keepdim=True).square_()
             scores.add_((squares * self.variance[heads]).clamp_(max=MOST_BIAS))
-        theirs = _attended(scores.view(*flat, scores.shape[2]), values)
-        theirs = _Part(*(x.view(*q.shape[:2], -1) for x in theirs))
+        top = torch.maximum(part.top, scores.amax(-1, keepdim=True))
+        weights, share = _powers(scores, top), (part.top - top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        sums = _weighted(weights.view(*flat, weights.shape[2]), values).view_as(part.sums)
+        sums.addcmul_(part.sums, share)
         if self.slope is not None:
-            theirs.sums.addcmul_(self._steps(q, self.slope[row], row), theirs.total)
-        return _merged([part, theirs])
+            sums.addcmul_(self._steps(q, self.slope[row], row), total)
+        return _Part(sums, top, total.addcmul_(part.total, share))
 
     def _steps(self, q: Tensor, slope: Tensor, row: slice | Tensor) -> Tensor:
         """How far each row's value moves, [n, q_block, D_v]."""
-        steps = torch.bmm(q, slope).div_(self.scale)
+        steps = torch.bmm(q, slope)  # of scaled queries
         if self.reach is None:
-            return steps
+            return steps.div_(self.scale)
         reach = self.reach[row]
-        squares = torch.linalg.vector_norm(steps, dim=-1, keepdim=True).square_().add_(reach.square())
+        squares = torch.linalg.vector_norm(steps, dim=-1, keepdim=True).square_().add_((reach * self.scale).square())
         return steps.mul_(squares.clamp_(min=torch.finfo(squares.dtype).tiny).rsqrt_().mul_(reach))
 
     def _listed(self, row: slice | Tensor) -> Tensor:
@@ -414,6 +420,8 @@ def _powers(scores: Tensor, top: Tensor) -> Tensor:
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     """Sums of values [..., columns, D_v] by weights [..., rows, columns], computed in the format of the values."""
+    if weights.dtype == values.dtype:
+        return _product(weights, values.mT)
     return _product(weights.to(values.dtype), values.mT).to(weights.dtype)
 
 
