@@ -22,7 +22,7 @@ from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.strips import strips
 from diffsparse_kernels.summaries import MOST_BIAS, StandIns
 
-_GATHER_BYTES = 2 * 2**20  # keys, values and scores of a thread at a time, about what its cache holds
+_GATHER_BYTES = 4 * 2**20  # keys, values and scores of a thread at a time, about what its caches hold
 _STRIP_BYTES = 4 * 2**20  # scores of one strip of query rows
 _LOG2_E = math.log2(math.e)
 _NEVER = 1e30  # subtracted from the scores of keys that are not seen; -inf takes several times longer
