@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,21 +111,46 @@ def measure(case: Case, device: str, backends: Sequence[str], rounds: int, troub
     lists = {sparsity: case.lists(sparsity, device) for sparsity in case.sparsities}
     with torch.inference_mode():
         failed = partial(troubles.add, case)
-        checked = _checked(inputs[0], lists, backends, failed)
-        calls = _calls(case, device, inputs, lists, checked, backends, failed)
+        kernels = {(sparsity, name): _sparse(name, device, lists[sparsity]) for sparsity in lists for name in backends}
+        checked = _checked(inputs[0], lists, kernels, failed)
+        calls = _calls(case, device, inputs, lists, kernels, checked, backends, failed)
         seconds = in_turns(calls, rounds, device, warm_up=1, failed=failed)
     dense = [value for entry, value in seconds.items() if entry.kind == "dense"]
     return [_row(case, device, entry, value, min(dense)) for entry, value in seconds.items()] if dense else []
 
 
+Sparse = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]  # q, k, v -> out, over some blocks
+
+
+def _sparse(name: str, device: str, lists: BlockLists) -> Sparse:
+    """The block-sparse product of a backend."""
+    if name == "flex" and device == "cpu":
+        return _flex_on_cpu(lists)
+    from diffsparse_kernels import block_sparse_attention
+
+    return lambda q, k, v: block_sparse_attention(q, k, v, lists, backend=name)[0]
+
+
+def _flex_on_cpu(lists: BlockLists) -> Sparse:
+    """FlexAttention compiled for the CPU, where our backend runs it eager: torch compiles none that returns the LSE.
+
+    Needs a C++ compiler, and takes a minute for each shape.
+    """
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    kernel, mask = torch.compile(flex_attention, dynamic=False), lists.to_block_mask()
+    return lambda q, k, v: kernel(q, k, v, block_mask=mask)
+
+
 def _checked(
-    inputs: QKV, lists: dict[float, BlockLists], backends: Sequence[str], failed: Failed
+    inputs: QKV, lists: dict[float, BlockLists], kernels: dict[tuple[float, str], Sparse], failed: Failed
 ) -> dict[tuple[float, str], float]:
     """The error of each backend at each sparsity, before anything is timed."""
     errors = {}
-    for sparsity, name in itertools.product(lists, backends):
+    for (sparsity, name), kernel in kernels.items():
         try:
-            errors[sparsity, name] = check(*inputs, lists[sparsity], name)
+            errors[sparsity, name] = check(*inputs, lists[sparsity], name, kernel)
         except Exception as error:
             failed(Entry(name, "sparse"), error)
     return errors
@@ -137,25 +161,28 @@ def _calls(
     device: str,
     inputs: list[QKV],
     lists: dict[float, BlockLists],
+    kernels: dict[tuple[float, str], Sparse],
     checked: dict[tuple[float, str], float],
     backends: Sequence[str],
     failed: Failed,
 ) -> dict[Entry, Sequence[Call]]:
     """All calls that are timed, one for each set of inputs."""
-    from diffsparse_kernels import PRECISIONS, attention, block_sparse_attention
+    from diffsparse_kernels import PRECISIONS, attention
 
     found: dict[Entry, Sequence[Call]] = {
         Entry(name, "dense"): [partial(sdpa, member, *qkv) for qkv in inputs]
         for name, member in dense_backends(device).items()
     }
     for name in backends:
+        if name == "flex" and device == "cpu":
+            continue  # eager there
         if name in _FOREIGN:
             found[Entry(name, "dense")] = [partial(attention, *qkv, backend=name) for qkv in inputs]
         elif (mass := _mass_calls(case, inputs, name, failed)) is not None:
             found[Entry(name, "mass")] = mass
     for (sparsity, name), worst in checked.items():
         entry = Entry(name, "sparse", float(lists[sparsity].density()), worst)
-        found[entry] = [partial(block_sparse_attention, *qkv, lists[sparsity], backend=name) for qkv in inputs]
+        found[entry] = [partial(kernels[sparsity, name], *qkv) for qkv in inputs]
         if name not in _FOREIGN:
             for kind, variant in _variants(case, lists[sparsity], name).items():
                 found[entry._replace(kind=kind, error=None if kind in PRECISIONS else worst)] = [
@@ -226,19 +253,17 @@ def _token_major(x: Tensor) -> Tensor:
     return x.view(batch, tokens, heads, dim).transpose(1, 2)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, backend: str) -> float:
-    """Largest error of `backend` in some blocks of the first and the last head, against the reference in float64.
+def check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, backend: str, kernel: Sparse) -> float:
+    """Largest error of a backend's kernel in some blocks of the first and last head, against the reference in float64.
 
     q, k, v: [B, H, N, D].
 
     Raises:
         WrongResultError: it is over twice the error of a plain eager computation in the same number format.
     """
-    from diffsparse_kernels import block_sparse_attention
     from diffsparse_kernels.backend.selftest import Sample, spot_check
 
-    out, _ = block_sparse_attention(q, k, v, lists, backend=backend)
-    error, limit = spot_check(out, Sample("", q, k, v, lists, scale=q.shape[-1] ** -0.5))
+    error, limit = spot_check(kernel(q, k, v), Sample("", q, k, v, lists, scale=q.shape[-1] ** -0.5))
     if not error <= limit:
         raise WrongResultError(f"backend {backend!r} is off by {error:.2e}; at most {limit:.2e} is explained")
     return error

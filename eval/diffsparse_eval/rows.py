@@ -130,7 +130,7 @@ class BenchRow(TypedDict):
     ms: median time of a call.
     tflops: of the operations that are needed.
     speedup: over the fastest dense kernel of the same case.
-    efficiency: share of that kernel's speed for each operation.
+    efficiency: share of the block limit, which is that kernel's time times the density.
     max_error: against the reference in float64; None where it was not compared.
     torch, triton: versions.
     """

@@ -49,7 +49,7 @@ class Backend(NamedTuple):
 
 # In order of preference. The reference is exact and slow: on a GPU dense attention is the better answer.
 BACKENDS = {
-    "cpu": Backend(f"{_HERE}.cpu", ("cpu",), ("cpu",)),
+    "cpu": Backend(f"{_HERE}.cpu", ("cpu",), ("cpu",), folds=True),
     "gluon": Backend(f"{_HERE}.gluon.launch", ("cuda",), ("cuda",), ("attend", "fused"), folds=True),
     "triton": Backend(f"{_HERE}.triton.launch", ("cuda", "cpu"), ("cuda", "cpu"), folds=True),
     "reference": Backend(f"{_HERE}.reference", ("cpu", "cuda", "mps", "xpu"), ("cpu", "mps", "xpu"), folds=True),

@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 import diffsparse_kernels as dk
 import diffsparse_kernels.backend.cpu
@@ -46,12 +47,12 @@ def test_rows_compare_with_dense_of_the_same_case() -> None:
     assert sparse["max_error"] is not None
 
 
-def wrong(q: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = RIGHT(q, *rest)  # type: ignore[arg-type]
+def wrong(q: torch.Tensor, *rest: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = RIGHT(q, *rest, **options)  # type: ignore[arg-type]
     return out * 1.05, lse
 
 
-def broken(*_: object) -> None:
+def broken(*_: object, **__: object) -> None:
     raise RuntimeError("out of luck")
 
 
@@ -91,7 +92,11 @@ def test_a_wrong_or_broken_backend_costs_its_own_rows_only(
 ) -> None:
     """The first case of two; the other backend and the other case are measured, and the end is an error."""
     out, calls = tmp_path / "rows.csv", iter([kernel])
-    monkeypatch.setattr(diffsparse_kernels.backend.cpu, "block_sparse_attention", lambda *x: next(calls, RIGHT)(*x))  # type: ignore[operator]
+
+    def now_and_then(*x: object, **options: object) -> object:
+        return next(calls, RIGHT)(*x, **options)  # type: ignore[operator]
+
+    monkeypatch.setattr(diffsparse_kernels.backend.cpu, "block_sparse_attention", now_and_then)
     chosen = ["--backend", "cpu,reference", "--tokens", "100,130", "--out", str(out)]
     assert run("bench", *SMALL, *chosen) == 2
     sparse = [row for row in csv.DictReader(out.read_text().splitlines()) if row["kind"] == "sparse"]
@@ -216,7 +221,7 @@ def test_the_gpu_suite_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {row["case"] for row in rows} == {case.name for case in suites.gpu_suite()}
     assert {row["pattern"] for row in rows} == {"random", "ragged"}
     assert all(float(row["efficiency"]) > 0 for row in rows)
-    assert "efficiency is TFLOP/s per computed block" in capsys.readouterr().out
+    assert "of limit: the time of that dense kernel times the density" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("option", "value"), [("--suite", "tpu"), ("--shrink", "0")])
@@ -259,13 +264,31 @@ def test_queries_and_keys_of_a_block_may_differ(pattern: suites.Pattern) -> None
 
 
 def test_a_foreign_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffsparse_kernels.backend import flex
-
-    monkeypatch.setattr(flex, "_flex", broken)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
     troubles = bench.Troubles()
     rows = bench.measure(CASE, "cpu", ["cpu", "flex"], 1, troubles)
     assert troubles == bench.Troubles({"flex: out of luck"})
     assert {row["backend"] for row in rows} == {"sdpa", "cpu"}
+
+
+def test_flex_on_the_cpu_is_what_torch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the eager one of the backend, which is slow beyond comparison."""
+    compiled, compile_ = [], torch.compile
+
+    def kept_eager(function: Callable[..., object], **options: object) -> object:
+        if function is not flex_attention:
+            return compile_(function, **options)  # FlexAttention's own way to run eager
+        compiled.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", kept_eager)
+    troubles = bench.Troubles()
+    with pytest.warns(UserWarning, match="flex_attention called without torch.compile"):
+        rows = bench.measure(CASE, "cpu", ["flex"], 1, troubles)
+    assert troubles == bench.Troubles()
+    assert [(row["backend"], row["kind"]) for row in rows] == [("sdpa", "dense"), ("flex", "sparse")]
+    assert compiled == [{"dynamic": False}]
+    assert rows[1]["max_error"] < 1e-5
 
 
 def test_measuring_the_break_even(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

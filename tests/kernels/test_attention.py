@@ -14,6 +14,7 @@ from support.cases import MASKS, Size, assert_attention, random_boxes, random_ma
 from support.places import EXACT, Place, places
 
 PLACES = places("cpu", "reference")
+ON_CPU = Place("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -50,11 +51,13 @@ def test_block_sparse(size: Size, kind: str, dtype: torch.dtype, place: Place) -
     assert_attention(got, qkv, size.allowed(mask), size.scale)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_more_than_one_gather(dtype: torch.dtype, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same result where the rows don't fit one gather or one strip."""
-    monkeypatch.setattr(cpu, "_GATHER_BYTES", 40_000)
+def test_more_than_one_gather(dtype: torch.dtype, place: Place, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same result where the rows don't fit one gather or one strip, with other kernels for several threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(cpu, "_GATHER_BYTES", 120_000)
     monkeypatch.setattr(cpu, "_STRIP_BYTES", 40_000)
     qkv, mask = LARGE.qkv(dtype), random_mask(LARGE, 0.4)
     got = place(dk.block_sparse_attention, *qkv, LARGE.lists(mask))
@@ -79,6 +82,31 @@ def test_padded_keys(size: Size, dtype: torch.dtype, place: Place) -> None:
     assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
     whole = torch.ones_like(mask)
     assert_attention(place(dk.attention, *qkv, key_mask=keys), qkv, size.allowed(whole, keys), size.scale)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [Size(q_len=97, kv_len=95, dim=40), LARGE], ids=str)
+def test_several_threads_on_the_cpu(
+    size: Size, dtype: torch.dtype, masked: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that keep equally many blocks, computed together."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    qkv, mask = size.qkv(dtype), MASKS[kind](size)
+    keys = torch.rand(size.batch, size.kv_len) < 0.7 if masked else None
+    got = ON_CPU(dk.block_sparse_attention, *qkv, size.lists(mask), key_mask=keys)
+    assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_onednn_the_cpu_gives_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv, mask = LARGE.qkv(dtype), random_mask(LARGE)
+    want = ON_CPU(dk.block_sparse_attention, *qkv, LARGE.lists(mask))
+    monkeypatch.setattr(cpu, "_onednn", lambda: None)
+    got = ON_CPU(dk.block_sparse_attention, *qkv, LARGE.lists(mask))
+    assert_attention(got, qkv, LARGE.allowed(mask), LARGE.scale)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -122,7 +150,7 @@ def test_boxes(size: Size, kind: str, dtype: torch.dtype, place: Place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("gathered", [2**22, 300_000, 40_000])
+@pytest.mark.parametrize("gathered", [2**22, 300_000, 60_000])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_heads_that_share_their_boxes(
@@ -234,8 +262,10 @@ def test_any_strides(dtype: torch.dtype, place: Place) -> None:
             torch.testing.assert_close(got[0], want[0])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("place", PLACES)
-def test_float64_is_exact(place: Place) -> None:
+def test_float64_is_exact(place: Place, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     size = SIZES[4]
     qkv, mask = size.qkv(torch.float64), random_mask(size)
     out, lse = place(dk.block_sparse_attention, *qkv, size.lists(mask))

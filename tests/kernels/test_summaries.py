@@ -12,6 +12,8 @@ from torch import Tensor
 
 import diffsparse_kernels as dk
 from diffsparse_kernels import summaries
+from diffsparse_kernels.backend import cpu
+from diffsparse_kernels.catalog import BACKENDS
 from support import exact
 from support.cases import MASKS, Size, random_boxes, random_mask, seen
 from support.places import Place, places
@@ -131,6 +133,49 @@ def test_dropped_blocks_stand_as_their_summaries(
     if alive.any():
         limit = exact.tolerance(want_lse[alive], low_lse[alive])
         assert (lse.double() - want_lse)[alive].abs().max().item() <= limit
+
+
+@BOTH
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(("heads", "dim", "tokens"), [(3, 40, 95), (2, 128, 200), (1, 64, 131)])
+def test_the_cpu_takes_them_into_its_softmax(
+    heads: int,
+    dim: int,
+    tokens: int,
+    dtype: torch.dtype,
+    masked: bool,
+    threads: int,
+    by: dk.Summary,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As exact as merging them into what was computed without, few rows at a time and in lists shared by samples."""
+    assert BACKENDS["cpu"].folds
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(cpu, "_STRIP_BYTES", 60_000)
+    size = Size(heads=heads, q_len=tokens, kv_len=tokens, dim=dim, value_dim=dim - 8)
+    qkv, boxes = size.qkv(dtype), random_boxes(size)
+    mask = random_mask(size)[:1]
+    mask[:, 0, 0], mask[:, 0, 1] = True, False
+    keys = (torch.rand(2, tokens) < 0.7) if masked else None
+    lists, made = size.lists(mask), dk.summarise(*qkv[1:], 32, key_mask=keys, by=by)
+    others = summaries.stand_ins(*qkv, lists, size.scale, keys, made)
+    each = all_keys(size) if keys is None else keys[:, None].expand(-1, heads, -1)
+    for hidden in (None, boxes):
+        rest = lists, size.scale, keys, hidden
+        got = cpu.block_sparse_attention(*qkv, *rest, others)
+        apart = summaries.merge(*qkv, lists, size.scale, others, *cpu.block_sparse_attention(*qkv, *rest))
+        visible = True if hidden is None else seen(hidden)
+        mask = mask.expand(2, -1, -1, -1)
+        want = written_out(*(x.double() for x in qkv), size, mask, each, by, visible)
+        low = written_out(*qkv, size, mask, each, by, visible)
+        for result in (got, apart):
+            if dtype == torch.float64:
+                torch.testing.assert_close(result, want)
+                continue
+            for one, exactly, rounded in zip(result, want, low, strict=True):
+                assert (one.double() - exactly).abs().max().item() <= exact.tolerance(exactly, rounded)
 
 
 @BOTH

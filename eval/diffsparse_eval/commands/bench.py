@@ -29,14 +29,14 @@ _HEADINGS = (
     "ms",
     "tflops",
     "speed-up",
-    "efficiency",
+    "of limit",
 )
 _LEGEND = (
     "speed-up is over the fastest dense kernel of the same case; mass is the search pass without values",
     "means, first-order: with such summaries of dropped blocks, which are made in the same call",
     "raster and ordered: [B, N, H, D] in and out, without and with an order of the tokens for each head",
     "int8, fp8 and the like: in these eight bits, rounding included",
-    "efficiency is TFLOP/s per computed block over that dense kernel's",
+    "of limit: the time of that dense kernel times the density, over the time taken (`efficiency` in files)",
 )
 
 
@@ -85,7 +85,13 @@ def bench(
     ] = 1,
     sizes: SizeOptions = SIZES,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    backend: Annotated[str, typer.Option(help="Backends, separated by commas; all that run here if empty.")] = "",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="Backends, separated by commas; if empty, all that run here, but flex on a GPU alone: on the CPU it "
+            "needs a C++ compiler and a minute for each shape."
+        ),
+    ] = "",
     rounds: Annotated[
         int, typer.Option(help="Timed turns of each kernel.", callback=checks.whole(1, values.MOST_COUNT))
     ] = 7,

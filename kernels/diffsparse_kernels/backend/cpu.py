@@ -1,17 +1,16 @@
-"""Attention on the CPU: gather the kept blocks of many query rows at once, then one batched product.
+"""Attention on the CPU: gather the kept blocks of a query block, or of several at once, and multiply.
 
-Rows that keep equally many blocks are computed together, in groups small enough for the cache and as many for each
-thread: scores in float32, the weighted sum in the inputs' own format. float16 is computed in float32, since CPUs
-multiply it slowly. What a step leaves behind is overwritten by the next: fresh pages of memory would cost as much
-as the products.
+One thread takes query blocks one by one, each with as many of its keys at a time as the cache holds. Several threads
+take blocks that keep equally many keys together, one batched product for all. Scores are powers of two and in float32,
+the weighted sum is in the inputs' own format; float16 is computed in float32, since CPUs multiply it slowly.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,20 @@ from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.strips import strips
+from diffsparse_kernels.summaries import MOST_BIAS, StandIns
 
-_GATHER_BYTES = 4 * 2**20  # keys and values gathered at a time, about what caches hold
+_GATHER_BYTES = 4 * 2**20  # keys, values and scores of a thread at a time, about what its caches hold
+_STRIP_BYTES = 4 * 2**20  # scores of one strip of query rows
 _LOG2_E = math.log2(math.e)
-_NEVER = 1e30  # subtracted from the scores of keys that are not seen
-_STRIP_BYTES = 16 * 2**20  # scores of one strip of query rows
+_NEVER = 1e30  # subtracted from the scores of keys that are not seen; -inf takes several times longer
+_DEAD = -_NEVER / 2  # below, a row has seen no key
 SEES_WHOLE_ROWS = True  # so `attention_with_mass` can do without a cached LSE
+Kernel = TypeVar("Kernel", bound=Callable[..., object])
+
+
+def _exactly(kernel: Kernel) -> Kernel:
+    """Without autocast: what is rounded to which format is decided here."""
+    return cast(Kernel, torch.autocast("cpu", enabled=False)(kernel))
 
 
 def capability(device: torch.device, case: Case | None = None) -> str | None:
@@ -34,17 +41,16 @@ def capability(device: torch.device, case: Case | None = None) -> str | None:
     return None
 
 
+@_exactly
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    dtype = q.dtype
-    q, k, v = _computable(q, k, v)
-    out, lse = _flash(q, k, v, scale, None if key_mask is None else _bias(key_mask[:, None, None], q.dtype))
-    if key_mask is not None:
-        dead = ~key_mask.any(-1)
-        out[dead], lse[dead] = 0, -torch.inf
-    return out.to(dtype), lse
+    parts, values = [], _computable(v).flatten(0, 1)
+    for head, _, scores in _strips(q, k, scale, key_mask):
+        parts.append(_finished(_attended(scores, values[head])))
+    return _joined(parts, q)
 
 
+@_exactly
 def attention_with_mass(
     q: Tensor,
     k: Tensor,
@@ -56,39 +62,33 @@ def attention_with_mass(
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention, its LSE and the block mass, one pass over strips of rows; `lse` is the rows' own if None."""
-    outs, lses, masses = [], [], []
-    exact = torch.promote_types(q.dtype, torch.float32)
-    keys, values, scratch = k.to(exact).transpose(-1, -2), v.to(exact), _Scratch()
-    for rows in _strips(q, k, q_block):
-        scores = _scores(q[:, :, rows], keys, scale * _LOG2_E, key_mask, scratch)
+    parts, masses, values = [], [], _computable(v).flatten(0, 1)
+    for head, rows, scores in _strips(q, k, scale, key_mask, q_block):
         top = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(top.masked_fill(top.isneginf(), 0)).exp2_()  # [B, H, rows, N_kv]
-        tiles = _column_sums(weights, kv_block)  # [B, H, rows, nK]
+        weights = _powers(scores, top)
+        tiles = _column_sums(weights, kv_block)  # [rows, nK]
         total = tiles.sum(-1, keepdim=True)
-        outs.append((weights @ values / total.masked_fill(total == 0, 1)).to(q.dtype))
-        own = top + total.log2()
-        lses.append(own[..., 0] / _LOG2_E)
-        cached = own if lse is None else lse[:, :, rows, None].to(exact) * _LOG2_E
-        drift = torch.where(cached.isfinite() & ~top.isneginf(), (top - cached).exp2(), 0)
+        cached = top + total.log() if lse is None else lse.flatten(0, 1)[head, rows, None].to(top.dtype)
+        drift = torch.where(cached.isfinite() & (top > _DEAD), (top - cached).exp(), 0)
         masses.append(_row_sums(tiles * drift, q_block))
-    return torch.cat(outs, 2), torch.cat(lses, 2), torch.cat(masses, 2)
+        parts.append(_finished(_Part(_weighted(weights, values[head]), top, total)))
+    return *_joined(parts, q), _tiles(masses, q)
 
 
+@_exactly
 def block_mass(
     q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, scale: float, key_mask: Tensor | None
 ) -> Tensor:
     """Sum of exp(score - lse) over each tile, one pass over keys in strips of rows."""
     masses = []
-    exact = torch.promote_types(q.dtype, torch.float32)
-    keys, scratch = k.to(exact).transpose(-1, -2), _Scratch()
-    for rows in _strips(q, k, q_block):
-        cached = lse[:, :, rows, None].to(exact) * _LOG2_E
-        scores = _scores(q[:, :, rows], keys, scale * _LOG2_E, key_mask, scratch)
-        weights = scores.sub_(cached.masked_fill(~cached.isfinite(), torch.inf)).exp2_()
+    for head, rows, scores in _strips(q, k, scale, key_mask, q_block):
+        cached = lse.flatten(0, 1)[head, rows, None].to(scores.dtype)
+        weights = _powers(scores, cached.masked_fill(~cached.isfinite(), torch.inf))
         masses.append(_row_sums(_column_sums(weights, kv_block), q_block))
-    return torch.cat(masses, 2)
+    return _tiles(masses, q)
 
 
+@_exactly
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -97,94 +97,190 @@ def block_sparse_attention(
     scale: float,
     key_mask: Tensor | None,
     boxes: Boxes | None = None,
+    stand_ins: StandIns | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the listed blocks."""
-    work, scratch = _Blocks.of(*_computable(q, k, v), lists, key_mask, boxes), _Scratch()
-    for group in _groups(work):
-        if group.cnt == 0:
-            work.out.flatten(0, 2)[group.row], work.lse.flatten(0, 2)[group.row] = 0, -torch.inf
-        elif group.cnt == lists.kv_blocks and not group.cut:
-            _dense_rows(work, group, scale)
-        else:
-            _sparse_rows(work, group, scale, scratch)
+    """Attention over the listed blocks; `stand_ins` are further keys of the same softmax where none is listed."""
+    work = _Blocks.of(q, k, v, lists, scale, key_mask, boxes)
+    out, lse = work.q.new_empty(*work.q.shape[:2], v.shape[3]), work.q.new_empty(work.q.shape[:2])
+    others = None if stand_ins is None else _Others.of(stand_ins, lists, scale)
+    alone = boxes is None and torch.get_num_threads() == 1
+    for row, queries, part in (_one_by_one if alone else _together)(work):
+        part = part if others is None else others.joined(part, queries, row)
+        out[row], lse[row] = _finished(part)
     rows = slice(None, q.shape[2])
-    out = work.out.flatten(2, 3)[:, :, rows].to(q.dtype)
-    return out, work.lse.flatten(2, 3)[:, :, rows]
+    out, lse = (x.unflatten(0, (*q.shape[:2], -1)).flatten(2, 3)[:, :, rows] for x in (out, lse))
+    return out.to(q.dtype), lse
 
 
-class _Scratch:
-    """Memory that the steps of one call share, by name."""
+class _Part(NamedTuple):
+    """Attention to some keys, before it is divided by the sum of its weights exp(score - top)."""
 
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
+    sums: Tensor  # of weighted values, [..., rows, D_v]
+    top: Tensor  # the highest score, [..., rows, 1]
+    total: Tensor  # of the weights, [..., rows, 1]
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor of `shape`."""
-        size = math.prod(shape)
-        if name not in self._kept or self._kept[name].numel() < size:
-            self._kept[name] = torch.empty(size, dtype=dtype, device="cpu")
-        return self._kept[name][:size].view(shape)
 
-    def gather(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
-        """`x.index_select(0, rows)`."""
-        return torch.index_select(x, 0, rows, out=self.take(name, (len(rows), *x.shape[1:]), x.dtype))
+def _attended(scores: Tensor, values: Tensor) -> _Part:
+    """scores [..., rows, columns], which are overwritten; values [..., columns, D_v]."""
+    top = scores.amax(-1, keepdim=True)
+    weights = _powers(scores, top)
+    return _Part(_weighted(weights, values), top, weights.sum(-1, keepdim=True))
+
+
+def _merged(parts: list[_Part]) -> _Part:
+    """Attention to the keys of all parts."""
+    if len(parts) == 1:
+        return parts[0]
+    sums, tops, totals = (torch.stack(x) for x in zip(*parts, strict=True))
+    top = tops.amax(0)
+    share = (tops - top).exp_()
+    return _Part((sums * share).sum(0), top, (totals * share).sum(0))
+
+
+def _finished(part: _Part) -> tuple[Tensor, Tensor]:
+    """out [..., rows, D_v], lse [..., rows]; 0 and -inf where no key was seen."""
+    dead = part.top < _DEAD
+    lse = (part.top + part.total.log()).masked_fill_(dead, -torch.inf)
+    return part.sums.div_(part.total).masked_fill_(dead, 0), lse[..., 0]
+
+
+class _Blocks(NamedTuple):
+    """Inputs cut into blocks, padded up to whole ones."""
+
+    q: Tensor  # [B * H * nQ, q_block, D], float32 or better
+    k: Tensor  # [B * H * nK, kv_block, D], as q
+    v: Tensor  # [B * H * nK, kv_block, D_v]
+    hidden: Tensor | None  # [B * H * nK, kv_block, 1], what to add to the scores of masked keys
+    boxes: Boxes | None  # place [nK, A, kv_block]; low, high [nQ, A, q_block]
+    lists: BlockLists
+    scale: float
+    most: int  # blocks of keys at a time
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lists: BlockLists,
+        scale: float,
+        key_mask: Tensor | None,
+        boxes: Boxes | None,
+    ) -> _Blocks:
+        exact, heads, hidden = _accumulated(q), q.shape[:2], None
+        if key_mask is not None:
+            mask = key_mask[:, None].expand(*heads, -1)
+            hidden = _cut(_bias(mask, exact)[..., None], lists.kv_block)
+        if boxes is not None:
+            cut = zip(boxes, (lists.kv_block, lists.q_block, lists.q_block), strict=True)
+            boxes = Boxes(
+                *(
+                    _cut(x[None, :, :, None], block)[..., 0].unflatten(0, (len(x), -1)).transpose(0, 1)
+                    for x, block in cut
+                )
+            )
+        queries = _cut(q.to(exact), lists.q_block)
+        keys, values = _cut(k.to(exact), lists.kv_block), _cut(_computable(v), lists.kv_block)
+        at_a_time = lists.kv_block * (k.shape[3] + v.shape[3] + lists.q_block) * exact.itemsize
+        return cls(queries, keys, values, hidden, boxes, lists, scale, max(_GATHER_BYTES // at_a_time, 1))
+
+    def attended(self, q: Tensor, blocks: Tensor, columns: int, bias: Tensor | None = None) -> _Part:
+        """Attention of scaled q [..., q_block, D] to the first `columns` keys of blocks [..., count].
+
+        bias: [m, 1, q_block, columns], one for each m-th of the rows.
+        """
+        parts, start = [], 0
+        for some in (blocks,) if blocks.shape[-1] <= self.most else blocks.split(self.most, -1):
+            width = min(some.shape[-1] * self.lists.kv_block, columns - start)
+            scores = _product(q, _gathered(self.k, some, width))
+            if self.hidden is not None:
+                scores.add_(_gathered(self.hidden, some, width).mT)
+            if bias is not None:
+                scores.unflatten(0, (len(bias), -1)).add_(bias[..., start : start + width])
+            parts.append(_attended(scores, _gathered(self.v, some, width)))
+            start += width
+        return _merged(parts)
+
+    def nothing(self, *size: int) -> _Part:
+        """Attention of `size` query blocks to no key."""
+        one = self.q.new_ones(*size, self.q.shape[1], 1)
+        return _Part(self.q.new_zeros(*size, self.q.shape[1], self.v.shape[2]), one * -_NEVER, one)
+
+
+def _gathered(x: Tensor, blocks: Tensor, width: int) -> Tensor:
+    """The first `width` rows of some blocks [..., count] of x [*, block, D]: [..., width, D]."""
+    found = x.index_select(0, blocks.flatten()).view(*blocks.shape[:-1], -1, x.shape[2])
+    return found if found.shape[-2] == width else found[..., :width, :]
+
+
+def _one_by_one(work: _Blocks) -> Iterator[tuple[slice, Tensor, _Part]]:
+    """Some rows of blocks of one head at a time, each attended to by itself."""
+    lists = work.lists
+    samples = lists.idx.flatten(0, 1)  # [B|1 * H, nQ, W]
+    counts, columns = (x.tolist() for x in _lengths(samples, lists.cnt.flatten(0, 1), lists))
+    row_bytes = lists.q_block * (work.q.shape[2] + work.v.shape[2] + lists.kv_blocks) * work.q.itemsize
+    for head, start in enumerate(range(0, len(work.q), lists.q_blocks)):
+        own = head % len(samples)
+        blocks = samples[own].long().add_(head * lists.kv_blocks)
+        for rows in strips(lists.q_blocks, row_bytes, _STRIP_BYTES):
+            there = slice(start + rows.start, start + rows.stop)
+            queries = work.q[there] * work.scale
+            parts = [
+                work.attended(q, listed[:count], width) if count else work.nothing()
+                for q, listed, count, width in zip(
+                    queries, blocks[rows], counts[own][rows], columns[own][rows], strict=True
+                )
+            ]
+            yield there, queries, _Part(*(torch.stack(x) for x in zip(*parts, strict=True)))
+
+
+def _together(work: _Blocks) -> Iterator[tuple[Tensor, Tensor, _Part]]:
+    """Rows that keep equally many blocks, as many at a time as caches hold, and as many for each thread."""
+    lists, threads = work.lists, torch.get_num_threads()
+    for group in _groups(work):
+        at_a_time = max(1, work.most // max(group.cnt, 1)) * threads
+        if group.cut:  # whole query blocks, all of their heads, as far as they fit
+            heads = len(work.q) // lists.q_blocks
+            at_a_time = at_a_time // heads * heads or -(-heads // -(-heads // at_a_time))
+        bias = _BoxBias(work, group.columns)
+        for row, idx in zip(group.row.split(at_a_time), group.idx.split(at_a_time), strict=True):
+            queries = work.q[row] * work.scale
+            if not group.cnt:
+                yield row, queries, work.nothing(len(row))
+                continue
+            blocks = (row // lists.q_blocks * lists.kv_blocks)[:, None] + idx
+            yield row, queries, work.attended(queries, blocks, group.columns, bias.of(row, idx) if group.cut else None)
 
 
 class _Group(NamedTuple):
-    """Query rows that keep equally many blocks."""
+    """Query rows that keep equally many blocks and keys."""
 
     row: Tensor  # numbers of query blocks over [B, H, nQ]
     idx: Tensor  # [rows, cnt]
     cnt: int  # blocks of each list
-    ragged: bool  # all of these lists end in the ragged last block, or none does
+    columns: int  # keys of each list
     cut: bool  # each of these lists has a block that boxes cut through, or none has
 
 
-class _Blocks(NamedTuple):
-    """Inputs and outputs cut into blocks. Lengths are padded up to whole blocks."""
-
-    q: Tensor  # [B, H, nQ, q_block, D]
-    k: Tensor  # [B * H * nK, kv_block, D]
-    v: Tensor  # [B * H * nK, kv_block, D_v]
-    mask: Tensor | None  # [B * nK, kv_block]
-    boxes: Boxes | None  # place [nK, A, kv_block]; low, high [nQ, A, q_block]
-    out: Tensor  # [B, H, nQ, q_block, D_v]
-    lse: Tensor  # [B, H, nQ, q_block]
-    lists: BlockLists
-
-    @classmethod
-    def of(
-        cls, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_mask: Tensor | None, boxes: Boxes | None
-    ) -> _Blocks:
-        q_blocks = _cut(q, lists.q_block)
-        mask = None if key_mask is None else _cut(key_mask[:, None, :, None], lists.kv_block).flatten(0, 2)[..., 0]
-        if boxes is not None:
-            cut = zip(boxes, (lists.kv_block, lists.q_block, lists.q_block), strict=True)
-            boxes = Boxes(*(_cut(x[None, :, :, None], block)[0, ..., 0].transpose(0, 1) for x, block in cut))
-        return cls(
-            q_blocks,
-            _cut(k, lists.kv_block).flatten(0, 2),
-            _cut(v, lists.kv_block).flatten(0, 2),
-            mask,
-            boxes,
-            q.new_empty(*q_blocks.shape[:4], v.shape[-1]),
-            q.new_empty(q_blocks.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32)),
-            lists,
-        )
-
-
 def _groups(work: _Blocks) -> Iterator[_Group]:
-    lists, batch = work.lists, work.q.shape[0]
-    idx = lists.idx.expand(batch, -1, -1, -1).flatten(0, 2).long()  # [B * H * nQ, W]
-    cnt = lists.cnt.expand(batch, -1, -1).flatten().long()
-    last = idx.gather(1, (cnt - 1).clamp(min=0)[:, None])[:, 0]
-    ragged = (last == lists.kv_blocks - 1) & bool(lists.kv_len % lists.kv_block)
-    kind = cnt * 4 + ragged * 2 + _cut_rows(work, idx, cnt)
-    for key in kind.unique().tolist():
-        row = (kind == key).nonzero()[:, 0]
-        if key % 2:  # heads side by side: they can share what their boxes hide
+    lists, samples = work.lists, len(work.q) // work.lists.q_blocks // work.lists.idx.shape[1]
+    idx = lists.idx.expand(samples, -1, -1, -1).flatten(0, 2).long()  # [B * H * nQ, W]
+    cnt, columns = _lengths(idx, lists.cnt.expand(samples, -1, -1).flatten(), lists)
+    kinds = torch.stack([cnt, columns, _cut_rows(work, idx, cnt)], 1)
+    kinds, kind = kinds.unique(return_inverse=True, dim=0)
+    for number, (count, width, cut) in enumerate(kinds.tolist()):
+        row = (kind == number).nonzero()[:, 0]
+        if cut:  # heads side by side: they can share what their boxes hide
             row = row[(row % lists.q_blocks).argsort(stable=True)]
-        yield _Group(row, idx[row, : key // 4], key // 4, bool(key // 2 % 2), bool(key % 2))
+        yield _Group(row, idx[row, :count], count, width, bool(cut))
+
+
+def _lengths(idx: Tensor, cnt: Tensor, lists: BlockLists) -> tuple[Tensor, Tensor]:
+    """How many blocks and how many keys are in each list of idx [..., W], cnt [...]."""
+    cnt = cnt.long()
+    last = idx.gather(-1, (cnt - 1).clamp(min=0)[..., None])[..., 0]
+    ragged = (last == lists.kv_blocks - 1) & (cnt > 0)
+    return cnt, cnt * lists.kv_block - ragged * (-lists.kv_len % lists.kv_block)
 
 
 def _cut_rows(work: _Blocks, idx: Tensor, cnt: Tensor) -> Tensor:
@@ -202,167 +298,190 @@ def _cut_rows(work: _Blocks, idx: Tensor, cnt: Tensor) -> Tensor:
     return (listed & ~whole[row[:, None], idx]).any(-1)
 
 
-def _sparse_rows(work: _Blocks, group: _Group, scale: float, scratch: _Scratch) -> None:
-    """Gather the kept keys and values of a few rows at a time, and attend to them."""
-    lists, dim = work.lists, work.k.shape[-1] + work.v.shape[-1]
-    per_row = group.cnt * lists.kv_block * dim * work.k.element_size()
-    columns = group.cnt * lists.kv_block - (-lists.kv_len % lists.kv_block if group.ragged else 0)
-    q, out, lse = work.q.flatten(0, 2), work.out.flatten(0, 2), work.lse.flatten(0, 2)
-    threads = torch.get_num_threads()
-    at_a_time = max(1, _GATHER_BYTES // per_row // threads) * threads  # as many for each thread
-    if group.cut:  # whole query blocks, all of their heads, as far as they fit
-        heads = work.q.shape[0] * work.q.shape[1]
-        at_a_time = at_a_time // heads * heads or -(-heads // -(-heads // at_a_time))
-    bias = _Bias(work, columns, group.cut)
-    for row, idx in zip(group.row.split(at_a_time), group.idx.split(at_a_time), strict=True):
-        head = row // lists.q_blocks  # of [B * H]
-        blocks = (head[:, None] * lists.kv_blocks + idx).flatten()
-        keys = scratch.gather("keys", work.k, blocks).view(len(row), -1, q.shape[-1])[:, :columns]
-        values = scratch.gather("values", work.v, blocks).view(len(row), -1, out.shape[-1])[:, :columns]
-        hidden, dead = bias.of(row, idx)
-        part, part_lse = _product(scratch.gather("queries", q, row), keys, values, scale, hidden, scratch)
-        if dead is not None:
-            part.unflatten(0, (len(dead), -1)).masked_fill_(dead[..., None], 0)
-            part_lse.unflatten(0, (len(dead), -1)).masked_fill_(dead, -torch.inf)
-        out[row], lse[row] = part, part_lse
+class _BoxBias:
+    """Boxes of gathered blocks as an additive bias.
 
-
-class _Bias:
-    """Key mask and boxes of gathered blocks as an additive bias.
-
-    Neighbouring rows of one sample and query block, heads with equal lists, share what was made for the first.
+    Neighbouring rows of one query block, heads with equal lists, share what was made for the first.
     """
 
-    def __init__(self, work: _Blocks, columns: int, cut: bool) -> None:
-        self.work, self.columns, self.cut = work, columns, cut
-        self._dtype = torch.promote_types(work.q.dtype, torch.float32)  # bfloat16 has its scores in float32
-        self._lists = self._hidden = self._dead = torch.empty(0, device="cpu")
+    def __init__(self, work: _Blocks, columns: int) -> None:
+        self.work, self.columns = work, columns
+        self._lists = self._hidden = torch.empty(0, device="cpu")
 
-    def of(self, row: Tensor, idx: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Bias [n, 1, q_block | 1, columns], one for each n-th of the rows; which see nothing [n, 1, q_block | 1]."""
-        lists, mask = self.work.lists, self.work.mask
-        if mask is None and not self.cut:
-            return None, None
-        sample = row // (lists.q_blocks * self.work.q.shape[1]) if mask is not None else torch.zeros_like(row)
-        wanted = torch.cat([torch.stack([row % lists.q_blocks, sample], 1), idx], 1)
+    def of(self, row: Tensor, idx: Tensor) -> Tensor:
+        """Bias [n, 1, q_block, columns], one for each n-th of the rows."""
+        wanted = torch.cat([(row % self.work.lists.q_blocks)[:, None], idx], 1)
         alike, rows = wanted.unique_consecutive(return_counts=True, dim=0)
         wanted = alike if (rows == rows[0]).all() else wanted
         if not torch.equal(wanted, self._lists):
-            seen = self._seen(wanted[:, 0], wanted[:, 1], wanted[:, 2:])[:, None]
-            self._lists, self._hidden, self._dead = wanted, _bias(seen, self._dtype), ~seen.any(-1)
-        return self._hidden, self._dead
+            seen = self._seen(wanted[:, 0], wanted[:, 1:])[:, None]
+            self._lists, self._hidden = wanted, _bias(seen, self.work.q.dtype)
+        return self._hidden
 
-    def _seen(self, q_block: Tensor, sample: Tensor, idx: Tensor) -> Tensor:
-        """bool [lists, q_block | 1, columns]."""
-        seen: list[Tensor] = []
-        if self.cut and self.work.boxes is not None:
-            place, low, high = (x.unbind(1) for x in self.work.boxes)
-            keys = [self._gather(x, idx) for x in place]
-            along = [
-                (a[q_block, :, None] <= x) & (x <= b[q_block, :, None]) for x, a, b in zip(keys, low, high, strict=True)
-            ]
-            seen.append(functools.reduce(torch.logical_and, along) | (keys[0] < 0))
-        if self.work.mask is not None:
-            seen.append(self._gather(self.work.mask, sample[:, None] * self.work.lists.kv_blocks + idx))
-        return functools.reduce(torch.logical_and, seen)
-
-    def _gather(self, blocks: Tensor, idx: Tensor) -> Tensor:
-        """[blocks, kv_block] -> [lists, 1, columns]."""
-        return blocks[idx].flatten(1)[:, None, : self.columns]
+    def _seen(self, q_block: Tensor, idx: Tensor) -> Tensor:
+        """bool [lists, q_block, columns]."""
+        assert self.work.boxes is not None  # no list is cut without
+        place, low, high = (x.unbind(1) for x in self.work.boxes)
+        keys = [x[idx].flatten(1)[:, None, : self.columns] for x in place]
+        along = [
+            (a[q_block, :, None] <= x) & (x <= b[q_block, :, None]) for x, a, b in zip(keys, low, high, strict=True)
+        ]
+        return functools.reduce(torch.logical_and, along) | (keys[0] < 0)
 
 
-def _dense_rows(work: _Blocks, group: _Group, scale: float) -> None:
-    """Rows that keep every block: one dense product for each head, without gathering."""
-    lists, heads = work.lists, work.q.shape[1]
-    keys, values = (x.view(-1, lists.kv_blocks * lists.kv_block, x.shape[-1])[:, : lists.kv_len] for x in work[1:3])
-    for head in (group.row // lists.q_blocks).unique().tolist():
-        rows = group.row[group.row // lists.q_blocks == head] % lists.q_blocks
-        sample, inner = divmod(head, heads)
-        q = work.q[sample, inner, rows].flatten(0, 1)[None, None]
-        bias = None
-        if work.mask is not None:
-            mask = work.mask.view(-1, lists.kv_blocks * lists.kv_block)[sample, : lists.kv_len]
-            if not mask.any():
-                work.out[sample, inner, rows], work.lse[sample, inner, rows] = 0, -torch.inf
-                continue
-            bias = _bias(mask[None, None, None], q.dtype)
-        part, part_lse = _flash(q, keys[head][None, None], values[head][None, None], scale, bias)
-        work.out[sample, inner, rows] = part[0, 0].unflatten(0, (-1, lists.q_block))
-        work.lse[sample, inner, rows] = part_lse[0, 0].unflatten(0, (-1, lists.q_block))
+class _Others(NamedTuple):
+    """What stands for the blocks that are not listed."""
+
+    key: Tensor  # [B * H, nK, D]
+    value: Tensor  # [B * H, nK, D_v]
+    bias: Tensor  # of the scores, [B * H, nK]
+    variance: Tensor | None  # [B * H, 1, nK], times the squares of scaled queries
+    slope: Tensor | None  # [B * H * nQ, D, D_v]
+    reach: Tensor | None  # [B * H * nQ, 1, 1], of steps of scaled queries
+    lists: BlockLists
+    scale: float  # of queries
+
+    @classmethod
+    def of(cls, made: StandIns, lists: BlockLists, scale: float) -> _Others:
+        """The same, flat."""
+        bias = made.log_count.clamp(min=-_NEVER).expand(made.key.shape[:3]).flatten(0, 1)
+        variance = None if made.variance is None else made.variance.div(2 * scale**2).flatten(0, 1)[..., None, :]
+        slope = None if made.slope is None else made.slope.expand(-1, -1, lists.q_blocks, -1, -1).flatten(0, 2)
+        reach = None if made.reach is None else made.reach.flatten()[:, None, None]
+        return cls(made.key.flatten(0, 1), made.value.flatten(0, 1), bias, variance, slope, reach, lists, scale)
+
+    def joined(self, part: _Part, q: Tensor, row: slice | Tensor) -> _Part:
+        """Attention of scaled q [n, q_block, D] to the keys of `part` and to what stands for all others.
+
+        row: which query blocks these are, a slice of one head's or the numbers of any.
+        """
+        heads = (row if isinstance(row, Tensor) else row.start) // self.lists.q_blocks
+        keys, values = self.key[heads], self.value[heads]  # [n, nK, D] for any heads, [nK, D] for one
+        flat = *keys.shape[:-2], -1
+        scores = _product(q.reshape(*flat, q.shape[2]), keys).view(*q.shape[:2], -1)
+        scores.add_(self.bias[heads].masked_fill(self._listed(row), -_NEVER)[:, None])
+        if self.variance is not None:
+            squares = torch.linalg.vector_norm(q, dim=-1, keepdim=True).square_()
+            scores.add_((squares * self.variance[heads]).clamp_(max=MOST_BIAS))
+        top = torch.maximum(part.top, scores.amax(-1, keepdim=True))
+        weights, share = _powers(scores, top), (part.top - top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        sums = _weighted(weights.view(*flat, weights.shape[2]), values).view_as(part.sums)
+        sums.addcmul_(part.sums, share)
+        if self.slope is not None:
+            sums.addcmul_(self._steps(q, self.slope[row], row), total)
+        return _Part(sums, top, total.addcmul_(part.total, share))
+
+    def _steps(self, q: Tensor, slope: Tensor, row: slice | Tensor) -> Tensor:
+        """How far each row's value moves, [n, q_block, D_v]."""
+        steps = torch.bmm(q, slope)  # of scaled queries
+        if self.reach is None:
+            return steps.div_(self.scale)
+        reach = self.reach[row]
+        squares = torch.linalg.vector_norm(steps, dim=-1, keepdim=True).square_().add_((reach * self.scale).square())
+        return steps.mul_(squares.clamp_(min=torch.finfo(squares.dtype).tiny).rsqrt_().mul_(reach))
+
+    def _listed(self, row: slice | Tensor) -> Tensor:
+        """bool [n, nK]."""
+        idx, cnt = self.lists.idx.flatten(0, 2), self.lists.cnt.flatten()
+        if len(cnt) < len(self.key) * self.lists.q_blocks:  # all samples have the same lists
+            row = torch.arange(row.start, row.stop) % len(cnt) if isinstance(row, slice) else row % len(cnt)
+        idx, cnt = idx[row].long(), cnt[row]
+        spare = idx.masked_fill_(torch.arange(idx.shape[1], device="cpu") >= cnt[:, None], self.lists.kv_blocks)
+        listed = torch.zeros(len(cnt), self.lists.kv_blocks + 1, dtype=torch.bool, device="cpu")
+        return listed.scatter_(1, spare, True)[:, :-1]
 
 
-def _product(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, scratch: _Scratch
-) -> tuple[Tensor, Tensor]:
-    """Attention of [rows, block, D] to [rows, columns, D]; bias [n, 1, block | 1, columns], one for each n-th.
+@functools.cache
+def _onednn() -> Callable[..., Tensor] | None:
+    """oneDNN's product a @ b.mT of float32 matrices, if this torch has it.
 
-    Scores in float32 or better, the weighted sum in the values' own format: in bfloat16 twice as fast as flash, and as
-    exact. Powers of two: torch's exp takes ten times as long over values as low as those that `bias` leaves.
+    It is twice as fast as the one that `torch.mm` calls on processors that are not of Intel's.
     """
-    exact, shape = torch.promote_types(q.dtype, torch.float32), (*q.shape[:2], k.shape[1])
-    keys = k if k.dtype == exact else scratch.take("exact keys", tuple(k.shape), exact).copy_(k)
-    scores = torch.bmm(q.to(exact) * scale, keys.mT, out=scratch.take("scores", shape, exact))
-    if bias is not None:
-        scores.unflatten(0, (len(bias), -1)).add_(bias)
-    top = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(top).mul_(_LOG2_E).exp2_()
-    total = weights.sum(-1, keepdim=True)
-    rounded = weights if v.dtype == exact else scratch.take("weights", shape, v.dtype).copy_(weights)
-    out = torch.bmm(rounded, v).to(exact) / total
-    return out.to(q.dtype), (top + total.log())[..., 0]
+    try:
+        product: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+        product(torch.ones(1, 1), torch.ones(1, 1), None, "none", [], "")
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    return product
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """torch's flash kernel, which also returns the LSE; it needs values as wide as keys, and rows without gaps."""
-    width = v.shape[-1]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # it reads others wrong without an error
-    if width != q.shape[-1]:
-        wide = max(width, q.shape[-1])
-        q, k, v = (F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
-    return out[..., :width], lse
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """[..., rows, D] times [..., columns, D] -> [..., rows, columns], of matrices or batches of matrices."""
+    if a.ndim == 2 and a.dtype == torch.float32 and (fast := _onednn()) is not None:
+        return fast(a, b, None, "none", [], "")
+    return a @ b.mT
 
 
-def _computable(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (q.float(), k.float(), v.float()) if q.dtype == torch.float16 else (q, k, v)
+def _powers(scores: Tensor, top: Tensor) -> Tensor:
+    """exp(scores - top), in place: torch's own exp takes twenty times as long as exp2."""
+    return scores.sub_(top).mul_(_LOG2_E).exp2_()
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Sums of values [..., columns, D_v] by weights [..., rows, columns], computed in the format of the values."""
+    if weights.dtype == values.dtype:
+        return _product(weights, values.mT)
+    return _product(weights.to(values.dtype), values.mT).to(weights.dtype)
+
+
+def _accumulated(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _computable(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `mask` is True, and elsewhere what outweighs every score; several times faster made than with -inf."""
-    return mask.to(dtype).sub_(1).mul_(_NEVER)
+    """0 where `mask` is True, and elsewhere what outweighs every score."""
+    bias: Tensor = mask.to(dtype).sub_(1).mul_(_NEVER)
+    return bias
 
 
 def _cut(x: Tensor, block: int) -> Tensor:
-    """[B, H, N, D] -> [B, H, n, block, D], contiguous, the ragged tail filled with zeros."""
+    """[B, H, N, D] -> [B * H * n, block, D], contiguous, the ragged tail filled with zeros."""
     padding = -x.shape[2] % block
     padded = F.pad(x, (0, 0, 0, padding)) if padding else x  # padding by nothing would copy
-    blocks: Tensor = padded.contiguous().unflatten(2, (-1, block))
+    blocks: Tensor = padded.contiguous().unflatten(2, (-1, block)).flatten(0, 2)
     return blocks
 
 
-def _strips(q: Tensor, k: Tensor, multiple: int) -> Iterator[slice]:
-    batch, heads, length, _ = q.shape
-    return strips(length, batch * heads * k.shape[2] * 4, _STRIP_BYTES, multiple)
+def _strips(
+    q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None, multiple: int = 1
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """Head of [B * H], rows, and their scores of all keys [rows, N_kv]."""
+    exact = _accumulated(q)
+    queries, keys = (q.to(exact) * scale).flatten(0, 1), k.to(exact).flatten(0, 1)
+    hidden = None if key_mask is None else _bias(key_mask, exact)
+    for head in range(len(queries)):
+        for rows in strips(q.shape[2], k.shape[2] * exact.itemsize, _STRIP_BYTES, multiple):
+            scores = _product(queries[head, rows], keys[head])
+            yield head, rows, scores if hidden is None else scores.add_(hidden[head // q.shape[1]])
 
 
-def _scores(q: Tensor, keys: Tensor, scale: float, key_mask: Tensor | None, scratch: _Scratch) -> Tensor:
-    """q [B, H, rows, D] times keys [B, H, D, N_kv], valid until the next strip."""
-    scores = scratch.take("scores", (*q.shape[:3], keys.shape[-1]), keys.dtype)
-    torch.matmul(q.to(keys.dtype) * scale, keys, out=scores)
-    return scores if key_mask is None else scores.masked_fill_(~key_mask[:, None, None], -torch.inf)
+def _joined(parts: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs [rows, D_v] and LSEs [rows] of all strips -> [B, H, N, D_v], [B, H, N]."""
+    out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
+    return out.view(*q.shape[:3], -1).to(q.dtype), lse.view(q.shape[:3])
+
+
+def _tiles(masses: list[Tensor], q: Tensor) -> Tensor:
+    """[nQ of a strip, nK] of all strips -> [B, H, nQ, nK]."""
+    return torch.cat(masses).view(*q.shape[:2], -1, masses[0].shape[1])
 
 
 def _column_sums(weights: Tensor, block: int) -> Tensor:
-    """[B, H, rows, N_kv] -> [B, H, rows, nK]."""
-    whole = weights.shape[-1] // block * block
-    sums = weights[..., :whole].unflatten(-1, (-1, block)).sum(-1) if whole else weights[..., :0]
-    if whole == weights.shape[-1]:
+    """[rows, N_kv] -> [rows, nK]."""
+    whole = weights.shape[1] // block * block
+    sums = weights[:, :whole].unflatten(1, (-1, block)).sum(-1) if whole else weights[:, :0]
+    if whole == weights.shape[1]:
         return sums
-    return torch.cat([sums, weights[..., whole:].sum(-1, keepdim=True)], -1)
+    return torch.cat([sums, weights[:, whole:].sum(1, keepdim=True)], 1)
 
 
 def _row_sums(tiles: Tensor, block: int) -> Tensor:
-    """[B, H, rows, nK] -> [B, H, ceil(rows / block), nK]."""
-    padded: Tensor = F.pad(tiles, (0, 0, 0, -tiles.shape[2] % block))
-    sums: Tensor = padded.unflatten(2, (-1, block)).sum(3)
+    """[rows, nK] -> [ceil(rows / block), nK]."""
+    padded = F.pad(tiles, (0, 0, 0, -len(tiles) % block))
+    sums: Tensor = padded.unflatten(0, (-1, block)).sum(1)
     return sums
