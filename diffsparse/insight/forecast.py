@@ -83,7 +83,8 @@ class Call:
         if self.moved and step != Step():
             back = 2 if self.masked and step.kind == "dense" else 1  # dense attention gets its own mask and order
             found.append(self._through("tokens moved", 8 * back * self.tensor, self.device.gather.value))
-        waits = self.device.host.value - sum(piece.ms for piece in found)
+        host = self.device.host if step.parts is None else self.device.host_more
+        waits = host.value - sum(piece.ms for piece in found)
         return [*found, Piece("host", 0.0, 0.0, waits)] if waits > 0 and step != Step() else found
 
     @property
@@ -113,7 +114,8 @@ class Call:
         if parts.routed:
             gigabytes = 4 * self.pairs
             yield self._multiplied("routing", self._over_means, device.mass, gigabytes)
-        yield self._chosen(parts.routed)
+        if parts.lists:
+            yield self._chosen(parts.routed)
         if parts.probes:
             yield from self._probes(parts.probes)
         if parts.rank:

@@ -93,7 +93,7 @@ class Tangent(Strategy):
         share = min(with_text(0.0, self.block, layout) + max(self._share(layout, dim, rank), best), 1.0)
         by, probes = self._summary(layout.tokens, dim), self._probe_count(layout.tokens, dim)
         summaries = summary_work(by, 1 - share, self.block, layout.tokens, dim)
-        parts = Parts(share, by, self._routing() > 0, probes, rank)
+        parts = Parts(share, by, True, self._routing() > 0, probes, rank)
         return Step("sparse", share + summaries, self._beside(layout.tokens, dim, rank), 1.0, parts)
 
     def _blocks(

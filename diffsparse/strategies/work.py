@@ -25,6 +25,7 @@ class Parts(NamedTuple):
 
     listed: share of the blocks that are computed.
     summary: how the others stand for their keys.
+    lists: whether the step makes them, if only again.
     routed: whether the estimated errors of the summaries choose the blocks.
     probes: rows that are computed exactly.
     rank: of the residual that is added.
@@ -32,6 +33,7 @@ class Parts(NamedTuple):
 
     listed: float
     summary: Summary
+    lists: bool = False
     routed: bool = False
     probes: int = 0
     rank: int = 0
