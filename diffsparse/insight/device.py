@@ -86,7 +86,7 @@ class Device:
 
 _DAY = "h100-2026-11-27"  # NVIDIA H100 80GB HBM3, 700 W
 
-# The kernels that the rows were measured with: means by a kernel of their own, masses by a second pass.
+# The kernels that the rows were measured with: a merge of means, a second pass for masses, torch for tokens and lists.
 H100_UNFUSED = Device(
     dense=Rate(588.6, "TFLOP/s", f"{_DAY}: step | wan 14b 720p | digest, dense"),
     masked=Rate(395.7, "TFLOP/s", f"{_DAY}: step | hunyuan-video 720p | adaspa, dense"),
@@ -102,18 +102,20 @@ H100_UNFUSED = Device(
     gather=Rate(832.6, "GB/s", f"{_DAY}: speed | hunyuan-video 720p | torch | orders, q k v out | 0.00"),
     choose=Rate(0.112, "ns", f"{_DAY}: speed | hunyuan-video 720p | torch | select by head | 0.00"),
     list_up=Rate(0.0479, "ns", f"{_DAY}: speed | hunyuan-video 720p | torch | lists from a mask | 0.00"),
-    solve=Rate(1.5, "ms", assumed="three batched inverses of 128 x 128 for each head, and small products"),
+    solve=Rate(0.3, "ms", assumed="two launches; 128 dependent steps for each head and penalty"),
     eigen=Rate(20, "ms", assumed="batched eigenvectors of 128 x 128, in dense steps that teach"),
     host=Rate(1.137, "ms", f"{_DAY}: step | wan 14b 720p | adaspa, sparse"),
     host_more=Rate(2.160, "ms", f"{_DAY}: step | wan 14b 720p | digest, sparse"),
     processors=Rate(132, "", assumed="the maker's data sheet"),
 )
-_LOOP = "in the loop of the blocks, as fast as these; no row yet"
-_TARGET = "the target for masses in the pass itself; no row yet"
+# The kernels as they are now, of which there is no row yet.
 H100 = replace(
     H100_UNFUSED,
-    summaries=H100_UNFUSED.listed._replace(measured="", assumed=_LOOP),
-    fused=Rate(1.15, "times", assumed=_TARGET),
+    summaries=Rate(602.7, "TFLOP/s", assumed="in the loop of the blocks, as fast as these"),
+    fused=Rate(1.15, "times", assumed="the target for masses in the dense pass itself"),
+    gather=Rate(2265, "GB/s", assumed="a launch each way, as near to a copy as other kernels"),
+    choose=Rate(0.015, "ns", assumed="errors read four times, at half of what is usable of the bandwidth"),
+    list_up=Rate(0.004, "ns", assumed="numbers of blocks written once, likewise"),
 )
 
 DEVICES: dict[str, Device] = {"h100": H100, "h100-unfused": H100_UNFUSED}

@@ -16,7 +16,7 @@ from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.work import Outline, Parts, Step
 from diffsparse_kernels import edges
 
-_PAIR_PASSES = 8  # bias, scores and softmax of pairs of blocks, each read and written in float32
+_KEPT_GIGABYTES = 0.54  # of matrices H, as `diffsparse_kernels` keeps them on a device
 
 
 class Piece(NamedTuple):
@@ -119,8 +119,9 @@ class Call:
         if parts.probes:
             yield from self._probes(parts.probes)
         if parts.rank:
-            codes = 13e-9 * self.tokens * self.heads * parts.rank  # eight bits and float32, written and read
-            yield self._through("residual", 2 * self.tensor + codes)
+            yield self._through(
+                "residual", 1e-9 * self.tokens * self.heads * (parts.rank + 2)
+            )  # codes and their scales
         if step.kind == "dense":
             yield self._through("residual found", 3 * self.tensor, more=device.eigen.value)
 
@@ -132,18 +133,19 @@ class Call:
             yield self._through("statistics", (6 if parts.routed else 2) * self.tensor)
             return
         matrix, token = 2e-9 * self.heads * dim**2, 2e-12 * self.tokens * self.heads * dim**2
-        # H is made twice, since what is known of it tells the blocks before it is mixed
-        yield self._multiplied("statistics", 2 * token, device.product, 4 * self.tensor + columns * matrix)
-        mixed = columns * matrix + rows * matrix + 4 * _PAIR_PASSES * self.pairs
+        times = 1 if columns * matrix <= _KEPT_GIGABYTES else 2  # its size tells the blocks before it is mixed
+        made = 2 * times * self.tensor + columns * matrix
+        yield self._multiplied("statistics", times * token, device.product, made)
+        mixed = (columns + rows) * matrix + self.tensor + 4 * self.pairs  # weights are written and read
         yield self._multiplied("mixing", 2e-3 * self.pairs * dim**2, device.product, mixed)
         yield self._multiplied("first-order steps", token, device.product, rows * matrix)
 
     def _probes(self, count: int) -> Iterator[Piece]:
-        """Exact rows, of which there are too few for all processors; their fit, and what it adds to all rows."""
+        """Exact rows, of which there are too few for all processors, and their fit; it is added as tokens move back."""
         busy = min(1.0, self.heads * -(-count // 128) / self.device.processors.value)
         exact = self.device.own._replace(value=self.device.own.value * busy)
         yield self._multiplied("probes", self.dense_tflop * count / self.tokens, exact, 2 * self.tensor)
-        yield self._through("their fit", (8 if self.masked else 5) * self.tensor, more=self.device.solve.value)
+        yield Piece("their fit", 0.0, 0.0, self.device.solve.value)
 
     def _chosen(self, chosen: bool) -> Piece:
         """Blocks chosen from all pairs, if they are, and lists made of them."""

@@ -70,9 +70,9 @@ FROM_ROWS = {
     "product": lambda: 1e3 * 2e-12 * 8192**3 / row_of(H100.product.measured)["ms"],
     "rest": lambda: rest_of(row_of(H100.rest.measured), 1618.14),
     "copy": lambda: row_of(H100.copy.measured)["gb_per_s"],
-    "gather": lambda: 1e3 * 8 * HUNYUAN.tensor / row_of(H100.gather.measured)["ms"],
-    "choose": lambda: 1e-3 * row_of(H100.choose.measured)["ms"] / HUNYUAN.pairs,
-    "list_up": lambda: 1e-3 * row_of(H100.list_up.measured)["ms"] / HUNYUAN.pairs,
+    "gather": lambda: 1e3 * 8 * HUNYUAN.tensor / row_of(H100_UNFUSED.gather.measured)["ms"],
+    "choose": lambda: 1e-3 * row_of(H100_UNFUSED.choose.measured)["ms"] / HUNYUAN.pairs,
+    "list_up": lambda: 1e-3 * row_of(H100_UNFUSED.list_up.measured)["ms"] / HUNYUAN.pairs,
     "host": lambda: row_of(H100.host.measured)["host_ms"],
     "host_more": lambda: row_of(H100.host_more.measured)["host_ms"],
 }
