@@ -32,44 +32,44 @@ class Device:
     """A GPU, by the rates of its kernels for bfloat16 and heads of 128 channels. All that a kernel multiplies counts.
 
     dense: the user's dense attention.
-    masked: the same with a key mask.
-    own: our dense attention with its log-sum-exp.
-    listed: blocks of a sparse product.
-    summaries: mean keys of dropped blocks.
-    mass: a pass that sums the mass of blocks; those that estimate the errors of summaries count as such.
-    fused: a dense pass that sums masses too, in times of one that doesn't; None where a second pass does.
-    product: a matrix product.
-    rest: all of a model but its attention; of one model, for all.
+    dense_masked: the same with a key mask.
+    dense_with_lse: our dense attention with its log-sum-exp.
+    listed_blocks: blocks of a sparse product.
+    mean_keys: mean keys of dropped blocks.
+    block_mass: a pass that sums the mass of blocks; those that estimate the errors of summaries count as such.
+    fused_mass: a dense pass that sums masses too, in times of one that doesn't; None where a second pass does.
+    matrix_product: a matrix product.
+    rest_of_model: all of a model but its attention; of one model, for all.
     copy: bandwidth.
-    usable: share of `copy` and `product` that kernels of other shapes reach.
-    gather: bytes of tokens that move, read and written.
-    choose, list_up: of a pair of blocks.
-    solve: the fit of all heads to their probes.
-    eigen: the directions of a residual.
-    host: until a call of blocks alone returns.
-    host_more: until one returns that is compensated.
+    usable_share: share of `copy` and `matrix_product` that kernels of other shapes reach.
+    moved_tokens: bytes of tokens that move, read and written.
+    selection_of_a_pair, lists_of_a_pair: of blocks.
+    fit: the fit of all heads to their probes.
+    residual_directions: the directions of a residual.
+    host_of_blocks: until a call of blocks alone returns.
+    host_of_compensated: until one returns that is compensated.
     processors: each works on 128 queries of a head.
     block: queries and keys of a block that suit it.
     """
 
     dense: Rate
-    masked: Rate
-    own: Rate
-    listed: Rate
-    summaries: Rate
-    mass: Rate
-    fused: Rate | None
-    product: Rate
-    rest: Rate
+    dense_masked: Rate
+    dense_with_lse: Rate
+    listed_blocks: Rate
+    mean_keys: Rate
+    block_mass: Rate
+    fused_mass: Rate | None
+    matrix_product: Rate
+    rest_of_model: Rate
     copy: Rate
-    usable: Rate
-    gather: Rate
-    choose: Rate
-    list_up: Rate
-    solve: Rate
-    eigen: Rate
-    host: Rate
-    host_more: Rate
+    usable_share: Rate
+    moved_tokens: Rate
+    selection_of_a_pair: Rate
+    lists_of_a_pair: Rate
+    fit: Rate
+    residual_directions: Rate
+    host_of_blocks: Rate
+    host_of_compensated: Rate
     processors: Rate
     block: Block = (128, 64)
 
@@ -80,8 +80,8 @@ class Device:
 
     def with_fastest_dense(self) -> Device:
         """The same where the user's dense attention is the fastest that was measured."""
-        fastest = max(self.dense, self.own)
-        return replace(self, dense=fastest, masked=max(self.masked, self.own))
+        fastest = max(self.dense, self.dense_with_lse)
+        return replace(self, dense=fastest, dense_masked=max(self.dense_masked, self.dense_with_lse))
 
 
 _DAY = "h100-2026-11-27"  # NVIDIA H100 80GB HBM3, 700 W
@@ -89,33 +89,35 @@ _DAY = "h100-2026-11-27"  # NVIDIA H100 80GB HBM3, 700 W
 # The kernels that the rows were measured with: a merge of means, a second pass for masses, torch for tokens and lists.
 H100_UNFUSED = Device(
     dense=Rate(588.6, "TFLOP/s", f"{_DAY}: step | wan 14b 720p | digest, dense"),
-    masked=Rate(395.7, "TFLOP/s", f"{_DAY}: step | hunyuan-video 720p | adaspa, dense"),
-    own=Rate(599.2, "TFLOP/s", f"{_DAY}: speed | hunyuan-video 720p | gluon | dense with LSE, masked | 1.00"),
-    listed=Rate(602.7, "TFLOP/s", f"{_DAY}: speed | hunyuan-video 720p | gluon | ragged lists, masked | 0.20"),
-    summaries=Rate(462.3, "TFLOP/s", f"{_DAY}: step | wan 14b 720p | digest, sparse, profile | add_means"),
-    mass=Rate(440.8, "TFLOP/s", f"{_DAY}: speed | hunyuan-video 720p | triton-tma | block mass, masked | 0.50"),
-    fused=None,
-    product=Rate(797.3, "TFLOP/s", f"{_DAY}: facts | 8192^3 bfloat16 | matrix product"),
-    rest=Rate(327.2, "TFLOP/s", f"{_DAY}: end to end | hunyuan-video | dense"),
+    dense_masked=Rate(395.7, "TFLOP/s", f"{_DAY}: step | hunyuan-video 720p | adaspa, dense"),
+    dense_with_lse=Rate(
+        599.2, "TFLOP/s", f"{_DAY}: speed | hunyuan-video 720p | gluon | dense with LSE, masked | 1.00"
+    ),
+    listed_blocks=Rate(602.7, "TFLOP/s", f"{_DAY}: speed | hunyuan-video 720p | gluon | ragged lists, masked | 0.20"),
+    mean_keys=Rate(462.3, "TFLOP/s", f"{_DAY}: step | wan 14b 720p | digest, sparse, profile | add_means"),
+    block_mass=Rate(440.8, "TFLOP/s", f"{_DAY}: speed | hunyuan-video 720p | triton-tma | block mass, masked | 0.50"),
+    fused_mass=None,
+    matrix_product=Rate(797.3, "TFLOP/s", f"{_DAY}: facts | 8192^3 bfloat16 | matrix product"),
+    rest_of_model=Rate(327.2, "TFLOP/s", f"{_DAY}: end to end | hunyuan-video | dense"),
     copy=Rate(3020, "GB/s", f"{_DAY}: facts | 2048 MiB | copy"),
-    usable=Rate(0.75, "of it", assumed="three quarters of what the plainest kernel reaches"),
-    gather=Rate(832.6, "GB/s", f"{_DAY}: speed | hunyuan-video 720p | torch | orders, q k v out | 0.00"),
-    choose=Rate(0.112, "ns", f"{_DAY}: speed | hunyuan-video 720p | torch | select by head | 0.00"),
-    list_up=Rate(0.0479, "ns", f"{_DAY}: speed | hunyuan-video 720p | torch | lists from a mask | 0.00"),
-    solve=Rate(0.3, "ms", assumed="two launches; 128 dependent steps for each head and penalty"),
-    eigen=Rate(20, "ms", assumed="batched eigenvectors of 128 x 128, in dense steps that teach"),
-    host=Rate(1.137, "ms", f"{_DAY}: step | wan 14b 720p | adaspa, sparse"),
-    host_more=Rate(2.160, "ms", f"{_DAY}: step | wan 14b 720p | digest, sparse"),
+    usable_share=Rate(0.75, "of it", assumed="three quarters of what the plainest kernel reaches"),
+    moved_tokens=Rate(832.6, "GB/s", f"{_DAY}: speed | hunyuan-video 720p | torch | orders, q k v out | 0.00"),
+    selection_of_a_pair=Rate(0.112, "ns", f"{_DAY}: speed | hunyuan-video 720p | torch | select by head | 0.00"),
+    lists_of_a_pair=Rate(0.0479, "ns", f"{_DAY}: speed | hunyuan-video 720p | torch | lists from a mask | 0.00"),
+    fit=Rate(0.3, "ms", assumed="two launches; 128 dependent steps for each head and penalty"),
+    residual_directions=Rate(20, "ms", assumed="batched eigenvectors of 128 x 128, in dense steps that teach"),
+    host_of_blocks=Rate(1.137, "ms", f"{_DAY}: step | wan 14b 720p | adaspa, sparse"),
+    host_of_compensated=Rate(2.160, "ms", f"{_DAY}: step | wan 14b 720p | digest, sparse"),
     processors=Rate(132, "", assumed="the maker's data sheet"),
 )
 # The kernels as they are now, of which there is no row yet.
 H100 = replace(
     H100_UNFUSED,
-    summaries=Rate(602.7, "TFLOP/s", assumed="in the loop of the blocks, as fast as these"),
-    fused=Rate(1.15, "times", assumed="the target for masses in the dense pass itself"),
-    gather=Rate(2265, "GB/s", assumed="a launch each way, as near to a copy as other kernels"),
-    choose=Rate(0.015, "ns", assumed="errors read four times, at half of what is usable of the bandwidth"),
-    list_up=Rate(0.004, "ns", assumed="numbers of blocks written once, likewise"),
+    mean_keys=Rate(602.7, "TFLOP/s", assumed="in the loop of the blocks, as fast as these"),
+    fused_mass=Rate(1.15, "times", assumed="the target for masses in the dense pass itself"),
+    moved_tokens=Rate(2265, "GB/s", assumed="a launch each way, as near to a copy as other kernels"),
+    selection_of_a_pair=Rate(0.015, "ns", assumed="errors read four times, at half of what is usable of the bandwidth"),
+    lists_of_a_pair=Rate(0.004, "ns", assumed="numbers of blocks written once, likewise"),
 )
 
 DEVICES: dict[str, Device] = {"h100": H100, "h100-unfused": H100_UNFUSED}

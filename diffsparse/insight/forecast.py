@@ -82,38 +82,42 @@ class Call:
             found += self._product(step)
         if self.moved and step != Step():
             back = 2 if self.masked and step.kind == "dense" else 1  # dense attention gets its own mask and order
-            found.append(self._through("tokens moved", 8 * back * self.tensor, self.device.gather.value))
-        host = self.device.host if step.parts is None else self.device.host_more
+            found.append(self._through("tokens moved", 8 * back * self.tensor, self.device.moved_tokens.value))
+        host = self.device.host_of_blocks if step.parts is None else self.device.host_of_compensated
         waits = host.value - sum(piece.ms for piece in found)
         return [*found, Piece("host", 0.0, 0.0, waits)] if waits > 0 and step != Step() else found
 
     @property
     def dense(self) -> Piece:
         """The user's dense attention."""
-        return self._multiplied("dense", self.dense_tflop, self.device.masked if self.masked else self.device.dense)
+        return self._multiplied(
+            "dense", self.dense_tflop, self.device.dense_masked if self.masked else self.device.dense
+        )
 
     def _search(self, step: Step) -> Iterator[Piece]:
         """Masses, in or beside a dense pass that has a log-sum-exp, and the lists that they give."""
-        half, own, fused = self.dense_tflop / 2, self.device.own, self.device.fused
+        half, own, fused = self.dense_tflop / 2, self.device.dense_with_lse, self.device.fused_mass
         if step.kind == "search":
             yield self._multiplied("dense with LSE", self.dense_tflop, own)
         if step.kind == "search" and fused is not None:
             yield Piece("block mass", half, 0.0, 1e3 * self.dense_tflop / own.value * (fused.value - 1))
         elif step.kind in ("search", "refresh"):
-            yield self._multiplied("block mass", half, self.device.mass)
+            yield self._multiplied("block mass", half, self.device.block_mass)
         if step.kind in ("search", "refresh"):
             yield self._chosen(True)
 
     def _product(self, step: Step) -> Iterator[Piece]:
         """A sparse product and what belongs to it."""
         parts, listed, device = step.parts, step.density or 0.0, self.device
-        yield self._multiplied("blocks", self.dense_tflop * (listed if parts is None else parts.listed), device.listed)
+        yield self._multiplied(
+            "blocks", self.dense_tflop * (listed if parts is None else parts.listed), device.listed_blocks
+        )
         if parts is None:
             return
         yield from self._summaries(parts)
         if parts.routed:
             gigabytes = 4 * self.pairs
-            yield self._multiplied("routing", self._over_means, device.mass, gigabytes)
+            yield self._multiplied("routing", self._over_means, device.block_mass, gigabytes)
         if parts.lists:
             yield self._chosen(parts.routed)
         if parts.probes:
@@ -123,33 +127,33 @@ class Call:
                 "residual", 1e-9 * self.tokens * self.heads * (parts.rank + 2)
             )  # codes and their scales
         if step.kind == "dense":
-            yield self._through("residual found", 3 * self.tensor, more=device.eigen.value)
+            yield self._through("residual found", 3 * self.tensor, more=device.residual_directions.value)
 
     def _summaries(self, parts: Parts) -> Iterator[Piece]:
         """Mean keys in the softmax, and what is known of blocks; the matrices H and their mixture to first order."""
         (rows, columns), dim, device = self.counts, self.head_dim, self.device
-        yield self._multiplied("mean keys", self._over_means, device.summaries)
+        yield self._multiplied("mean keys", self._over_means, device.mean_keys)
         if parts.summary == "means":
             yield self._through("statistics", (6 if parts.routed else 2) * self.tensor)
             return
         matrix, token = 2e-9 * self.heads * dim**2, 2e-12 * self.tokens * self.heads * dim**2
         times = 1 if columns * matrix <= _KEPT_GIGABYTES else 2  # its size tells the blocks before it is mixed
         made = 2 * times * self.tensor + columns * matrix
-        yield self._multiplied("statistics", times * token, device.product, made)
+        yield self._multiplied("statistics", times * token, device.matrix_product, made)
         mixed = (columns + rows) * matrix + self.tensor + 4 * self.pairs  # weights are written and read
-        yield self._multiplied("mixing", 2e-3 * self.pairs * dim**2, device.product, mixed)
-        yield self._multiplied("first-order steps", token, device.product, rows * matrix)
+        yield self._multiplied("mixing", 2e-3 * self.pairs * dim**2, device.matrix_product, mixed)
+        yield self._multiplied("first-order steps", token, device.matrix_product, rows * matrix)
 
     def _probes(self, count: int) -> Iterator[Piece]:
         """Exact rows, of which there are too few for all processors, and their fit; it is added as tokens move back."""
         busy = min(1.0, self.heads * -(-count // 128) / self.device.processors.value)
-        exact = self.device.own._replace(value=self.device.own.value * busy)
+        exact = self.device.dense_with_lse._replace(value=self.device.dense_with_lse.value * busy)
         yield self._multiplied("probes", self.dense_tflop * count / self.tokens, exact, 2 * self.tensor)
-        yield Piece("their fit", 0.0, 0.0, self.device.solve.value)
+        yield Piece("their fit", 0.0, 0.0, self.device.fit.value)
 
     def _chosen(self, chosen: bool) -> Piece:
         """Blocks chosen from all pairs, if they are, and lists made of them."""
-        nanoseconds = self.device.list_up.value + (self.device.choose.value if chosen else 0.0)
+        nanoseconds = self.device.lists_of_a_pair.value + (self.device.selection_of_a_pair.value if chosen else 0.0)
         return Piece("selection and lists" if chosen else "lists", 0.0, 0.0, 1e3 * self.pairs * nanoseconds)
 
     @property
@@ -159,13 +163,13 @@ class Call:
 
     def _multiplied(self, name: str, tflop: float, rate: Rate, gigabytes: float = 0.0) -> Piece:
         """A kernel waits for its operations or for its bytes."""
-        share = self.device.usable.value if rate is self.device.product else 1.0
+        share = self.device.usable_share.value if rate is self.device.matrix_product else 1.0
         ms = 1e3 * tflop / (share * rate.value)
         return Piece(name, tflop, gigabytes, max(ms, self._through(name, gigabytes).ms))
 
     def _through(self, name: str, gigabytes: float, bandwidth: float = 0.0, more: float = 0.0) -> Piece:
         """Bytes through memory, and `more` ms."""
-        bandwidth = bandwidth or self.device.copy.value * self.device.usable.value
+        bandwidth = bandwidth or self.device.copy.value * self.device.usable_share.value
         return Piece(name, 0.0, gigabytes, 1e3 * gigabytes / bandwidth + more)
 
 
@@ -225,7 +229,7 @@ class Forecast:
             found.append(Stretch(_name(step), many, tuple(pieces)))
         whole = [i for i, flop in enumerate(count.attention) if flop]
         fixed = sum(schedule.excludes(i, len(count.attention)) for i in whole)
-        rest_ms = 1e-9 * count.rest / call.device.rest.value
+        rest_ms = 1e-9 * count.rest / call.device.rest_of_model.value
         return cls(tuple(found), len(whole) - fixed, fixed, here.dense.ms, rest_ms, passes)
 
     @property

@@ -60,21 +60,21 @@ def tflop_a_second(name: str, tflop: float, key: str = "ms") -> float:
 # name of a rate -> what its row gives
 FROM_ROWS = {
     "dense": lambda: tflop_a_second("dense", WAN.dense_tflop),
-    "masked": lambda: tflop_a_second("masked", HUNYUAN.dense_tflop),
-    "own": lambda: row_of(H100.own.measured)["tflops"],
-    "listed": lambda: row_of(H100.listed.measured)["tflops"],
-    "summaries": lambda: (
-        1e3 * FINE.dense_tflop * 1182 / 75_600 / row_of(H100_UNFUSED.summaries.measured)["ops"]["add_means"]
+    "dense_masked": lambda: tflop_a_second("dense_masked", HUNYUAN.dense_tflop),
+    "dense_with_lse": lambda: row_of(H100.dense_with_lse.measured)["tflops"],
+    "listed_blocks": lambda: row_of(H100.listed_blocks.measured)["tflops"],
+    "mean_keys": lambda: (
+        1e3 * FINE.dense_tflop * 1182 / 75_600 / row_of(H100_UNFUSED.mean_keys.measured)["ops"]["add_means"]
     ),
-    "mass": lambda: row_of(H100.mass.measured)["tflops"],
-    "product": lambda: 1e3 * 2e-12 * 8192**3 / row_of(H100.product.measured)["ms"],
-    "rest": lambda: rest_of(row_of(H100.rest.measured), 1618.14),
+    "block_mass": lambda: row_of(H100.block_mass.measured)["tflops"],
+    "matrix_product": lambda: 1e3 * 2e-12 * 8192**3 / row_of(H100.matrix_product.measured)["ms"],
+    "rest_of_model": lambda: rest_of(row_of(H100.rest_of_model.measured), 1618.14),
     "copy": lambda: row_of(H100.copy.measured)["gb_per_s"],
-    "gather": lambda: 1e3 * 8 * HUNYUAN.tensor / row_of(H100_UNFUSED.gather.measured)["ms"],
-    "choose": lambda: 1e-3 * row_of(H100_UNFUSED.choose.measured)["ms"] / HUNYUAN.pairs,
-    "list_up": lambda: 1e-3 * row_of(H100_UNFUSED.list_up.measured)["ms"] / HUNYUAN.pairs,
-    "host": lambda: row_of(H100.host.measured)["host_ms"],
-    "host_more": lambda: row_of(H100.host_more.measured)["host_ms"],
+    "moved_tokens": lambda: 1e3 * 8 * HUNYUAN.tensor / row_of(H100_UNFUSED.moved_tokens.measured)["ms"],
+    "selection_of_a_pair": lambda: 1e-3 * row_of(H100_UNFUSED.selection_of_a_pair.measured)["ms"] / HUNYUAN.pairs,
+    "lists_of_a_pair": lambda: 1e-3 * row_of(H100_UNFUSED.lists_of_a_pair.measured)["ms"] / HUNYUAN.pairs,
+    "host_of_blocks": lambda: row_of(H100.host_of_blocks.measured)["host_ms"],
+    "host_of_compensated": lambda: row_of(H100.host_of_compensated.measured)["host_ms"],
 }
 
 
@@ -196,7 +196,7 @@ def test_what_is_made_is_counted_as_it_is_made() -> None:
     assert "host" not in found
     small = Call(H100, 1024, 4, 128, (128, 64)).pieces(Step("sparse", 0.2, 0.0, 1.0, parts))
     assert small is not None
-    assert sum(piece.ms for piece in small) == pytest.approx(H100.host_more.value)
+    assert sum(piece.ms for piece in small) == pytest.approx(H100.host_of_compensated.value)
 
 
 def test_what_is_not_known_is_not_foretold() -> None:
@@ -211,5 +211,5 @@ def test_what_is_not_known_is_not_foretold() -> None:
 def test_the_fastest_dense_is_no_slower_than_the_users() -> None:
     for device in DEVICES.values():
         fastest = device.with_fastest_dense()
-        assert fastest.masked == device.own
+        assert fastest.dense_masked == device.dense_with_lse
         assert fastest.dense.value >= device.dense.value

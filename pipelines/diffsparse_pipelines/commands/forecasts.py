@@ -145,4 +145,4 @@ def cells(rows: Iterable[Row], columns: dict[str, tuple[str, str]]) -> list[list
 
 def rates(device: Device) -> list[Row]:
     """What all of it rests on."""
-    return [{"name": name, **rate._asdict(), "source": rate.source} for name, rate in device.rates()]
+    return [{"name": name.replace("_", " "), **rate._asdict(), "source": rate.source} for name, rate in device.rates()]
