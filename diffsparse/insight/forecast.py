@@ -101,6 +101,8 @@ class Call:
             yield self._multiplied("dense with LSE", self.dense_tflop, own)
         if step.kind == "search" and fused is not None:
             yield Piece("block mass", half, 0.0, 1e3 * self.dense_tflop / own.value * (fused.value - 1))
+            # read for the summaries of the keys: k and v; for what these give: q, and an output that is not used
+            yield self._multiplied("estimated LSE", self._over_means, self.device.mean_keys, 6 * self.tensor)
         elif step.kind in ("search", "refresh"):
             yield self._multiplied("block mass", half, self.device.block_mass)
         if step.kind in ("search", "refresh"):
