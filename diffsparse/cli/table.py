@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "simulate": (
         "diffsparse_pipelines.commands.simulate:simulate",
-        "Estimate what windowed attention can save, without running.",
+        "Estimate what windows can save, or what a run takes on a GPU, without running.",
     ),
     "inspect": (
         "diffsparse_eval.commands.inspect:inspect",

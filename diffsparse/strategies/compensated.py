@@ -13,7 +13,7 @@ from diffsparse.errors import ConfigError
 from diffsparse.site.charge import summary_work
 from diffsparse.site.compute import Blocks, Product, Site
 from diffsparse.strategies.base import Strategy, Wrapper, as_strategy, is_attending
-from diffsparse.strategies.work import Kind, Outline, Step
+from diffsparse.strategies.work import Kind, Outline, Parts, Step
 from diffsparse_kernels import BlockLists, Summary, merge_attention
 
 WAYS = ("means", "first-order", "tail")
@@ -65,7 +65,7 @@ class Compensated(Wrapper):
         if by == "first-order" and (tokens is None or head_dim is None):
             return replace(step, density=None)
         extra = summary_work(by, 1 - step.density, self.block, tokens or 1, head_dim or 1)
-        return replace(step, density=step.density + extra)
+        return replace(step, density=step.density + extra, parts=Parts(step.density, by))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The strategy's attention over q, k, v [B, H, N, D], each sparse product compensated."""

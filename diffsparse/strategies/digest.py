@@ -107,7 +107,8 @@ class Digest(Tangent):
             return super().expected(run)
         renewals = self._renewals(run.end, first)
         sparse = self._between(renewals, run.end, first)._expected(run)
-        learning = Step("dense", 1.0, (sparse.density or 0.0) + self._routing())
+        parts = None if sparse.parts is None else sparse.parts._replace(routed=True, probes=0, rank=0)
+        learning = Step("dense", 1.0, (sparse.density or 0.0) + self._routing(), parts=parts)
         steps = run.each(lambda step: learning if step in renewals else sparse)
         steps[first] = learning
         return steps

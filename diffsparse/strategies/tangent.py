@@ -17,7 +17,7 @@ from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_share, rows_of_text, with_text
 from diffsparse.strategies.probes import FEWEST, Rows, mended_rows, probe_count, probe_work
 from diffsparse.strategies.residual import LowRank
-from diffsparse.strategies.work import Outline, Step
+from diffsparse.strategies.work import Outline, Parts, Step
 from diffsparse_kernels import Block, BlockLists, Correction, Summaries, Summary, best_block, edges, spread
 
 _MOST_STATISTICS = 1 / 3  # of the work, as all that follow
@@ -91,8 +91,10 @@ class Tangent(Strategy):
         layout, dim, rank = run.layout, run.head_dim, self._most_rank
         best = (1 - rows_of_text(self.block, layout)) / layout.blocks(edges(self.block)[1])  # every row its own
         share = min(with_text(0.0, self.block, layout) + max(self._share(layout, dim, rank), best), 1.0)
-        summaries = summary_work(self._summary(layout.tokens, dim), 1 - share, self.block, layout.tokens, dim)
-        return Step("sparse", share + summaries, self._beside(layout.tokens, dim, rank), new=1.0)
+        by, probes = self._summary(layout.tokens, dim), self._probe_count(layout.tokens, dim)
+        summaries = summary_work(by, 1 - share, self.block, layout.tokens, dim)
+        parts = Parts(share, by, True, self._routing() > 0, probes, rank)
+        return Step("sparse", share + summaries, self._beside(layout.tokens, dim, rank), 1.0, parts)
 
     def _blocks(
         self, q: Tensor, k: Tensor, v: Tensor, site: Site, residual: LowRank | None, bits: Tensor | None = None

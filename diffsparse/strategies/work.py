@@ -8,15 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
+from diffsparse_kernels import Summary
 
 # search: dense, with what a search computes beside it; refresh: sparse, with a search on a cached log-sum-exp;
 # tail: dense beside sparse, to keep what the dropped blocks gave
 Kind = Literal["dense", "search", "refresh", "tail", "sparse"]
 KINDS: tuple[Kind, ...] = ("dense", "search", "refresh", "tail", "sparse")
+
+
+class Parts(NamedTuple):
+    """What a compensated product consists of, where its time is told and not its operations alone.
+
+    listed: share of the blocks that are computed.
+    summary: how the others stand for their keys.
+    lists: whether the step makes them, if only again.
+    routed: whether the estimated errors of the summaries choose the blocks.
+    probes: rows that are computed exactly.
+    rank: of the residual that is added.
+    """
+
+    listed: float
+    summary: Summary
+    lists: bool = False
+    routed: bool = False
+    probes: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -26,12 +46,14 @@ class Step:
     density: share of attention computed by blocks and summaries, as a report counts it; None if only the run will show.
     beside: what is computed beside that, in dense passes: mass passes, and products that are only compared.
     new: share of the layers whose blocks are new.
+    parts: of its product, or of the one that a dense step only compares; None where blocks are all that there is.
     """
 
     kind: Kind = "dense"
     density: float | None = 1.0
     beside: float = 0.0
     new: float = 0.0
+    parts: Parts | None = None
 
     @property
     def is_whole(self) -> bool:

@@ -33,6 +33,7 @@ class Architecture:
     compression: of the VAE.
     text: tokens of a padded prompt.
     guided: two passes a step, with and without the prompt.
+    masked: a key mask hides the padding of the prompt in self-attention.
     """
 
     transformer: str
@@ -40,6 +41,7 @@ class Architecture:
     compression: Compression
     text: int
     guided: bool = True
+    masked: bool = False
 
     def build(self, layers: int | None = None, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
         """The model in evaluation mode, its weights drawn as for training; `layers` cuts each kind of block to so many.
@@ -107,6 +109,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _BY_8_AND_4,
         256,
         guided=False,
+        masked=True,
     ),
     "cogvideox1.5-5b": Architecture(
         "CogVideoXTransformer3DModel",
@@ -157,6 +160,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 60},
         Compression(time=1, space=8),
         512,
+        masked=True,
     ),
 }
 

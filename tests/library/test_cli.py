@@ -126,6 +126,13 @@ BAD = {
     "simulated image": (["simulate", "--model", "flux", "--frames", "9"], "makes images; leave out --frames"),
     "simulated sparsity": (["simulate", "--sparsity", "1"], "--sparsity wants a number in [0, 1)"),
     "simulated share": (["simulate", "--share", "60"], "--share wants a number in [0, 1]; got 60"),
+    "simulated device": (["simulate", "--model", "flux", "--device", "h1"], "no device is called 'h1'; known: "),
+    "a device without a model": (["simulate", "--device", "h100"], "--device wants --model"),
+    "steps without a device": (["simulate", "--steps", "4"], "--steps wants --device"),
+    "windows on a device": (
+        ["simulate", "--model", "flux", "--device", "h100", "--window", "1x8x8"],
+        "simulate takes no --window beside --device",
+    ),
     "bad dtype": (["generate", "--dtype", "int8"], "dtype wants one of"),
     "offload without a gpu": (["generate", "--device", "cpu", "--offload", "model"], "wants a GPU to offload from"),
     "strength without heads": (["generate", "--head-strength", "0.5"], "want --heads"),

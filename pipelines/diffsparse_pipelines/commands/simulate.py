@@ -1,4 +1,4 @@
-"""`diffsparse simulate`: what windows can save on a grid, without running anything."""
+"""`diffsparse simulate`: what windows can save on a grid, or what a run takes on a device, without running anything."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffsparse.errors import ConfigError
+from diffsparse.errors import ConfigError, UnknownNameError, closest
 from diffsparse_pipelines import values
 from diffsparse_pipelines.commands import checks
 from diffsparse_pipelines.commands.options import Dilation, Frames, Height, SamplingOptions, Sparsity, Width, Window
 from diffsparse_pipelines.values import Cells
 
 if TYPE_CHECKING:
+    from diffsparse.insight.device import Device
     from diffsparse.strategies.gna.bounds import Bounds
+    from diffsparse_pipelines.commands.forecasts import Foretold
 
 _MOST_CELLS, _MOST_TOKENS = 1024, 2**21
-_GRID, _WINDOWS, _TILES = "Size and sampling", "Strategy", "Tiles"
+_GRID, _WINDOWS, _TILES, _RUNS = "Size and sampling", "Strategy", "Tiles", "Whole runs"
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,81 @@ class WindowOptions:
         return [bounds_of(strategy.tiling(grid, queries), keys) for strategy in chosen]
 
 
-_GRIDS, _WINDOWED = GridOptions(), WindowOptions()
+@dataclass(frozen=True)
+class RunOptions:
+    """Whole runs on a device, in place of windows."""
+
+    device: Annotated[
+        str | None,
+        typer.Option(help="Tell the time of runs on it: h100, h100-unfused.", rich_help_panel=_RUNS),
+    ] = None
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="Names separated by commas.",
+            show_default="digest,tangent,adaspa",
+            rich_help_panel=_RUNS,
+            callback=checks.text,
+        ),
+    ] = None
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Denoising steps.",
+            show_default="model's",
+            rich_help_panel=_RUNS,
+            callback=checks.whole(1, values.MOST_STEPS),
+        ),
+    ] = None
+    dense_first: Annotated[
+        str | None,
+        typer.Option(
+            help="Dense steps at the start, one or several, separated by commas.",
+            show_default="0.2,0.1",
+            rich_help_panel=_RUNS,
+        ),
+    ] = None
+
+    @property
+    def chosen(self) -> Device:
+        """The device.
+
+        Raises:
+            UnknownNameError: no such device.
+        """
+        from diffsparse.insight.device import DEVICES
+
+        name = self.device or ""
+        if name not in DEVICES:
+            raise UnknownNameError(f"no device is called {name!r}; known: {closest(name, DEVICES)}")
+        return DEVICES[name]
+
+    def foretold(self, grid: GridOptions, windows: WindowOptions) -> list[Foretold]:
+        """The runs.
+
+        Raises:
+            ConfigError, UnknownNameError: an option that doesn't fit.
+        """
+        from diffsparse.schedule import Schedule
+        from diffsparse_pipelines.commands import forecasts
+
+        if grid.model is None:
+            raise ConfigError("--device wants --model, the name of a known one")
+        knobs = {"sparsity": windows.sparsity, **({} if windows.block is None else {"block": windows.block})}
+        names = values.names(self.strategy or "digest,tangent,adaspa")
+        strategies = forecasts.on_device(names, self.chosen, **knobs)
+        schedules = [Schedule(first) for first in values.amounts(self.dense_first or "0.2,0.1", "--dense-first")]
+        size = SamplingOptions(self.steps, grid.height, grid.width, grid.frames).arguments()
+        return forecasts.foretell(grid.model, size, self.chosen, strategies, schedules)
+
+
+_GRIDS, _WINDOWED, _RUN = GridOptions(), WindowOptions(), RunOptions()
 
 
 def simulate(
     grid: GridOptions = _GRIDS,
     windows: WindowOptions = _WINDOWED,
+    run: RunOptions = _RUN,
     share: Annotated[
         float | None,
         typer.Option(
@@ -137,9 +208,13 @@ def simulate(
     As in the paper's table: diffsparse simulate --grid 30x48x80 --window 18x24x24 --stride 1x1x1,16x8x8
     --q-tile 4x8x8 --kv-tile 2x8x8 --share 0.607
 
+    With --device: what whole runs of other strategies take there, piece by piece, text included, from rates that were
+    measured or are assumed, as the last table says: diffsparse simulate --model hunyuan-video --device h100
+
     Args:
         grid: the grid of tokens.
         windows: windows and tiles.
+        run: whole runs on a device instead.
         share: of a dense step that attention takes; None leaves out the end-to-end bounds.
         dense: share of the steps that stay dense.
         as_json: print JSON instead of a table.
@@ -147,6 +222,11 @@ def simulate(
     Raises:
         ConfigError, UnknownNameError: an option that doesn't fit.
     """
+    if run.device is not None:
+        return _show_runs(run, grid, windows, {"--share": share, "--dense": dense}, as_json)
+    for option, value in (("--strategy", run.strategy), ("--steps", run.steps), ("--dense-first", run.dense_first)):
+        if value is not None:
+            raise ConfigError(f"{option} wants --device, on which runs are told")
     _exclude("--sparsity", windows.sparsity is not None, "--window", windows.window is not None)
     _exclude("--block", windows.block is not None, "--q-tile", windows.q_tile is not None)
     if dense is not None and share is None:
@@ -177,6 +257,32 @@ def _end_to_end(bounds: Bounds, share: float | None, dense: float) -> dict[str, 
         "end_to_end_flop_bound": end_to_end(share, bounds.flop_bound, dense),
         "end_to_end_tile_bound": end_to_end(share, bounds.tile_bound, dense),
     }
+
+
+def _show_runs(
+    run: RunOptions, grid: GridOptions, windows: WindowOptions, shares: dict[str, float | None], as_json: bool
+) -> None:
+    from diffsparse_pipelines.commands.forecasts import PIECES, RATES, RUNS, cells, rates
+    from diffsparse_pipelines.progress import show_table
+
+    useless = {"--grid": grid.grid, "--window": windows.window, "--stride": windows.stride, **shares}
+    useless |= {"--dilation": windows.dilation, "--q-tile": windows.q_tile, "--kv-tile": windows.kv_tile}
+    for option, value in useless.items():
+        _exclude(option, value is not None, "--device", True)
+    found = run.foretold(grid, windows)
+    rows, rested = [each.row() for each in found], rates(run.chosen)
+    if as_json:
+        pieces = [piece for each in found for piece in each.pieces()]
+        typer.echo(json.dumps({"rows": rows, "pieces": pieces, "rates": rested}, indent=1))
+        return
+    first = [each for each in found if each.schedule == found[0].schedule]
+    tables = (
+        ([piece for each in first for piece in each.pieces()], PIECES, "lllrrrr", "a layer, one sample"),
+        (rows, RUNS, "lrrrrrrrrr", f"{grid.model} on {run.device}, by a model of time"),
+        (rested, RATES, "lrll", "rates that it rests on"),
+    )
+    for lines, columns, alignment, title in tables:
+        show_table(cells(lines, columns), alignment, [name for name, _ in columns.values()], title, wrap=True)
 
 
 # key of a row -> heading
