@@ -335,6 +335,16 @@ def test_variants(variant: str, size: Size, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("variant", gluon.VARIANTS)
+def test_maxima_that_grow_by_little_and_by_much(variant: str) -> None:
+    size = Size(batch=1, heads=2, q_len=200, kv_len=6 * 64, dim=64, q_block=128, kv_block=64)
+    q, k, v = size.qkv(torch.float16)
+    q[..., 0] = 8
+    k[..., 0] = torch.tensor([0.0, 3, 4, 140, 142, 150]).repeat_interleave(64)
+    got = attend(size, (q, k, v), None, variant=gluon.VARIANTS[variant])
+    assert_attention(got, (q, k, v), size.allowed(MASKS["full"](size)), size.scale)
+
+
+@pytest.mark.parametrize("variant", gluon.VARIANTS)
 def test_mass_of_variants(variant: str) -> None:
     size = Size(batch=2, heads=3, q_len=300, kv_len=200, dim=64, q_block=128, kv_block=64)
     q, k, v = size.qkv(torch.float16)
