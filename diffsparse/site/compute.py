@@ -186,6 +186,13 @@ class Site(Place):
                 self.shard.all_heads(error), share, **self._sizes(block), always=text, heads=own
             )
 
+    def best_of_rows(self, mass: Tensor, keep: int | Tensor, block: kernels.Block) -> kernels.BlockLists:
+        """Lists of so many blocks of each query row, an int or [B, H], with the most mass; those with text first."""
+        with self._heard():
+            return kernels.lists_of_rows(
+                mass, keep, **self._sizes(block), always=self.layout.text_sink(block, mass.device)
+            )
+
     def unpacked(self, bits: Tensor, block: kernels.Block) -> kernels.BlockLists:
         """Lists of the blocks of an earlier step, as `BlockLists.packed` gave them."""
         with self._heard():

@@ -14,7 +14,7 @@ from diffsparse.schedule import exact
 from diffsparse.site.compute import Site
 from diffsparse.strategies.blocks import keep_count
 from diffsparse.strategies.online import OnlineSearch, recall_of
-from diffsparse_kernels import select_rows
+from diffsparse_kernels import BlockLists
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class AdaSpa(OnlineSearch):
       Padded text has no mass.
     - Each sample of a batch has its own blocks, and so has each guidance branch.
     - A layer that first runs late (the second expert of Wan 2.2) makes its first search there, densely.
-    - Kept between steps, for each layer, branch and sample: 4HN bytes of LSE and 4H nQ nK (1 - s) of blocks, nQ
-      rows of nK; a search needs 4H nQ nK more for a moment.
+    - Kept between steps, for each layer, branch and sample: 4HN bytes of LSE, and of blocks, nQ rows of nK, H nQ nK / 8
+      and 2HnQ for each entry of the longest row; a search needs 4H nQ nK more for a moment.
     """
 
     head_adaptive: bool = True
@@ -59,14 +59,13 @@ class AdaSpa(OnlineSearch):
         if not isinstance(self.recall_threshold, int | float) or not 0 <= self.recall_threshold <= 1:
             raise ConfigError(f"recall_threshold wants a number in [0, 1]; got {self.recall_threshold!r}")
 
-    def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """The blocks of each row with the most mass, bool [B, H, nQ, nK]."""
-        sink = site.layout.text_sink(self.block, q.device)  # [nQ, nK]
-        mask = select_rows(mass, keep_count(self.sparsity, mass.shape[-1]), sink)
+    def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> BlockLists:
+        """The blocks of each row with the most mass."""
+        lists = site.best_of_rows(mass, keep_count(self.sparsity, mass.shape[-1]), self.block)
         if not self.head_adaptive:
-            return mask
-        recall = site.shard.all_heads(recall_of(mass, mask))
-        return select_rows(mass, site.shard.own(self._keep_by_head(recall, mass.shape[-1]), 1), sink)
+            return lists
+        recall = site.shard.all_heads(recall_of(mass, lists))
+        return site.best_of_rows(mass, site.shard.own(self._keep_by_head(recall, mass.shape[-1]), 1), self.block)
 
     def _keep_by_head(self, recall: Tensor, blocks: int) -> Tensor:
         """Blocks a row for each head, int64 [B, H], from the recall [B, H] at uniform sparsity (section 4.3)."""

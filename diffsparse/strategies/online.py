@@ -5,18 +5,23 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.schedule import check_amount, exact, nearest
 from diffsparse.site.charge import MASS_PASS
 from diffsparse.site.compute import Site
+from diffsparse.site.timing import Reading
 from diffsparse.strategies.base import Strategy
 from diffsparse.strategies.blocks import check_block, check_share, row_density
 from diffsparse.strategies.work import Outline, Step
-from diffsparse_kernels import Block, BlockLists, default_block, edges
+from diffsparse_kernels import Block, BlockLists, default_block
+from diffsparse_kernels.lists import from_bits
+from diffsparse_kernels.strips import tiles
 
 _FEW_STEPS = 10
+_PAIR_BYTES = 8  # that a pair of blocks takes for a moment
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ class OnlineSearch(Strategy):
             check_amount("searches", search)
 
     @abstractmethod
-    def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Blocks to keep, bool [B, H, nQ, nK], from their mass and q, k, v [B, H, N, D]."""
+    def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> BlockLists:
+        """Blocks to keep, with their bits, from their mass [B, H, nQ, nK] and q, k, v [B, H, N, D]."""
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Dense attention over q, k, v [B, H, N, D] with the first search."""
@@ -71,7 +76,10 @@ class OnlineSearch(Strategy):
 
     def product(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Attention over q, k, v [B, H, N, D] with the blocks that were found."""
-        return site.sparse(q, k, v, site.memory["lists"])
+        lists, longest = (site.memory[name] for name in ("lists", "longest"))
+        if (width := longest.value()) is not None:  # a device tells it late; until then the lists are as wide as can be
+            site.memory["lists"] = lists = lists.trimmed(int(width))
+        return site.sparse(q, k, v, lists)
 
     def search_steps(self, steps: int | None, first: int = 0) -> dict[int, bool]:
         """The later searches as 0-based steps of a run of `steps`, and whether such a step is dense.
@@ -110,15 +118,15 @@ class OnlineSearch(Strategy):
         return MASS_PASS, MASS_PASS
 
     def _search(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> None:
-        mask = self.choose(mass, q, k, v, site)
-        site.record.searched(recall_of(mass, mask))
-        n, (q_block, kv_block) = site.layout.tokens, edges(self.block)
-        lists = BlockLists.from_mask(mask, q_block=q_block, kv_block=kv_block, q_len=n, kv_len=n)
-        site.memory.update(lists=lists, searched=site.step)
+        lists = self.choose(mass, q, k, v, site)
+        site.record.searched(recall_of(mass, lists))
+        site.memory.update(lists=lists, longest=Reading(lists.cnt.max()), searched=site.step)
 
 
-def recall_of(mass: Tensor, mask: Tensor) -> Tensor:
-    """Share of the mass [B, H, nQ, nK] that lies inside the mask, [B, H]."""
+def recall_of(mass: Tensor, lists: BlockLists) -> Tensor:
+    """Share of the mass [B, H, nQ, nK] that lies in the listed blocks, [B, H]; a few rows at a time."""
     total: Tensor = mass.sum((-2, -1))
-    inside: Tensor = (mass * mask).sum((-2, -1))
+    inside, bits = torch.zeros_like(total), lists.packed()
+    for tile in tiles(mass, mass.shape[3] * _PAIR_BYTES):
+        inside[tile[:2]] += (mass[tile] * from_bits(bits[tile], mass.shape[3])).sum((-2, -1))
     return inside / total.clamp(min=1e-30)

@@ -18,6 +18,7 @@ from .functional import (
     kernel_for as kernel_for,
     lists_of_bits as lists_of_bits,
     lists_of_largest as lists_of_largest,
+    lists_of_rows as lists_of_rows,
     move_rows as move_rows,
     quantised_attention as quantised_attention,
     restore_rows as restore_rows,

@@ -33,6 +33,8 @@ from diffsparse_kernels.measured import density_limit
 from diffsparse_kernels.registry import Choice, check_known, choose
 from diffsparse_kernels.rows import Correction
 from diffsparse_kernels.summaries import Summaries
+from diffsparse_kernels.select import bits_of_rows
+from diffsparse_kernels.summaries import Summaries, Summary
 
 
 def attention(
@@ -360,6 +362,34 @@ def lists_of_largest(
     check_errors(error, (blocks_of(q_len, q_block), blocks_of(kv_len, kv_block)), always, (first, last))
     idx, cnt, bits, order = ops.lists_of_largest(error, share, always, first, last)
     return BlockLists(idx, cnt, q_block, kv_block, q_len, kv_len, order, bits)
+
+
+def lists_of_rows(
+    mass: Tensor,
+    keep: int | Tensor,
+    *,
+    q_block: int,
+    kv_block: int,
+    q_len: int,
+    kv_len: int,
+    always: Tensor | None = None,
+) -> BlockLists:
+    """Lists of the `keep` blocks of each query row with the most mass, as `select_rows` takes them, in bounded memory.
+
+    Args:
+        mass: float [B, H, nQ, nK].
+        keep: blocks a row, an int or an int tensor [B, H].
+        q_block, kv_block, q_len, kv_len, always: as of `lists_of_largest`; here `always` takes its places first.
+
+    Returns:
+        Lists with their bits and their order.
+
+    Raises:
+        KernelInputError: shapes or dtypes that don't fit.
+    """
+    sizes = {"q_block": q_block, "kv_block": kv_block, "q_len": q_len, "kv_len": kv_len}
+    check_errors(mass, (blocks_of(q_len, q_block), blocks_of(kv_len, kv_block)), always, (0, mass.shape[1]))
+    return lists_of_bits(bits_of_rows(mass, keep, always), **sizes)
 
 
 def lists_of_bits(bits: Tensor, *, q_block: int, kv_block: int, q_len: int, kv_len: int) -> BlockLists:

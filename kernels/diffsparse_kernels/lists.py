@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from diffsparse_kernels.errors import KernelInputError
 from diffsparse_kernels.strips import tiles
 
-_PAIR_BYTES = 32  # that a pair of blocks takes for a moment
+_PAIR_BYTES = 16  # that a pair of blocks takes for a moment
 Block = int | tuple[int, int]  # tokens of a block: one number, or those of queries and of keys
 
 

@@ -16,7 +16,7 @@ INFINITY = 0x7F800000  # as the bits of a float32, which count up as the number 
 EXPONENT = 23  # bits below it
 OCTAVES = 40  # below the largest error, a block has none
 DIGITS = ((22, 9), (11, 11), (0, 11))  # of a key: bits below it, bits of it
-_PAIR_BYTES = 32  # that a pair of blocks takes for a moment
+_PAIR_BYTES = 16  # that a pair of blocks takes for a moment
 
 
 def select_rows(mass: Tensor, keep: int | Tensor, always: Tensor | None = None) -> Tensor:
@@ -31,14 +31,37 @@ def select_rows(mass: Tensor, keep: int | Tensor, always: Tensor | None = None) 
     Returns:
         bool mask [..., nQ, nK].
     """
-    mass = mass.nan_to_num(0.0)
-    if always is not None:
-        mass = mass.masked_fill(always, torch.inf)
-    threshold, keep = _nth_largest(mass, keep)
-    above, equal = mass > threshold, mass == threshold
-    places = keep - above.sum(-1, keepdim=True)
-    mask = above | (equal & (equal.cumsum(-1) <= places))
-    return mask if always is None else mask | always
+    groups = mass.reshape(-1, 1, *mass.shape[-2:])
+    always = None if always is None else always.expand(mass.shape).reshape(groups.shape)
+    keep = keep if isinstance(keep, int) else keep.expand(mass.shape[:-2]).reshape(-1, 1)
+    mask = torch.empty(groups.shape, dtype=torch.bool, device=mass.device)
+    for tile, taken in _best_of_rows(groups, keep, always):
+        mask[tile] = taken
+    return mask.view(mass.shape)
+
+
+def bits_of_rows(mass: Tensor, keep: int | Tensor, always: Tensor | None) -> Tensor:
+    """`select_rows` as bits, uint8 [B, H, nQ, ceil(nK / 8)], with no mask of all: mass is [B, H, nQ, nK]."""
+    always = None if always is None else always.expand(mass.shape)
+    bits = torch.empty(*mass.shape[:3], -(-mass.shape[3] // 8), dtype=torch.uint8, device=mass.device)
+    for tile, taken in _best_of_rows(mass, keep, always):
+        bits[tile] = to_bits(taken)
+    return bits
+
+
+def _best_of_rows(
+    mass: Tensor, keep: int | Tensor, always: Tensor | None
+) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    """Tiles of mass [B, H, nQ, nK], and which of their blocks are taken."""
+    for tile in tiles(mass, mass.shape[3] * _PAIR_BYTES):
+        some, number = mass[tile].nan_to_num(0.0), keep if isinstance(keep, int) else keep[tile[:2]]
+        if always is not None:
+            some.masked_fill_(always[tile], torch.inf)
+        threshold, number = _nth_largest(some, number)
+        above, equal = some > threshold, some == threshold
+        places = number - above.sum(-1, keepdim=True)
+        taken = above | (equal & (equal.cumsum(-1) <= places))
+        yield tile, taken if always is None else taken | always[tile]
 
 
 def _nth_largest(mass: Tensor, n: int | Tensor) -> tuple[Tensor, int | Tensor]:

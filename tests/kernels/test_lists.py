@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import BlockLists, KernelInputError, strips
+from diffsparse_kernels import BlockLists, KernelInputError, select, strips
 from diffsparse_kernels.lists import from_bits, to_bits
+from support.memory import Peak
 
 shapes = st.tuples(*(st.integers(1, high) for high in (2, 3, 7, 9)))
 
@@ -217,6 +218,54 @@ def test_what_is_forty_octaves_down_is_nothing() -> None:
     assert dk.lists_of_largest(error, 1.0, **square(error.shape)).to_mask().tolist() == [
         [[[True, True, False], [False, False, False]]]
     ]
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=shapes, seed=st.integers(0, 2**31), text=st.booleans(), by_head=st.booleans())
+def test_lists_of_the_best_of_rows(shape: tuple[int, ...], seed: int, text: bool, by_head: bool, strip: None) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mass = errors_of(shape, seed, "equal")
+    always = torch.rand(shape[2:], generator=generator) < 0.2 if text else None
+    keep = torch.randint(1, shape[3] + 1, shape[:2], generator=generator)
+    number = keep if by_head else int(keep[0, 0])
+    lists = dk.lists_of_rows(mass, number, **square(shape), always=always)
+    assert torch.equal(lists.to_mask(), dk.select_rows(mass, number, always))
+    assert lists.bits is not None
+
+
+def test_selection_and_lists_take_bounded_memory() -> None:
+    """One layer of a million tokens, 24 heads in blocks of 128, from what 131,072 tokens take: under 4 GiB."""
+    longer, heads, room = 10**6, 24, 4 * 2**20
+    for some in (1, 2):
+        error = torch.rand(1, some, 1024, 1024)
+        calls = {
+            "largest": lambda error=error: select.lists_of_largest(error, 0.2, None, (0, error.shape[1])),
+            "rows": lambda error=error: select.lists_of_bits(select.bits_of_rows(error, 205, None), 1024),
+        }
+        for name, call in calls.items():
+            with Peak() as peak:
+                made = call()
+            bits = 0 if name == "largest" else error.numel() // 8
+            assert peak.bytes - bits - sum(x.nbytes for x in made) < 1.5 * room, name
+        mask = error > 0.8
+        with Peak() as peak:
+            lists = BlockLists.from_mask(mask, **square(error.shape))
+        assert peak.bytes - lists.nbytes < 1.5 * room
+    blocks = -(-longer // 128)
+    whole = heads * blocks * (2 * blocks + blocks / 8 + 24)  # as wide as can be, bits, and what there is of a row
+    assert whole + 1.5 * strips._DEVICE_BYTES < 4 * 2**30
+
+
+def test_lists_are_trimmed_to_their_longest() -> None:
+    mask = torch.zeros(1, 2, 3, 9, dtype=torch.bool)
+    mask[0, 1, 2, 3:7] = True
+    wide = lists_of(mask, width=9)
+    trimmed = wide.trimmed(4)
+    assert trimmed.idx.shape == (1, 2, 3, 4)
+    assert trimmed.idx.is_contiguous()
+    assert torch.equal(trimmed.to_mask(), mask)
+    assert trimmed.trimmed(4) is trimmed
+    assert lists_of(mask[:, :1], width=9).trimmed(0).idx.shape == (1, 1, 3, 1)
 
 
 def square(shape: tuple[int, ...], block: int = 8) -> dict[str, int]:

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from diffsparse import AdaSpa, Layout, Schedule
 from diffsparse.errors import ConfigError
 from diffsparse.site.compute import DenseBackend, Site
 from diffsparse.site.record import CallRecord
+from diffsparse_kernels import BlockLists
 from support.tiny_pipelines import BUILDERS, run
 
 # --- the paper, literally ---------------------------------------------------------------------------------------
@@ -185,6 +187,24 @@ KNOBS = [
 ]
 CASES = [(layout, knobs) for layout in LAYOUTS.values() for knobs in KNOBS]
 CASES += [(LARGE, AdaSpa(0.6, block=block)) for block in ((128, 64), (64, 128), (32, 64))]
+
+
+def test_lists_shrink_when_a_device_has_told_their_longest():
+    """As wide as the keys have blocks until then, for nothing waits for the number; the blocks stay the same."""
+    layout, memory, knobs = LAYOUTS["video"], {}, AdaSpa(0.5, (), 8, head_adaptive=False)
+    q, k, v = torch.randn(3, 1, 2, layout.tokens, 16)
+    knobs.observe(q, k, v, make_site(layout, memory, 0, 9))
+    found, tokens = memory["lists"], layout.tokens
+    sizes = {"q_block": 8, "kv_block": 8, "q_len": tokens, "kv_len": tokens}
+    memory["lists"] = BlockLists.from_mask(found.to_mask(), **sizes, width=9)
+    told = iter([None, 5.0, 5.0])
+    memory["longest"] = SimpleNamespace(value=lambda: next(told))
+    widths = []
+    for step in (1, 2, 3):
+        knobs.attend(q, k, v, make_site(layout, memory, step, 9))
+        widths.append(memory["lists"].idx.shape[-1])
+        assert torch.equal(memory["lists"].to_mask(), found.to_mask())
+    assert widths == [9, 5, 5]
 
 
 @pytest.mark.parametrize(("layout", "knobs"), CASES, ids=str)

@@ -226,7 +226,7 @@ def test_between_dense_steps_the_blocks_stay() -> None:
     assert all(len(set(leg)) == 1 for leg in densities), "new blocks would have other densities"
     steps = strategy.expected(Outline(50, 10, 50, LONG, 8))
     for step in (9, 15, 19, 25, 40, 49):
-        assert float(ran[step].work) == pytest.approx(steps[step].work, abs=0.02), step
+        assert float(ran[step].work) == pytest.approx(steps[step].work, abs=5e-3), step
     assert sum(step.work or 0 for step in steps[10:]) / 40 == pytest.approx(0.2, abs=0.01)
 
 
@@ -273,7 +273,7 @@ def test_the_dense_step_counts_as_expected(memory: float) -> None:
     strategy, here = Digest(0.7, 32, memory=memory), site(LONG, 2, 15, {})
     strategy.observe(*inputs(LONG), here)
     want = strategy.expected(Outline(15, 3, 15, LONG, 8))[2].work
-    assert float(here.record.work) == pytest.approx(want, abs=0.02)
+    assert float(here.record.work) == pytest.approx(want, abs=5e-3)
 
 
 @pytest.mark.parametrize(

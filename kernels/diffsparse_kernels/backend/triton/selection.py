@@ -296,10 +296,10 @@ def lists_of_largest(
     cut = {"wanted": select.wanted(error, share), "OCTAVES": select.OCTAVES}
     lists = {"idx_ptr": idx, "cnt_ptr": cnt, "bits_ptr": bits, "work_ptr": work, "equal_ptr": equal}
     part = {"first": heads[0] * q_blocks, "last": heads[1] * q_blocks, "RUNS": triton.next_power_of_2(runs)}
-    _launch(count_first, batch * runs, error.device, **shared)
-    _launch(count_second, batch * runs, error.device, **shared, **cut)
-    _launch(count_third, batch * runs, error.device, **shared, **cut, equal_ptr=equal)
-    _launch(write_lists, batch * runs, error.device, **shared, **cut, **lists, **part)
+    _launch(count_first, batch * runs, error, **shared)
+    _launch(count_second, batch * runs, error, **shared, **cut)
+    _launch(count_third, batch * runs, error, **shared, **cut, equal_ptr=equal)
+    _launch(write_lists, batch * runs, error, **shared, **cut, **lists, **part)
     _order(cnt, work, order)
     return idx, cnt, bits, order
 
@@ -311,7 +311,7 @@ def lists_of_bits(bits: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     idx, cnt, order = _empty_lists(own, columns, bits.device)
     pointers = {"bits_ptr": bits.contiguous(), "idx_ptr": idx, "cnt_ptr": cnt, "work_ptr": work}
     sizes = {"kv_blocks": columns, "q_blocks": own[2], "TILE": _tile(columns)}
-    _launch(unpack_bits, cnt.numel(), bits.device, **pointers, **sizes)
+    _launch(unpack_bits, cnt.numel(), bits, **pointers, **sizes)
     _order(cnt, work, order)
     return idx, cnt, order
 
@@ -343,10 +343,10 @@ def _order(cnt: Tensor, work: Tensor, order: Tensor) -> None:
     heads, q_blocks = work.numel(), cnt.shape[2]
     sizes = {"heads": heads, "q_blocks": q_blocks, "ROWS": ORDERED_ROWS, "TILE": _LEAST_TILE}
     pointers = {"cnt_ptr": cnt, "work_ptr": work, "order_ptr": order}
-    _launch(order_lists, heads * -(-q_blocks // ORDERED_ROWS), cnt.device, **pointers, **sizes)
+    _launch(order_lists, heads * -(-q_blocks // ORDERED_ROWS), cnt, **pointers, **sizes)
 
 
-def _launch(kernel: Any, programs: int, device: torch.device, **arguments: object) -> None:
-    """Run so many programs of a kernel on a device."""
-    with torch.cuda.device(device if device.type == "cuda" else -1):
+def _launch(kernel: Any, programs: int, like: Tensor, **arguments: object) -> None:
+    """Run so many programs of a kernel on the device of a tensor."""
+    with torch.cuda.device_of(like):
         kernel[(programs,)](**arguments, num_warps=WARPS)
