@@ -34,6 +34,7 @@ class Blocks:
         has a correction goes back as it is.
     bits: of the numbers multiplied: 16 leaves them as they are; 8 and 4 are emulated where no kernel does them.
     heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
+    about: the density that is to be expected, where the strategy knows it: a device is then not asked for it.
     """
 
     lists: kernels.BlockLists
@@ -43,6 +44,7 @@ class Blocks:
     correct: Callable[[Tensor], Tensor | kernels.Correction] | None = None
     bits: int = 16
     heads: int | None = None
+    about: float | None = None
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -309,6 +311,8 @@ class Site(Place):
 
     def _known_density(self, blocks: Blocks, q: Tensor) -> float | None:
         """The density as a number; on a device that of an earlier call, where this one's isn't here: none waits."""
+        if blocks.about is not None and q.device.type != "cpu":
+            return blocks.about
         last: _Density | None = self.memory.get("density")
         if last is not None and last.of() is blocks.lists:
             return last.number()

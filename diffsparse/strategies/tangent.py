@@ -89,12 +89,21 @@ class Tangent(Strategy):
         if run.layout is None or run.head_dim is None:
             return Step("sparse", 1 - self.sparsity, new=1.0)
         layout, dim, rank = run.layout, run.head_dim, self._most_rank
-        best = (1 - rows_of_text(self.block, layout)) / layout.blocks(edges(self.block)[1])  # every row its own
-        share = min(with_text(0.0, self.block, layout) + max(self._share(layout, dim, rank), best), 1.0)
+        share = self._listed(layout, dim, rank)
         by, probes = self._summary(layout.tokens, dim), self._probe_count(layout.tokens, dim)
-        summaries = summary_work(by, 1 - share, self.block, layout.tokens, dim)
         parts = Parts(share, by, True, self._routing() > 0, probes, rank)
-        return Step("sparse", share + summaries, self._beside(layout.tokens, dim, rank), 1.0, parts)
+        density = self._with_summaries(share, layout, dim)
+        return Step("sparse", density, self._beside(layout.tokens, dim, rank), 1.0, parts)
+
+    def _listed(self, layout: Layout, dim: int, rank: int) -> float:
+        """Share of the blocks that are computed."""
+        best = (1 - rows_of_text(self.block, layout)) / layout.blocks(edges(self.block)[1])  # every row its own
+        return min(with_text(0.0, self.block, layout) + max(self._share(layout, dim, rank), best), 1.0)
+
+    def _with_summaries(self, share: float, layout: Layout, dim: int) -> float:
+        """Work of this share of the blocks, and of summaries of all others."""
+        by = self._summary(layout.tokens, dim)
+        return share + summary_work(by, 1 - share, self.block, layout.tokens, dim)
 
     def _blocks(
         self, q: Tensor, k: Tensor, v: Tensor, site: Site, residual: LowRank | None, bits: Tensor | None = None
@@ -109,19 +118,20 @@ class Tangent(Strategy):
             every = q.new_ones(*q.shape[:2], *map(site.layout.blocks, edges(self.block)), dtype=torch.bool)
             sizes = {"q_block": q_block, "kv_block": kv_block, "q_len": tokens, "kv_len": tokens}
             return Blocks(BlockLists.from_mask(every, **sizes))
-        summaries = site.summarise(k, v, kv_block, self._summary(tokens, dim))
+        summaries, rank = site.summarise(k, v, kv_block, self._summary(tokens, dim)), residual.rank if residual else 0
         if bits is None:
             varied = summaries if summaries.by == "first-order" else _with_bound(summaries, k, v, kv_block, site)
             error = site.summary_error(q, varied, self.block)
-            lists = site.largest(error, self._share(site.layout, dim, residual.rank if residual else 0), self.block)
+            lists = site.largest(error, self._share(site.layout, dim, rank), self.block)
         else:
             lists = site.unpacked(bits, self.block)
         correct = None if residual is None else lambda _: residual.correction
-        site.record.beside += 0.0 if residual is None else residual.rank / (2 * tokens)
+        site.record.beside += rank / (2 * tokens)
         if probes := self._probe_count(tokens, dim):
             rows = mended_rows(site.layout, q_block, probes, q.device)
             correct = partial(_probed, q, k, v, site, rows, residual) if len(rows.probes) >= FEWEST else None
-        return Blocks(lists, summary=summaries, correct=correct)
+        about = self._with_summaries(self._listed(site.layout, dim, rank), site.layout, dim)
+        return Blocks(lists, summary=summaries, correct=correct, about=about)
 
     def _summary(self, tokens: int, dim: int) -> Summary:
         """First order, where its statistics and slopes leave most of the work to blocks."""

@@ -99,6 +99,15 @@ def test_what_does_not_fit_is_told() -> None:
         dk.fit_rows(x[:, :, :4], x, torch.arange(4), **kept)
 
 
+@pytest.mark.parametrize(
+    "kernel", [rows.move, rows.restore, fit.judge, fit.combine], ids=lambda kernel: kernel.__name__
+)
+def test_no_prompt_waits_for_a_compiler(kernel: Any) -> None:
+    """Its length may or may not be a multiple of 16."""
+    general = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+    assert general >= {"length", "tokens", "n"} & set(kernel.arg_names)
+
+
 def test_nothing_to_do_costs_nothing() -> None:
     x = torch.randn(2, 3, 10, 8)
     assert dk.restore_rows(x) is x

@@ -17,7 +17,7 @@ from support.devices import Launches, OnDevice
 from support.sites import site
 
 LAYOUT = Layout(8, 32, 32)
-MOST = 90  # launches of a sparse call
+MOST = 19  # launches of a sparse call
 AROUND = ["move", "judge", "combine", "restore"]  # what there is beside summaries, blocks and attention
 CALLS = {  # strategy, steps of the run
     "Digest": (Digest(0.8, (128, 64)), 10),

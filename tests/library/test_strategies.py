@@ -14,12 +14,13 @@ import diffsparse
 from diffsparse import Compensated, Layout, Random, Schedule
 from diffsparse.errors import ConfigError
 from diffsparse.insight.inspection import sampled_steps
+from diffsparse.orders.per_head import HeadOrders
 from diffsparse.site.compute import Blocks, Site
 from diffsparse.strategies import STRATEGIES, name_of, parse
 from diffsparse.strategies.base import Foreign, Strategy, Wrapper, as_given, as_strategy
 from diffsparse.strategies.work import Outline, Step
 from diffsparse_eval import compared
-from diffsparse_kernels import BlockLists
+from diffsparse_kernels import BlockLists, Correction
 from support import tiny_transformers
 from support.sites import site
 
@@ -192,3 +193,36 @@ def test_a_kernel_of_ones_own_is_reported() -> None:
     out = replace(here, product=product).sparse(x, x, x, Blocks(lists, correct=torch.ones_like(x).add))
     assert torch.equal(out, torch.full_like(x, 4.0))
     assert [blocks.lists for blocks in seen] == [lists]
+
+
+def test_a_correction_is_added_as_tokens_are_put_in_order_again() -> None:
+    """To the same rows as where they stand; and what a strategy makes of an output without it is refused."""
+    here, x = site(LAYOUT), torch.randn(1, 2, 32, 4)
+    mask = torch.eye(4, dtype=torch.bool).expand(1, 2, 4, 4)
+    lists = BlockLists.from_mask(mask, q_block=8, kv_block=8, q_len=32, kv_len=32)
+    correction = Correction(torch.randn(1, 2, 4, 4), torch.randn(1, 2, 1, 4), rows=torch.rand(32, 1) < 0.5)
+    orders = HeadOrders.of(("HWF", "WHF"), torch.tensor([0, 1]), LAYOUT, x.device)
+
+    def corrected(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        return site.sparse(q, k, v, Blocks(lists, correct=lambda _: correction))
+
+    (moved,) = orders.apply(x)
+    want = corrected(moved, moved, moved, here)
+    assert not torch.equal(want, here.sparse(moved, moved, moved, lists))
+    assert torch.equal(here.in_order(orders, corrected, x, x, x), orders.undo(want))
+    inner = Blocks(lists, orders, correct=lambda _: correction)
+    assert torch.equal(here.sparse(x, x, x, inner), orders.undo(want))
+    with pytest.raises(ConfigError, match="wanted an output that has a correction to go back as it is"):
+        here.in_order(orders, lambda *call: 2 * corrected(*call), x, x, x)
+
+
+def test_a_device_is_not_asked_for_a_density_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It decides there whether blocks are worth it; on the CPU the lists say it exactly."""
+    monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: 0.5)
+    x = torch.randn(1, 2, 32, 4)
+    mask = torch.eye(4, dtype=torch.bool).expand(1, 2, 4, 4)
+    lists = BlockLists.from_mask(mask, q_block=8, kv_block=8, q_len=32, kv_len=32)
+    for device, kind in {"cpu": "sparse", "meta": "dense"}.items():
+        here = site(LAYOUT)
+        here.sparse(*(x.to(device),) * 3, Blocks(lists.to(device), about=0.6))
+        assert here.record.kind == kind

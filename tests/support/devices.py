@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,7 +96,8 @@ class Launches(TorchDispatchMode):
         event = SimpleNamespace(record=lambda: None, query=lambda: True, synchronize=lambda: None)
         for name, stub in {
             "_lazy_init": lambda: None,
-            "device_of": lambda x: nullcontext(),
+            "_exchange_device": lambda number: number,
+            "_maybe_exchange_device": lambda number: number,
             "Event": lambda **_: event,
             "is_current_stream_capturing": lambda: False,
             "get_device_capability": lambda device=None: (9, 0),

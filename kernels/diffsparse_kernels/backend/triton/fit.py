@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffsparse_kernels.backend.triton.host import launch, padded, strides
+from diffsparse_kernels.backend.triton.kernels import SIZES
 from diffsparse_kernels.fit import LEAST_UNEXPLAINED, RIDGES
 from diffsparse_kernels.measured import Tile
 from diffsparse_kernels.rows import Correction
@@ -91,7 +92,7 @@ def inverse(a, n, N_PAD: tl.constexpr):
     return -a
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def judge(
     exact_ptr, x_ptr, probes_ptr, codes_ptr, scale_ptr, basis_ptr, inverse_ptr, duals_ptr, errors_ptr,
     n, length, heads, x_b, x_h, x_n, x_d,
@@ -164,7 +165,7 @@ def judge(
             tl.store(errors_at + 1, mean_only * more * more)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def combine(
     exact_ptr, x_ptr, probes_ptr, codes_ptr, scale_ptr, basis_ptr, duals_ptr, errors_ptr,
     by_output_ptr, by_code_ptr, constant_ptr,

@@ -17,7 +17,7 @@ from diffsparse_kernels.summaries import MOST_BIAS
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Sizes that change with a prompt: a kernel that is right for one is right for all, and is compiled once.
-SIZES = ("n_q", "n_kv", "length", "kv_blocks", "heads", "listed", "width", "slope_n")
+SIZES = ("n_q", "n_kv", "length", "tokens", "n", "kv_blocks", "heads", "listed", "width", "slope_n")
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 MOST_MASS = tl.constexpr(MOST_BIAS * 1.4426950408889634)  # of varied scores, as a power of two
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffsparse_kernels.backend.triton.host import launch, padded, strides, upcast
+from diffsparse_kernels.backend.triton.kernels import SIZES
 from diffsparse_kernels.lists import blocks_of
 from diffsparse_kernels.measured import Tile
 from diffsparse_kernels.rows import Correction
@@ -32,7 +33,7 @@ def move_tile(x_ptr, out_ptr, at, inside, dims, to, x_b, x_h, x_n, x_d, b, h, D:
     tl.store(out_ptr + to[:, None] * D + dims[None, :], x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def move(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, v_out_ptr, orders_ptr, picked_ptr,
     length, heads, picked_b, picked_h,
@@ -59,7 +60,7 @@ def move(
         move_tile(v_ptr, v_out_ptr, at, inside, dims, to, v_b, v_h, v_n, v_d, b, h, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def restore(
     x_ptr, inverses_ptr, picked_ptr, by_output_ptr, constant_ptr, codes_ptr, scale_ptr, by_code_ptr, rows_ptr, out_ptr,
     length, tokens, heads, picked_b, picked_h, x_b, x_h, x_n, x_d, out_b, out_h, out_n,
