@@ -32,9 +32,8 @@ from diffsparse_kernels.masks import Boxes, differs_by_head, fold_heads, unfold_
 from diffsparse_kernels.measured import density_limit
 from diffsparse_kernels.registry import Choice, check_known, choose
 from diffsparse_kernels.rows import Correction
-from diffsparse_kernels.summaries import Summaries
 from diffsparse_kernels.select import bits_of_rows
-from diffsparse_kernels.summaries import Summaries, Summary
+from diffsparse_kernels.summaries import Summaries
 
 
 def attention(
