@@ -177,7 +177,7 @@ def test_what_is_tried_on_hopper() -> None:
         work = {(case.kind, case.summary, case.masked) for case in numerics.cases(name, GPU)}
         assert work >= {("fused", None, True), ("attend", "means", False), ("attend", "first-order", True)}
     kinds = {case.kind for case in numerics.cases("triton", GPU)}
-    assert kinds == {"attend", "fused", "mass", "summaries", "errors", "statistics", "rows", "fit"}
+    assert kinds == {"attend", "fused", "mass", "summaries", "errors", "statistics", "rows", "fit", "selection"}
     assert {case.kind for case in numerics.cases("triton-tma", GPU)} == {"attend", "fused", "mass"}
     everything = [*numerics.kernels(GPU), *built]
     assert len(list(numerics.launches(GPU))) == sum(len(numerics.cases(name, GPU)) for name in everything)

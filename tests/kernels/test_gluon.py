@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +11,11 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 import diffsparse_kernels as dk
 from diffsparse_kernels import summaries
@@ -357,49 +361,45 @@ def test_mass_of_variants(variant: str) -> None:
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
-def compiled(constants: gluon.Constants) -> aot.Compiled:
-    """The kernel for sm_90; what it does not read is None, as its launcher has it."""
-    from triton.experimental.gluon._runtime import GluonASTSource
+class Launched:
+    """Stands where the kernel does, and keeps what launches on sm_90 would look up and compile."""
 
-    wanted = {
-        "SPARSE": ("idx_ptr", "cnt_ptr", "order_ptr"),
-        "MASS": ("cached_ptr", "mass_ptr"),
-        "SUMMARISED": ("mean_keys", "mean_values", "bits_ptr", "log_count_ptr"),
-        "VARIED": ("variance_ptr",),
-        "SLOPED": ("slopes",),
-        "BOUNDED": ("reach_ptr",),
-        "COPIED": ("outs",),
-    }
-    unread = [name for flag, names in wanted.items() if not getattr(constants, flag) for name in names]
-    types = {
-        "scale": "fp32",
-        "bits_ptr": "*u8",
-        "log_count_ptr": "*fp32",
-        "variance_ptr": "*fp32",
-        "reach_ptr": "*fp32",
-    }
-    for names, rows, rank in (
-        (("queries", "outs"), 64, 4),
-        (("keys", "values", "mean_keys", "mean_values"), constants.KV_BLOCK, 4),
-        (("slopes",), constants.D_PAD, 5),
-    ):
-        shape = [1] * (rank - 2) + [rows, constants.D_PAD]
-        types |= dict.fromkeys(names, f"tensordesc<bf16{shape},{gluon.layout(rank)!r}>")
-    known = {**dict.fromkeys(unread), "C": constants}
-    return aot.compiled(ATTEND, 90, known, 4, 3, source=GluonASTSource, **types)
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+        self.sources: list[GluonASTSource] = []
+        self._backend = make_backend(GPUTarget("cuda", 90, 32))
+        self._bind = create_function_from_signature(ATTEND.signature, ATTEND.params, self._backend)
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, **arguments: Any) -> None:
+        bound, specialization, options = self._bind(**arguments, debug=False, instrumentation_mode="")
+        self.keys.add(compute_cache_key({}, specialization, options))
+        packed = ATTEND._pack_args(self._backend, options, bound, specialization, options)
+        self.sources.append(GluonASTSource(ATTEND, *packed[1:]))
 
 
-LISTED: dict[str, Any] = {"SPARSE": True, "ORDERED": True}
-FIRST_ORDER: dict[str, Any] = {**LISTED, "SUMMARISED": True, "VARIED": True, "SLOPED": True, "BOUNDED": True}
-WORK: dict[str, dict[str, Any]] = {
-    "lists": LISTED,
-    "lists, masked": {**LISTED, "MASKED": True},
-    "mass": {"MASS": True},
-    "mass, masked": {"MASS": True, "MASKED": True},
-    "means": {**LISTED, "SUMMARISED": True},
-    "first order": FIRST_ORDER,
-    "first order, masked": {**FIRST_ORDER, "MASKED": True},
-}
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
+    kernel = Launched()
+    monkeypatch.setattr(gluon_kernels, "attend", kernel)
+    return kernel
+
+
+def launch(size: Size, work: str, variant: str = "usual") -> None:
+    """One call of this kind of work, a word for each part of it."""
+    qkv, built = size.qkv(torch.bfloat16), gluon.VARIANTS[variant]
+    keys = KEY_MASKS["all"](size) if "masked" in work else None
+    if "mass" in work:
+        cached = torch.zeros(qkv[0].shape[:3])
+        gluon.attention_with_mass(*qkv, cached, size.q_block, size.kv_block, size.scale, keys, built)
+        return
+    stand_ins = drawn(size, torch.bfloat16, *PARTS["bounded" if "first order" in work else "means"])
+    attend(size, qkv, size.lists(random_mask(size)).ordered(), keys, None if "lists" in work else stand_ins, built)
+
+
+WORK = ("lists", "lists, masked", "mass", "mass, masked", "means", "first order", "first order, masked")
 SHOWN = {
     "lists": [(128, 128), (128, 64), (72, 128), (64, 128), (64, 64)],
     "lists, masked": [(128, 128), (128, 64), (64, 64)],
@@ -414,41 +414,21 @@ BUILDS = [
 
 @aot.compiles
 @pytest.mark.parametrize(("work", "variant", "head_dim", "kv_block"), BUILDS)
-def test_ahead_of_time(work: str, variant: str, head_dim: int, kv_block: int) -> None:
-    built = gluon.constants(head_dim, kv_block, variant=gluon.VARIANTS[variant])
-    kernel = compiled(replace(built, **WORK[work]))
+def test_ahead_of_time(work: str, variant: str, head_dim: int, kv_block: int, launched: Launched) -> None:
+    launch(Size(batch=1, heads=2, q_len=200, kv_len=200, dim=head_dim, q_block=128, kv_block=kv_block), work, variant)
+    kernel = aot.inspected(launched.sources[0], 90, num_warps=4)
     aot.assert_sound(kernel, 90)
     assert aot.COPY_ENGINE in kernel.ptx
     assert aot.SPECIALISED in kernel.ptx
 
 
-def test_one_kernel_for_prompts_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The keys of the cache that compiled kernels are in: of a launch, all that is not a tensor's own."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-    from triton.runtime.jit import compute_cache_key, create_function_from_signature
-
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    bind = create_function_from_signature(ATTEND.signature, ATTEND.params, backend)
-    keys: set[str] = set()
-
-    class Launched:
-        def __getitem__(self, grid: tuple[int]) -> Any:
-            def launch(**arguments: Any) -> None:
-                _, specialization, options = bind(**arguments)
-                keys.add(compute_cache_key({}, specialization, options))
-
-            return launch
-
-    monkeypatch.setattr(gluon_kernels, "attend", Launched())
+@pytest.mark.parametrize("work", WORK)
+def test_one_kernel_for_prompts_of_any_length(work: str, launched: Launched) -> None:
     for batch, length in ((1, 4096), (1, 4097), (2, 4104), (1, 4112), (1, 100)):
-        size = Size(batch=batch, heads=batch, q_len=length, kv_len=length, dim=64, q_block=128, kv_block=64)
-        lists = size.lists(torch.rand(size.blocks) < 0.9).ordered()
-        stand_ins = drawn(size, torch.bfloat16, *PARTS["bounded"])
-        attend(size, size.qkv(torch.bfloat16), lists, stand_ins=stand_ins)
-    assert len(keys) == 1
-    attend(size, size.qkv(torch.bfloat16), lists)
-    assert len(keys) == 2  # so they tell kernels apart
+        launch(Size(batch, batch, length, length, 64, q_block=128, kv_block=64), work)
+    assert len(launched.keys) == 1
+    launch(Size(1, 1, 100, 100, 64, q_block=128, kv_block=128), work)
+    assert len(launched.keys) == 2  # so the keys tell kernels apart
 
 
 CASE = Case("attend", torch.bfloat16, 128, 128, 128, 64)
