@@ -29,6 +29,7 @@ _USUAL = Case("attend", torch.bfloat16, 128, 128, 128, 128)  # what most models 
 _FINER = _USUAL._replace(kv_block=64)  # Digest's blocks; the others are AdaSpa's
 _MASKED = (
     _USUAL,
+    _USUAL._replace(kind="fused"),
     _USUAL._replace(kind="mass"),
     _FINER._replace(summary="first-order"),
     _FINER._replace(kind="summaries"),

@@ -69,9 +69,22 @@ MODES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "full": full,
 }
 
+def with_mass(mode: str) -> Callable[..., tuple[Tensor, ...]]:
+    """A dense pass that sums masses and goes wrong in the same way."""
+    if MODES[mode] in (fails, hangs, crashes, leaves, full):
+        return MODES[mode]
+
+    def attend(*call: Any) -> tuple[Tensor, ...]:
+        out, *rest = reference.attention_with_mass(*call)
+        return out if mode == "right" else out.roll(1, 2), *rest
+
+    return attend
+
+
 if __name__ == "__main__":
     mode, *arguments = sys.argv[1:]
-    kernel = SimpleNamespace(**{**vars(reference), "block_sparse_attention": MODES[mode]})
+    off = {"block_sparse_attention": MODES[mode], "attention_with_mass": with_mass(mode)}
+    kernel = SimpleNamespace(**{**vars(reference), **off})
     proof.kernel_of = lambda name: kernel
     if mode != "unwritten":
         proof.poison = lambda: None  # takes seconds
