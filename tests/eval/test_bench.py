@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from diffsparse.cli import main
 from diffsparse_eval import bench, doctor, environment, suites, tune
 from diffsparse_eval.commands.bench import _HEADINGS, SizeOptions
 from diffsparse_eval.rows import SCHEMA
+from diffsparse_eval.timing import seconds_of
 from diffsparse_kernels import machine
 from diffsparse_pipelines import progress
 
@@ -269,6 +271,13 @@ def test_a_foreign_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch
     rows = bench.measure(CASE, "cpu", ["cpu", "flex"], 1, troubles)
     assert troubles == bench.Troubles({"flex: out of luck"})
     assert {row["backend"] for row in rows} == {"sdpa", "cpu"}
+
+
+def test_one_thread_is_timed_by_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert seconds_of(lambda: time.sleep(0.1), "cpu") < 0.05
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert seconds_of(lambda: time.sleep(0.1), "cpu") > 0.05
 
 
 def test_flex_on_the_cpu_is_what_torch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,9 @@
 """Attention on the CPU: gather the kept blocks of a query block, or of several at once, and multiply.
 
-One thread takes query blocks one by one, each with as many of its keys at a time as the cache holds. Several threads
-take blocks that keep equally many keys together, one batched product for all. Scores are powers of two and in float32,
-the weighted sum is in the inputs' own format; float16 is computed in float32, since CPUs multiply it slowly.
+One thread takes query blocks one by one, each with as many of its keys at a time as caches hold: single matrices are
+what oneDNN multiplies, the fastest there is. Several threads take blocks that keep equally many keys together, one
+batched product for all. Scores are in float32, the weighted sum is in the inputs' own format; float16 is computed in
+float32, since CPUs multiply it slowly.
 """
 
 from __future__ import annotations
@@ -414,7 +415,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _powers(scores: Tensor, top: Tensor) -> Tensor:
-    """exp(scores - top), in place: torch's own exp takes twenty times as long as exp2."""
+    """exp(scores - top), in place: torch's own exp takes twenty times as long as exp2.
+
+    Scores in powers of two from the start would round the large ones to other weights.
+    """
     return scores.sub_(top).mul_(_LOG2_E).exp2_()
 
 
