@@ -103,7 +103,7 @@ def block_sparse_attention(
     """Attention over the listed blocks; `stand_ins` are further keys of the same softmax where none is listed."""
     work = _Blocks.of(q, k, v, lists, scale, key_mask, boxes)
     out, lse = work.q.new_empty(*work.q.shape[:2], v.shape[3]), work.q.new_empty(work.q.shape[:2])
-    others = None if stand_ins is None else _Others.of(stand_ins, lists, scale)
+    others = None if stand_ins is None else _Others.of(stand_ins, lists, scale, work.q.dtype)
     alone = boxes is None and torch.get_num_threads() == 1
     for row, queries, part in (_one_by_one if alone else _together)(work):
         part = part if others is None else others.joined(part, queries, row)
@@ -343,13 +343,15 @@ class _Others(NamedTuple):
     scale: float  # of queries
 
     @classmethod
-    def of(cls, made: StandIns, lists: BlockLists, scale: float) -> _Others:
-        """The same, flat."""
+    def of(cls, made: StandIns, lists: BlockLists, scale: float, dtype: torch.dtype) -> _Others:
+        """The same, flat; what meets queries is of their `dtype`."""
         bias = made.log_count.clamp(min=-_NEVER).expand(made.key.shape[:3]).flatten(0, 1)
         variance = None if made.variance is None else made.variance.div(2 * scale**2).flatten(0, 1)[..., None, :]
-        slope = None if made.slope is None else made.slope.expand(-1, -1, lists.q_blocks, -1, -1).flatten(0, 2)
+        key, slope = made.key.flatten(0, 1).to(dtype), made.slope
+        if slope is not None:
+            slope = slope.expand(-1, -1, lists.q_blocks, -1, -1).flatten(0, 2).to(dtype)
         reach = None if made.reach is None else made.reach.flatten()[:, None, None]
-        return cls(made.key.flatten(0, 1), made.value.flatten(0, 1), bias, variance, slope, reach, lists, scale)
+        return cls(key, made.value.flatten(0, 1), bias, variance, slope, reach, lists, scale)
 
     def joined(self, part: _Part, q: Tensor, row: slice | Tensor) -> _Part:
         """Attention of scaled q [n, q_block, D] to the keys of `part` and to what stands for all others.
