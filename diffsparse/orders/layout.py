@@ -103,12 +103,18 @@ class Layout:
         """bool [nQ, nK]: rows and columns that hold text and so are never dropped (None without text)."""
         if self.text_before + self.text_after == self.plain_before + self.plain_after:
             return None
-        rows, columns = (self.text_blocks(edge).to(device, non_blocking=True) for edge in edges(block))
-        return rows[:, None] | columns
+        return _text_sink(self, block, torch.device(device))
 
     def __str__(self) -> str:
         text = f" + {self.text_before}|{self.text_after} text" if self.has_text else ""
         return f"{self.frames}x{self.height}x{self.width}{text} = {self.tokens} tokens"
+
+
+@lru_cache(maxsize=8)
+@kept
+def _text_sink(layout: Layout, block: Block, device: torch.device) -> torch.Tensor:
+    rows, columns = (layout.text_blocks(edge) for edge in edges(block))
+    return (rows[:, None] | columns).to(device)
 
 
 @lru_cache(maxsize=64)

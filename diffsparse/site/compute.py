@@ -156,9 +156,10 @@ class Site(Place):
         """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK]; `lse` may be of an earlier step."""
         self.record.beside += MASS_PASS
         q_block, kv_block = kernels.edges(block)
-        return kernels.block_mass(
-            q, k, lse, q_block=q_block, kv_block=kv_block, scale=self.scale, key_mask=self.key_mask
-        )
+        with self._heard():
+            return kernels.block_mass(
+                q, k, lse, q_block=q_block, kv_block=kv_block, scale=self.scale, key_mask=self.key_mask
+            )
 
     def scale_of(self, q: Tensor) -> float:
         """Of the scores of q [B, H, N, D]."""
@@ -207,7 +208,8 @@ class Site(Place):
 
     def exact_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of a few queries [B, H, n, D] to all keys, on our own kernels; who asks for it counts it."""
-        return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)[0]
+        with self._heard():
+            return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)[0]
 
     def fit_rows(self, exact: Tensor, out: Tensor, probes: Tensor, **kept: Tensor) -> kernels.Correction:
         """What `exact` says of some rows of out [B, H, N, D], fitted to correct all; who asks for it counts it."""

@@ -110,6 +110,7 @@ def density_limit(backend: str, device: str, dtype: torch.dtype, head_dim: int, 
     return _DEFAULTS[backend] + (_WIDE_BLOCKS if backend == "cpu" and min(edges(block)) >= 128 else 0.0)
 
 
+@cache
 def tiles_for(chip: int, head_dim: int, q_block: int, kv_block: int, device: str | None = None) -> list[Tile]:
     """The tiles of a chip such as 90, from the fastest expected to the one that always runs.
 
@@ -127,8 +128,8 @@ def tiles_for(chip: int, head_dim: int, q_block: int, kv_block: int, device: str
 
 def forget() -> None:
     """Read the tables of this machine again when they are next asked for."""
-    _break_even.cache_clear()
-    _tuned.cache_clear()
+    for known in (_break_even, _tuned, tiles_for):
+        known.cache_clear()
 
 
 @cache

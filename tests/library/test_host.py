@@ -17,40 +17,44 @@ from support.devices import Launches, OnDevice
 from support.sites import site
 
 LAYOUT = Layout(8, 32, 32)
+TEXT = Layout(8, 32, 32, 0, 100)
 MOST = 19  # launches of a sparse call
 AROUND = ["move", "judge", "combine", "restore"]  # what there is beside summaries, blocks and attention
-CALLS = {  # strategy, steps of the run
-    "Digest": (Digest(0.8, (128, 64)), 10),
-    "Digest with the blocks of a dense step": (Digest(0.8, (128, 64), probes=False), 50),
-    "Tangent": (Tangent(0.8, (128, 64)), 10),
+CALLS = {  # strategy, steps of the run, tokens
+    "Digest": (Digest(0.8, (128, 64)), 10, LAYOUT),
+    "Digest with the blocks of a dense step": (Digest(0.8, (128, 64), probes=False), 50, LAYOUT),
+    "Tangent": (Tangent(0.8, (128, 64)), 10, LAYOUT),
+    "Tangent beside text": (Tangent(0.8, (128, 64)), 10, TEXT),
 }
 
 
-def place(step: int, steps: int, memory: dict[str, Any]) -> Site:
+def place(layout: Layout, step: int, steps: int, memory: dict[str, Any]) -> Site:
     """On a device where dense attention is somebody else's."""
-    return replace(site(LAYOUT, step, steps, memory), dense_backend=DenseBackend("native", lambda q, k, v: v))
+    return replace(site(layout, step, steps, memory), dense_backend=DenseBackend("native", lambda q, k, v: v))
 
 
-def launches_of(strategy: Tangent, steps: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launches_of(strategy: Tangent, steps: int, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the second sparse call of a layer asks for, in order."""
     monkeypatch.setenv("DIFFSPARSE_BACKEND", "triton")
     memory: dict[str, Any] = {}
     with Launches(monkeypatch) as launches:
-        q, k, v = (OnDevice(torch.randn(1, LAYOUT.tokens, 2, 128).bfloat16()).transpose(1, 2) for _ in range(3))
+        q, k, v = (OnDevice(torch.randn(1, layout.tokens, 2, 128).bfloat16()).transpose(1, 2) for _ in range(3))
         if strategy.observes:
-            in_order(strategy, strategy.observe, (q, k, v), place(1, steps, memory))
+            in_order(strategy, strategy.observe, (q, k, v), place(layout, 1, steps, memory))
         for step in (2, 3):
             launches.names.clear()
-            out = in_order(strategy, strategy.attend, (q, k, v), place(step, steps, memory))
+            out = in_order(strategy, strategy.attend, (q, k, v), place(layout, step, steps, memory))
         assert out.device.type == "cuda"
         assert out.shape == q.shape
         assert out.stride() == q.stride(), "as processors want it next"
     return launches.names
 
 
-@pytest.mark.parametrize(("strategy", "steps"), CALLS.values(), ids=CALLS)
-def test_launches_of_a_sparse_call(strategy: Tangent, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = launches_of(strategy, steps, monkeypatch)
+@pytest.mark.parametrize(("strategy", "steps", "layout"), CALLS.values(), ids=CALLS)
+def test_launches_of_a_sparse_call(
+    strategy: Tangent, steps: int, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = launches_of(strategy, steps, layout, monkeypatch)
     wanted = [name for name in AROUND if strategy.probes or name not in ("judge", "combine")]
     assert [name for name in names if name in AROUND] == wanted
     assert names.count("attend") == (2 if strategy.probes else 1)

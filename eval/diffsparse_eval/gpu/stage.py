@@ -76,15 +76,15 @@ class Stage(NamedTuple):
 
 
 STAGES = (  # most important first
-    Stage("facts", "facts", 15, 30),
+    Stage("facts", "facts", 10, 30),
     Stage("compile", "compiling", 55, 60, 16),
-    Stage("numerics", "numerics", 90, 20, 4),
-    Stage("sanitizer", "sanitizer", 25, 30),
-    Stage("speed", "speed", 110, 30),
+    Stage("numerics", "numerics", 85, 20, 4),
+    Stage("sanitizer", "sanitizer", 20, 30),
+    Stage("speed", "speed", 105, 30),
     Stage("step", "step", 60, 30),
+    Stage("tune", "tuning", 35, 20),
     Stage("end to end", "whole", 85, 30),
-    Stage("sanity", "sanity", 30, 30),
-    Stage("tune", "tuning", 10, 20),
+    Stage("sanity", "sanity", 25, 30),
 )
 WHOLE = sum(stage.seconds for stage in STAGES)
 

@@ -39,7 +39,7 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 
 def padded(head_dim: int) -> int:
     """Head sizes are padded to powers of two in registers, at least the 16 that tensor cores need."""
-    return int(max(16, triton.next_power_of_2(head_dim)))
+    return 1 << max(4, (head_dim - 1).bit_length())
 
 
 def upcast(*tensors: Tensor) -> bool:
