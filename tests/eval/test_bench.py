@@ -393,4 +393,5 @@ def test_the_doctor_tells_how_trials_ended(monkeypatch: pytest.MonkeyPatch) -> N
     row = {"kernel": "gluon", "case": "attend, bfloat16", "verdict": "hang in its trial"}
     monkeypatch.setattr("diffsparse_kernels.trials.found", lambda device: [row])
     assert doctor._trials() == {"gluon: attend, bfloat16": "hang in its trial"}
-    assert set(asked) == {"attend", "mass", "summaries", "errors", "statistics"}
+    beside = {"summaries", "errors", "statistics", "selection", "rows", "fit"}
+    assert set(asked) == {"attend", "fused", "mass"} | beside

@@ -172,6 +172,15 @@ def test_summaries_merge_as_they_do_in_plain_torch(
     torch.testing.assert_close(lse[alive].double(), want_lse[alive], atol=2 * torch.finfo(dtype).eps, rtol=1e-2)
 
 
+def test_steps_turn_with_the_sign_of_the_scale() -> None:
+    size = SIZES[0]
+    qkv, lists = size.qkv(torch.float32), size.lists(random_mask(size, 0.4))
+    options = {"scale": -0.2, "summary": "first-order"}
+    want = dk.block_sparse_attention(*(x.double() for x in qkv), lists, backend="reference", **options)
+    got = dk.block_sparse_attention(*qkv, lists, backend="triton", **options)
+    torch.testing.assert_close([x.double() for x in got], list(want), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("size", "dtype"), [*CASES, (SIZES[1], torch.float32)], ids=str)
 def test_statistics(size: Size, dtype: torch.dtype, masked: bool) -> None:

@@ -195,6 +195,19 @@ def test_keys_that_each_head_has_of_its_own(place: Place, by: dk.Summary) -> Non
         torch.testing.assert_close(spread[:, part], dk.spread(qkv[2][:, part], 32, real))
 
 
+@BOTH
+@pytest.mark.parametrize("scale", [0.0, -0.25])
+@pytest.mark.parametrize("place", PLACES)
+def test_scores_that_are_all_zero_or_turned_round(place: Place, scale: float, by: dk.Summary) -> None:
+    size = Size(q_len=95, kv_len=95)
+    qkv, lists = size.qkv(torch.float32), size.lists(MASKS["random"](size))
+    exact_ = [x.double() for x in qkv]
+    want = dk.block_sparse_attention(*exact_, lists, summary=by, scale=scale, backend="reference")
+    for summary in (by, dk.summarise(*qkv[1:], 32, scale=scale, by=by)):
+        got = place(dk.block_sparse_attention, *qkv, lists, summary=summary, scale=scale)
+        torch.testing.assert_close([x.double() for x in got], list(want), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [40, 45])
 @pytest.mark.parametrize("masked", [False, True])
 def test_spread(tokens: int, masked: bool) -> None:

@@ -69,6 +69,7 @@ MODES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "full": full,
 }
 
+
 def with_mass(mode: str) -> Callable[..., tuple[Tensor, ...]]:
     """A dense pass that sums masses and goes wrong in the same way."""
     if MODES[mode] in (fails, hangs, crashes, leaves, full):

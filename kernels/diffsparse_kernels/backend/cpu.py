@@ -345,6 +345,8 @@ class _Others(NamedTuple):
     @classmethod
     def of(cls, made: StandIns, lists: BlockLists, scale: float, dtype: torch.dtype) -> _Others:
         """The same, flat; what meets queries is of their `dtype`."""
+        if not scale:  # scores that are all 0 do not vary
+            made = made._replace(variance=None, slope=None, reach=None)
         bias = made.log_count.clamp(min=-_NEVER).expand(made.key.shape[:3]).flatten(0, 1)
         variance = None if made.variance is None else made.variance.div(2 * scale**2).flatten(0, 1)[..., None, :]
         key, slope = made.key.flatten(0, 1).to(dtype), made.slope
@@ -380,7 +382,7 @@ class _Others(NamedTuple):
         steps = torch.bmm(q, slope)  # of scaled queries
         if self.reach is None:
             return steps.div_(self.scale)
-        reach = self.reach[row]
+        reach = self.reach[row] * math.copysign(1, self.scale)
         squares = torch.linalg.vector_norm(steps, dim=-1, keepdim=True).square_().add_((reach * self.scale).square())
         return steps.mul_(squares.clamp_(min=torch.finfo(squares.dtype).tiny).rsqrt_().mul_(reach))
 
