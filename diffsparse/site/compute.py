@@ -209,7 +209,7 @@ class Site(Place):
     def exact_rows(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of a few queries [B, H, n, D] to all keys, on our own kernels; who asks for it counts it."""
         with self._heard():
-            return kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)[0]
+            return kernels.attention_of_few(q, k, v, scale=self.scale, key_mask=self.key_mask)
 
     def fit_rows(self, exact: Tensor, out: Tensor, probes: Tensor, **kept: Tensor) -> kernels.Correction:
         """What `exact` says of some rows of out [B, H, N, D], fitted to correct all; who asks for it counts it."""

@@ -8,6 +8,7 @@ from .errors import (
 )
 from .functional import (
     attention as attention,
+    attention_of_few as attention_of_few,
     attention_with_mass as attention_with_mass,
     best_block as best_block,
     block_mass as block_mass,

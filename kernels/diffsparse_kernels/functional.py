@@ -28,12 +28,15 @@ from diffsparse_kernels.checks import (
 from diffsparse_kernels.errors import BackendError, KernelInputError
 from diffsparse_kernels.lists import Block, BlockLists, blocks_of, edges
 from diffsparse_kernels.machine import device_name
-from diffsparse_kernels.masks import Boxes, differs_by_head, fold_heads, unfold_heads
+from diffsparse_kernels.masks import Boxes, differs_by_head, each_head, fold_heads, unfold_heads
 from diffsparse_kernels.measured import density_limit
 from diffsparse_kernels.registry import Choice, check_known, choose
 from diffsparse_kernels.rows import Correction
 from diffsparse_kernels.select import bits_of_rows
 from diffsparse_kernels.summaries import Summaries
+
+_MANY_KEYS = 2**14  # from which on more launches cost less than they save
+_PROGRAMS, _MOST_PARTS = 264, 8  # that a large GPU runs side by side, and of one head
 
 
 def attention(
@@ -69,6 +72,34 @@ def attention(
     out, lse = ops.attention(q, k, v, _scale(q, scale), key_mask, _named(q, backend))
     out, lse = unfold_heads(like, out, lse)
     return out, lse
+
+
+def attention_of_few(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, key_mask: Tensor | None = None
+) -> Tensor:
+    """Dense attention of a few queries to many keys: on a device in parts side by side, which are merged by their LSE.
+
+    One query block of each head would leave most of a GPU idle.
+
+    Args, returns (out alone) and raises as in `attention`.
+    """
+    parts = key_parts(q, k)
+    if parts == 1:
+        return attention(q, k, v, scale=scale, key_mask=key_mask)[0]
+    if key_mask is not None:
+        key_mask = _in_parts(each_head(key_mask).expand(k.shape[:3]), parts)
+    every = q[:, :, None].expand(-1, -1, parts, -1, -1).flatten(1, 2)
+    found = attention(every, _in_parts(k, parts), _in_parts(v, parts), scale=_scale(q, scale), key_mask=key_mask)
+    out, lse = (x.unflatten(1, (-1, parts)) for x in found)
+    shares = lse.softmax(2).nan_to_num(0)  # of no key at all
+    merged: Tensor = (out * shares[..., None]).sum(2)
+    return merged.to(q.dtype)
+
+
+def _in_parts(x: Tensor, parts: int) -> Tensor:
+    """[B, H, N, ...] -> [B, H * parts, N / parts, ...]."""
+    cut: Tensor = x.unflatten(2, (parts, -1))
+    return cut.flatten(1, 2)
 
 
 def attention_with_mass(
@@ -549,6 +580,18 @@ def rows_per_sample(length: int, block: int, every: int, like: Tensor) -> Tensor
     left = length - (like.shape[2] - 1) * block
     share[-1] = left / -(-left // every)
     return share
+
+
+def key_parts(q: Tensor, k: Tensor) -> int:
+    """Into how many equal parts `attention_of_few` cuts the keys of a call.
+
+    More than one where keys are many, lie without gaps, and the programs of all parts find room on a GPU at once.
+    """
+    if q.device.type == "cpu" or k.shape[2] < _MANY_KEYS or not k.is_contiguous():
+        return 1
+    programs = q.shape[0] * q.shape[1] * blocks_of(q.shape[2], DENSE_BLOCKS[0])
+    room = max(_PROGRAMS // programs, 1)
+    return next(parts for parts in range(min(room, _MOST_PARTS), 0, -1) if k.shape[2] % parts == 0)
 
 
 def _named(q: Tensor, name: str | None) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import diffsparse_kernels as dk
+from diffsparse_kernels import functional
 from diffsparse_kernels.backend import cpu
 from support import exact
 from support.cases import MASKS, Size, assert_attention, random_boxes, random_mask, seen, uniform_mask
@@ -322,3 +323,27 @@ def test_rows_are_sampled_evenly() -> None:
     q, k, _ = Size().qkv(torch.float32)
     with pytest.raises(dk.KernelInputError, match="every as a divisor of q_block 32; got 5"):
         dk.block_mass(q, k, torch.zeros(2, 3, 96), q_block=32, kv_block=32, every=5)
+
+
+@pytest.mark.parametrize("masked", ["not", "by sample", "by head"])
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_few_queries_to_keys_in_parts(parts: int, masked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "key_parts", lambda q, k: parts)
+    q, k, v = torch.randn(2, 3, 7, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 24)
+    keys = {"not": None, "by sample": torch.rand(2, 40) < 0.5, "by head": torch.rand(2, 3, 40) < 0.5}[masked]
+    if keys is not None:
+        keys[0] = False  # without any key
+        keys[1, ..., :20] = False
+    got = dk.attention_of_few(q, k, v, key_mask=keys, scale=0.3)
+    want = dk.attention(q.double(), k.double(), v.double(), key_mask=keys, scale=0.3)[0]
+    torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-5)
+
+
+def test_keys_are_cut_where_that_fills_a_device() -> None:
+    def of(heads: int, tokens: int, device: str = "meta") -> int:
+        return functional.key_parts(*(torch.empty(1, heads, n, 128, device=device) for n in (128, tokens)))
+
+    assert [of(40, 75_600), of(24, 119_056), of(5, 75_600), of(300, 75_600)] == [6, 8, 8, 1]
+    assert [of(40, 75_601), of(24, 4608), of(24, 119_056, "cpu")] == [1, 1, 1]
+    moved = torch.empty(1, 119_056, 24, 8, device="meta").transpose(1, 2)
+    assert functional.key_parts(moved[:, :, :128], moved) == 1, "no copies of the keys"
