@@ -183,7 +183,7 @@ def test_what_no_kernel_can_do_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_back_end_is_asked_for_what_it_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Hopper kernel knows attention alone: that triton makes the rest is no failure to tell of."""
+    """The Hopper kernel attends, with masses or without: that triton makes the rest is no failure to tell of."""
     pytest.importorskip("triton")
     for name in ("gluon", "triton"):
         monkeypatch.setattr(registry.load(name), "device_capability", lambda device: None)
@@ -193,7 +193,7 @@ def test_a_back_end_is_asked_for_what_it_is_made_for(monkeypatch: pytest.MonkeyP
         case = Case(kind, torch.bfloat16, 64, 64, 128, 64)
         for named in ("", "gluon"):
             choice = registry.choose(case, torch.device("cuda"), named)
-            assert choice == dk.Choice("gluon" if kind == "attend" else "triton")
+            assert choice == dk.Choice("gluon" if kind in ("attend", "fused") else "triton")
 
 
 def test_no_exception_of_a_backend_leaves_the_list(monkeypatch: pytest.MonkeyPatch) -> None:

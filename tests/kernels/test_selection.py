@@ -31,7 +31,7 @@ def test_in_the_interpreter() -> None:
 )
 @pytest.mark.parametrize("chip", aot.CHIPS)
 def test_ahead_of_time(chip: int, name: str, columns: int) -> None:
-    """Integers: no tensor cores, no spills at all, and so little shared memory that many programs run side by side."""
+    """Integers: no tensor cores, no spills in loops, little shared memory, so that many programs run side by side."""
     kernel = getattr(selection, name)
     constants = {"OCTAVES": select.OCTAVES, "RUNS": 1024, "ROWS": selection.ORDERED_ROWS}
     constants |= selection.constants(columns, always=True)
@@ -39,5 +39,6 @@ def test_ahead_of_time(chip: int, name: str, columns: int) -> None:
     types |= dict.fromkeys(("always_ptr", "bits_ptr"), "*u8")
     own = {key: value for key, value in constants.items() if key in kernel.arg_names}
     found = aot.compiled(kernel, chip, own, selection.WARPS, 3, **types)
-    assert found.stack == 0
+    assert found.stack <= 32
+    assert not found.spilling
     assert found.shared <= 8 * 2**10

@@ -210,7 +210,7 @@ def test_few_bits_are_rounded_within_the_blocks_of_each_heads_order(bits: int) -
         want, _ = dk.quantised_attention(*moved, lists, bits=bits)
         torch.testing.assert_close(out[:, head : head + 1], want[:, :, place])
     assert here.record.kind == "sparse"
-    assert here.record.backend == f"int{bits} emulated"
+    assert here.record.backend == ("int8-int8 emulated" if bits == 8 else f"int{bits} emulated")
 
 
 def test_incoherence_is_recorded_before_and_after_reordering() -> None:

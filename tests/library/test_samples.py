@@ -108,10 +108,18 @@ def differing(kwargs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def doubled(x: Any) -> Any:
+    """Floats in float64."""
+    return x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_in_models(name: str) -> None:
-    """Mochi attends to its samples one after the other, in one call of a processor: each has a memory of its own."""
-    model, both = build(name), differing(inputs(name))
+    """Mochi attends to its samples one after the other, in one call of a processor: each has a memory of its own.
+
+    In float64: in float32 a batch is multiplied in another order, and two blocks of nearly the same error change places.
+    """
+    model, both = build(name).double(), {key: doubled(x) for key, x in differing(inputs(name)).items()}
 
     def outs(strategy: Any, kwargs: dict[str, Any]) -> list[Tensor]:
         with diffsparse.apply(model, strategy, schedule=Schedule(dense_first=1)) as handle:

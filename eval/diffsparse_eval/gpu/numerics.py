@@ -121,7 +121,7 @@ def cases(kernel: str, options: Options) -> list[Case]:
 def does(kernel: str, case: Case, device: torch.device) -> bool:
     """Whether a kernel can do this; a kind of tiles, by such tiles. A kernel of one's own is tried with attention."""
     if kernel not in KERNELS:
-        return case.kind == "attend"
+        return case.kind == "attend" and case.summary is None
     backend, kind = KERNELS[kernel]
     if registry.capability(backend, device, case) is not None:
         return False
