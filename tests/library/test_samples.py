@@ -117,7 +117,7 @@ def doubled(x: Any) -> Any:
 def test_in_models(name: str) -> None:
     """Mochi attends to its samples one after the other, in one call of a processor: each has a memory of its own.
 
-    In float64: in float32 a batch is multiplied in another order, and two blocks of nearly the same error change places.
+    In float64: in float32 a batch is multiplied in another order, and two blocks of nearly equal errors change places.
     """
     model, both = build(name).double(), {key: doubled(x) for key, x in differing(inputs(name)).items()}
 
