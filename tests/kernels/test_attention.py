@@ -347,3 +347,21 @@ def test_keys_are_cut_where_that_fills_a_device() -> None:
     assert [of(40, 75_601), of(24, 4608), of(24, 119_056, "cpu")] == [1, 1, 1]
     moved = torch.empty(1, 119_056, 24, 8, device="meta").transpose(1, 2)
     assert functional.key_parts(moved[:, :, :128], moved) == 1, "no copies of the keys"
+
+
+def test_several_threads_leave_onednn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its long sums (4352 keys) took two threads minutes, where one takes a tenth of a second."""
+
+    def asked() -> None:
+        raise AssertionError("oneDNN was asked")
+
+    monkeypatch.setattr(cpu, "_onednn", asked)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        q, k, v = (torch.randn(1, 2, 48, 16) for _ in range(3))
+        dk.attention_with_mass(q, k, v, q_block=16, kv_block=16)
+        lists = dk.BlockLists.from_mask(torch.ones(1, 2, 3, 3) > 0, q_block=16, kv_block=16, q_len=48, kv_len=48)
+        dk.block_sparse_attention(q, k, v, lists, summary="first-order")
+    finally:
+        torch.set_num_threads(threads)

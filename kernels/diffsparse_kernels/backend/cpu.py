@@ -413,7 +413,8 @@ def _onednn() -> Callable[..., Tensor] | None:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """[..., rows, D] times [..., columns, D] -> [..., rows, columns], of matrices or batches of matrices."""
-    if a.ndim == 2 and a.dtype == torch.float32 and (fast := _onednn()) is not None:
+    alone = torch.get_num_threads() == 1  # with several threads a long sum can take oneDNN minutes
+    if alone and a.ndim == 2 and a.dtype == torch.float32 and (fast := _onednn()) is not None:
         return fast(a, b, None, "none", [], "")
     return a @ b.mT
 
