@@ -183,14 +183,14 @@ class BlockLists:
             return self.bits
         bits = torch.empty(*self.cnt.shape, blocks_of(self.kv_blocks, 8), dtype=torch.uint8, device=self.cnt.device)
         for tile in tiles(bits, self.kv_blocks * _PAIR_BYTES):
-            bits[tile] = to_bits(_listed(self.idx[tile], self.cnt[tile], self.kv_blocks))
+            bits[tile] = to_bits(mask_of(self.idx[tile], self.cnt[tile], self.kv_blocks))
         return bits
 
     def to_mask(self) -> Tensor:
         """The same blocks as a bool mask [B|1, H, nQ, nK]."""
         if self.bits is not None:
             return from_bits(self.bits, self.kv_blocks)
-        return _listed(self.idx, self.cnt, self.kv_blocks)
+        return mask_of(self.idx, self.cnt, self.kv_blocks)
 
     def to_token_mask(self, rows: slice, mask: Tensor) -> Tensor:
         """The same for some query rows, token by token: bool [B|1, H, rows, N_kv].
@@ -268,7 +268,7 @@ def _check_mask(mask: Tensor, blocks: tuple[int, int], sizes: tuple[int, int, in
         )
 
 
-def _listed(idx: Tensor, cnt: Tensor, columns: int) -> Tensor:
+def mask_of(idx: Tensor, cnt: Tensor, columns: int) -> Tensor:
     """The blocks of lists [..., W] as a mask, bool [..., columns]."""
     behind = torch.arange(idx.shape[-1], device=idx.device) >= cnt[..., None]
     spare = idx.long().masked_fill_(behind, columns)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffsparse_kernels.lists import lists_of_bits, to_bits
+from diffsparse_kernels.lists import lists_of_bits, number_type, to_bits
 from diffsparse_kernels.strips import tiles
 
 INFINITY = 0x7F800000  # as the bits of a float32, which count up as the number does where it isn't negative
@@ -157,7 +157,7 @@ class Cut(NamedTuple):
 
     def taken(self, error: Tensor, always: Tensor | None) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
         """Tiles of the groups, and which of their blocks are taken: bool [g, h, rows, nK]. Arguments as for `of`."""
-        small = torch.int16 if error.shape[3] <= torch.iinfo(torch.int16).max else torch.int32
+        small = number_type(error.shape[3])
         left = self.equals.clone()
         for tile in tiles(error, error.shape[3] * _PAIR_BYTES):
             keys, best, part = _keys(error, tile, always), self.best[tile], tile[0]

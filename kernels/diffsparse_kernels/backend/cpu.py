@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsparse_kernels.case import Case
-from diffsparse_kernels.lists import BlockLists
+from diffsparse_kernels.lists import BlockLists, mask_of
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.strips import strips
 from diffsparse_kernels.summaries import MOST_BIAS, StandIns
@@ -391,10 +391,7 @@ class _Others(NamedTuple):
         idx, cnt = self.lists.idx.flatten(0, 2), self.lists.cnt.flatten()
         if len(cnt) < len(self.key) * self.lists.q_blocks:  # all samples have the same lists
             row = torch.arange(row.start, row.stop) % len(cnt) if isinstance(row, slice) else row % len(cnt)
-        idx, cnt = idx[row].long(), cnt[row]
-        spare = idx.masked_fill_(torch.arange(idx.shape[1], device="cpu") >= cnt[:, None], self.lists.kv_blocks)
-        listed = torch.zeros(len(cnt), self.lists.kv_blocks + 1, dtype=torch.bool, device="cpu")
-        return listed.scatter_(1, spare, True)[:, :-1]
+        return mask_of(idx[row], cnt[row], self.lists.kv_blocks)
 
 
 @functools.cache
