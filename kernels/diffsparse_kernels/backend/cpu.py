@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -22,14 +22,16 @@ from diffsparse_kernels.lists import BlockLists, mask_of
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.strips import strips
 from diffsparse_kernels.summaries import MOST_BIAS, StandIns
+from diffsparse_kernels.threads import side_by_side
 
 _GATHER_BYTES = 4 * 2**20  # keys, values and scores of a thread at a time, about what its caches hold
-_STRIP_BYTES = 4 * 2**20  # scores of one strip of query rows
+_STRIP_BYTES = 2 * 2**20  # scores of one strip of query rows; of twice as much, malloc asks for fresh pages each time
 _LOG2_E = math.log2(math.e)
 _NEVER = 1e30  # subtracted from the scores of keys that are not seen; -inf takes several times longer
 _DEAD = -_NEVER / 2  # below, a row has seen no key
 SEES_WHOLE_ROWS = True  # so `attention_with_mass` can do without a cached LSE
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
+Result = TypeVar("Result")
 
 
 def _exactly(kernel: Kernel) -> Kernel:
@@ -45,10 +47,12 @@ def capability(device: torch.device, case: Case | None = None) -> str | None:
 @_exactly
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    parts, values = [], _computable(v).flatten(0, 1)
-    for head, _, scores in _strips(q, k, scale, key_mask):
-        parts.append(_finished(_attended(scores, values[head])))
-    return _joined(parts, q)
+    values = _computable(v).flatten(0, 1)
+
+    def attended(head: int, rows: slice, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return _finished(_attended(scores, values[head]))
+
+    return _joined(_by_strips(attended, q, k, scale, key_mask), q)
 
 
 @_exactly
@@ -63,16 +67,19 @@ def attention_with_mass(
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention, its LSE and the block mass, one pass over strips of rows; `lse` is the rows' own if None."""
-    parts, masses, values = [], [], _computable(v).flatten(0, 1)
-    for head, rows, scores in _strips(q, k, scale, key_mask, q_block):
+    values = _computable(v).flatten(0, 1)
+
+    def attended(head: int, rows: slice, scores: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         top = scores.amax(-1, keepdim=True)
         weights = _powers(scores, top)
         tiles = _column_sums(weights, kv_block)  # [rows, nK]
         total = tiles.sum(-1, keepdim=True)
         cached = top + total.log() if lse is None else lse.flatten(0, 1)[head, rows, None].to(top.dtype)
         drift = torch.where(cached.isfinite() & (top > _DEAD), (top - cached).exp(), 0)
-        masses.append(_row_sums(tiles * drift, q_block))
-        parts.append(_finished(_Part(_weighted(weights, values[head]), top, total)))
+        mass = _row_sums(tiles * drift, q_block)
+        return _finished(_Part(_weighted(weights, values[head]), top, total)), mass
+
+    parts, masses = zip(*_by_strips(attended, q, k, scale, key_mask, q_block), strict=True)
     return *_joined(parts, q), _tiles(masses, q)
 
 
@@ -81,12 +88,13 @@ def block_mass(
     q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, scale: float, key_mask: Tensor | None
 ) -> Tensor:
     """Sum of exp(score - lse) over each tile, one pass over keys in strips of rows."""
-    masses = []
-    for head, rows, scores in _strips(q, k, scale, key_mask, q_block):
+
+    def summed(head: int, rows: slice, scores: Tensor) -> Tensor:
         cached = lse.flatten(0, 1)[head, rows, None].to(scores.dtype)
         weights = _powers(scores, cached.masked_fill(~cached.isfinite(), torch.inf))
-        masses.append(_row_sums(_column_sums(weights, kv_block), q_block))
-    return _tiles(masses, q)
+        return _row_sums(_column_sums(weights, kv_block), q_block)
+
+    return _tiles(_by_strips(summed, q, k, scale, key_mask, q_block), q)
 
 
 @_exactly
@@ -113,6 +121,20 @@ def block_sparse_attention(
     return out.to(q.dtype), lse
 
 
+class _Scratch:
+    """Memory for what the next product overwrites: fresh pages for it can cost as much as the product itself."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, use: str, dtype: torch.dtype, *size: int) -> Tensor:
+        """An uninitialised tensor, in place of the last one for the same use."""
+        room = math.prod(size) * dtype.itemsize
+        if use not in self._held or len(self._held[use]) < room:
+            self._held[use] = torch.empty(room, dtype=torch.uint8, device="cpu")
+        return self._held[use][:room].view(dtype).view(size)
+
+
 class _Part(NamedTuple):
     """Attention to some keys, before it is divided by the sum of its weights exp(score - top)."""
 
@@ -121,11 +143,11 @@ class _Part(NamedTuple):
     total: Tensor  # of the weights, [..., rows, 1]
 
 
-def _attended(scores: Tensor, values: Tensor) -> _Part:
+def _attended(scores: Tensor, values: Tensor, scratch: _Scratch | None = None) -> _Part:
     """scores [..., rows, columns], which are overwritten; values [..., columns, D_v]."""
     top = scores.amax(-1, keepdim=True)
     weights = _powers(scores, top)
-    return _Part(_weighted(weights, values), top, weights.sum(-1, keepdim=True))
+    return _Part(_weighted(weights, values, scratch), top, weights.sum(-1, keepdim=True))
 
 
 def _merged(parts: list[_Part]) -> _Part:
@@ -185,7 +207,9 @@ class _Blocks(NamedTuple):
         at_a_time = lists.kv_block * (k.shape[3] + v.shape[3] + lists.q_block) * exact.itemsize
         return cls(queries, keys, values, hidden, boxes, lists, scale, max(_GATHER_BYTES // at_a_time, 1))
 
-    def attended(self, q: Tensor, blocks: Tensor, columns: int, bias: Tensor | None = None) -> _Part:
+    def attended(
+        self, q: Tensor, blocks: Tensor, columns: int, scratch: _Scratch | None = None, bias: Tensor | None = None
+    ) -> _Part:
         """Attention of scaled q [..., q_block, D] to the first `columns` keys of blocks [..., count].
 
         bias: [m, 1, q_block, columns], one for each m-th of the rows.
@@ -193,12 +217,13 @@ class _Blocks(NamedTuple):
         parts, start = [], 0
         for some in (blocks,) if blocks.shape[-1] <= self.most else blocks.split(self.most, -1):
             width = min(some.shape[-1] * self.lists.kv_block, columns - start)
-            scores = _product(q, _gathered(self.k, some, width))
+            room = scratch.take("scores", q.dtype, *q.shape[:-1], width) if scratch else None
+            scores = _product(q, _gathered(self.k, some, width, scratch), room)
             if self.hidden is not None:
-                scores.add_(_gathered(self.hidden, some, width).mT)
+                scores.add_(_gathered(self.hidden, some, width, scratch).mT)
             if bias is not None:
                 scores.unflatten(0, (len(bias), -1)).add_(bias[..., start : start + width])
-            parts.append(_attended(scores, _gathered(self.v, some, width)))
+            parts.append(_attended(scores, _gathered(self.v, some, width, scratch), scratch))
             start += width
         return _merged(parts)
 
@@ -208,9 +233,10 @@ class _Blocks(NamedTuple):
         return _Part(self.q.new_zeros(*size, self.q.shape[1], self.v.shape[2]), one * -_NEVER, one)
 
 
-def _gathered(x: Tensor, blocks: Tensor, width: int) -> Tensor:
+def _gathered(x: Tensor, blocks: Tensor, width: int, scratch: _Scratch | None) -> Tensor:
     """The first `width` rows of some blocks [..., count] of x [*, block, D]: [..., width, D]."""
-    found = x.index_select(0, blocks.flatten()).view(*blocks.shape[:-1], -1, x.shape[2])
+    room = scratch.take("blocks", x.dtype, blocks.numel(), *x.shape[1:]) if scratch else None
+    found = torch.index_select(x, 0, blocks.flatten(), out=room).view(*blocks.shape[:-1], -1, x.shape[2])
     return found if found.shape[-2] == width else found[..., :width, :]
 
 
@@ -237,7 +263,7 @@ def _one_by_one(work: _Blocks) -> Iterator[tuple[slice, Tensor, _Part]]:
 
 def _together(work: _Blocks) -> Iterator[tuple[Tensor, Tensor, _Part]]:
     """Rows that keep equally many blocks, as many at a time as caches hold, and as many for each thread."""
-    lists, threads = work.lists, torch.get_num_threads()
+    lists, threads, scratch = work.lists, torch.get_num_threads(), _Scratch()
     for group in _groups(work):
         at_a_time = max(1, work.most // max(group.cnt, 1)) * threads
         if group.cut:  # whole query blocks, all of their heads, as far as they fit
@@ -250,7 +276,8 @@ def _together(work: _Blocks) -> Iterator[tuple[Tensor, Tensor, _Part]]:
                 yield row, queries, work.nothing(len(row))
                 continue
             blocks = (row // lists.q_blocks * lists.kv_blocks)[:, None] + idx
-            yield row, queries, work.attended(queries, blocks, group.columns, bias.of(row, idx) if group.cut else None)
+            cut = bias.of(row, idx) if group.cut else None
+            yield row, queries, work.attended(queries, blocks, group.columns, scratch, cut)
 
 
 class _Group(NamedTuple):
@@ -408,12 +435,12 @@ def _onednn() -> Callable[..., Tensor] | None:
     return product
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """[..., rows, D] times [..., columns, D] -> [..., rows, columns], of matrices or batches of matrices."""
+def _product(a: Tensor, b: Tensor, room: Tensor | None = None) -> Tensor:
+    """[..., rows, D] times [..., columns, D] -> [..., rows, columns], of matrices or batches, in `room` if it can."""
     alone = torch.get_num_threads() == 1  # with several threads a long sum can take oneDNN minutes
     if alone and a.ndim == 2 and a.dtype == torch.float32 and (fast := _onednn()) is not None:
         return fast(a, b, None, "none", [], "")
-    return a @ b.mT
+    return torch.matmul(a, b.mT, out=room)
 
 
 def _powers(scores: Tensor, top: Tensor) -> Tensor:
@@ -424,11 +451,13 @@ def _powers(scores: Tensor, top: Tensor) -> Tensor:
     return scores.sub_(top).mul_(_LOG2_E).exp2_()
 
 
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+def _weighted(weights: Tensor, values: Tensor, scratch: _Scratch | None = None) -> Tensor:
     """Sums of values [..., columns, D_v] by weights [..., rows, columns], computed in the format of the values."""
     if weights.dtype == values.dtype:
         return _product(weights, values.mT)
-    return _product(weights.to(values.dtype), values.mT).to(weights.dtype)
+    room = scratch.take("weights", values.dtype, *weights.shape) if scratch else None
+    rounded = weights.to(values.dtype) if room is None else room.copy_(weights)
+    return _product(rounded, values.mT).to(weights.dtype)
 
 
 def _accumulated(x: Tensor) -> torch.dtype:
@@ -453,28 +482,37 @@ def _cut(x: Tensor, block: int) -> Tensor:
     return blocks
 
 
-def _strips(
-    q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None, multiple: int = 1
-) -> Iterator[tuple[int, slice, Tensor]]:
-    """Head of [B * H], rows, and their scores of all keys [rows, N_kv]."""
+def _by_strips(
+    work: Callable[[int, slice, Tensor], Result],
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    key_mask: Tensor | None,
+    multiple: int = 1,
+) -> list[Result]:
+    """`work` of each strip, in order: head of [B * H], rows, and their scores of all keys [rows, N_kv]."""
     exact = _accumulated(q)
     queries, keys = (q.to(exact) * scale).flatten(0, 1), k.to(exact).flatten(0, 1)
     hidden = None if key_mask is None else _bias(key_mask, exact)
-    for head in range(len(queries)):
-        for rows in strips(q.shape[2], k.shape[2] * exact.itemsize, _STRIP_BYTES, multiple):
-            scores = _product(queries[head, rows], keys[head])
-            yield head, rows, scores if hidden is None else scores.add_(hidden[head // q.shape[1]])
+
+    def done(place: tuple[int, slice]) -> Result:
+        head, rows = place
+        scores = _product(queries[head, rows], keys[head])
+        return work(head, rows, scores if hidden is None else scores.add_(hidden[head // q.shape[1]]))
+
+    cut = [*strips(q.shape[2], k.shape[2] * exact.itemsize, _STRIP_BYTES, multiple)]
+    return side_by_side(done, [(head, rows) for head in range(len(queries)) for rows in cut])
 
 
-def _joined(parts: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]:
+def _joined(parts: Sequence[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs [rows, D_v] and LSEs [rows] of all strips -> [B, H, N, D_v], [B, H, N]."""
     out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
     return out.view(*q.shape[:3], -1).to(q.dtype), lse.view(q.shape[:3])
 
 
-def _tiles(masses: list[Tensor], q: Tensor) -> Tensor:
+def _tiles(masses: Sequence[Tensor], q: Tensor) -> Tensor:
     """[nQ of a strip, nK] of all strips -> [B, H, nQ, nK]."""
-    return torch.cat(masses).view(*q.shape[:2], -1, masses[0].shape[1])
+    return torch.cat(tuple(masses)).view(*q.shape[:2], -1, masses[0].shape[1])
 
 
 def _column_sums(weights: Tensor, block: int) -> Tensor:
