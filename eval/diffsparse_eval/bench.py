@@ -25,7 +25,18 @@ INPUTS = 2  # sets of inputs that alternate
 _FOREIGN = ("flex", "flash-attn-4")
 DEFAULTS = {"cpu": ("cpu",), "gpu": ("gluon", "triton", *_FOREIGN)}  # backends that are timed by default
 Kind = Literal[
-    "dense", "mass", "sparse", "means", "first-order", "raster", "ordered", "int8", "int8-int8", "int8-fp8", "fp8"
+    "dense",
+    "mass",
+    "dense-mass",
+    "sparse",
+    "means",
+    "first-order",
+    "raster",
+    "ordered",
+    "int8",
+    "int8-int8",
+    "int8-fp8",
+    "fp8",
 ]
 
 
@@ -37,9 +48,9 @@ class Entry(NamedTuple):
     """What is timed of a case.
 
     backend: name of the kernel.
-    kind: dense; mass, the search pass without values; sparse; means and first-order, with such summaries of dropped
-        blocks; raster and ordered, with [B, N, H, D] in and out, without and with an order of the tokens for each head;
-        int8 and the like, in these eight bits.
+    kind: dense; mass, the search pass without values; dense-mass, with them; sparse; means and first-order, with such
+        summaries of dropped blocks; raster and ordered, with [B, N, H, D] in and out, without and with an order of the
+        tokens for each head; int8 and the like, in these eight bits.
     density: share of blocks computed.
     error: largest error that `check` found; None where nothing was compared.
     """
@@ -178,8 +189,8 @@ def _calls(
             continue  # eager there
         if name in _FOREIGN:
             found[Entry(name, "dense")] = [partial(attention, *qkv, backend=name) for qkv in inputs]
-        elif (mass := _mass_calls(case, inputs, name, failed)) is not None:
-            found[Entry(name, "mass")] = mass
+        else:
+            found |= _searches(case, inputs, name, failed)
     for (sparsity, name), worst in checked.items():
         entry = Entry(name, "sparse", float(lists[sparsity].density()), worst)
         found[entry] = [partial(kernels[sparsity, name], *qkv) for qkv in inputs]
@@ -191,17 +202,24 @@ def _calls(
     return found
 
 
-def _mass_calls(case: Case, inputs: list[QKV], backend: str, failed: Failed) -> Sequence[Call] | None:
-    """The mass pass, on log-sum-exps that the backend has made itself; None if it fails."""
-    from diffsparse_kernels import attention, block_mass
+def _searches(case: Case, inputs: list[QKV], backend: str, failed: Failed) -> dict[Entry, Sequence[Call]]:
+    """The mass of blocks, alone and beside dense attention, on log-sum-exps that the backend has made itself."""
+    from diffsparse_kernels import attention, attention_with_mass, block_mass
 
-    mass = partial(block_mass, q_block=case.q_block, kv_block=case.kv_block, backend=backend)
+    mass, dense = (
+        partial(op, q_block=case.q_block, kv_block=case.kv_block, backend=backend)
+        for op in (block_mass, attention_with_mass)
+    )
     try:
         lses = [attention(*qkv, backend=backend)[1] for qkv in inputs]
     except Exception as error:
         failed(Entry(backend, "mass"), error)
-        return None
-    return [partial(mass, q, k, lse) for (q, k, _), lse in zip(inputs, lses, strict=True)]
+        return {}
+    both = [(*qkv, lse) for qkv, lse in zip(inputs, lses, strict=True)]
+    return {
+        Entry(backend, "mass"): [partial(mass, q, k, lse) for q, k, _, lse in both],
+        Entry(backend, "dense-mass"): [partial(dense, *each) for each in both],
+    }
 
 
 def _variants(case: Case, lists: BlockLists, backend: str) -> dict[Kind, Callable[..., object]]:

@@ -123,7 +123,7 @@ class BenchRow(TypedDict):
     """One kernel on one case of `bench`.
 
     case: name of the case in a suite, or empty.
-    kind: dense, mass, sparse, means, first-order, raster or ordered, or the eight bits of a sparse product.
+    kind: dense, mass, dense-mass, sparse, means, first-order, raster or ordered, or the eight bits of a sparse product.
     block: tokens of a block, or "128x64", queries and keys.
     pattern: of the block lists, random or ragged.
     density: share of blocks computed.

@@ -38,9 +38,9 @@ def run(*arguments: str) -> int:
 
 def test_rows_compare_with_dense_of_the_same_case() -> None:
     rows = bench.measure(CASE, "cpu", ["cpu"], 2, bench.Troubles())
-    ours = ["mass", "sparse", "means", "first-order"]
+    ours = ["mass", "dense-mass", "sparse", "means", "first-order"]
     assert [(r["backend"], r["kind"]) for r in rows] == [("sdpa", "dense"), *(("cpu", kind) for kind in ours)]
-    dense, _, sparse, *_ = rows
+    dense, _, _, sparse, *_ = rows
     assert dense["speedup"] == 1
     assert sparse["speedup"] == pytest.approx(dense["ms"] / sparse["ms"])
     assert sparse["density"] == pytest.approx(3 / 7)  # 0.4 of 7 blocks, rounded
@@ -66,7 +66,7 @@ def test_a_wrong_kernel_is_not_timed(dtype: str, monkeypatch: pytest.MonkeyPatch
     assert troubles == bench.Troubles()
     monkeypatch.setattr(diffsparse_kernels.backend.cpu, "block_sparse_attention", wrong)
     rows = bench.measure(case, "cpu", ["cpu"], 1, troubles)
-    assert [row["kind"] for row in rows] == ["dense", "mass"]
+    assert [row["kind"] for row in rows] == ["dense", "mass", "dense-mass"]
     ((entry, reason),) = troubles.failed.items()
     assert entry == f"cpu, 200 x 2 x 16 in blocks of 32, {dtype}"
     assert "is off by" in reason
@@ -114,12 +114,14 @@ def test_a_wrong_or_broken_backend_costs_its_own_rows_only(
     assert printed.err.startswith("error: wrong or broken, and not in the rows: cpu, 100 x 1 x 16")
 
 
-@pytest.mark.parametrize("name", ["attention", "block_mass"])
-def test_a_backend_without_its_mass_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "left"), [("attention", []), ("block_mass", ["dense-mass"]), ("attention_with_mass", ["mass"])]
+)
+def test_a_backend_without_its_mass_is_told(name: str, left: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diffsparse_kernels.backend.cpu, name, broken)
     troubles = bench.Troubles()
     rows = bench.measure(CASE, "cpu", ["cpu"], 1, troubles)
-    assert [row["kind"] for row in rows] == ["dense", "sparse", "means", "first-order"]
+    assert [row["kind"] for row in rows] == ["dense", *left, "sparse", "means", "first-order"]
     assert list(troubles.failed.values()) == ["out of luck"]
 
 
@@ -147,7 +149,7 @@ def test_bench_without_rich_and_diffusers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     kinds = [row["kind"] for row in csv.DictReader(out.read_text().splitlines())]
-    assert kinds == ["dense", "mass", "sparse", "means", "first-order", "raster", "ordered"]
+    assert kinds == ["dense", "mass", "dense-mass", "sparse", "means", "first-order", "raster", "ordered"]
     device, headings, *lines = done.stdout.splitlines()
     assert device.startswith(machine.processor())
     assert headings.split() == " ".join(_HEADINGS).split()
@@ -202,7 +204,7 @@ def test_the_command_writes_rows(suffix: str, tmp_path: Path, capsys: pytest.Cap
         "tflops",
         "speedup",
     }
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert all(row.keys() >= wanted for row in rows)
     assert "100 x 1 x 16" in capsys.readouterr().out
 
@@ -256,7 +258,7 @@ def test_queries_and_keys_of_a_block_may_differ(pattern: suites.Pattern) -> None
     rows = bench.measure(case, "cpu", ["cpu"], 1, troubles)
     assert troubles == bench.Troubles()
     assert {row["kind"]: row["block"] for row in rows} == dict.fromkeys(
-        ("dense", "mass", "sparse", "means", "first-order"), "32x16"
+        ("dense", "mass", "dense-mass", "sparse", "means", "first-order"), "32x16"
     )
     assert case.label.endswith("in blocks of 32x16, float32" if pattern == "random" else "float32")
     assert SizeOptions(block="64, 32x16,8x8").cases()[-3:] == [
@@ -347,12 +349,13 @@ main(["bench", "--suite", "gpu", "--shrink", "600", "--backend", "triton", "--ro
     assert [(row["backend"], row["kind"]) for row in rows] == [
         ("sdpa", "dense"),
         ("triton", "mass"),
+        ("triton", "dense-mass"),
         ("triton", "sparse"),
         ("triton", "means"),
         ("triton", "first-order"),
         *(("triton", precision) for precision in diffsparse_kernels.PRECISIONS),
     ]
-    assert [bool(row["max_error"]) for row in rows] == [False, False, True, True, True, *(False,) * 4]
+    assert [bool(row["max_error"]) for row in rows] == [False, False, False, True, True, True, *(False,) * 4]
 
 
 def test_tuning_wants_the_triton_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -381,8 +384,17 @@ def test_the_commit_is_that_of_the_checkout() -> None:
 def test_orders_are_timed_where_the_tokens_make_a_grid() -> None:
     case = suites.Case(tokens=512, heads=3, head_dim=16, dtype="float32", block=64, sparsities=(0.5,))
     rows = bench.measure(case, "cpu", ["cpu"], 1, bench.Troubles())
-    assert [row["kind"] for row in rows] == ["dense", "mass", "sparse", "means", "first-order", "raster", "ordered"]
-    assert len({row["density"] for row in rows[2:]}) == 1
+    assert [row["kind"] for row in rows] == [
+        "dense",
+        "mass",
+        "dense-mass",
+        "sparse",
+        "means",
+        "first-order",
+        "raster",
+        "ordered",
+    ]
+    assert len({row["density"] for row in rows[3:]}) == 1
 
 
 def test_the_doctor_tells_how_trials_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ _HEADINGS = (
 )
 _LEGEND = (
     "speed-up is over the fastest dense kernel of the same case; mass is the search pass without values",
+    "dense-mass: dense attention that makes it on the way, as a search does",
     "means, first-order: with such summaries of dropped blocks, which are made in the same call",
     "raster and ordered: [B, N, H, D] in and out, without and with an order of the tokens for each head",
     "int8, fp8 and the like: in these eight bits, rounding included",
