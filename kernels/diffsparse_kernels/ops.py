@@ -17,6 +17,7 @@ from diffsparse_kernels import fit, rows, select
 from diffsparse_kernels import summaries as plain
 from diffsparse_kernels.case import DENSE_BLOCKS, SELECTION, Case, Kind, Summary
 from diffsparse_kernels.lists import BlockLists, blocks_of, number_type
+from diffsparse_kernels.lists import lists_of_bits as lists_of_these_bits
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.registry import Choice, choose, choose_rounded, choose_summary, running
 from diffsparse_kernels.summaries import StandIns, Summaries
@@ -47,7 +48,7 @@ def summarised(
     by = cast(Summary, summary)
     made = Summaries._make(parts) if parts else summarise(k, v, lists.kv_block, scale, key_mask, by)
     case = Case.of("summaries", q, k, v, (lists.q_block, lists.kv_block), key_mask)
-    stand_ins_of, merge = _summary_kernels(case, q.device, "stand_ins", "merge")
+    stand_ins_of, merge = _kernels(case, q.device, plain.stand_ins, plain.merge)
     lists = replace(lists, bits=lists.packed())
     stand_ins = stand_ins_of(q, k, v, lists, scale, key_mask, made)
     if folds:
@@ -60,19 +61,13 @@ def _contiguous(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return out.contiguous(), lse.contiguous()
 
 
-def _summary_kernels(case: Case, device: torch.device, *names: str) -> Iterator[Callable[..., Any]]:
-    """These functions of the back end that computes the case; of plain torch, which always can, where it has none.
+def _kernels(case: Case, device: torch.device, *plain: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """These functions of the back end that computes the case, where it has them; else themselves, of plain torch.
 
-    Without autocast, which would round what summaries hold in float32.
+    Without autocast, which would round what they hold in float32.
     """
     module = running(choose_summary(case, device))
-    return (torch.autocast(device.type, enabled=False)(getattr(module, name, getattr(plain, name))) for name in names)
-
-
-def _kernel_or(plain: Callable[..., Any], case: Case, device: torch.device) -> Callable[..., Any]:
-    """The function of this name of the back end that computes the case; that of plain torch where it has none."""
-    kernel: Callable[..., Any] = getattr(running(choose_summary(case, device)), plain.__name__, plain)
-    return cast(Callable[..., Any], torch.autocast(device.type, enabled=False)(kernel))
+    return (torch.autocast(device.type, enabled=False)(getattr(module, each.__name__, each)) for each in plain)
 
 
 def summarise(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None, by: Summary) -> Summaries:
@@ -86,7 +81,7 @@ def summarise(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor |
 def first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tensor | None) -> list[Tensor]:
     """The parts of `Summaries` to first order, the slope only where it is kept."""
     case = Case.of("statistics", k, k, v, (block, block), key_mask)
-    (statistics,) = _summary_kernels(case, k.device, "first_order")
+    (statistics,) = _kernels(case, k.device, plain.first_order)
     made = statistics(k, v, block, scale, key_mask)
     counts = made.log_count.expand(made.key.shape[:3]).contiguous()  # of one shape whatever made them
     return [x for x in made._replace(log_count=counts) if x is not None]
@@ -107,7 +102,7 @@ def summary_error(q: Tensor, parts: Sequence[Tensor | None], q_block: int, scale
     summaries = Summaries._make(parts)
     # How many keys a block had, and which of them were masked, is in its log count.
     case = Case.of("errors", q, summaries.key, summaries.key, (q_block, q_block))
-    (error,) = _summary_kernels(case, q.device, "summary_error")
+    (error,) = _kernels(case, q.device, plain.summary_error)
     return cast(Tensor, error(q, summaries, q_block, scale))
 
 
@@ -120,7 +115,8 @@ def _(q: Tensor, parts: Sequence[Tensor | None], q_block: int, scale: float) -> 
 @torch.library.custom_op("diffsparse_kernels::lists_of_largest", mutates_args=())
 def lists_of_largest(error: Tensor, share: float, always: Tensor | None, first: int, last: int) -> list[Tensor]:
     """Lists of the largest errors, of heads first .. last -> idx, cnt, bits, order."""
-    return list(_selecting("lists_of_largest", error.device)(error, share, always, (first, last)))
+    (made,) = _kernels(SELECTION, error.device, select.lists_of_largest)
+    return list(made(error, share, always, (first, last)))
 
 
 @lists_of_largest.register_fake
@@ -133,18 +129,13 @@ def _(error: Tensor, share: float, always: Tensor | None, first: int, last: int)
 @torch.library.custom_op("diffsparse_kernels::lists_of_bits", mutates_args=())
 def lists_of_bits(bits: Tensor, columns: int) -> list[Tensor]:
     """Lists of bits -> idx, cnt, order."""
-    return list(_selecting("lists_of_bits", bits.device)(bits, columns))
+    (made,) = _kernels(SELECTION, bits.device, lists_of_these_bits)
+    return list(made(bits, columns))
 
 
 @lists_of_bits.register_fake
 def _(bits: Tensor, columns: int) -> list[Tensor]:
     return _lists(bits, bits.shape[:3], columns)
-
-
-def _selecting(name: str, device: torch.device) -> Callable[..., Any]:
-    """This function of the back end that selects; that of plain torch where it has none."""
-    kernel: Callable[..., Any] = getattr(running(choose_summary(SELECTION, device)), name, getattr(select, name))
-    return kernel
 
 
 def _lists(like: Tensor, own: Sequence[int], columns: int) -> list[Tensor]:
@@ -200,7 +191,7 @@ def _estimated_lse(
     """What the summaries of all blocks of keys give for the LSE, which a kernel knows when its pass ends."""
     made = Summaries(*first_order(k, v, kv_block, scale, key_mask))
     none = BlockLists.none(q.shape[0], q.shape[1], q_block, kv_block, q.shape[2], k.shape[2], q.device)
-    (merge,) = _summary_kernels(Case.of("summaries", q, k, v, (q_block, kv_block), key_mask), q.device, "merge")
+    (merge,) = _kernels(Case.of("summaries", q, k, v, (q_block, kv_block), key_mask), q.device, plain.merge)
     nothing = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -torch.inf, dtype=_accumulated(q))
     return cast(Tensor, merge(q, k, v, none, scale, StandIns(*made[:4]), *nothing)[1])
 
@@ -330,10 +321,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("diffsparse_kernels::move_rows", mutates_args=())
 def move_rows(tensors: Sequence[Tensor], orders: Tensor, picked: Tensor) -> list[Tensor]:
     """Rows of each head by number."""
-    moved: list[Tensor] = _kernel_or(rows.move_rows, _rows_case("rows", tensors[0]), orders.device)(
-        tensors, orders, picked
-    )
-    return moved
+    (moved,) = _kernels(_rows_case("rows", tensors[0]), orders.device, rows.move_rows)
+    return cast(list[Tensor], moved(tensors, orders, picked))
 
 
 @move_rows.register_fake
@@ -347,8 +336,8 @@ def restore_rows(
 ) -> Tensor:
     """Rows corrected and by number; `correction` has the parts of `Correction`, or none."""
     made = rows.Correction(*correction) if correction else None
-    kernel = _kernel_or(rows.restore_rows, _rows_case("rows", x), x.device)
-    return cast(Tensor, kernel(x, inverses, picked, made))
+    (restored,) = _kernels(_rows_case("rows", x), x.device, rows.restore_rows)
+    return cast(Tensor, restored(x, inverses, picked, made))
 
 
 @restore_rows.register_fake
@@ -364,8 +353,8 @@ def fit_rows(
 ) -> list[Tensor]:
     """What is fitted of a `Correction`: by_output, constant, and by_code where there are codes."""
     case = _rows_case("fit", out, 1 << (exact.shape[2] - 1).bit_length())
-    kernel = _kernel_or(fit.fit_rows, case, out.device)
-    made = kernel(exact, out, probes, codes, scale, basis)
+    (fitted,) = _kernels(case, out.device, fit.fit_rows)
+    made = fitted(exact, out, probes, codes, scale, basis)
     return [x for x in (made.by_output, made.constant, made.by_code) if x is not None]
 
 

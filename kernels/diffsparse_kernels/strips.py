@@ -1,4 +1,4 @@
-"""Query rows in strips, so that the memory for their scores stays bounded."""
+"""Work in strips of rows, so that the memory beside it stays bounded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch import Tensor
 
 _CACHE_BYTES = 4 * 2**20  # what stays in the processor's cache
 _DEVICE_BYTES = 256 * 2**20  # what may exist at a time on a device, where few large operations are fast
+
+
+def room(x: Tensor) -> int:
+    """Bytes that may exist at a time beside what is kept of x."""
+    return _CACHE_BYTES if x.device.type == "cpu" else _DEVICE_BYTES
 
 
 def strips(length: int, row_bytes: int, most_bytes: int, multiple: int = 1) -> Iterator[slice]:
@@ -26,8 +31,8 @@ def joined(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tens
 
 def tiles(x: Tensor, row_bytes: int) -> Iterator[tuple[slice, slice, slice]]:
     """Samples, heads and rows of x [B, H, rows, ...], in order, as many at a time as memory has room for."""
-    (batch, heads, rows), room = x.shape[:3], _CACHE_BYTES if x.device.type == "cpu" else _DEVICE_BYTES
-    for samples in strips(batch, heads * rows * row_bytes, room):
-        for some in strips(heads, rows * row_bytes, room):
-            for part in strips(rows, row_bytes, room):
+    (batch, heads, rows), most = x.shape[:3], room(x)
+    for samples in strips(batch, heads * rows * row_bytes, most):
+        for some in strips(heads, rows * row_bytes, most):
+            for part in strips(rows, row_bytes, most):
                 yield samples, some, part

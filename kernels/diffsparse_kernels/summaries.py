@@ -12,14 +12,12 @@ from torch import Tensor
 from diffsparse_kernels.case import Summary
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import each_head, fold_heads
-from diffsparse_kernels.strips import strips
+from diffsparse_kernels.strips import room, strips
 
 SUMMARIES: tuple[Summary, ...] = get_args(Summary)
 
 _LOG2_E = math.log2(math.e)
-_CACHE_BYTES = 4 * 2**20  # what stays in the processor's cache
-_DEVICE_BYTES = 512 * 2**20  # what may exist at a time on a device, where few large products are fast
-_KEPT_BYTES = 64 * 2**20  # slopes that are kept by a processor
+_KEPT_BYTES, _DEVICE_KEPT_BYTES = 64 * 2**20, 512 * 2**20  # slopes that are kept, by a processor and on a device
 MOST_BIAS = 3.0  # beyond, a few keys hold the mass of a block, and the scores are no normal distribution
 Part = tuple[slice, slice]  # samples, heads
 REACH = 0.5  # of a step to first order, in spreads of the values
@@ -95,7 +93,7 @@ def keeps_slopes(k: Tensor, v: Tensor, block: int) -> bool:
     the sparse product.
     """
     numbers = k.shape[0] * k.shape[1] * blocks_of(k.shape[2], block) * k.shape[3] * v.shape[3]
-    return numbers * kept_dtype(k).itemsize <= (_KEPT_BYTES if k.device.type == "cpu" else _DEVICE_BYTES)
+    return numbers * kept_dtype(k).itemsize <= (_KEPT_BYTES if k.device.type == "cpu" else _DEVICE_KEPT_BYTES)
 
 
 def kept_dtype(k: Tensor) -> torch.dtype:
@@ -169,7 +167,7 @@ def groups(k: Tensor, v: Tensor, block: int) -> Iterator[Part]:
 
 def parts_of(x: Tensor, head_bytes: int) -> Iterator[Part]:
     """Samples and heads of x [B, H, ...], as many as there is room for."""
-    (batch, heads), most = x.shape[:2], _room(x)
+    (batch, heads), most = x.shape[:2], room(x)
     for samples in strips(batch, heads * head_bytes, most):
         for part in strips(heads, (samples.stop - samples.start) * head_bytes, most):
             yield samples, part
@@ -304,16 +302,11 @@ def _log2_mass(q: Tensor, variance: Tensor) -> Tensor:
     return (squares * variance[:, :, None]).clamp_(max=MOST_BIAS * _LOG2_E)
 
 
-def _room(x: Tensor) -> int:
-    """Bytes that exist at a time beside what is kept: a processor is fast as long as they stay in its cache."""
-    return _CACHE_BYTES if x.device.type == "cpu" else _DEVICE_BYTES
-
-
 def _strips(q: Tensor, q_block: int, kv_blocks: int) -> Iterator[tuple[slice, slice]]:
     """Whole query blocks and their rows, as many as there is room for; a ragged last block comes alone."""
     batch, heads, length, dim = q.shape
     whole = length // q_block * q_block
-    for rows in strips(whole, 4 * batch * heads * (2 * dim + kv_blocks), _room(q), q_block):
+    for rows in strips(whole, 4 * batch * heads * (2 * dim + kv_blocks), room(q), q_block):
         yield slice(rows.start // q_block, rows.stop // q_block), rows
     if whole < length:
         yield slice(whole // q_block, whole // q_block + 1), slice(whole, length)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import KernelInputError, functional, summaries
+from diffsparse_kernels import KernelInputError, functional, strips, summaries
 from diffsparse_kernels.backend.triton import launch as triton
 from support import exact
 from support.cases import KEY_MASKS, MASKS, Size, assert_attention, prefixes, random_boxes, random_mask, seen
@@ -146,7 +146,7 @@ def test_summaries_merge_as_they_do_in_plain_torch(
     size: Size, dtype: torch.dtype, folded: bool, by: dk.Summary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the kernel's loop or into the output of any kernel; with padded keys, and where nothing was seen before."""
-    monkeypatch.setattr(summaries, "_CACHE_BYTES", 1)  # the slopes of one head at a time
+    monkeypatch.setattr(strips, "_CACHE_BYTES", 1)  # the slopes of one head at a time
     monkeypatch.setattr(summaries, "_KEPT_BYTES", 0)  # slopes are made again, as on a device
     q, k, v = size.qkv(dtype)
     q[:, :, ::2] *= 4  # their scores vary so much that the mass they add is cut off

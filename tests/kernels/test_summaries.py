@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import summaries
+from diffsparse_kernels import strips, summaries
 from diffsparse_kernels.backend import cpu
 from diffsparse_kernels.catalog import BACKENDS
 from support import exact
@@ -341,7 +341,7 @@ def test_heads_in_groups_and_slopes_that_are_not_kept(monkeypatch: pytest.Monkey
     want = written_out(*qkv, size, mask, keys[:, None].expand(-1, 3, -1), by)
     one_head = 8 * (2 * 3 * 32 * 32 + 70 * 64)
     for heads in (1, 2, 6):  # a head, a part of a sample, two samples
-        monkeypatch.setattr(summaries, "_CACHE_BYTES", heads * one_head)
+        monkeypatch.setattr(strips, "_CACHE_BYTES", heads * one_head)
         for kept in (0, 2**20):
             monkeypatch.setattr(summaries, "_KEPT_BYTES", kept)
             made = dk.summarise(*qkv[1:], 32, key_mask=keys, by=by)
