@@ -52,12 +52,11 @@ def test_block_sparse(size: Size, kind: str, dtype: torch.dtype, place: Place) -
     assert_attention(got, qkv, size.allowed(mask), size.scale)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_more_than_one_gather(dtype: torch.dtype, place: Place, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same result where the rows don't fit one gather or one strip, with other kernels for several threads."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(cpu, "_GATHER_BYTES", 120_000)
     monkeypatch.setattr(cpu, "_STRIP_BYTES", 40_000)
     qkv, mask = LARGE.qkv(dtype), random_mask(LARGE, 0.4)
@@ -89,11 +88,9 @@ def test_padded_keys(size: Size, dtype: torch.dtype, place: Place) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [Size(q_len=97, kv_len=95, dim=40), LARGE], ids=str)
-def test_several_threads_on_the_cpu(
-    size: Size, dtype: torch.dtype, masked: bool, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows that keep equally many blocks, computed together."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_several_threads_on_the_cpu(size: Size, dtype: torch.dtype, masked: bool, kind: str, threads: int) -> None:
+    """Rows of about equally many keys, computed together."""
     qkv, mask = size.qkv(dtype), MASKS[kind](size)
     keys = torch.rand(size.batch, size.kv_len) < 0.7 if masked else None
     got = ON_CPU(dk.block_sparse_attention, *qkv, size.lists(mask), key_mask=keys)
@@ -263,10 +260,9 @@ def test_any_strides(dtype: torch.dtype, place: Place) -> None:
             torch.testing.assert_close(got[0], want[0])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("place", PLACES)
-def test_float64_is_exact(place: Place, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_float64_is_exact(place: Place, threads: int) -> None:
     size = SIZES[4]
     qkv, mask = size.qkv(torch.float64), random_mask(size)
     out, lse = place(dk.block_sparse_attention, *qkv, size.lists(mask))
@@ -349,19 +345,29 @@ def test_keys_are_cut_where_that_fills_a_device() -> None:
     assert functional.key_parts(moved[:, :, :128], moved) == 1, "no copies of the keys"
 
 
-def test_several_threads_leave_onednn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_several_threads_leave_onednn_alone(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its long sums (4352 keys) took two threads minutes, where one takes a tenth of a second."""
 
     def asked() -> None:
         assert torch.get_num_threads() == 1, "oneDNN was asked with several threads"
 
     monkeypatch.setattr(cpu, "_onednn", asked)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        q, k, v = (torch.randn(1, 2, 48, 16) for _ in range(3))
-        dk.attention_with_mass(q, k, v, q_block=16, kv_block=16)
-        lists = dk.BlockLists.from_mask(torch.ones(1, 2, 3, 3) > 0, q_block=16, kv_block=16, q_len=48, kv_len=48)
-        dk.block_sparse_attention(q, k, v, lists, summary="first-order")
-    finally:
-        torch.set_num_threads(threads)
+    q, k, v = (torch.randn(1, 2, 48, 16) for _ in range(3))
+    dk.attention_with_mass(q, k, v, q_block=16, kv_block=16)
+    lists = dk.BlockLists.from_mask(torch.ones(1, 2, 3, 3) > 0, q_block=16, kv_block=16, q_len=48, kv_len=48)
+    dk.block_sparse_attention(q, k, v, lists, summary="first-order")
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_that_are_not_listed_are_not_read(dtype: torch.dtype, threads: int) -> None:
+    """Lists of all lengths, computed together: what fills the short ones up is their own."""
+    qkv, mask = LARGE.qkv(dtype), torch.ones(LARGE.blocks).tril().bool()
+    mask[..., 0] = False
+    got = ON_CPU(dk.block_sparse_attention, *(x.clone() for x in qkv), LARGE.lists(mask))
+    for x in qkv[1:]:
+        x[:, :, :64] = torch.nan
+    poisoned = ON_CPU(dk.block_sparse_attention, *qkv, LARGE.lists(mask))
+    assert all(torch.equal(*pair) for pair in zip(got, poisoned, strict=True))
+    assert not any(x.isnan().any() for x in got)

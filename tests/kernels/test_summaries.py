@@ -136,7 +136,7 @@ def test_dropped_blocks_stand_as_their_summaries(
 
 
 @BOTH
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize(("heads", "dim", "tokens"), [(3, 40, 95), (2, 128, 200), (1, 64, 131)])
@@ -152,7 +152,6 @@ def test_the_cpu_takes_them_into_its_softmax(
 ) -> None:
     """As exact as merging them into what was computed without, few rows at a time and in lists shared by samples."""
     assert BACKENDS["cpu"].folds
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(cpu, "_STRIP_BYTES", 60_000)
     size = Size(heads=heads, q_len=tokens, kv_len=tokens, dim=dim, value_dim=dim - 8)
     qkv, boxes = size.qkv(dtype), random_boxes(size)

@@ -10,13 +10,7 @@ import torch
 
 from diffsparse_kernels.threads import side_by_side
 
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
 
 
 def test_results_are_in_order_and_pieces_have_one_thread(threads: int) -> None:

@@ -207,13 +207,25 @@ class _Blocks(NamedTuple):
         at_a_time = lists.kv_block * (k.shape[3] + v.shape[3] + lists.q_block) * exact.itemsize
         return cls(queries, keys, values, hidden, boxes, lists, scale, max(_GATHER_BYTES // at_a_time, 1))
 
+    def at_a_time(self, count: int) -> int:
+        """Lists of so many blocks that caches hold at a time, for each thread."""
+        return max(1, self.most // max(count, 1)) * torch.get_num_threads()
+
     def attended(
-        self, q: Tensor, blocks: Tensor, columns: int, scratch: _Scratch | None = None, bias: Tensor | None = None
+        self,
+        q: Tensor,
+        blocks: Tensor,
+        columns: int,
+        scratch: _Scratch | None = None,
+        bias: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> _Part:
         """Attention of scaled q [..., q_block, D] to the first `columns` keys of blocks [..., count].
 
         bias: [m, 1, q_block, columns], one for each m-th of the rows.
+        lengths: [rows], how many of these keys each row has.
         """
+        shortest = columns if lengths is None else int(lengths.min())
         parts, start = [], 0
         for some in (blocks,) if blocks.shape[-1] <= self.most else blocks.split(self.most, -1):
             width = min(some.shape[-1] * self.lists.kv_block, columns - start)
@@ -223,6 +235,10 @@ class _Blocks(NamedTuple):
                 scores.add_(_gathered(self.hidden, some, width, scratch).mT)
             if bias is not None:
                 scores.unflatten(0, (len(bias), -1)).add_(bias[..., start : start + width])
+            if lengths is not None and shortest < start + width:
+                first = max(shortest - start, 0)
+                beyond = torch.arange(start + first, start + width, device="cpu") >= lengths[:, None, None]
+                scores[..., first:].masked_fill_(beyond, -_NEVER)
             parts.append(_attended(scores, _gathered(self.v, some, width, scratch), scratch))
             start += width
         return _merged(parts)
@@ -262,45 +278,69 @@ def _one_by_one(work: _Blocks) -> Iterator[tuple[slice, Tensor, _Part]]:
 
 
 def _together(work: _Blocks) -> Iterator[tuple[Tensor, Tensor, _Part]]:
-    """Rows that keep equally many blocks, as many at a time as caches hold, and as many for each thread."""
-    lists, threads, scratch = work.lists, torch.get_num_threads(), _Scratch()
+    """Rows of about equally many keys, as many at a time as caches hold, and as many for each thread."""
+    scratch = _Scratch()
     for group in _groups(work):
-        at_a_time = max(1, work.most // max(group.cnt, 1)) * threads
-        if group.cut:  # whole query blocks, all of their heads, as far as they fit
-            heads = len(work.q) // lists.q_blocks
-            at_a_time = at_a_time // heads * heads or -(-heads // -(-heads // at_a_time))
-        bias = _BoxBias(work, group.columns)
-        for row, idx in zip(group.row.split(at_a_time), group.idx.split(at_a_time), strict=True):
+        bias = _BoxBias(work, group.columns) if group.cut else None
+        for row, idx, lengths in zip(*(x.split(group.at_a_time) for x in group[:3]), strict=True):
             queries = work.q[row] * work.scale
-            if not group.cnt:
+            if not group.columns:
                 yield row, queries, work.nothing(len(row))
                 continue
-            blocks = (row // lists.q_blocks * lists.kv_blocks)[:, None] + idx
-            cut = bias.of(row, idx) if group.cut else None
-            yield row, queries, work.attended(queries, blocks, group.columns, scratch, cut)
+            blocks = (row // work.lists.q_blocks * work.lists.kv_blocks)[:, None] + idx
+            hidden = None if bias is None else bias.of(row, idx)
+            yield row, queries, work.attended(queries, blocks, group.columns, scratch, hidden, lengths)
 
 
 class _Group(NamedTuple):
-    """Query rows that keep equally many blocks and keys."""
+    """Query rows that are computed alike."""
 
     row: Tensor  # numbers of query blocks over [B, H, nQ]
-    idx: Tensor  # [rows, cnt]
-    cnt: int  # blocks of each list
-    columns: int  # keys of each list
+    idx: Tensor  # [rows, count], the last block of a shorter list again and again
+    lengths: Tensor  # keys of each list
+    columns: int  # of the longest
     cut: bool  # each of these lists has a block that boxes cut through, or none has
+    at_a_time: int
 
 
 def _groups(work: _Blocks) -> Iterator[_Group]:
     lists, samples = work.lists, len(work.q) // work.lists.q_blocks // work.lists.idx.shape[1]
     idx = lists.idx.expand(samples, -1, -1, -1).flatten(0, 2).long()  # [B * H * nQ, W]
-    cnt, columns = _lengths(idx, lists.cnt.expand(samples, -1, -1).flatten(), lists)
-    kinds = torch.stack([cnt, columns, _cut_rows(work, idx, cnt)], 1)
-    kinds, kind = kinds.unique(return_inverse=True, dim=0)
-    for number, (count, width, cut) in enumerate(kinds.tolist()):
-        row = (kind == number).nonzero()[:, 0]
-        if cut:  # heads side by side: they can share what their boxes hide
-            row = row[(row % lists.q_blocks).argsort(stable=True)]
-        yield _Group(row, idx[row, :count], count, width, bool(cut))
+    cnt, lengths = _lengths(idx, lists.cnt.expand(samples, -1, -1).flatten(), lists)
+    padding = torch.arange(idx.shape[1], device="cpu") >= cnt[:, None]
+    idx = torch.where(padding, idx.gather(1, (cnt - 1).clamp(min=0)[:, None]), idx)
+    cut = _cut_rows(work, idx, cnt)
+
+    def group(row: Tensor, count: int, is_cut: bool, at_a_time: int) -> _Group:
+        return _Group(row, idx[row, :count], lengths[row], int(lengths[row].max()), is_cut, at_a_time)
+
+    yield from (group(*some) for some in _equal_rows(work, cut.nonzero()[:, 0], cnt, lengths))
+    yield from (group(*some) for some in _sorted_rows(work, (~cut).nonzero()[:, 0], cnt, lengths))
+
+
+Rows = tuple[Tensor, int, bool, int]  # which, blocks of each, whether boxes cut them, at a time
+
+
+def _equal_rows(work: _Blocks, rows: Tensor, cnt: Tensor, lengths: Tensor) -> Iterator[Rows]:
+    """Those with equally many blocks and keys; heads side by side, which can share what their boxes hide."""
+    q_blocks, heads = work.lists.q_blocks, len(work.q) // work.lists.q_blocks
+    rows = rows[(rows % q_blocks).argsort(stable=True)]
+    kinds, kind = torch.stack([cnt, lengths], 1)[rows].unique(return_inverse=True, dim=0)
+    for number, (count, _) in enumerate(kinds.tolist()):
+        at_a_time = work.at_a_time(count)  # whole query blocks, all of their heads, as far as they fit
+        at_a_time = at_a_time // heads * heads or -(-heads // -(-heads // at_a_time))
+        yield rows[kind == number], count, True, at_a_time
+
+
+def _sorted_rows(work: _Blocks, rows: Tensor, cnt: Tensor, lengths: Tensor) -> Iterator[Rows]:
+    """The longest lists first, as many as fit together."""
+    rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+    counts, start = cnt[rows].tolist(), 0
+    while start < len(counts):
+        count = counts[start]
+        stop = start + work.at_a_time(count) if count else len(counts)
+        yield rows[start:stop], count, False, work.at_a_time(count)
+        start = stop
 
 
 def _lengths(idx: Tensor, cnt: Tensor, lists: BlockLists) -> tuple[Tensor, Tensor]:
