@@ -1,16 +1,16 @@
 """Attention on the CPU: gather the kept blocks of a query block, or of several at once, and multiply.
 
-One thread takes query blocks one by one, each with as many of its keys at a time as caches hold: single matrices are
-what oneDNN multiplies, the fastest there is. Several threads take blocks that keep equally many keys together, one
-batched product for all. Scores are in float32, the weighted sum is in the inputs' own format; float16 is computed in
-float32, since CPUs multiply it slowly.
+A few threads take query blocks one by one, each with as many of its keys at a time as caches hold: single matrices of
+float32 are what oneDNN multiplies, the fastest there is. More threads, and those of other formats, take blocks that
+keep about equally many keys together, one batched product for all. Scores are in float32, the weighted sum is in the
+inputs' own format; float16 is computed in float32, since CPUs multiply it slowly.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -22,16 +22,15 @@ from diffsparse_kernels.lists import BlockLists, mask_of
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.strips import strips
 from diffsparse_kernels.summaries import MOST_BIAS, StandIns
-from diffsparse_kernels.threads import side_by_side
 
 _GATHER_BYTES = 4 * 2**20  # keys, values and scores of a thread at a time, about what its caches hold
 _STRIP_BYTES = 2 * 2**20  # scores of one strip of query rows; of twice as much, malloc asks for fresh pages each time
+_FEW_THREADS = 2  # gain no more from batches than single matrices do from oneDNN
 _LOG2_E = math.log2(math.e)
 _NEVER = 1e30  # subtracted from the scores of keys that are not seen; -inf takes several times longer
 _DEAD = -_NEVER / 2  # below, a row has seen no key
 SEES_WHOLE_ROWS = True  # so `attention_with_mass` can do without a cached LSE
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
-Result = TypeVar("Result")
 
 
 def _exactly(kernel: Kernel) -> Kernel:
@@ -47,12 +46,10 @@ def capability(device: torch.device, case: Case | None = None) -> str | None:
 @_exactly
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    values = _computable(v).flatten(0, 1)
-
-    def attended(head: int, rows: slice, scores: Tensor) -> tuple[Tensor, Tensor]:
-        return _finished(_attended(scores, values[head]))
-
-    return _joined(_by_strips(attended, q, k, scale, key_mask), q)
+    parts, values = [], _computable(v).flatten(0, 1).contiguous()
+    for head, _, scores in _strips(q, k, scale, key_mask):
+        parts.append(_finished(_attended(scores, values[head])))
+    return _joined(parts, q)
 
 
 @_exactly
@@ -67,19 +64,16 @@ def attention_with_mass(
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention, its LSE and the block mass, one pass over strips of rows; `lse` is the rows' own if None."""
-    values = _computable(v).flatten(0, 1)
-
-    def attended(head: int, rows: slice, scores: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    parts, masses, values = [], [], _computable(v).flatten(0, 1).contiguous()
+    for head, rows, scores in _strips(q, k, scale, key_mask, q_block):
         top = scores.amax(-1, keepdim=True)
         weights = _powers(scores, top)
         tiles = _column_sums(weights, kv_block)  # [rows, nK]
         total = tiles.sum(-1, keepdim=True)
         cached = top + total.log() if lse is None else lse.flatten(0, 1)[head, rows, None].to(top.dtype)
         drift = torch.where(cached.isfinite() & (top > _DEAD), (top - cached).exp(), 0)
-        mass = _row_sums(tiles * drift, q_block)
-        return _finished(_Part(_weighted(weights, values[head]), top, total)), mass
-
-    parts, masses = zip(*_by_strips(attended, q, k, scale, key_mask, q_block), strict=True)
+        masses.append(_row_sums(tiles * drift, q_block))
+        parts.append(_finished(_Part(_weighted(weights, values[head]), top, total)))
     return *_joined(parts, q), _tiles(masses, q)
 
 
@@ -88,13 +82,12 @@ def block_mass(
     q: Tensor, k: Tensor, lse: Tensor, q_block: int, kv_block: int, scale: float, key_mask: Tensor | None
 ) -> Tensor:
     """Sum of exp(score - lse) over each tile, one pass over keys in strips of rows."""
-
-    def summed(head: int, rows: slice, scores: Tensor) -> Tensor:
+    masses = []
+    for head, rows, scores in _strips(q, k, scale, key_mask, q_block):
         cached = lse.flatten(0, 1)[head, rows, None].to(scores.dtype)
         weights = _powers(scores, cached.masked_fill(~cached.isfinite(), torch.inf))
-        return _row_sums(_column_sums(weights, kv_block), q_block)
-
-    return _tiles(_by_strips(summed, q, k, scale, key_mask, q_block), q)
+        masses.append(_row_sums(_column_sums(weights, kv_block), q_block))
+    return _tiles(masses, q)
 
 
 @_exactly
@@ -112,8 +105,8 @@ def block_sparse_attention(
     work = _Blocks.of(q, k, v, lists, scale, key_mask, boxes)
     out, lse = work.q.new_empty(*work.q.shape[:2], v.shape[3]), work.q.new_empty(work.q.shape[:2])
     others = None if stand_ins is None else _Others.of(stand_ins, lists, scale, work.q.dtype)
-    alone = boxes is None and torch.get_num_threads() == 1
-    for row, queries, part in (_one_by_one if alone else _together)(work):
+    one_by_one = boxes is None and torch.get_num_threads() <= (_FEW_THREADS if v.dtype == torch.float32 else 1)
+    for row, queries, part in (_one_by_one if one_by_one else _together)(work):
         part = part if others is None else others.joined(part, queries, row)
         out[row], lse[row] = _finished(part)
     rows = slice(None, q.shape[2])
@@ -477,9 +470,9 @@ def _onednn() -> Callable[..., Tensor] | None:
 
 def _product(a: Tensor, b: Tensor, room: Tensor | None = None) -> Tensor:
     """[..., rows, D] times [..., columns, D] -> [..., rows, columns], of matrices or batches, in `room` if it can."""
-    alone = torch.get_num_threads() == 1  # with several threads a long sum can take oneDNN minutes
-    if alone and a.ndim == 2 and a.dtype == torch.float32 and (fast := _onednn()) is not None:
-        return fast(a, b, None, "none", [], "")
+    if a.ndim == 2 and a.dtype == torch.float32 and (fast := _onednn()) is not None:
+        plain = b.is_contiguous() or b.mT.is_contiguous()  # gaps take oneDNN a thousand times as long
+        return fast(a, b if plain else b.contiguous(), None, "none", [], "")
     return torch.matmul(a, b.mT, out=room)
 
 
@@ -522,37 +515,28 @@ def _cut(x: Tensor, block: int) -> Tensor:
     return blocks
 
 
-def _by_strips(
-    work: Callable[[int, slice, Tensor], Result],
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    key_mask: Tensor | None,
-    multiple: int = 1,
-) -> list[Result]:
-    """`work` of each strip, in order: head of [B * H], rows, and their scores of all keys [rows, N_kv]."""
+def _strips(
+    q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None, multiple: int = 1
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """Head of [B * H], rows, and their scores of all keys [rows, N_kv]."""
     exact = _accumulated(q)
-    queries, keys = (q.to(exact) * scale).flatten(0, 1), k.to(exact).flatten(0, 1)
+    queries, keys = (q.to(exact) * scale).flatten(0, 1), k.to(exact).flatten(0, 1).contiguous()
     hidden = None if key_mask is None else _bias(key_mask, exact)
-
-    def done(place: tuple[int, slice]) -> Result:
-        head, rows = place
-        scores = _product(queries[head, rows], keys[head])
-        return work(head, rows, scores if hidden is None else scores.add_(hidden[head // q.shape[1]]))
-
-    cut = [*strips(q.shape[2], k.shape[2] * exact.itemsize, _STRIP_BYTES, multiple)]
-    return side_by_side(done, [(head, rows) for head in range(len(queries)) for rows in cut])
+    for head in range(len(queries)):
+        for rows in strips(q.shape[2], k.shape[2] * exact.itemsize, _STRIP_BYTES, multiple):
+            scores = _product(queries[head, rows], keys[head])
+            yield head, rows, scores if hidden is None else scores.add_(hidden[head // q.shape[1]])
 
 
-def _joined(parts: Sequence[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]:
+def _joined(parts: list[tuple[Tensor, Tensor]], q: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs [rows, D_v] and LSEs [rows] of all strips -> [B, H, N, D_v], [B, H, N]."""
     out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
     return out.view(*q.shape[:3], -1).to(q.dtype), lse.view(q.shape[:3])
 
 
-def _tiles(masses: Sequence[Tensor], q: Tensor) -> Tensor:
+def _tiles(masses: list[Tensor], q: Tensor) -> Tensor:
     """[nQ of a strip, nK] of all strips -> [B, H, nQ, nK]."""
-    return torch.cat(tuple(masses)).view(*q.shape[:2], -1, masses[0].shape[1])
+    return torch.cat(masses).view(*q.shape[:2], -1, masses[0].shape[1])
 
 
 def _column_sums(weights: Tensor, block: int) -> Tensor:
