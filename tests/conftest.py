@@ -21,15 +21,6 @@ def seeded() -> None:
 
 
 @pytest.fixture
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """So many of torch's threads in this test: `@pytest.mark.parametrize("threads", [1, 2], indirect=True)`."""
-    before, wanted = torch.get_num_threads(), int(request.param)
-    torch.set_num_threads(wanted)
-    yield wanted
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fill what `torch.empty` returns with NaN, so that an unwritten output can't pass for a zero."""
     torch.use_deterministic_algorithms(True, warn_only=True)

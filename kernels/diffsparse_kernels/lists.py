@@ -63,10 +63,10 @@ class BlockLists:
             raise KernelInputError(f"wanted blocks of at least 1 token; got {self.q_block} and {self.kv_block}")
         self._check_tensors()
         idx = self.idx
-        if idx.shape[2] != self.q_blocks or idx.shape[3] > self.kv_blocks:
+        if idx.shape[2] != self.q_blocks or not 1 <= idx.shape[3] <= self.kv_blocks:
             raise KernelInputError(
                 f"{self.q_len} x {self.kv_len} tokens in blocks of {self.q_block} x {self.kv_block} want lists for "
-                f"{self.q_blocks} rows, no wider than {self.kv_blocks}; got {idx.shape[2]} rows, {idx.shape[3]} wide"
+                f"{self.q_blocks} rows, 1 to {self.kv_blocks} wide; got {idx.shape[2]} rows, {idx.shape[3]} wide"
             )
 
     def _check_tensors(self) -> None:
@@ -260,6 +260,8 @@ def _by_head(x: Tensor, batch: int) -> Tensor:
 def _check_mask(mask: Tensor, blocks: tuple[int, int], sizes: tuple[int, int, int, int]) -> None:
     if mask.dtype != torch.bool or mask.ndim != 4:
         raise KernelInputError(f"wanted a bool mask [B|1, H, nQ, nK]; got {mask.dtype} {tuple(mask.shape)}")
+    if not mask.numel():
+        raise KernelInputError(f"wanted a mask of at least one block; got {tuple(mask.shape)}")
     q_block, kv_block, q_len, kv_len = sizes
     if tuple(mask.shape[2:]) != blocks:
         raise KernelInputError(

@@ -62,8 +62,8 @@ class Summaries(NamedTuple):
 
     @property
     def mixed(self) -> bool:
-        """Whether each query block mixes the slopes of the blocks; not where all have one."""
-        return self.by == "first-order" and (self.slope is None or self.slope.shape[2] > 1)
+        """Whether each query block mixes the slopes of the blocks; not where several have one."""
+        return self.by == "first-order" and (self.slope is None or self.slope.shape[2] == self.key.shape[2])
 
     def by_head(self) -> Summaries:
         """The same for heads that stand as samples of one head, [B * H, 1, ...]."""

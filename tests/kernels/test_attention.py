@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -52,11 +55,12 @@ def test_block_sparse(size: Size, kind: str, dtype: torch.dtype, place: Place) -
     assert_attention(got, qkv, size.allowed(mask), size.scale)
 
 
-@pytest.mark.parametrize("threads", [2, 3], indirect=True)
+@pytest.mark.parametrize("small", [0, math.inf], ids=["one by one", "together"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_more_than_one_gather(dtype: torch.dtype, place: Place, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same result where the rows don't fit one gather or one strip, with other kernels for several threads."""
+def test_more_than_one_gather(dtype: torch.dtype, place: Place, small: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same result where the rows don't fit one gather or one strip, for blocks of much work and of little."""
+    monkeypatch.setattr(cpu, "_SMALL", small)
     monkeypatch.setattr(cpu, "_GATHER_BYTES", 120_000)
     monkeypatch.setattr(cpu, "_STRIP_BYTES", 40_000)
     qkv, mask = LARGE.qkv(dtype), random_mask(LARGE, 0.4)
@@ -88,9 +92,11 @@ def test_padded_keys(size: Size, dtype: torch.dtype, place: Place) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [Size(q_len=97, kv_len=95, dim=40), LARGE], ids=str)
-@pytest.mark.parametrize("threads", [3], indirect=True)
-def test_several_threads_on_the_cpu(size: Size, dtype: torch.dtype, masked: bool, kind: str, threads: int) -> None:
-    """Rows of about equally many keys, computed together."""
+def test_one_by_one_on_the_cpu(
+    size: Size, dtype: torch.dtype, masked: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As blocks with much to multiply are computed."""
+    monkeypatch.setattr(cpu, "_SMALL", 0)
     qkv, mask = size.qkv(dtype), MASKS[kind](size)
     keys = torch.rand(size.batch, size.kv_len) < 0.7 if masked else None
     got = ON_CPU(dk.block_sparse_attention, *qkv, size.lists(mask), key_mask=keys)
@@ -260,9 +266,10 @@ def test_any_strides(dtype: torch.dtype, place: Place) -> None:
             torch.testing.assert_close(got[0], want[0])
 
 
-@pytest.mark.parametrize("threads", [2, 3], indirect=True)
+@pytest.mark.parametrize("small", [0, math.inf], ids=["one by one", "together"])
 @pytest.mark.parametrize("place", PLACES)
-def test_float64_is_exact(place: Place, threads: int) -> None:
+def test_float64_is_exact(place: Place, small: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_SMALL", small)
     size = SIZES[4]
     qkv, mask = size.qkv(torch.float64), random_mask(size)
     out, lse = place(dk.block_sparse_attention, *qkv, size.lists(mask))
@@ -345,9 +352,10 @@ def test_keys_are_cut_where_that_fills_a_device() -> None:
     assert functional.key_parts(moved[:, :, :128], moved) == 1, "no copies of the keys"
 
 
-@pytest.mark.parametrize("threads", [2, 3], indirect=True)
-def test_onednn_gets_no_gaps(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("small", [0, math.inf], ids=["one by one", "together"])
+def test_onednn_gets_no_gaps(small: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a token's heads side by side, as models have them, took it a thousand times as long as rows in a row."""
+    monkeypatch.setattr(cpu, "_SMALL", small)
     strides = []
 
     def product(a: torch.Tensor, b: torch.Tensor, *_: object) -> torch.Tensor:
@@ -365,15 +373,70 @@ def test_onednn_gets_no_gaps(threads: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(strides)
 
 
-@pytest.mark.parametrize("threads", [2, 3], indirect=True)
+@pytest.mark.parametrize("small", [0, math.inf], ids=["one by one", "together"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blocks_that_are_not_listed_are_not_read(dtype: torch.dtype, threads: int) -> None:
-    """Lists of all lengths, computed together: what fills the short ones up is their own."""
-    qkv, mask = LARGE.qkv(dtype), torch.ones(LARGE.blocks).tril().bool()
-    mask[..., 0] = False
-    got = ON_CPU(dk.block_sparse_attention, *(x.clone() for x in qkv), LARGE.lists(mask))
-    for x in qkv[1:]:
-        x[:, :, :64] = torch.nan
-    poisoned = ON_CPU(dk.block_sparse_attention, *qkv, LARGE.lists(mask))
-    assert all(torch.equal(*pair) for pair in zip(got, poisoned, strict=True))
-    assert not any(x.isnan().any() for x in got)
+def test_blocks_that_are_not_listed_are_not_read(
+    dtype: torch.dtype, small: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists of all lengths, some empty; what fills the short ones up adds nothing, with summaries or without."""
+    monkeypatch.setattr(cpu, "_SMALL", small)
+    (q, k, v), mask = LARGE.qkv(dtype), torch.ones(LARGE.blocks).tril().bool()
+    mask[..., 0], seen = False, torch.arange(LARGE.kv_len)[None] >= 64
+    for summary in (None, "means", "first-order"):
+        want = ON_CPU(dk.block_sparse_attention, q, k, v, LARGE.lists(mask), key_mask=seen, summary=summary)
+        poisoned = v.clone()
+        poisoned[:, :, :64] = torch.nan
+        got = ON_CPU(dk.block_sparse_attention, q, k, poisoned, LARGE.lists(mask), key_mask=seen, summary=summary)
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+        assert not any(x.isnan().any() for x in want)
+
+
+@pytest.mark.parametrize("small", [0, math.inf], ids=["one by one", "together"])
+def test_an_infinite_value_stays_infinite(small: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a short list's own block, too, which nothing else may meet."""
+    monkeypatch.setattr(cpu, "_SMALL", small)
+    q, k, v = torch.randn(3, 1, 1, 4, 8)
+    v[0, 0, 0, 0] = torch.inf
+    lists = dk.BlockLists.from_mask(
+        torch.tensor([[[[True, True], [True, False]]]]), q_block=2, kv_block=2, q_len=4, kv_len=4
+    )
+    out = ON_CPU(dk.block_sparse_attention, q, k, v, lists)[0]
+    assert out[0, 0, :, 0].isposinf().all()
+    assert out[..., 1:].isfinite().all()
+
+
+def test_the_first_default_dtype_does_not_choose_the_product() -> None:
+    """float64 by default, when oneDNN is asked for the first time, cost a process its product for good."""
+    cpu._onednn.cache_clear()
+    want = cpu._onednn() is None
+    cpu._onednn.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert (cpu._onednn() is None) == want
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_autocast_of_one_thread_is_not_anothers() -> None:
+    """Each call has a state of its own, where a shared one gave back what another thread had set."""
+    q, k, v = (torch.randn(1, 1, 64, 16) for _ in range(3))
+    inside, outside = threading.Barrier(2), []
+
+    def slow(*_: object) -> Iterator[object]:
+        inside.wait(60)
+        yield from ()
+
+    def work(cast: bool) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            cpu.attention(q, k, v, 0.25, None)
+            outside.append((cast, torch.is_autocast_enabled("cpu")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_strips", slow)
+        patch.setattr(cpu, "_joined", lambda *_: (q, q))
+        both = [threading.Thread(target=work, args=(cast,)) for cast in (False, True)]
+        for each in both:
+            each.start()
+        for each in both:
+            each.join()
+    assert sorted(outside) == [(False, False), (True, True)]

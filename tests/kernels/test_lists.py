@@ -359,3 +359,11 @@ def test_heads_as_samples(samples: int) -> None:
     assert lists.order is not None
     assert torch.equal(apart.order.sort().values, torch.arange(2 * 3 * 5, dtype=torch.int32))
     assert torch.equal(apart.order[: lists.order.numel()], lists.order)
+
+
+def test_lists_have_room_for_a_block() -> None:
+    counts = torch.zeros(1, 2, 2, dtype=torch.int32)
+    with pytest.raises(KernelInputError, match="1 to 2 wide; got 2 rows, 0 wide"):
+        BlockLists(counts[..., None].expand(-1, -1, -1, 0), counts, 32, 32, 64, 64)
+    with pytest.raises(KernelInputError, match="at least one block"):
+        BlockLists.from_mask(torch.ones(0, 2, 2, 2) > 0, q_block=32, kv_block=32, q_len=64, kv_len=64)

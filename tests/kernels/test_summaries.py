@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import pytest
@@ -136,7 +137,7 @@ def test_dropped_blocks_stand_as_their_summaries(
 
 
 @BOTH
-@pytest.mark.parametrize("threads", [2, 3], indirect=True)
+@pytest.mark.parametrize("small", [0, math.inf], ids=["one by one", "together"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize(("heads", "dim", "tokens"), [(3, 40, 95), (2, 128, 200), (1, 64, 131)])
@@ -146,13 +147,14 @@ def test_the_cpu_takes_them_into_its_softmax(
     tokens: int,
     dtype: torch.dtype,
     masked: bool,
-    threads: int,
+    small: float,
     by: dk.Summary,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As exact as merging them into what was computed without, few rows at a time and in lists shared by samples."""
     assert BACKENDS["cpu"].folds
     monkeypatch.setattr(cpu, "_STRIP_BYTES", 60_000)
+    monkeypatch.setattr(cpu, "_SMALL", small)
     size = Size(heads=heads, q_len=tokens, kv_len=tokens, dim=dim, value_dim=dim - 8)
     qkv, boxes = size.qkv(dtype), random_boxes(size)
     mask = random_mask(size)[:1]
@@ -429,3 +431,16 @@ def test_what_does_not_fit_is_refused() -> None:
         dk.summary_error(q[:1], made, q_block=32)
     with pytest.raises(dk.KernelInputError, match="got 'both'"):
         dk.summarise(k, v, 32, by="both")  # type: ignore[arg-type]
+
+
+def test_a_single_block_has_a_bound_too() -> None:
+    """As it has beside another one, all of whose keys are masked; a step went hundreds of times too far."""
+    q, k, v = (torch.randn(1, 1, 64, 64) * scale for scale in (30, 30, 1))
+
+    def alone(keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        lists = dk.BlockLists.none(1, 1, 64, 64, 64, keys.shape[2], q.device)
+        return dk.block_sparse_attention(q, keys, values, lists, summary="first-order", key_mask=mask)[0]
+
+    twice = alone(torch.cat([k, k], 2), torch.cat([v, v], 2), torch.arange(128)[None] < 64)
+    torch.testing.assert_close(alone(k, v, None), twice)
+    assert twice.abs().max() < v.abs().max()

@@ -1,9 +1,9 @@
 """Attention on the CPU: gather the kept blocks of a query block, or of several at once, and multiply.
 
-A few threads take query blocks one by one, each with as many of its keys at a time as caches hold: single matrices of
-float32 are what oneDNN multiplies, the fastest there is. More threads, and those of other formats, take blocks that
-keep about equally many keys together, one batched product for all. Scores are in float32, the weighted sum is in the
-inputs' own format; float16 is computed in float32, since CPUs multiply it slowly.
+Query blocks with much to multiply come one by one, each with as many of its keys at a time as caches hold: single
+matrices are what oneDNN multiplies, the fastest there is. Others come together with those that keep about equally many
+keys, one batched product for all. Scores are in float32, the weighted sum is in the inputs' own format; float16 is
+computed in float32, since CPUs multiply it slowly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diffsparse_kernels.summaries import MOST_BIAS, StandIns
 
 _GATHER_BYTES = 4 * 2**20  # keys, values and scores of a thread at a time, about what its caches hold
 _STRIP_BYTES = 2 * 2**20  # scores of one strip of query rows; of twice as much, malloc asks for fresh pages each time
-_FEW_THREADS = 2  # gain no more from batches than single matrices do from oneDNN
+_SMALL = 1_750_000  # multiplications of a query block for each thread, below which batches of blocks are faster
 _LOG2_E = math.log2(math.e)
 _NEVER = 1e30  # subtracted from the scores of keys that are not seen; -inf takes several times longer
 _DEAD = -_NEVER / 2  # below, a row has seen no key
@@ -35,7 +35,13 @@ Kernel = TypeVar("Kernel", bound=Callable[..., object])
 
 def _exactly(kernel: Kernel) -> Kernel:
     """Without autocast: what is rounded to which format is decided here."""
-    return cast(Kernel, torch.autocast("cpu", enabled=False)(kernel))
+
+    @functools.wraps(kernel)
+    def exactly(*args: object, **options: object) -> object:
+        with torch.autocast("cpu", enabled=False):  # a decorator would share one state among threads
+            return kernel(*args, **options)
+
+    return cast(Kernel, exactly)
 
 
 def capability(device: torch.device, case: Case | None = None) -> str | None:
@@ -105,8 +111,7 @@ def block_sparse_attention(
     work = _Blocks.of(q, k, v, lists, scale, key_mask, boxes)
     out, lse = work.q.new_empty(*work.q.shape[:2], v.shape[3]), work.q.new_empty(work.q.shape[:2])
     others = None if stand_ins is None else _Others.of(stand_ins, lists, scale, work.q.dtype)
-    one_by_one = boxes is None and torch.get_num_threads() <= (_FEW_THREADS if v.dtype == torch.float32 else 1)
-    for row, queries, part in (_one_by_one if one_by_one else _together)(work):
+    for row, queries, part in (_one_by_one if work.are_large else _together)(work):
         part = part if others is None else others.joined(part, queries, row)
         out[row], lse[row] = _finished(part)
     rows = slice(None, q.shape[2])
@@ -200,6 +205,13 @@ class _Blocks(NamedTuple):
         at_a_time = lists.kv_block * (k.shape[3] + v.shape[3] + lists.q_block) * exact.itemsize
         return cls(queries, keys, values, hidden, boxes, lists, scale, max(_GATHER_BYTES // at_a_time, 1))
 
+    @property
+    def are_large(self) -> bool:
+        """Whether the products of single query blocks are; of other formats than float32, twice as much is."""
+        lists, each = self.lists, torch.get_num_threads() * (1 if self.v.dtype == torch.float32 else 2)
+        products = float(lists.cnt.mean(dtype=torch.float32)) * lists.kv_block * lists.q_block * self.q.shape[2]
+        return self.boxes is None and products >= _SMALL * each
+
     def at_a_time(self, count: int) -> int:
         """Lists of so many blocks that caches hold at a time, for each thread."""
         return max(1, self.most // max(count, 1)) * torch.get_num_threads()
@@ -228,11 +240,14 @@ class _Blocks(NamedTuple):
                 scores.add_(_gathered(self.hidden, some, width, scratch).mT)
             if bias is not None:
                 scores.unflatten(0, (len(bias), -1)).add_(bias[..., start : start + width])
-            if lengths is not None and shortest < start + width:
-                first = max(shortest - start, 0)
-                beyond = torch.arange(start + first, start + width, device="cpu") >= lengths[:, None, None]
-                scores[..., first:].masked_fill_(beyond, -_NEVER)
-            parts.append(_attended(scores, _gathered(self.v, some, width, scratch), scratch))
+            surplus = slice(max(shortest - start, 0), width)  # columns that shorter lists lack
+            if lengths is not None and surplus.start < width:
+                beyond = torch.arange(start + surplus.start, start + width, device="cpu") >= lengths[:, None, None]
+                scores[..., surplus].masked_fill_(beyond, -_NEVER)
+            values = _gathered(self.v, some, width, scratch)
+            if lengths is not None and surplus.start < width:
+                values[..., surplus, :].masked_fill_(beyond.mT, 0)  # an infinity times no weight would be NaN
+            parts.append(_attended(scores, values, scratch))
             start += width
         return _merged(parts)
 
@@ -462,7 +477,8 @@ def _onednn() -> Callable[..., Tensor] | None:
     """
     try:
         product: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
-        product(torch.ones(1, 1), torch.ones(1, 1), None, "none", [], "")
+        one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+        product(one, one, None, "none", [], "")
     except (AttributeError, RuntimeError, TypeError):
         return None
     return product
