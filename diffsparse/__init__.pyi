@@ -20,6 +20,7 @@ from .insight.inspection import Inspector as Inspector
 from .insight.recording import Recorder as Recorder, Recording as Recording
 from .orders.layout import Layout as Layout
 from .schedule import Schedule as Schedule
+from .seam.accelerate import accelerate as accelerate
 from .seam.patch import Handle as Handle, apply as apply, remove as remove
 from .site.compute import Site as Site
 from .site.report import Report as Report

@@ -13,8 +13,11 @@ from diffsparse.errors import ConfigError
 class Schedule:
     """Steps and layers that always run dense, on the user's own attention backend.
 
-    dense_first: dense steps at the start of a run; an int counts steps, a float is a fraction of the run's steps.
-        The strategy may look at the last of them (AdaSpa makes its first search there).
+    All steps are counted among those that reach attention: a step cache skips the others.
+
+    dense_first: dense steps at the start of a run; an int counts steps, a float is a fraction of the run's steps, and
+        at least those from which a step cache extrapolates. The strategy may look at the last of them (AdaSpa makes
+        its first search there).
     dense_last: the same for the end of a run.
     dense_layers: attention layers by number, in the order of the model's modules; negative counts from the end.
 
@@ -33,29 +36,24 @@ class Schedule:
         if not isinstance(layers, tuple) or not all(isinstance(layer, int) for layer in layers):
             raise ConfigError(f"dense_layers wants a tuple of layer numbers such as (0, -1); got {layers!r}")
 
-    def bounds(self, steps: int | None) -> tuple[int, int | None]:
-        """First sparse step and first step of the dense end (None: the run's length is unknown)."""
+    def bounds(self, steps: int | None, warm_up: int = 0) -> tuple[int, int | None]:
+        """First sparse step and first step of the dense end (None: the run's length is unknown), both 0-based.
+
+        steps: that are executed, as all numbers here.
+        warm_up: those at the start from which a step cache extrapolates: a share of the run covers them, too.
+        """
         first = resolve(self.dense_first, steps)
+        if isinstance(self.dense_first, float) and first:
+            first = max(first, warm_up)
         return first, None if steps is None else steps - resolve(self.dense_last, steps)
-
-    def last_dense(self, steps: int | None) -> int | None:
-        """The last of the dense first steps, from which strategies learn; None if there is none."""
-        first, _ = self.bounds(steps)
-        return first - 1 if first else None
-
-    def is_dense(self, step: int, steps: int | None, layer: int, layers: int) -> bool:
-        """Whether `layer` (of `layers`) runs dense at `step` (of `steps`); all numbers 0-based."""
-        first, end = self.bounds(steps)
-        early, late = step < first, end is not None and step >= end
-        return early or late or self.excludes(layer, layers)
 
     def excludes(self, layer: int, layers: int) -> bool:
         """Whether `layer` (of `layers`) is dense at every step."""
         return layer in self.dense_layers or layer - layers in self.dense_layers
 
-    def describe(self, steps: int) -> str:
+    def describe(self, steps: int, warm_up: int = 0) -> str:
         """The dense steps of a run, numbered from 1 as people count them."""
-        first, end = self.bounds(steps)
+        first, end = self.bounds(steps, warm_up)
         first, end = min(first, steps), steps if end is None else end
         spans = [(1, first), (max(end, first) + 1, steps)]
         named = [f"{a}-{b}" if a < b else f"{a}" for a, b in spans if a <= b]

@@ -128,6 +128,13 @@ class Clock:
         return self._moment
 
     @property
+    def timesteps(self) -> tuple[float, ...] | None:
+        """Of the run's steps; None if unknown. Waits for the device where they are on one: once a run is enough."""
+        if self._timesteps is None or self._timesteps.ndim != 1 or self._begin is None:
+            return None
+        return tuple(map(float, self._timesteps.tolist()[self._begin :]))
+
+    @property
     def pipe(self) -> DiffusionPipeline | None:
         """The calling pipeline, or else the one that was given, if it is still alive."""
         return calling_pipeline() or self._given()

@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from diffsparse.schedule import Schedule
 from diffsparse.seam import processors
+from diffsparse.seam.caches import around, cache_on
 from diffsparse.seam.compiled import untraced
 from diffsparse.seam.copies import LAYER, hide_traces, show_traces
 from diffsparse.seam.models import Inputs, argument_names, patch_of, spec_of
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from diffusers.models.attention_processor import Attention
 
-_NAME = "diffsparse"  # of our hook in the registry
+HOOK = "diffsparse"  # name of ours in the registry
 
 
 def run_of(model: Module) -> Run | None:
     """The state of an applied or guided transformer, in whatever wrapper; None of an untouched one."""
     registry = unwrapped(model).__dict__.get("_diffusers_hook")
-    run = registry.get_hook(_NAME) if registry is not None else None
+    run = registry.get_hook(HOOK) if registry is not None else None
     return run if isinstance(run, Run) else None
 
 
@@ -70,6 +71,7 @@ def uninstall(model: Module) -> None:
     for _, module in all_attentions(model):
         if LAYER in module.__dict__:
             processors.release(module)
+    run.take_off()
 
 
 def _enlist(model: Module, run: Run) -> None:
@@ -79,15 +81,15 @@ def _enlist(model: Module, run: Run) -> None:
     the registry as a child. First in the list, the run is no link in the chain of the other hooks' forwards.
     """
     registry = HookRegistry.check_if_exists_or_initialize(model)
-    registry.hooks[_NAME] = run
-    registry._hook_order.insert(0, _NAME)
+    registry.hooks[HOOK] = run
+    registry._hook_order.insert(0, HOOK)
     registry._fn_refs.insert(0, HookFunctionReference())
 
 
 def _delist(model: Any) -> None:
     registry = model._diffusers_hook
-    place = registry._hook_order.index(_NAME)
-    del registry.hooks[_NAME], registry._hook_order[place], registry._fn_refs[place]
+    place = registry._hook_order.index(HOOK)
+    del registry.hooks[HOOK], registry._hook_order[place], registry._fn_refs[place]
     if not registry.hooks:
         del model._diffusers_hook
 
@@ -98,6 +100,7 @@ class _PassHook:
     def __init__(self, model: Module, run: Run, modules: list[Attention]) -> None:
         self.run, self.modules, self.model = run, modules, class_of(model).__name__
         self.patch, self.names = patch_of(model), argument_names(model)
+        self.chains = around(model, modules)
 
     def __call__(self, model: Module, args: tuple[object, ...], kwargs: Inputs) -> None:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -112,6 +115,7 @@ class _PassHook:
         run.grid = run.spec.grid(self.patch, inputs).grid()
         ordered = run.guidance is not None or not isinstance(run.strategy, Dense)
         run.shard = shard_of(model, run.spec, ordered)  # parallelism may be enabled after `apply`
+        run.begin_pass([cache_on(chain) for chain in self.chains])  # so may caches
         for module in self.modules:
             processors.renew(module)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,22 @@ class Handle:
         modules = sum(len(run.layers) for run in self._runs)
         report = Report.of(self.strategy, modules, [run.ledger for run in self._runs])
         return replace(report, notes=[*self._notes, *report.notes])
+
+    def note(self, text: str) -> None:
+        """Add to the notes of all reports."""
+        self._notes = (*self._notes, text)
+
+    def also(self, put_on: Callable[[Module], Callable[[], None]]) -> None:
+        """Put something more on each transformer: `put_on` returns what takes it off again, when the handle goes.
+
+        If that fails, the handle is removed.
+        """
+        try:
+            for model, run in zip(self._models.values(), self._runs, strict=True):
+                run.take_off = put_on(model)
+        except BaseException:
+            self.remove()
+            raise
 
     def reset(self) -> None:
         """Forget the current run. Needed only between two runs of a hand-written loop over a transformer."""

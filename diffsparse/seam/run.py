@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Collection, Hashable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,14 +18,15 @@ from diffsparse.errors import DenseFallbackError, NoKernelError
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
 from diffsparse.seam import compiled
+from diffsparse.seam.caches import Passes, StepCache
 from diffsparse.seam.call import Call, autocasts
 from diffsparse.seam.clock import MOST_SHAPES, Clock, Context, Moment
 from diffsparse.seam.geometry import Geometry, Grid
 from diffsparse.seam.masks import KeyMask, Masks
 from diffsparse.seam.models import ModelSpec
 from diffsparse.seam.targets import entrances_of
-from diffsparse.site.compute import DenseBackend, Site
-from diffsparse.site.ledger import Ledger
+from diffsparse.site.compute import DenseBackend, Method, Site
+from diffsparse.site.ledger import Ledger, Tally
 from diffsparse.site.record import CallRecord
 from diffsparse.site.shard import WHOLE
 from diffsparse.strategies.base import Strategy, in_order
@@ -46,6 +47,7 @@ class Layer:
     index: among the adopted modules.
     skipped: it stays as it is (`ModelSpec.skip`).
     dispatches: its processor obeys Diffusers' attention backends.
+    cache: the step cache that it is behind.
     backend: what the user has set on its processor; None: the one that is set globally.
     handle: of this layer, for the ops of a compiled graph.
     """
@@ -55,8 +57,14 @@ class Layer:
         # Decided here: a compiled graph that read the name would serve one layer only.
         self.skipped = any(part in name for part in run.spec.skip)
         self.dispatches = False
+        self.cache: StepCache | None = None
         self.backend: AttentionBackendName | None = None
         self.handle = compiled.register(self)
+
+    @property
+    def warm_up(self) -> int:
+        """Steps that are computed at the start for a step cache to extrapolate from."""
+        return 0 if self.cache is None else self.cache.warm_up
 
     def intercept(self, call: Call, number: int, encoder_tokens: int | None) -> Tensor:
         """Answer one attention product; traced when the model is compiled.
@@ -147,6 +155,7 @@ class Run(ModelHook):  # type: ignore[misc]
     guidance: head perturbation, if any.
     guidance_only: made for guidance alone, and removed with it.
     extra_pass: the moment of an extra pass for guidance, which the clock doesn't count.
+    take_off: undoes what was put on with it: a step cache.
     """
 
     _is_stateful = True
@@ -169,6 +178,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self.layers: list[Layer] = []
         self._memories: dict[tuple[Hashable, int, int], dict[str, Any]] = {}
         self._shapes: OrderedDict[Hashable, int] = OrderedDict()  # of the memories, by the pass that used them
+        self._known: dict[Hashable, Collection[int] | None] = {}
         self.ledger = Ledger(memories=self._memories)
         self._masks = Masks()
         self._run, self._warned, self._recognised, self._takes_turns = -1, False, False, False
@@ -177,6 +187,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self.guidance: Perturber | None = None
         self.guidance_only = False
         self.extra_pass: Moment | None = None
+        self.take_off: Callable[[], None] = _nothing
 
     # --- the state of a run -----------------------------------------------------------------------------------------
 
@@ -200,17 +211,27 @@ class Run(ModelHook):  # type: ignore[misc]
         self._memories = {}
         self._shapes.clear()
         self._masks.clear()
+        self._known.clear()
+
+    def begin_pass(self, caches: list[StepCache | None]) -> None:
+        """A forward pass begins, with the step caches that its layers are behind."""
+        for layer, cache in zip(self.layers, caches, strict=True):
+            layer.cache = cache
+        if self.extra_pass is None:
+            self.ledger.idle += 1
 
     def _open(self, layer: Layer, moment: Moment) -> CallRecord:
         """Begin the record of a call; in a new run nothing of the last one is left."""
         if moment.run != self._run:
             self._forget()
-            self._run, self.ledger = moment.run, Ledger(memories=self._memories)
+            self._run, self.ledger = moment.run, Ledger(memories=self._memories, length=moment.steps)
             pipe = self.clock.pipe
             self._takes_turns = pipe is not None and len(entrances_of(pipe)) > 1
             if moment.steps is None and (unknown := self.schedule.of_unknown_length()):
                 self.ledger.note(unknown)
         record = self.ledger.open(layer.name, moment.step, moment.branch)
+        if layer.cache is not None:
+            self.ledger.cache = layer.cache.name
         record.note = "" if self.grid is None else self.grid.note
         self._bound(moment)
         return record
@@ -234,6 +255,26 @@ class Run(ModelHook):  # type: ignore[misc]
             for key in [key for key in self._memories if key[0] == oldest]:
                 del self._memories[key]
         return self._memories.setdefault((shape, layer.index, number), {})
+
+    def _to_skip(self, layer: Layer, moment: Moment, tally: Tally) -> int:
+        """How many of the steps to come a step cache will answer in place of this layer."""
+        if moment.steps is None:
+            return 0
+        known = None if layer.cache is None else self._executed(layer.cache, moment, tally.first)
+        if known is None or moment.step not in known:
+            return tally.to_skip(moment.steps)
+        return moment.steps - 1 - moment.step - sum(step > moment.step for step in known)
+
+    def _executed(self, cache: StepCache, moment: Moment, first: int) -> Collection[int] | None:
+        """The steps that a cache, which counts from the step `first`, leaves to layers behind it; asked once a run."""
+        branches = self.ledger.branches
+        key = cache, len(branches), branches.index(moment.branch), first
+        if key not in self._known:
+            timesteps = self.clock.timesteps if cache.wants_timesteps else None
+            passes = Passes((moment.steps or 0) - first, *key[1:3], timesteps and timesteps[first:])
+            steps = cache.executed(passes)
+            self._known[key] = None if steps is None else frozenset(first + step for step in steps)
+        return self._known[key]
 
     # --- what went another way --------------------------------------------------------------------------------------
 
@@ -287,24 +328,21 @@ class Run(ModelHook):  # type: ignore[misc]
                 place, now = (layer.index, number, moment.branch), (moment.run, moment.step, moment.branch)
                 mask, obstacle = self._masks.read(call.attn_mask, len(call.query), layout, place, now)
             call = call if obstacle else call.ungrouped()
-            site = self._site(layer, call, layout, moment, number, record, mask)
+            tally = self.ledger.tallies[layer.name, moment.branch]
+            site = self._site(layer, call, layout, moment, number, record, mask, tally)
             if obstacle:
                 return site.fall_back(call.query, call.key, call.value, obstacle)
-            out = self._choose(layer, call, site)
+            out = self._choose(layer, call, site, tally)
             if mask is None or record.kind == "dense":
                 return out
             return mask.repair(out, call, layout, layer.user_backend())
 
-    def _choose(self, layer: Layer, call: Call, site: Site) -> Tensor:
+    def _choose(self, layer: Layer, call: Call, site: Site, tally: Tally) -> Tensor:
         """The strategy's answer, or dense attention where the schedule, the model or the kernels leave no choice."""
         q, k, v = call.query, call.key, call.value
-        if self.schedule.is_dense(site.step, site.steps, layer.index, len(self.layers)):
-            last_dense = site.step == self.schedule.last_dense(site.steps)
-            if not (last_dense and self.strategy.observes) or self.schedule.excludes(layer.index, len(self.layers)):
-                return site.dense(q, k, v, reason="schedule")
-            method = self.strategy.observe
-        else:
-            method = self.strategy.attend
+        method = self._method(layer, site, tally)
+        if method is None:
+            return site.dense(q, k, v, reason="schedule")
         if self.grid is not None and not self.grid.known and self.strategy.wants_grid:
             return site.fall_back(q, k, v, "no geometry")
         if _OBSTACLE in site.memory:
@@ -315,6 +353,21 @@ class Run(ModelHook):  # type: ignore[misc]
             site.memory[_OBSTACLE] = error.reason
             return site.fall_back(q, k, v, error.reason)
 
+    def _method(self, layer: Layer, site: Site, tally: Tally) -> Method | None:
+        """What the schedule wants of a call; None: dense attention, and nothing learned from it."""
+        first, end = self.schedule.bounds(site.executed_steps, layer.warm_up)
+        late = end is not None and site.executed >= end
+        if late or self.schedule.excludes(layer.index, len(self.layers)):
+            return None
+        early = site.executed < first and not tally.is_sparse
+        tally.was_dense, tally.is_sparse = tally.was_dense or early, not early
+        # where a cache decides as it goes, the dense steps may turn out to be over earlier than they seemed
+        teaches = site.executed == first - 1 if early else tally.was_dense and tally.taught in (None, site.step)
+        if teaches and self.strategy.observes:
+            tally.taught = site.step
+            return self.strategy.observe
+        return None if early else self.strategy.attend
+
     def _site(
         self,
         layer: Layer,
@@ -324,8 +377,10 @@ class Run(ModelHook):  # type: ignore[misc]
         number: int,
         record: CallRecord,
         mask: KeyMask | None,
+        tally: Tally,
     ) -> Site:
-        backend = layer.user_backend()
+        backend, to_skip = layer.user_backend(), self._to_skip(layer, moment, tally)
+        reached = None if moment.steps is None else moment.steps - tally.skipped - to_skip
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return replace(call, query=q, key=k, value=v).dense(backend)
@@ -336,11 +391,13 @@ class Run(ModelHook):  # type: ignore[misc]
             index=layer.index,
             step=moment.step,
             steps=moment.steps,
-            end=None if self._takes_turns else self.schedule.bounds(moment.steps)[1],
+            end=None if self._takes_turns else self.schedule.bounds(reached)[1],
             branch=moment.branch,
             layout=layout,
             layers=len(self.layers),
             shard=self.shard,
+            skipped=tally.skipped,
+            to_skip=to_skip,
             memory=self._memory(layer, call, layout, moment, number),
             dense_backend=DenseBackend(backend.value, dense),
             record=record,
@@ -348,6 +405,10 @@ class Run(ModelHook):  # type: ignore[misc]
             key_mask=None if mask is None else mask.keys,
             strict=self.strict,
         )
+
+
+def _nothing() -> None:
+    pass
 
 
 def _isolated(device: str) -> ExitStack:

@@ -66,17 +66,66 @@ class Sums:
 
 
 @dataclass
+class Tally:
+    """The steps that reached one layer in one guidance branch; a step cache answered the others.
+
+    first, last: the first and the latest of them.
+    steady: so many came at the start without a gap.
+    skipped: steps between them that did not reach it.
+    calls: in the others.
+    was_dense, is_sparse: whether it had dense steps at the start, and whether these are over.
+    taught: the step in which its strategy observed; None if it has not.
+    """
+
+    first: int
+    last: int
+    steady: int = 1
+    skipped: int = 0
+    calls: int = 0
+    was_dense: bool = False
+    is_sparse: bool = False
+    taught: int | None = None
+
+    def reach(self, step: int) -> None:
+        """Note a call in a step."""
+        self.calls += 1
+        if step <= self.last:
+            return
+        self.skipped += step - self.last - 1
+        self.steady += not self.skipped
+        self.last = step
+
+    def skipped_calls(self, steps: int) -> int:
+        """Calls that a step cache answered in the first `steps` of the run."""
+        executed = self.last + 1 - self.first - self.skipped
+        return (self.skipped + steps - 1 - self.last) * self.calls // executed
+
+    def to_skip(self, steps: int) -> int:
+        """How many of the steps to come of a run of `steps` will not reach it, if it goes on as since the first gap."""
+        since = self.last + 1 - self.first - self.steady
+        return round((steps - 1 - self.last) * self.skipped / since) if self.skipped else 0
+
+
+@dataclass
 class Ledger:
     """The calls of one run of one transformer, and what its strategy keeps between steps.
 
     calls: all of them, or the last ones where `bound` moved earlier ones into `sums`. notes: about the whole run.
     memories: any nesting of containers and objects with tensors, as it stands; its size is kept when it is `close`d.
+    tallies: by layer and guidance branch.
+    cache: what answered the steps that are missing there.
+    idle: passes of the model since the last call: a step cache answered all of them.
+    length: steps of the run, None if that is unknown.
     """
 
     calls: list[CallRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     memories: object = field(default_factory=dict, repr=False)
     sums: Sums = field(default_factory=Sums, repr=False)
+    tallies: dict[tuple[str, str], Tally] = field(default_factory=dict, repr=False)
+    cache: str | None = None
+    idle: int = 0
+    length: int | None = None
     steps: int = 0  # in the sums, and how many of them had a sparse call
     sparse_steps: int = 0
     _last_step: int = -1  # of those in the sums
@@ -88,6 +137,9 @@ class Ledger:
         while self._settled < len(self.calls) and self.calls[self._settled].settle():
             self._settled += 1
         self.calls.append(CallRecord(layer, step, branch))
+        self.idle = 0
+        tally = self.tallies.setdefault((layer, branch), Tally(step, step))
+        tally.reach(step)
         return self.calls[-1]
 
     def bound(self, most: int) -> None:
@@ -109,6 +161,23 @@ class Ledger:
     def listed_steps(self, kind: Kind | None = None) -> set[int]:
         """Steps of the listed calls (of one kind) that are not in the sums."""
         return {c.step for c in self.calls if c.step > self._last_step and kind in (None, c.kind)}
+
+    @property
+    def branches(self) -> list[str]:
+        """Guidance branches that attended, in the order of their first calls."""
+        return list(dict.fromkeys(branch for _, branch in self.tallies))
+
+    @property
+    def reached(self) -> int:
+        """Number of the step that follows the last one so far, with a call or without."""
+        last = max((tally.last for tally in self.tallies.values()), default=-1)
+        over = last + 1 + -(-self.idle // max(len(self.branches), 1))
+        return over if self.length is None else min(over, self.length)
+
+    @property
+    def skipped_calls(self) -> int:
+        """Self-attention calls that a step cache answered."""
+        return sum(tally.skipped_calls(self.reached) for tally in self.tallies.values())
 
     def note(self, text: str) -> None:
         """Note what the user should know about the run; equal notes are shown once."""

@@ -20,8 +20,10 @@ class Report:
 
     strategy: as Python writes it.
     modules: attention modules that were adopted.
-    steps, dense_steps: denoising steps, and those without any sparse call.
-    density: mean over all self-attention calls, dense ones as 1.
+    steps, dense_steps: denoising steps that reached attention, and those of them without any sparse call.
+    skipped_steps, skipped_calls: steps that did not, and self-attention calls that a step cache answered.
+    cache: that step cache; None if there was none.
+    density: mean over all self-attention calls that were made, dense ones as 1.
     sparse_density: mean over the sparse calls; None if there was none.
     dense_calls, sparse_calls: their numbers.
     recall: mean softmax mass that the chosen blocks held when they were chosen; None if none were.
@@ -56,6 +58,9 @@ class Report:
     notes: list[str] = field(default_factory=list)
     passed_over: dict[str, int] = field(default_factory=dict)
     work: float = 1.0
+    skipped_steps: int = 0
+    skipped_calls: int = 0
+    cache: str | None = None
     calls: tuple[CallRecord, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -86,6 +91,9 @@ class Report:
             notes=list(dict.fromkeys([*own, *sums.notes])),
             passed_over=dict(sums.passed_over),
             work=float(sums.work) / sums.calls if sums.calls else 1.0,
+            skipped_steps=max((ledger.reached for ledger in ledgers), default=0) - steps if sums.calls else 0,
+            skipped_calls=sum(ledger.skipped_calls for ledger in ledgers),
+            cache=next((ledger.cache for ledger in ledgers if ledger.cache), None),
             calls=tuple(calls),
         )
 
@@ -102,6 +110,24 @@ class Report:
             groups.setdefault(str(getattr(call, by)), []).append(float(getattr(call, of)))
         return {key: sum(values) / len(values) for key, values in groups.items()}
 
+    @property
+    def _steps(self) -> str:
+        if not self.skipped_steps:
+            return f"{self.steps}, of which {self.dense_steps} dense"
+        kinds = f"{self.dense_steps} dense, {self.steps - self.dense_steps} sparse"
+        return f"{self.steps + self.skipped_steps}: {self.steps} executed ({kinds}), {self.skipped_steps} skipped"
+
+    @property
+    def _skipped(self) -> Iterator[tuple[str, str]]:
+        """What a step cache spared, and what that leaves of a run without one."""
+        if self.cache is None and not self.skipped_calls:
+            return
+        made = self.dense_calls + self.sparse_calls
+        whole = made + self.skipped_calls
+        share = self.work * made / whole if whole else 1.0
+        answered = f"{self.cache or 'unknown'} answered {self.skipped_calls} of {whole} calls"
+        yield "step cache", f"{answered}: {share:.3f} of the attention of a dense run without one"
+
     def _head_rows(self) -> Iterator[tuple[str, str]]:
         """Share of each mode; then, by layer, the mode that each head had at most steps."""
         if self.modes:
@@ -114,7 +140,8 @@ class Report:
         rows = [
             ("strategy", self.strategy),
             ("attention modules", str(self.modules)),
-            ("steps", f"{self.steps}, of which {self.dense_steps} dense"),
+            ("steps", self._steps),
+            *self._skipped,
             (
                 "density",
                 f"{self.density:.3f} over all calls, {_number(self.sparse_density)} over sparse ones",

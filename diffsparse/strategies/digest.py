@@ -19,6 +19,30 @@ from diffsparse_kernels import edges
 
 _RENEWING = Fraction(3, 8)  # of the work of a long run: its later dense steps
 _APART = 10  # steps
+_NOTHING = Fraction(0)
+
+
+class _Plan(NamedTuple):
+    """How a run spends its work from a dense step on. Steps are counted among those that reach attention.
+
+    first: the dense step that taught first.
+    start: the dense step from which on it holds.
+    spent: work since `first`, in dense passes.
+    ahead: dense steps to come.
+    sparsity: of the steps between.
+    repeats: whether the blocks stay the same from one dense step to the next.
+    """
+
+    first: int
+    start: int
+    spent: Fraction
+    ahead: list[int]
+    sparsity: Fraction
+    repeats: bool
+
+    def spent_until(self, step: int) -> Fraction:
+        """Work since the first dense step until after `step`, beside dense products."""
+        return self.spent + (1 - self.sparsity) * (step - self.start)
 
 
 class _Kept(NamedTuple):
@@ -27,14 +51,14 @@ class _Kept(NamedTuple):
     residual: of the sparse product.
     step: that it was.
     blocks: that the product computed, as bits uint8 [B, H, nQ, nK / 8]; None where each step chooses its own.
-    renewals: all later dense steps of the run.
-    between: what runs between them.
+    plan: of the run.
+    between: what runs until the next dense step.
     """
 
     residual: LowRank
     step: int
     blocks: Tensor | None
-    renewals: list[int]
+    plan: _Plan
     between: Digest
 
 
@@ -75,18 +99,17 @@ class Digest(Tangent):
         """Dense attention over q, k, v [B, H, N, D]; keeps what the sparse product misses of it."""
         before: _Kept | None = site.memory.get("kept")
         out = site.dense(q, k, v, reason="schedule" if before is None or before.step == site.step else "renewal")
-        renewals = self._renewals(site.end, site.step) if before is None else before.renewals
-        renewals, rank = self._affordable(q, site, renewals)
+        plan, rank = self._affordable(q, site, None if before is None else before.plan)
         if rank < min(self._most_rank, q.shape[3]):
             site.record.note = (
                 f"Digest keeps a residual of rank {rank}, not {self._most_rank}: that is what {self.memory:g} GiB hold"
             )
         if rank and not self._is_whole:
-            between = self._between(renewals, site.end, site.step) if before is None else before.between
+            between = self._between(plan)
             blocks = between._blocks(q, k, v, site, None)
             missed = LowRank.of(out - site.compare(q, k, v, blocks), rank)
-            bits = blocks.lists.packed() if renewals else None
-            site.memory["kept"] = _Kept(missed, site.step, bits, renewals, between)
+            bits = blocks.lists.packed() if plan.repeats else None
+            site.memory["kept"] = _Kept(missed, site.step, bits, plan, between)
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
@@ -94,9 +117,12 @@ class Digest(Tangent):
         kept: _Kept | None = site.memory.get("kept")
         if kept is None:
             return super().attend(q, k, v, site)
-        # a step cache may skip the very step that is due
-        if any(kept.step < step <= site.step for step in kept.renewals):
+        ahead = self._ahead(kept.plan, site.end)
+        if ahead and ahead[0] <= site.executed:
             return self.observe(q, k, v, site)
+        if kept.plan.ahead and not ahead:  # a step cache leaves fewer steps than it seemed: too few to renew it
+            plan = self._followed(kept.plan, site.end, site.executed - 1)
+            site.memory["kept"] = kept = kept._replace(blocks=None, plan=plan, between=self._between(plan))
         residual = kept.between._useful(kept, q, site)
         return site.sparse(q, k, v, kept.between._blocks(q, k, v, site, residual, kept.blocks))
 
@@ -105,11 +131,11 @@ class Digest(Tangent):
         first = run.first - 1
         if not (0 <= first < run.steps and self.memory) or self._is_whole:
             return super().expected(run)
-        renewals = self._renewals(run.end, first)
-        sparse = self._between(renewals, run.end, first)._expected(run)
+        plan = self._plan(run.end, first)
+        sparse = self._between(plan)._expected(run)
         parts = None if sparse.parts is None else sparse.parts._replace(routed=True, probes=0, rank=0)
         learning = Step("dense", 1.0, (sparse.density or 0.0) + self._routing(), parts=parts)
-        steps = run.each(lambda step: learning if step in renewals else sparse)
+        steps = run.each(lambda step: learning if step in plan.ahead else sparse)
         steps[first] = learning
         return steps
 
@@ -122,17 +148,43 @@ class Digest(Tangent):
         count = min(int(_RENEWING * (1 - exact(self.sparsity)) * left), (left + 1) // _APART - 1)
         return [first + nearest(Fraction(i * (left + 1), count + 1)) for i in range(1, count + 1)] if count > 1 else []
 
-    def _affordable(self, q: Tensor, site: Site, renewals: list[int]) -> tuple[list[int], int]:
-        """Renewals, none where the memory can't hold the blocks too, and the rank that it can."""
-        rank = self._rank(q, site, renewals)
-        return (renewals, rank) if rank else ([], self._rank(q, site, []))
+    def _ahead(self, plan: _Plan, end: int | None) -> list[int]:
+        """Dense steps to come in a run that ends before `end`."""
+        return [step for step in self._renewals(end, plan.first) if step > plan.start] if plan.repeats else []
 
-    def _between(self, renewals: list[int], end: int | None, first: int) -> Digest:
+    def _plan(
+        self, end: int | None, start: int, first: int | None = None, spent: Fraction = _NOTHING, renews: bool = True
+    ) -> _Plan:
+        """What is left of the work after the step `start`, shared out evenly among the steps before `end`."""
+        first, share = start if first is None else first, 1 - exact(self.sparsity)
+        renewals = self._renewals(end, first) if renews else []
+        ahead = [step for step in renewals if step > start]
+        if end is not None and end - 1 > start:
+            left = (share * (end - 1 - first) - spent - len(ahead)) / (end - 1 - start)
+            share = min(max(left, share / 8), Fraction(1))
+        return _Plan(first, start, spent, ahead, 1 - share, bool(renewals))
+
+    def _followed(self, plan: _Plan, end: int | None, start: int, dense: int = 0, renews: bool = False) -> _Plan:
+        """The plan after `plan`, which was followed until after the step `start`."""
+        return self._plan(end, start, plan.first, plan.spent_until(start) + dense, renews)
+
+    def _affordable(self, q: Tensor, site: Site, before: _Plan | None) -> tuple[_Plan, int]:
+        """The plan, without later dense steps where the memory can't hold the blocks too, and the rank that it can."""
+
+        def plan(renews: bool) -> _Plan:
+            if before is None or site.executed <= before.start:
+                return self._plan(site.end, site.executed, renews=renews)
+            return self._followed(before, site.end, site.executed, dense=1, renews=renews)
+
+        wanted = plan(before is None or before.repeats)
+        rank = self._rank(q, site, wanted.repeats)
+        return (wanted, rank) if rank else (plan(renews=False), self._rank(q, site, repeats=False))
+
+    def _between(self, plan: _Plan) -> Digest:
         """As it is between dense steps, which take their share of the work."""
-        if not renewals or end is None:
-            return self
-        sparsity = self.sparsity + len(renewals) / (end - 1 - first)
-        return _Repeated(sparsity, self.block, self.order, self.probes, self.memory)
+        if plan.repeats:
+            return _Repeated(float(plan.sparsity), self.block, self.order, self.probes, self.memory)
+        return self if plan.sparsity == exact(self.sparsity) else replace(self, sparsity=float(plan.sparsity))
 
     def _useful(self, kept: _Kept, q: Tensor, site: Site) -> LowRank | None:
         """The residual, if it is renewed, or probes tell what of it is of use; else for half of the rest of the run."""
@@ -140,10 +192,10 @@ class Digest(Tangent):
         serves = kept.blocks is not None or self._probe_count(*q.shape[2:]) or site.step <= half
         return kept.residual if serves else None
 
-    def _rank(self, q: Tensor, site: Site, renewals: list[int]) -> int:
+    def _rank(self, q: Tensor, site: Site, repeats: bool) -> int:
         """As high as the memory allows, beside the blocks where they are kept."""
         rows, columns = map(site.layout.blocks, edges(self.block))
-        head_bytes = self.memory * 2**30 / (site.layers * q.shape[1]) - (rows * -(-columns // 8) if renewals else 0)
+        head_bytes = self.memory * 2**30 / (site.layers * q.shape[1]) - (rows * -(-columns // 8) if repeats else 0)
         return affordable_rank(self._most_rank, head_bytes, q.shape[2], q.shape[3])
 
 

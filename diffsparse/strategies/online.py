@@ -33,8 +33,8 @@ class OnlineSearch(Strategy):
     Eq. 4); a step that searches already runs sparse with what it found.
 
     sparsity: share of blocks dropped, in [0, 1).
-    searches: later searches; an int is a step counted from 0, a float a fraction of the run. Runs of ten steps or
-        fewer skip fractions: their few sparse steps don't repay one.
+    searches: later searches; an int is a step counted from 0, a float a fraction of the run, both among the steps that
+        no step cache skips. Runs of ten steps or fewer skip fractions: their few sparse steps don't repay one.
     block: tokens of a block, or its queries and keys; by default 128 on a machine with a GPU, else 64.
     """
 
@@ -57,7 +57,7 @@ class OnlineSearch(Strategy):
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Dense attention over q, k, v [B, H, N, D] with the first search."""
         out, lse, mass = site.dense_with_mass(q, k, v, self.block)
-        site.memory.setdefault("first", site.step)
+        site.memory.setdefault("first", site.executed)
         site.memory["lse"] = lse
         self._search(mass, q, k, v, site)
         return out
@@ -66,8 +66,9 @@ class OnlineSearch(Strategy):
         """Block-sparse attention over q, k, v [B, H, N, D] with the latest blocks."""
         if "lists" not in site.memory:
             return self.observe(q, k, v, site)
-        later, searched = self.search_steps(site.steps, site.memory["first"]), site.memory["searched"]
-        due = max((step for step in later if searched < step <= site.step), default=None)  # a step cache may skip some
+        later = self.search_steps(site.executed_steps, site.memory["first"])
+        searched, now = site.memory["searched"], site.executed
+        due = max((step for step in later if searched < step <= now), default=None)  # how many there are may change
         if due is not None:
             if later[due]:
                 return self.observe(q, k, v, site)
@@ -120,7 +121,7 @@ class OnlineSearch(Strategy):
     def _search(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> None:
         lists = self.choose(mass, q, k, v, site)
         site.record.searched(recall_of(mass, lists))
-        site.memory.update(lists=lists, longest=Reading(lists.cnt.max()), searched=site.step)
+        site.memory.update(lists=lists, longest=Reading(lists.cnt.max()), searched=site.executed)
 
 
 def recall_of(mass: Tensor, lists: BlockLists) -> Tensor:

@@ -70,6 +70,8 @@ class Step:
 class Outline:
     """A run before it starts: `steps` long, sparse from step `first` until before `end`, both 0-based.
 
+    Steps are those that reach attention: a step cache skips the others.
+
     layout: of the tokens, None if it is not known; without it text counts as none, and blocks as shares.
     head_dim: channels of a head, None if it is not known.
     """
@@ -81,9 +83,16 @@ class Outline:
     head_dim: int | None = None
 
     @classmethod
-    def of(cls, schedule: Schedule, steps: int, layout: Layout | None = None, head_dim: int | None = None) -> Outline:
-        """The run of a schedule."""
-        first, end = schedule.bounds(steps)
+    def of(
+        cls,
+        schedule: Schedule,
+        steps: int,
+        layout: Layout | None = None,
+        head_dim: int | None = None,
+        warm_up: int = 0,
+    ) -> Outline:
+        """The run of a schedule; `warm_up` as in `Schedule.bounds`."""
+        first, end = schedule.bounds(steps, warm_up)
         return cls(steps, first, steps if end is None else end, layout, head_dim)
 
     @property

@@ -203,7 +203,7 @@ def test_memory_without_room_for_the_blocks_keeps_what_short_runs_keep() -> None
         kept.append(memory["kept"])
         assert here.record.note == ""
     assert kept[0].residual.rank == kept[1].residual.rank == 4
-    assert kept[1].renewals == []
+    assert kept[1].plan.ahead == []
     assert kept[1].between == strategy
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diffsparse
-from diffsparse import Dense
+from diffsparse import Dense, Random
 from diffsparse.errors import ConfigError
 from diffsparse.schedule import Schedule, resolve
 from diffsparse.seam.hooks import run_of
@@ -31,15 +31,16 @@ def test_ints_are_steps_and_floats_are_shares():
 
 def test_layers():
     schedule = Schedule(0, 0, (0, -1))
-    assert [schedule.is_dense(5, 50, layer, 4) for layer in range(4)] == [True, False, False, True]
+    assert [schedule.excludes(layer, 4) for layer in range(4)] == [True, False, False, True]
 
 
 @given(st.integers(0, 9) | st.floats(0, 1), st.integers(0, 9) | st.floats(0, 1), st.integers(1, 60))
 def test_dense_steps_are_a_prefix_and_a_suffix(first, last, steps):
     schedule = Schedule(first, last)
-    dense = [schedule.is_dense(step, steps, 0, 1) for step in range(steps)]
     begin, end = resolve(first, steps), resolve(last, steps)
-    assert dense == [step < begin or step >= steps - end for step in range(steps)]
+    assert schedule.bounds(steps) == (begin, steps - end)
+    kinds = Random().kinds(schedule, steps)
+    assert [kind == "dense" for kind in kinds] == [step < begin or step >= steps - end for step in range(steps)]
 
 
 def test_describe():

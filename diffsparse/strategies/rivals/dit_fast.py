@@ -62,12 +62,12 @@ class DiTFastAttn(Strategy):
             site.memory["lists"] = self._window(q, site.layout)
         out = site.dense(q, k, v, reason="residual")
         residual = out - site.compare(q, k, v, Blocks(site.memory["lists"]))
-        site.memory.update(residual=residual, full=site.step)
+        site.memory.update(residual=residual, full=site.executed)
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """The window over q, k, v [B, H, N, D] and the latest residual."""
-        if "full" not in site.memory or site.step >= site.memory["full"] + self.every:
+        if "full" not in site.memory or site.executed >= site.memory["full"] + self.every:
             return self.observe(q, k, v, site)
         return site.sparse(q, k, v, Blocks(site.memory["lists"], correct=site.memory["residual"].add))
 

@@ -1,0 +1,132 @@
+"""Step caches on a transformer, of Diffusers and of cache-dit: which steps they leave to its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch.nn import Module
+
+_REGISTRY = "_diffusers_hook"
+
+
+class Passes(NamedTuple):
+    """The forward passes of one guidance branch in a run.
+
+    steps: of the run.
+    branches: passes in a step.
+    branch: number of this one among them.
+    timesteps: of the steps; None if they are not known.
+    """
+
+    steps: int
+    branches: int = 1
+    branch: int = 0
+    timesteps: tuple[float, ...] | None = None
+
+
+Rule = Callable[[Any, Passes], Collection[int] | None]
+
+
+@dataclass(frozen=True)
+class StepCache:
+    """A step cache as one attention layer meets it.
+
+    name: for people.
+    hook: what decides.
+    rule: which steps reach the layer, where that does not depend on what is computed; else None.
+    warm_up: steps that it computes at the start to extrapolate from.
+    is_wide: it spares the whole block, not the attention alone.
+    """
+
+    name: str
+    hook: object = None
+    rule: Rule | None = None
+    warm_up: int = 0
+    is_wide: bool = True
+
+    @property
+    def wants_timesteps(self) -> bool:
+        """Whether `executed` does."""
+        return self.rule is _broadcast_steps
+
+    def executed(self, passes: Passes) -> Collection[int] | None:
+        """The steps that reach the layer; None if the cache decides as it goes."""
+        return None if self.rule is None else self.rule(self.hook, passes)
+
+
+def around(model: Module, modules: Iterable[Module]) -> list[tuple[Module, ...]]:
+    """For each of some modules of a model: itself and all that it is part of, from the inside."""
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+
+    def chain(module: Module) -> tuple[Module, ...]:
+        return (module, *chain(parents[module])) if module in parents else (module,)
+
+    return [chain(module) for module in modules]
+
+
+def cache_on(chain: tuple[Module, ...]) -> StepCache | None:
+    """The step cache that a layer meets, from the layer's module and those around it; None if there is none."""
+    for place, module in enumerate(chain):
+        registry = module.__dict__.get(_REGISTRY)
+        for hook in () if registry is None else registry.hooks.values():
+            if (kind := _KINDS.get(type(hook).__name__)) is not None:
+                return StepCache(kind.name, hook, kind.rule, kind.warm_up(hook), place > 0)
+    return StepCache("cache-dit") if getattr(chain[-1], "_is_cached", False) else None
+
+
+def _taylor_steps(hook: Any, run: Passes) -> Collection[int]:
+    first, last, interval = hook.disable_cache_before_step, hook.disable_cache_after_step, hook.cache_interval
+    end = run.steps if last is None else last
+    return [s for s in range(run.steps) if s < first or s >= end or (s - first - 1) % interval == 0]
+
+
+def _broadcast_steps(hook: Any, run: Passes) -> Collection[int] | None:
+    """Pyramid Attention Broadcast knows no guidance branches: it counts all passes of a module."""
+    if run.timesteps is None:
+        return None
+    low, high = hook.timestep_skip_range
+    passes = ((s, s * run.branches + run.branch) for s in range(run.steps))
+    within = [low < t < high for t in run.timesteps]
+    return [s for s, number in passes if not within[s] or number % hook.block_skip_range == 0]
+
+
+def _magnitude_steps(hook: Any, run: Passes) -> Collection[int]:
+    config, executed = hook.config, []
+    ratios = [] if config.mag_ratios is None else [float(ratio) for ratio in config.mag_ratios]
+    for step in range(run.steps):
+        number = step % config.num_inference_steps  # it starts over
+        if number == 0:
+            ratio, error, skipped = 1.0, 0.0, 0
+        if not config.calibrate and number >= _retained(config):
+            ratio *= ratios[number]
+            error, skipped = error + abs(1 - ratio), skipped + 1
+            if number and error <= config.threshold and skipped <= config.max_skip_steps:
+                continue
+            ratio, error, skipped = 1.0, 0.0, 0
+        executed.append(step)
+    return executed
+
+
+def _retained(config: Any) -> int:
+    return int(config.retention_ratio * config.num_inference_steps + 0.5)
+
+
+class _Kind(NamedTuple):
+    name: str
+    rule: Rule | None = None
+    warm_up: Callable[[Any], int] = lambda hook: 0
+
+
+_KINDS = {
+    "TaylorSeerCacheHook": _Kind("TaylorSeer", _taylor_steps, lambda hook: int(hook.disable_cache_before_step)),
+    "PyramidAttentionBroadcastHook": _Kind("PyramidAttentionBroadcast", _broadcast_steps),
+    "MagCacheHeadHook": _Kind("MagCache", _magnitude_steps),
+    "MagCacheBlockHook": _Kind("MagCache", _magnitude_steps),
+    "FBCHeadBlockHook": _Kind("FirstBlockCache", lambda hook, run: range(run.steps)),
+    "FBCBlockHook": _Kind("FirstBlockCache"),
+    "FasterCacheBlockHook": _Kind("FasterCache"),
+    "SeaCacheLeaderBlockHook": _Kind("SeaCache"),
+    "SeaCacheBlockHook": _Kind("SeaCache"),
+}

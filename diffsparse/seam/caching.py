@@ -1,0 +1,247 @@
+"""Put a step cache of Diffusers on a transformer, by name, with patterns that are proven for its class; take it off."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import diffusers
+import torch
+from torch.nn import Module, ModuleList
+
+from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelError, closest
+from diffsparse.seam.caches import around, cache_on
+from diffsparse.seam.hooks import HOOK
+from diffsparse.seam.targets import attentions
+from diffsparse.wrappers import class_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Undo = Callable[[], None]
+_REGISTRY = "_diffusers_hook"
+
+# The lists of blocks of a class, in the order of running; what comes after them sees the output of the last alone.
+BLOCKS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "AllegroTransformer3DModel",
+            "CogVideoXTransformer3DModel",
+            "CogView4Transformer2DModel",
+            "GlmImageTransformer2DModel",
+            "HunyuanVideo15Transformer3DModel",
+            "LatteTransformer3DModel",
+            "LTX2VideoTransformer3DModel",
+            "LTXVideoTransformer3DModel",
+            "MochiTransformer3DModel",
+            "NucleusMoEImageTransformer2DModel",
+            "QwenImageTransformer2DModel",
+        ),
+        ("transformer_blocks",),
+    ),
+    **dict.fromkeys(
+        (
+            "BriaTransformer2DModel",
+            "ChromaTransformer2DModel",
+            "Flux2Transformer2DModel",
+            "FluxTransformer2DModel",
+            "HunyuanVideoFramepackTransformer3DModel",
+            "HunyuanVideoTransformer3DModel",
+            "LongCatImageTransformer2DModel",
+            "MotifVideoTransformer3DModel",
+            "OvisImageTransformer2DModel",
+        ),
+        ("transformer_blocks", "single_transformer_blocks"),
+    ),
+    **dict.fromkeys(
+        (
+            "ChronoEditTransformer3DModel",
+            "HeliosTransformer3DModel",
+            "SkyReelsV2Transformer3DModel",
+            "WanAnimateTransformer3DModel",
+            "WanTransformer3DModel",
+        ),
+        ("blocks",),
+    ),
+    "WanVACETransformer3DModel": ("vace_blocks", "blocks"),
+}
+
+
+class _Kind(NamedTuple):
+    """A class of configurations, what its knobs are called here, and what they are if nothing else is said."""
+
+    config: str
+    short: dict[str, str]
+    default: dict[str, object]
+
+
+CACHES: dict[str, _Kind] = {
+    "taylor-seer": _Kind(
+        "TaylorSeerCacheConfig",
+        {"interval": "cache_interval", "order": "max_order", "warm_up": "disable_cache_before_step"},
+        {"taylor_factors_dtype": torch.float32},
+    ),
+    "first-block": _Kind("FirstBlockCacheConfig", {}, {}),
+    "mag": _Kind("MagCacheConfig", {"steps": "num_inference_steps", "ratios": "mag_ratios"}, {}),
+    "pab": _Kind(
+        "PyramidAttentionBroadcastConfig",
+        {"range": "spatial_attention_block_skip_range", "timesteps": "spatial_attention_timestep_skip_range"},
+        {},
+    ),
+    "faster": _Kind("FasterCacheConfig", {"range": "spatial_attention_block_skip_range"}, {}),
+    "sea": _Kind("SeaCacheConfig", {}, {}),
+    "text-kv": _Kind("TextKVCacheConfig", {}, {}),
+}
+
+
+@dataclass(frozen=True)
+class Caching:
+    """A step cache by name, and its knobs: those of Diffusers' configuration, or short names for some of them.
+
+    >>> Caching("taylor-seer", interval=2)
+    Caching('taylor-seer:interval=2')
+
+    Raises:
+        UnknownNameError: no such cache. ConfigError: it has no such knob.
+    """
+
+    name: str
+    knobs: tuple[tuple[str, object], ...]
+
+    def __init__(self, name: str, **knobs: object) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "knobs", tuple(knobs.items()))
+        if name not in CACHES:
+            raise UnknownNameError(f"no step cache is called {name!r}; known: {closest(name, CACHES)}")
+        known = {*CACHES[name].short, *(knob.name for knob in fields(self._config))}
+        for knob in knobs:
+            if knob not in known:
+                raise ConfigError(f"step cache {name!r} has no {knob!r}; it has {', '.join(sorted(known))}")
+
+    @classmethod
+    def parse(cls, text: str) -> Caching:
+        """From "taylor-seer:interval=2:order=1": a name, then knobs."""
+        name, *pairs = text.split(":")
+        knobs = {}
+        for pair in pairs:
+            knob, equals, value = pair.partition("=")
+            if not equals:
+                raise ConfigError(f"after a colon wanted knob=value, as in taylor-seer:interval=2; got {text!r}")
+            knobs[knob.replace("-", "_")] = _number(value)
+        return cls(name, **knobs)
+
+    @property
+    def _config(self) -> Any:
+        name = CACHES[self.name].config
+        if not hasattr(diffusers, name):
+            raise ConfigError(
+                f"step cache {self.name!r} wants a Diffusers with {name}; this is {diffusers.__version__}"
+            )
+        return getattr(diffusers, name)
+
+    def config(self, model: Module, pipe: DiffusionPipeline | None = None) -> Any:
+        """Diffusers' configuration of it for a transformer; one that asks for the timestep gets that of `pipe`.
+
+        Raises:
+            UnsupportedModelError: no patterns are known for the class. ConfigError: a value that it doesn't take.
+        """
+        short = CACHES[self.name].short
+        given = {**CACHES[self.name].default, **{short.get(knob, knob): value for knob, value in self.knobs}}
+        if self.name == "taylor-seer" and not given.keys() & {"cache_identifiers", "use_lite_mode"}:
+            given |= _last_block(model)
+        if "current_timestep_callback" in (knob.name for knob in fields(self._config)):
+            given.setdefault("current_timestep_callback", lambda: pipe._current_timestep)  # type: ignore[union-attr]
+        try:
+            return self._config(**given)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"step cache {self}: {error}") from error
+
+    def __str__(self) -> str:
+        return ":".join((self.name, *(f"{knob}={value}" for knob, value in self.knobs)))
+
+    def __repr__(self) -> str:
+        return f"Caching({str(self)!r})"
+
+
+def _number(text: str) -> object:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _last_block(model: Module) -> dict[str, object]:
+    """Patterns of TaylorSeer that extrapolate the output of the last block and compute no other.
+
+    Extrapolating every block, as the class does by itself or not at all (its patterns are for attention modules named
+    `attn`), gives the same pixels and keeps all blocks' outputs: 60 GB instead of 1.5 for Wan 14B at 720p.
+    """
+    lists = BLOCKS.get(class_of(model).__name__)
+    if lists is None:
+        raise UnsupportedModelError(
+            f"no patterns are proven for {class_of(model).__name__}; wanted one of {', '.join(BLOCKS)}. Give `cache` "
+            "a configuration of Diffusers with patterns of your own, or None to go without one"
+        )
+    *others, last = (re.escape(f"{name}.{i}") for name in lists for i in range(len(_blocks(model, name))))
+    return {"cache_identifiers": [last], "skip_predict_identifiers": others}
+
+
+def _blocks(model: Module, name: str) -> ModuleList:
+    found = getattr(model, name)
+    assert isinstance(found, ModuleList)
+    return found
+
+
+def put_on(model: Any, config: Any) -> Undo:
+    """Enable a cache, and return what takes it off and leaves the model as it was.
+
+    Raises:
+        UnsupportedModelError: the class takes no caches, or the cache has nothing to skip in it.
+    """
+    if not hasattr(model, "enable_cache"):
+        raise UnsupportedModelError(
+            f"{class_of(model).__name__} takes no step cache of Diffusers; give None as `cache` to go without one"
+        )
+    before = [(module, _names(module)) for module in model.modules()]
+    model.enable_cache(config)
+
+    def take_off() -> None:
+        if model._cache_config is config:
+            model.disable_cache()
+            _tidy(before)
+
+    if not any(map(cache_on, around(model, [module for _, module in attentions(model)]))):
+        take_off()
+        raise UnsupportedModelError(
+            f"{type(config).__name__} skips nothing of {class_of(model).__name__}: its patterns fit no module there. "
+            "Leave `cache` out for patterns that do"
+        )
+    return take_off
+
+
+def _names(module: Module) -> set[str]:
+    """What the object has of its own, without what is ours."""
+    registry = module.__dict__.get(_REGISTRY)
+    is_ours = registry is not None and {*registry.hooks} == {HOOK}
+    return set(module.__dict__) - ({_REGISTRY} if is_ours else set())
+
+
+def _tidy(before: list[tuple[Module, set[str]]]) -> None:
+    """Diffusers leaves empty registries, methods bound to the object, and a configuration that is None."""
+    for module, names in before:
+        registry = module.__dict__.get(_REGISTRY)
+        left = {_REGISTRY, "forward"} if registry is not None and not registry.hooks else set()
+        for name in (left | {"_cache_config"}) - names:
+            module.__dict__.pop(name, None)
+
+
+def caches_of(models: dict[str, Module]) -> Iterator[str]:
+    """Names of the step caches that transformers have."""
+    for model in models.values():
+        chains = around(model, [module for _, module in attentions(model)])
+        found = (cache.name for chain in chains if (cache := cache_on(chain)) is not None)
+        yield from dict.fromkeys(found)
