@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from diffsparse.errors import ConfigError
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
+from diffsparse.seam.caches import Outlook
 from diffsparse.seam.models import spec_of
 from diffsparse.seam.targets import attentions
 from diffsparse.site.report import Report
@@ -140,47 +142,76 @@ def _heads(module: Attention) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a strategy saves in a run.
+    """What a strategy saves in a run, and a step cache with it; beside a dense run without one.
 
     attention_share: share of attention in a dense step.
     attention_speedup: of the attention of the whole run, dense steps and searches included.
     speedup: of the whole run.
+    executed: share of the steps that reach attention.
+    is_known: whether that is known beforehand; else all are taken to.
     """
 
     attention_share: float
     attention_speedup: float
     speedup: float
+    executed: float = 1.0
+    is_known: bool = True
 
     @classmethod
     def before(
-        cls, count: Flops, strategy: Strategy | Attending, schedule: Schedule, steps: int, layout: Layout | None = None
+        cls,
+        count: Flops,
+        strategy: Strategy | Attending,
+        schedule: Schedule,
+        steps: int,
+        layout: Layout | None = None,
+        left: Sequence[Outlook] = (),
     ) -> Estimate | None:
         """From operations alone: as if the machine did all of them equally fast, and nothing else took time.
 
         None if what the strategy computes is unknown before it runs: some strategies can't say, and windows need the
         `layout` of the tokens.
+
+        left: what step caches leave of each attention module; nothing where there are none.
         """
-        run = Outline.of(schedule, steps, layout, count.head_dim)
-        said = [step.work for step in as_strategy(strategy).steps(run)]
-        works = [work for work in said if work is not None]
-        if len(works) < len(said):
-            return None
-        mean = sum(works) / steps
         layers = len(count.attention)
-        fixed = sum(x for i, x in enumerate(count.attention) if schedule.excludes(i, layers)) / sum(count.attention)
-        faster = 1 / (fixed + (1 - fixed) * mean)
-        return cls(count.share, faster, end_to_end(count.share, faster))
+        seen = left or [Outlook(steps)] * layers
+        works = {each: _work(strategy, schedule, each, layout, count.head_dim) for each in dict.fromkeys(seen)}
+        if None in works.values():
+            return None
+        done = (each.executed if schedule.excludes(i, layers) else works[each] or 0.0 for i, each in enumerate(seen))
+        attention = sum(flop * passes for flop, passes in zip(count.attention, done, strict=True)) / steps
+        spared = [steps - each.executed for flop, each in zip(count.attention, seen, strict=True) if flop]
+        wide = all(each.is_wide for each in seen)
+        rest = count.rest * (1 - mean(spared) / steps) if wide else count.rest
+        faster = sum(count.attention) / attention, count.total / (attention + rest)
+        return cls(count.share, *faster, 1 - mean(spared) / steps, all(each.is_known for each in seen))
 
     @classmethod
     def after(cls, report: Report, seconds: float) -> Estimate | None:
-        """From a finished call of `seconds`: a dense run is estimated from its own dense calls.
+        """From a finished call of `seconds`: a dense run without a step cache is estimated from its own dense calls.
 
         None if no call was dense, or none was anything else.
         """
         dense = [call.seconds for call in report.calls if call.kind == "dense"]
         if not dense or len(dense) == len(report.calls) or not report.attention_seconds:
             return None
-        attention = median(dense) * len(report.calls)  # the first calls may have waited for kernels to be built
-        rest = max(seconds - report.attention_seconds, 0.0)
+        made = report.dense_calls + report.sparse_calls
+        longer = (made + report.skipped_calls) / made
+        attention = (
+            median(dense) * len(report.calls) * longer
+        )  # the first calls may have waited for kernels to be built
+        rest = max(seconds - report.attention_seconds, 0.0) * (longer if report.cache_is_wide else 1)
         whole = attention + rest
-        return cls(attention / whole, attention / report.attention_seconds, whole / seconds)
+        speedups = attention / report.attention_seconds, whole / seconds
+        return cls(attention / whole, *speedups, 1 / longer)
+
+
+def _work(
+    strategy: Strategy | Attending, schedule: Schedule, seen: Outlook, layout: Layout | None, head_dim: int | None
+) -> float | None:
+    """Dense passes of an attention layer in a run; None if they are not known beforehand."""
+    run = Outline.of(schedule, seen.executed, layout, head_dim, seen.warm_up)
+    works = [step.work for step in as_strategy(strategy).steps(run)]
+    known = [work for work in works if work is not None]
+    return sum(known) if len(known) == len(works) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module
 
@@ -21,7 +21,6 @@ from diffsparse.strategies.tangent import Tangent
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-Name = Literal["quality", "balanced", "fast"]
 _DEFAULT = "taylor-seer"
 _FEW_STEPS = 10  # with the first three computed there is too little left for a cache to spare
 
@@ -52,7 +51,7 @@ SPEEDS: dict[str, Speed] = {
 
 def accelerate(
     target: DiffusionPipeline | Module,
-    speed: Name = "balanced",
+    speed: str = "balanced",
     *,
     cache: object = _DEFAULT,
     strategy: Strategy | Attending | None = None,
@@ -121,9 +120,11 @@ def _is_short(target: DiffusionPipeline | Module, steps: int | None) -> bool:
 
 def _cache(cache: object, speed: Speed, knobs: dict[str, object]) -> object:
     """The cache with its knobs, which are taken out of `knobs`."""
-    if not isinstance(cache, str):
+    if isinstance(cache, str):
+        cache = Caching.parse(cache)
+    if not isinstance(cache, Caching):
         return cache
-    named = Caching.parse(cache)
+    named = cache
     own = {name: getattr(speed, name) for name in CACHES[named.name].short if hasattr(speed, name)}
     mine = {name: knobs.pop(name) for name in list(knobs) if name in CACHES[named.name].short}
     return Caching(named.name, **{**own, **dict(named.knobs), **mine})

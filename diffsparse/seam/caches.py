@@ -76,6 +76,33 @@ def cache_on(chain: tuple[Module, ...]) -> StepCache | None:
     return StepCache("cache-dit") if getattr(chain[-1], "_is_cached", False) else None
 
 
+class Outlook(NamedTuple):
+    """What a step cache leaves of an attention layer in a run.
+
+    executed: steps that reach it; all of them where the cache decides as it goes.
+    is_known: whether it does not.
+    warm_up, is_wide: as in `StepCache`.
+    """
+
+    executed: int
+    is_known: bool = True
+    warm_up: int = 0
+    is_wide: bool = True
+
+
+def outlook(model: Module, modules: Iterable[Module], passes: Passes) -> list[Outlook]:
+    """What step caches will leave of some attention modules of a model."""
+    return [_outlook(cache_on(chain), passes) for chain in around(model, modules)]
+
+
+def _outlook(cache: StepCache | None, passes: Passes) -> Outlook:
+    if cache is None:
+        return Outlook(passes.steps)
+    steps = cache.executed(passes)
+    count = passes.steps if steps is None else len(steps)
+    return Outlook(count, steps is not None, cache.warm_up, cache.is_wide)
+
+
 def _taylor_steps(hook: Any, run: Passes) -> Collection[int]:
     first, last, interval = hook.disable_cache_before_step, hook.disable_cache_after_step, hook.cache_interval
     end = run.steps if last is None else last

@@ -112,7 +112,7 @@ class Caching:
 
     def __init__(self, name: str, **knobs: object) -> None:
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "knobs", tuple(knobs.items()))
+        object.__setattr__(self, "knobs", tuple((knob, _fixed(value)) for knob, value in knobs.items()))
         if name not in CACHES:
             raise UnknownNameError(f"no step cache is called {name!r}; known: {closest(name, CACHES)}")
         known = {*CACHES[name].short, *(knob.name for knob in fields(self._config))}
@@ -148,7 +148,8 @@ class Caching:
             UnsupportedModelError: no patterns are known for the class. ConfigError: a value that it doesn't take.
         """
         short = CACHES[self.name].short
-        given = {**CACHES[self.name].default, **{short.get(knob, knob): value for knob, value in self.knobs}}
+        own = {short.get(knob, knob): list(value) if isinstance(value, tuple) else value for knob, value in self.knobs}
+        given: dict[str, object] = {**CACHES[self.name].default, **own}
         if self.name == "taylor-seer" and not given.keys() & {"cache_identifiers", "use_lite_mode"}:
             given |= _last_block(model)
         if "current_timestep_callback" in (knob.name for knob in fields(self._config)):
@@ -163,6 +164,11 @@ class Caching:
 
     def __repr__(self) -> str:
         return f"Caching({str(self)!r})"
+
+
+def _fixed(value: object) -> object:
+    """Lists as tuples, so that it can be a key."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _number(text: str) -> object:

@@ -218,7 +218,7 @@ class Run(ModelHook):  # type: ignore[misc]
         for layer, cache in zip(self.layers, caches, strict=True):
             layer.cache = cache
         if self.extra_pass is None:
-            self.ledger.idle += 1
+            self.ledger.begin_pass()
 
     def _open(self, layer: Layer, moment: Moment) -> CallRecord:
         """Begin the record of a call; in a new run nothing of the last one is left."""
@@ -229,9 +229,9 @@ class Run(ModelHook):  # type: ignore[misc]
             self._takes_turns = pipe is not None and len(entrances_of(pipe)) > 1
             if moment.steps is None and (unknown := self.schedule.of_unknown_length()):
                 self.ledger.note(unknown)
-        record = self.ledger.open(layer.name, moment.step, moment.branch)
+        record = self.ledger.open(layer.name, moment.step, moment.branch, layer.cache is not None)
         if layer.cache is not None:
-            self.ledger.cache = layer.cache.name
+            self.ledger.cache, self.ledger.cache_is_wide = layer.cache.name, layer.cache.is_wide
         record.note = "" if self.grid is None else self.grid.note
         self._bound(moment)
         return record

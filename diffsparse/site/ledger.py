@@ -73,6 +73,7 @@ class Tally:
     steady: so many came at the start without a gap.
     skipped: steps between them that did not reach it.
     calls: in the others.
+    passes: of the model until the latest.
     was_dense, is_sparse: whether it had dense steps at the start, and whether these are over.
     taught: the step in which its strategy observed; None if it has not.
     """
@@ -82,16 +83,17 @@ class Tally:
     steady: int = 1
     skipped: int = 0
     calls: int = 0
+    passes: int = 0
     was_dense: bool = False
     is_sparse: bool = False
     taught: int | None = None
 
-    def reach(self, step: int) -> None:
-        """Note a call in a step."""
+    def reach(self, step: int, answered: bool) -> None:
+        """Note a call in a step; `answered` says whether the steps between were, or the loop has left them out."""
         self.calls += 1
         if step <= self.last:
             return
-        self.skipped += step - self.last - 1
+        self.skipped += step - self.last - 1 if answered else 0
         self.steady += not self.skipped
         self.last = step
 
@@ -113,8 +115,9 @@ class Ledger:
     calls: all of them, or the last ones where `bound` moved earlier ones into `sums`. notes: about the whole run.
     memories: any nesting of containers and objects with tensors, as it stands; its size is kept when it is `close`d.
     tallies: by layer and guidance branch.
-    cache: what answered the steps that are missing there.
-    idle: passes of the model since the last call: a step cache answered all of them.
+    cache, cache_is_wide: what answered the steps that are missing there, and whether with whole blocks.
+    passes: of the model.
+    idle: since the last call: a step cache answered all of them.
     length: steps of the run, None if that is unknown.
     """
 
@@ -124,6 +127,8 @@ class Ledger:
     sums: Sums = field(default_factory=Sums, repr=False)
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict, repr=False)
     cache: str | None = None
+    cache_is_wide: bool = False
+    passes: int = 0
     idle: int = 0
     length: int | None = None
     steps: int = 0  # in the sums, and how many of them had a sparse call
@@ -132,14 +137,20 @@ class Ledger:
     _settled: int = 0  # calls whose events are gone
     _held: int | None = None
 
-    def open(self, layer: str, step: int, branch: str) -> CallRecord:
-        """Begin the record of one call."""
+    def begin_pass(self) -> None:
+        """A forward pass of the model begins."""
+        self.passes += 1
+        self.idle += 1
+
+    def open(self, layer: str, step: int, branch: str, cached: bool = False) -> CallRecord:
+        """Begin the record of one call of a layer, which may be behind a step cache."""
         while self._settled < len(self.calls) and self.calls[self._settled].settle():
             self._settled += 1
         self.calls.append(CallRecord(layer, step, branch))
         self.idle = 0
-        tally = self.tallies.setdefault((layer, branch), Tally(step, step))
-        tally.reach(step)
+        tally = self.tallies.setdefault((layer, branch), Tally(step, step, passes=self.passes))
+        tally.reach(step, cached or self.passes - tally.passes > len(self.branches))
+        tally.passes = self.passes
         return self.calls[-1]
 
     def bound(self, most: int) -> None:

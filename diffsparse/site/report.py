@@ -22,7 +22,7 @@ class Report:
     modules: attention modules that were adopted.
     steps, dense_steps: denoising steps that reached attention, and those of them without any sparse call.
     skipped_steps, skipped_calls: steps that did not, and self-attention calls that a step cache answered.
-    cache: that step cache; None if there was none.
+    cache, cache_is_wide: that step cache, None if there was none; and whether it spares whole blocks.
     density: mean over all self-attention calls that were made, dense ones as 1.
     sparse_density: mean over the sparse calls; None if there was none.
     dense_calls, sparse_calls: their numbers.
@@ -61,6 +61,7 @@ class Report:
     skipped_steps: int = 0
     skipped_calls: int = 0
     cache: str | None = None
+    cache_is_wide: bool = False
     calls: tuple[CallRecord, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -94,6 +95,7 @@ class Report:
             skipped_steps=max((ledger.reached for ledger in ledgers), default=0) - steps if sums.calls else 0,
             skipped_calls=sum(ledger.skipped_calls for ledger in ledgers),
             cache=next((ledger.cache for ledger in ledgers if ledger.cache), None),
+            cache_is_wide=any(ledger.cache_is_wide for ledger in ledgers),
             calls=tuple(calls),
         )
 
@@ -111,6 +113,12 @@ class Report:
         return {key: sum(values) / len(values) for key, values in groups.items()}
 
     @property
+    def executed(self) -> float:
+        """Share of the self-attention calls that no step cache answered."""
+        made = self.dense_calls + self.sparse_calls
+        return made / (made + self.skipped_calls) if made else 1.0
+
+    @property
     def _steps(self) -> str:
         if not self.skipped_steps:
             return f"{self.steps}, of which {self.dense_steps} dense"
@@ -122,11 +130,9 @@ class Report:
         """What a step cache spared, and what that leaves of a run without one."""
         if self.cache is None and not self.skipped_calls:
             return
-        made = self.dense_calls + self.sparse_calls
-        whole = made + self.skipped_calls
-        share = self.work * made / whole if whole else 1.0
+        whole = self.dense_calls + self.sparse_calls + self.skipped_calls
         answered = f"{self.cache or 'unknown'} answered {self.skipped_calls} of {whole} calls"
-        yield "step cache", f"{answered}: {share:.3f} of the attention of a dense run without one"
+        yield "step cache", f"{answered}: {self.work * self.executed:.3f} of the attention of a dense run without one"
 
     def _head_rows(self) -> Iterator[tuple[str, str]]:
         """Share of each mode; then, by layer, the mode that each head had at most steps."""

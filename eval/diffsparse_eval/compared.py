@@ -1,14 +1,17 @@
-"""What is compared: strategies, with or without head guidance, and their names in reports."""
+"""What is compared: strategies, with or without a step cache and head guidance, and their names in reports."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import diffsparse
 from diffsparse import Dense, Handle, Preset, Schedule
+from diffsparse.seam.caching import Caching, put_on
 from diffsparse.strategies import SEARCHES, Compensated, Rounded, Strategy, as_strategy, knobs_of, name_of
 from diffsparse.strategies.base import as_given
 from diffsparse.strategies.planned import Planned
@@ -20,17 +23,30 @@ _HEADS = "+heads"  # after the name of a strategy that runs under head guidance
 
 
 @dataclass(frozen=True)
+class Cached:
+    """A strategy in the steps that a step cache leaves."""
+
+    cache: Caching
+    strategy: Strategy
+
+
+@dataclass(frozen=True)
 class Guided:
     """A strategy, and head guidance on top of it."""
 
-    strategy: Strategy
+    strategy: Strategy | Cached
     preset: Preset
 
 
-Compared = Strategy | Guided
+Compared = Strategy | Cached | Guided
 
 
-def guided(compared: Iterable[Strategy], preset: Preset) -> tuple[Compared, ...]:
+def compared(stacks: Iterable[tuple[Caching | None, Strategy]]) -> tuple[Strategy | Cached, ...]:
+    """Strategies, those with a step cache on top of it."""
+    return tuple(strategy if cache is None else Cached(cache, strategy) for cache, strategy in stacks)
+
+
+def guided(compared: Iterable[Strategy | Cached], preset: Preset) -> tuple[Compared, ...]:
     """The strategies, and dense and each of them once more under head guidance."""
     compared = tuple(compared)
     return *compared, *(Guided(strategy, preset) for strategy in dict.fromkeys((Dense(), *compared)))
@@ -40,22 +56,49 @@ def guided(compared: Iterable[Strategy], preset: Preset) -> tuple[Compared, ...]
 def applied(pipe: DiffusionPipeline, compared: Compared, schedule: Schedule, strict: bool = False) -> Iterator[Handle]:
     """Within: the pipeline runs by a strategy, or by one under head guidance."""
     with ExitStack() as stack:
-        strategy = compared.strategy if isinstance(compared, Guided) else compared
+        strategy, cache = _parts(compared)
         handle = stack.enter_context(diffsparse.apply(pipe, strategy, schedule=schedule, strict=strict))
+        if cache is not None:
+            handle.also(lambda model: put_on(model, cache.config(model, pipe)))
         if isinstance(compared, Guided):
             stack.enter_context(diffsparse.guide(pipe, compared.preset))
         yield handle
 
 
+def _parts(compared: Compared) -> tuple[Strategy, Caching | None]:
+    """The strategy and the step cache."""
+    inner = compared.strategy if isinstance(compared, Guided) else compared
+    return (inner.strategy, inner.cache) if isinstance(inner, Cached) else (inner, None)
+
+
+def ready(compared: Compared, pipe: DiffusionPipeline, calibration: Callable[[], object], steps: int) -> Compared:
+    """MagCache with the ratios that it wants, from a run of `calibration`; anything else as it is.
+
+    They are the ratios of the norms of successive residuals, of a model at a number of steps (arXiv 2506.09045).
+    """
+    inner = compared.strategy if isinstance(compared, Guided) else compared
+    if not isinstance(inner, Cached) or inner.cache.name != "mag" or "ratios" in dict(inner.cache.knobs):
+        return compared
+    asked, printed = Caching("mag", calibrate=True, steps=steps), io.StringIO()
+    with applied(pipe, Cached(asked, Dense()), Schedule(0)), redirect_stdout(printed):
+        calibration()
+    ratios = next(line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]"))
+    knobs = {**dict(inner.cache.knobs), "steps": steps, "ratios": json.loads(ratios)}
+    cached = Cached(Caching("mag", **knobs), inner.strategy)
+    return Guided(cached, compared.preset) if isinstance(compared, Guided) else cached
+
+
 def sparsity_of(compared: Compared) -> float | None:
     """Share of the blocks to drop; None if that is not known beforehand."""
-    strategy = compared.strategy if isinstance(compared, Guided) else compared
+    strategy, _ = _parts(compared)
     return 0.0 if strategy == Dense() else as_strategy(strategy).sparsity
 
 
 def strategy_name(compared: Compared) -> str:
-    """The strategy's name: `adaspa`, `random+means`, `digest+heads`."""
-    return f"{name_of(compared.strategy)}{_HEADS}" if isinstance(compared, Guided) else name_of(compared)
+    """The strategy's name: `adaspa`, `random+means`, `digest+heads`, `taylor-seer/digest`."""
+    if isinstance(compared, Guided):
+        return f"{strategy_name(compared.strategy)}{_HEADS}"
+    return f"{compared.cache.name}/{name_of(compared.strategy)}" if isinstance(compared, Cached) else name_of(compared)
 
 
 def label(compared: Compared) -> str:
@@ -64,6 +107,8 @@ def label(compared: Compared) -> str:
         return f"{label(compared.strategy)} +{compared.by}"
     if isinstance(compared, Rounded):
         return f"{label(compared.strategy)} +{compared.precision}"
+    if isinstance(compared, Cached):
+        return f"{compared.cache}/{label(compared.strategy)}"
     if isinstance(compared, Guided):
         preset = compared.preset
         return f"{label(compared.strategy)} {_HEADS} {preset.head_strength:g}x{preset.head_scale:g}"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
@@ -15,10 +15,11 @@ from diffsparse import Dense, Report, Schedule
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.files import folder, locked, read_bytes, write_json
 from diffsparse_eval import environment, metrics
-from diffsparse_eval.compared import Compared, applied, label, sparsity_of, strategy_name
+from diffsparse_eval.compared import Compared, applied, label, ready, sparsity_of, strategy_name
 from diffsparse_eval.rows import DEFINITIONS, SCHEMA, SCHEMA_KEY, Fidelity, ResultRow, RunRow, check_schema
 from diffsparse_pipelines import media
 from diffsparse_pipelines.generation import Generation, generation
+from diffsparse_pipelines.preflight import argument
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 RESULTS = "results.json"
 _KEY = ("prompt", "seed", "arguments")  # identifies a row
+_CALIBRATION_SEED = 2**31 - 1  # no run that is compared has it
 _LONGEST = 120  # letters of a file's name
 R = TypeVar("R", bound=RunRow)
 Settings = Mapping[str, object]
@@ -168,22 +170,23 @@ def run(
     jobs = experiment.jobs()
     total = sum(1 + len(strategies) for _, _, strategies in jobs)
     task = progress.add_task("runs", total=total)
-    warm = False
+    prepared: dict[Compared, Compared] = {}
     for number, (prompt, seed, strategies) in enumerate(jobs):
         missing = [strategy for strategy in strategies if results.find(prompt, seed, strategy) is None]
         progress.advance(task, len(strategies) - len(missing))
         if not missing:
             progress.advance(task)
             continue
-        if not warm:
-            warm = True
-            _warm_up(experiment, pipe, prompt, missing, progress)
+        if fresh := [strategy for strategy in missing if strategy not in prepared]:
+            prepared |= _warm_up(experiment, pipe, prompt, fresh, progress)
         dense = generation(pipe, {**experiment.arguments, "prompt": prompt}, seed, progress)
         progress.advance(task)
         run_name = _run_name(number // len(experiment.seeds), prompt, seed)
         dense_file = _save(experiment, results.out, f"dense {run_name}", dense)
         for strategy in missing:
-            row, sparse = _compare(experiment, pipe, strategy, _Reference(prompt, seed, dense), progress)
+            row, sparse = _compare(
+                experiment, pipe, (strategy, prepared[strategy]), _Reference(prompt, seed, dense), progress
+            )
             again = strategy == Dense()
             row["file"] = dense_file if again else _save(experiment, results.out, f"{row['label']} {run_name}", sparse)
             _compare_attention(row, results.rows)
@@ -198,14 +201,22 @@ def _run_name(number: int, prompt: str, seed: int) -> str:
 
 
 def _warm_up(
-    experiment: Experiment, pipe: DiffusionPipeline, prompt: str, strategies: list[Compared], progress: Progress
-) -> None:
-    """Two steps each, one dense and one sparse: kernels are built and memory is there before anything is timed."""
-    call = {**experiment.arguments, "prompt": prompt, "num_inference_steps": 2}
+    experiment: Experiment, pipe: DiffusionPipeline, prompt: str, strategies: Iterable[Compared], progress: Progress
+) -> dict[Compared, Compared]:
+    """Two steps each, one dense and one sparse: kernels are built and memory is there before anything is timed.
+
+    Gives the strategies as they can run: some step caches want to be calibrated, here on the first prompt.
+    """
+    whole = {**experiment.arguments, "prompt": prompt}
+    call = {**whole, "num_inference_steps": 2}
+    steps = argument(pipe, whole, "num_inference_steps") or 0
     generation(pipe, call, 0, progress)
+    made = {}
     for strategy in strategies:
-        with applied(pipe, strategy, Schedule(dense_first=1)):
+        made[strategy] = ready(strategy, pipe, lambda: generation(pipe, whole, _CALIBRATION_SEED, progress), steps)
+        with applied(pipe, made[strategy], Schedule(dense_first=1)):
             generation(pipe, call, 0, progress)
+    return made
 
 
 @dataclass(frozen=True)
@@ -218,13 +229,19 @@ class _Reference:
 
 
 def _compare(
-    experiment: Experiment, pipe: DiffusionPipeline, strategy: Compared, reference: _Reference, progress: Progress
+    experiment: Experiment,
+    pipe: DiffusionPipeline,
+    strategy: tuple[Compared, Compared],
+    reference: _Reference,
+    progress: Progress,
 ) -> tuple[ResultRow, Generation]:
-    """Run one strategy with the prompt and seed of the reference, and compare them."""
+    """Run one strategy, as asked for and as it can run, with the prompt and seed of the reference; compare them."""
+    asked, run_as = strategy
     call = {**experiment.arguments, "prompt": reference.prompt}
-    with applied(pipe, strategy, experiment.schedule, experiment.strict) as handle:
+    with applied(pipe, run_as, experiment.schedule, experiment.strict) as handle:
         sparse = generation(pipe, call, reference.seed, progress)
-    return _row(experiment, pipe.transformer, strategy, handle.report(), reference, sparse), sparse
+        report = handle.report()
+    return _row(experiment, pipe.transformer, asked, report, reference, sparse), sparse
 
 
 def _row(
@@ -235,7 +252,7 @@ def _row(
     reference: _Reference,
     sparse: Generation,
 ) -> ResultRow:
-    dense = reference.result
+    dense, executed = reference.result, report.executed
     frames, height, width = sparse.frames.shape[:3]
     return {
         "model": experiment.model,
@@ -243,8 +260,9 @@ def _row(
         "label": label(strategy),
         "arguments": repr(strategy),
         "sparsity": sparsity_of(strategy),
-        "density": report.density,
-        "work": report.work,
+        "density": report.density * executed,
+        "work": report.work * executed,
+        "executed": executed,
         "sparse_density": report.sparse_density,
         "steps": report.steps,
         "dense_steps": report.dense_steps,

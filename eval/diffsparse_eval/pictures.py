@@ -17,6 +17,8 @@ from diffsparse_pipelines import media
 if TYPE_CHECKING:
     from diffsparse_eval.rows import ResultRow
 
+_KNOBS = re.compile(r"(?<=\w) \d[\d.]*|:[^/]*(?=/)")  # of a strategy, its sparsity; of a step cache, all
+
 
 def write_sheet(rows: list[ResultRow], prompt: str, seed: int, out: Path) -> None:
     """Write `sheet.png` into `out` from the files of one prompt and seed, the first of an experiment."""
@@ -53,10 +55,10 @@ def write_tradeoff(rows: list[ResultRow], out: Path) -> None:
 
 
 def _lines(rows: list[ResultRow]) -> dict[str, list[dict[str, float]]]:
-    """The means of each strategy's rows at each sparsity, by its label without that number."""
+    """The means of each strategy's rows at each sparsity and cache, by its label without these numbers."""
     lines: dict[str, list[dict[str, float]]] = {}
     for label, group in groups(rows).items():
-        differing = [row for row in group if row["psnr_db"] is not None and row["sparse_density"] is not None]
+        differing = [row for row in group if row["psnr_db"] is not None and row["strategy"] != "dense"]
         if not differing:
             continue  # identical, as dense is
         mean, half = mean_and_interval([row["psnr_db"] or 0.0 for row in differing])
@@ -66,5 +68,5 @@ def _lines(rows: list[ResultRow]) -> dict[str, list[dict[str, float]]]:
             "psnr_db": mean,
             "half": half or 0.0,
         }
-        lines.setdefault(re.sub(r" \d[\d.]*", "", label, count=1), []).append(point)
+        lines.setdefault(_KNOBS.sub("", label), []).append(point)
     return lines

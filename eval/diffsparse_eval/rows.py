@@ -45,7 +45,8 @@ class RunRow(Origin, Fidelity):
 
     strategy, label, arguments: its name, its name with what differs from the defaults, its `repr`.
     sparsity: as asked for; None if the strategy decides it.
-    steps, dense_steps: denoising steps of the run, and those without any sparse call.
+    executed: share of the self-attention calls that no step cache answered.
+    steps, dense_steps: denoising steps that reached attention, and those of them without any sparse call.
     attention_seconds: time inside self-attention.
     memory_bytes: what the strategy keeps between steps.
     fallbacks, backends: calls that went dense unplanned by their reason, and all calls by their backend.
@@ -61,6 +62,7 @@ class RunRow(Origin, Fidelity):
     sparsity: float | None
     density: float
     work: NotRequired[float]
+    executed: NotRequired[float]
     sparse_density: float | None
     steps: int
     dense_steps: int

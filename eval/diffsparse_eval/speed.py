@@ -245,6 +245,7 @@ def _row(
         "sparsity": sparsity_of(strategy),
         "density": sum(n * typical[kind].density for kind, n in many.items()) / test.steps,
         "work": sum(n * typical[kind].work for kind, n in many.items()) / test.steps,
+        "executed": 1.0,
         "sparse_density": report.sparse_density,
         "steps": test.steps,
         "dense_steps": many["dense"] + many["search"] + many["tail"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from diffsparse.guidance.preset import Preset
 from diffsparse.insight.cost import Estimate, flops
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
+from diffsparse.seam.caches import Passes, outlook
 from diffsparse.seam.geometry import Grid
 from diffsparse.seam.models import packed_grid, patch_of, spec_of
 from diffsparse.seam.targets import attentions, models_of
@@ -221,16 +223,32 @@ def preflight(
         return None
     model = next(iter(models_of(pipe).values()))
     seen = layout(model, latent, counted.text)
-    return Estimate.before(flops(model, *counted), strategy, schedule, steps, seen)
+    modules = [module for _, module in attentions(model)]
+    left = outlook(model, modules, Passes(steps, timesteps=_timesteps(pipe, steps)))
+    return Estimate.before(flops(model, *counted), strategy, schedule, steps, seen, left)
+
+
+def _timesteps(pipe: DiffusionPipeline, steps: int) -> tuple[float, ...] | None:
+    """Of a run; None where its scheduler can't tell without the call."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    try:
+        scheduler.set_timesteps(steps)
+    except (TypeError, ValueError):
+        return None
+    return tuple(map(float, scheduler.timesteps.tolist()))
 
 
 def announce(expected: Estimate | None) -> str:
     """The line before a run."""
     if expected is None:
         return "expected speed-up: unknown (of this call's size and steps and the strategy's density, one is not known)"
+    if not expected.is_known:
+        cached = "at least, for the step cache decides as it goes what it skips; "
+    else:
+        cached = f"with {expected.executed:.0%} of the steps' attention left by the step cache; "
     return (
         f"attention is {expected.attention_share:.0%} of your step; expected {expected.speedup:.1f}x "
-        "(an estimate from the count of operations)"
+        f"({cached if expected.executed < 1 or not expected.is_known else ''}an estimate from the count of operations)"
     )
 
 

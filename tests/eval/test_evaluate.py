@@ -19,7 +19,7 @@ from diffsparse.cli import main
 from diffsparse.strategies.paro import PAROSearch
 from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
 from diffsparse_eval import pictures, report, rows
-from diffsparse_eval.commands.evaluate import ComparedOptions, strategies
+from diffsparse_eval.commands.evaluate import ComparedOptions
 from diffsparse_eval.compared import label
 from diffsparse_eval.rows import DEFINITIONS
 from diffsparse_kernels import best_block
@@ -163,12 +163,12 @@ def test_broken_results_are_told_and_overwritten_on_demand(
 
 
 def test_strategies_are_listed_once() -> None:
-    made = strategies(ComparedOptions("adaspa,dense,random", block="16"), "0.5,0.8")
+    made = ComparedOptions("adaspa,dense,random", block="16").strategies([0.5, 0.8])
     assert tuple(made) == (
         *(AdaSpa(0.5, block=16), Dense(), Random(0.5, block=16)),
         *(AdaSpa(0.8, block=16), Random(0.8, block=16)),
     )
-    windowed = strategies(ComparedOptions("gna,random", window="4x8x8"), "0.5,0.8")
+    windowed = ComparedOptions("gna,random", window="4x8x8").strategies([0.5, 0.8])
     assert tuple(windowed) == (GNA((4, 8, 8)), Random(0.5), Random(0.8))  # windows decide its sparsity
     assert [label(s) for s in windowed] == ["gna window=4+8+8", "random 0.5", "random 0.8"]
     assert label(GNA(sparsity=0.7)) == "gna 0.7"

@@ -13,6 +13,7 @@ from diffsparse.errors import ConfigError
 from diffsparse_pipelines import values
 from diffsparse_pipelines.commands import checks
 from diffsparse_pipelines.commands.options import (
+    CACHED,
     GUIDANCE,
     MODEL,
     SAMPLING,
@@ -28,6 +29,7 @@ from diffsparse_pipelines.prompts import read_prompts, read_seeds
 
 if TYPE_CHECKING:
     from diffsparse.guidance.preset import Preset
+    from diffsparse.seam.caching import Caching
     from diffsparse.strategies import Strategy
     from diffsparse_eval.speed import SpeedTest
 
@@ -53,7 +55,7 @@ def evaluate(
         ),
     ],
     strategy: Annotated[
-        str, typer.Option(help=f"Names separated by commas: {STRATEGIES}.", callback=checks.text)
+        str, typer.Option(help=f"Names separated by commas: {STRATEGIES}{CACHED}.", callback=checks.text)
     ] = "digest,adaspa,random",
     sparsity: Annotated[
         str | None, typer.Option(help="Numbers in [0, 1) separated by commas.", show_default="0.8")
@@ -91,25 +93,17 @@ def evaluate(
     --frames.
     """
     knobs = replace(knobs, strategy=strategy)
-    compared = strategies(knobs, sparsity)
+    shares = [None] if sparsity is None else values.shares(sparsity, "--sparsity")
+    compared = knobs.stacks(shares)
     if layers is not None and not random_weights:
         raise ConfigError("--layers goes together with --random-weights: with its own weights a model runs whole")
     if random_weights:
         _check_random(model, guidance)
-        return _without_weights(model, sampling, knobs, layers, compared, out, overwrite)
+        return _without_weights(model, sampling, knobs, layers, knobs.strategies(shares), out, overwrite)
     preset = guidance.preset()
     texts, numbers = read_prompts(prompts, model.name), read_seeds(seeds)
     model.admit(sampling.arguments(), texts)
     _Comparison(model, sampling, knobs, compared, preset, texts, numbers).write(out, overwrite)
-
-
-def strategies(knobs: SparsityOptions, sparsities: str | None) -> Sequence[Strategy]:
-    """Each named strategy at each sparsity; those without that knob once.
-
-    Raises:
-        UnknownNameError, ConfigError: a name, number or knob that doesn't fit.
-    """
-    return knobs.strategies([None] if sparsities is None else values.shares(sparsities, "--sparsity"))
 
 
 @dataclass(frozen=True)
@@ -119,7 +113,7 @@ class _Comparison:
     model: ModelOptions
     sampling: SamplingOptions
     knobs: SparsityOptions
-    strategies: Sequence[Strategy]
+    stacks: Sequence[tuple[Caching | None, Strategy]]
     preset: Preset | None
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -127,7 +121,7 @@ class _Comparison:
     def write(self, out: Path, overwrite: bool) -> None:
         """Load the model, run what is missing in `out`, and show the results."""
         from diffsparse_eval import report
-        from diffsparse_eval.compared import guided
+        from diffsparse_eval.compared import compared, guided
         from diffsparse_eval.evaluation import FILES, check_files, check_packages, evaluate
         from diffsparse_eval.experiment import Experiment
         from diffsparse_pipelines import families
@@ -140,9 +134,10 @@ class _Comparison:
         pipe, schedule = self.model.load(), self.knobs.schedule
         call = self.model.call_arguments(pipe, self.sampling.arguments())
         check(pipe, call, schedule, self.preset, self.knobs.later_searches)
-        compared = guided(self.strategies, self.preset) if self.preset else tuple(self.strategies)
+        plain = compared(self.stacks)
+        strategies = guided(plain, self.preset) if self.preset else plain
         experiment = Experiment(
-            self.model.name, compared, self.prompts, self.seeds, call, schedule, self.knobs.strict, family.fps
+            self.model.name, strategies, self.prompts, self.seeds, call, schedule, self.knobs.strict, family.fps
         )
         with bar(terminal()) as progress:
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,12 +28,14 @@ from diffsparse_pipelines.commands.options import (
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from diffsparse import Handle
     from diffsparse.guidance.preset import Preset
     from diffsparse.insight.cost import Estimate
     from diffsparse.schedule import Schedule
-    from diffsparse.strategies import Strategy
     from diffsparse_pipelines.families import Call, Family
     from diffsparse_pipelines.generation import Generation
+
+PutOn = Callable[..., "Handle"]  # of a pipeline
 
 
 def generate(
@@ -42,6 +46,10 @@ def generate(
     seed: Seed = 0,
     image: Annotated[
         Path | None, typer.Option(help="An input image, for models that take one.", callback=checks.file)
+    ] = None,
+    speed: Annotated[
+        str | None,
+        typer.Option(help="quality, balanced or fast: a step cache, sparse attention on top.", callback=checks.text),
     ] = None,
     model: ModelOptions = MODEL,
     sampling: SamplingOptions = SAMPLING,
@@ -62,6 +70,7 @@ def generate(
         prompt: what should be seen; a caption for the embedded models.
         out: the file: .mp4, .gif, .png (a sheet of frames), .jpg.
         seed: of the initial noise.
+        speed: in place of a strategy; its knobs may be given.
         image: an input image, for models that take one.
         model: which model, and how it is loaded.
         sampling: size, steps and classifier-free guidance.
@@ -75,8 +84,8 @@ def generate(
     """
     from diffsparse_pipelines.preflight import check
 
-    call, schedule, strategy = sampling.arguments(), sparsity.schedule, _one(sparsity)
-    preset = guidance.preset()
+    call, schedule, preset = sampling.arguments(), sparsity.schedule, guidance.preset()
+    put_on = _stack(sparsity) if speed is None else _speed(speed, sparsity)
     family = _check_files(model.name, call, out, image, compare, preset)
     if image is not None:
         from diffsparse_pipelines.media import read_image
@@ -87,14 +96,32 @@ def generate(
     pipe = model.load(with_image=image is not None)
     arguments = model.call_arguments(pipe, call)
     check(pipe, arguments, schedule, preset, sparsity.later_searches)
-    _Run(pipe, arguments, seed, strategy, schedule, sparsity.strict, preset).write(out, family.fps, compare)
+    _Run(pipe, arguments, seed, put_on, schedule, sparsity.strict, preset).write(out, family.fps, compare)
 
 
-def _one(sparsity: SparsityOptions) -> Strategy:
-    strategies = sparsity.strategies()
-    if len(strategies) != 1:
+def _stack(sparsity: SparsityOptions) -> PutOn:
+    """Puts on the one strategy that was named, and the step cache that was named with it."""
+    from diffsparse import accelerate, apply
+
+    stacks = sparsity.stacks()
+    if len(stacks) != 1:
         raise ConfigError(f"generate wants one strategy; got {sparsity.strategy!r}. To compare several, use evaluate")
-    return strategies[0]
+    cache, strategy = stacks[0]
+    return partial(apply, strategy=strategy) if cache is None else partial(accelerate, strategy=strategy, cache=cache)
+
+
+def _speed(speed: str, sparsity: SparsityOptions) -> PutOn:
+    """Puts on what a speed stands for, with the knobs that were given."""
+    from diffsparse.seam.accelerate import SPEEDS, accelerate
+
+    if speed not in SPEEDS:
+        raise ConfigError(f"--speed wants one of {', '.join(SPEEDS)}; got {speed!r}")
+    if sparsity.strategy != SPARSITY.strategy:
+        raise ConfigError(f"--speed chooses the strategy; leave --strategy {sparsity.strategy} out, or --speed")
+    knobs: dict[str, Any] = {
+        name: value for name, value in {**sparsity.knobs, "sparsity": sparsity.sparsity}.items() if value is not None
+    }
+    return partial(accelerate, speed=speed, **knobs)
 
 
 def _check_files(
@@ -140,7 +167,7 @@ class _Run:
     pipe: DiffusionPipeline
     arguments: dict[str, object]
     seed: int
-    strategy: Strategy
+    put_on: PutOn
     schedule: Schedule
     strict: bool
     preset: Preset | None
@@ -159,19 +186,19 @@ class _Run:
 
     def _generate(self, twice: bool) -> tuple[Generation | None, Generation]:
         """One generation, and ahead of it, if asked for, one without head guidance."""
-        from diffsparse import apply, guide
+        from diffsparse import guide
         from diffsparse_pipelines.generation import generation
         from diffsparse_pipelines.preflight import compare
         from diffsparse_pipelines.progress import bar, say, terminal
 
-        estimate = self._announce()
         with ExitStack() as stack:
-            handle = stack.enter_context(apply(self.pipe, self.strategy, schedule=self.schedule, strict=self.strict))
+            handle = stack.enter_context(self.put_on(self.pipe, schedule=self.schedule, strict=self.strict))
+            estimate = self._announce(handle)
             progress = stack.enter_context(bar(terminal()))
             plain = generation(self.pipe, self.arguments, self.seed, progress) if twice else None
             guided = None if self.preset is None else stack.enter_context(guide(self.pipe, self.preset))
             result = generation(self.pipe, self.arguments, self.seed, progress)
-        report = handle.report()
+            report = handle.report()
         say(str(report), highlight=False)
         if guided is not None:
             say(str(guided.report()), highlight=False)
@@ -179,13 +206,14 @@ class _Run:
             say(found, highlight=False)
         return plain, result
 
-    def _announce(self) -> Estimate | None:
+    def _announce(self, handle: Handle) -> Estimate | None:
         """Say what will run, and what it can be expected to save."""
+        from diffsparse.strategies import as_strategy
         from diffsparse_pipelines.preflight import announce, argument, preflight
         from diffsparse_pipelines.progress import say
 
         count = argument(self.pipe, self.arguments, "num_inference_steps")
-        say(f"{self.strategy}, {self.schedule.describe(count)}" if count else f"{self.strategy}")
-        estimate = preflight(self.pipe, self.arguments, self.strategy, self.schedule)
+        say(f"{handle.strategy}, {self.schedule.describe(count)}" if count else f"{handle.strategy}")
+        estimate = preflight(self.pipe, self.arguments, as_strategy(handle.strategy), self.schedule)
         say(announce(estimate), highlight=False)
         return estimate

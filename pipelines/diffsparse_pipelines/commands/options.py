@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from diffsparse.guidance.preset import Preset
+    from diffsparse.seam.caching import Caching
     from diffsparse.strategies import Strategy
     from diffsparse_pipelines.families import Call
 
@@ -32,6 +33,7 @@ STRATEGIES = (
     "+first-order or +tail; all with +int8, +fp8, +int8-int8 or +int8-fp8 in eight bits; for comparison sol, pisa, "
     "svg-ear, dit-fast"
 )
+CACHED = "; with a step cache CACHE/STRATEGY, such as taylor-seer:interval=2/digest or first-block:threshold=0.1/dense"
 
 # --- options of more than one command, or of one of the four and a command ------------------------------------------
 
@@ -284,17 +286,31 @@ class SparsityOptions:
             sparsities: instead of the one sparsity; None is the strategy's own.
 
         Raises:
-            ConfigError: a knob was given that none of them has.
+            ConfigError: a knob was given that none of them has, or a step cache.
             UnknownNameError, ...: as `diffsparse.strategies.parse`.
         """
+        stacks = self.stacks(sparsities)
+        if cached := next((cache for cache, _ in stacks if cache is not None), None):
+            raise ConfigError(f"no step cache serves here; leave {str(cached)!r} and the slash out")
+        return [strategy for _, strategy in stacks]
+
+    def stacks(self, sparsities: Sequence[float | None] = ()) -> list[tuple[Caching | None, Strategy]]:
+        """`strategies`, each with the step cache that stands before it: `taylor-seer:interval=2/digest`."""
         from diffsparse.strategies import parse
 
         shares, knobs = sparsities or [self.sparsity], self.knobs
         given = next((share for share in shares if share is not None), None)
-        _check_strategies(self.strategy, {**knobs, "sparsity": given})
-        return list(
-            dict.fromkeys(made for share in shares for made in parse(self.strategy, **{**knobs, "sparsity": share}))
+        entries = [_cache_of(entry) for entry in values.names(self.strategy)]
+        _check_strategies(",".join(name for _, name in entries), {**knobs, "sparsity": given})
+        if not entries:
+            parse(self.strategy)
+        made = (
+            (cache, strategy)
+            for share in shares
+            for cache, name in entries
+            for strategy in parse(name, **{**knobs, "sparsity": share})
         )
+        return list(dict.fromkeys(made))
 
 
 @dataclass(frozen=True)
@@ -350,6 +366,16 @@ MODEL, SAMPLING, SPARSITY, GUIDANCE = ModelOptions(), SamplingOptions(), Sparsit
 
 
 # --- knobs that were given, and those who have them -----------------------------------------------------------------
+
+
+def _cache_of(entry: str) -> tuple[Caching | None, str]:
+    """The step cache before a slash, and the strategy behind it; a slash may also be in the path of a plan."""
+    from diffsparse.seam.caching import CACHES, Caching
+
+    cache, slash, strategy = entry.partition("/")
+    if slash and cache.partition(":")[0].lower() in CACHES:
+        return Caching.parse(cache.lower()), strategy
+    return None, entry
 
 
 def _check_strategies(listed: str, given: dict[str, object]) -> None:
