@@ -270,6 +270,7 @@ def _row(
         "dense_seconds": dense.seconds,
         "seconds": sparse.seconds,
         "speedup": dense.seconds / sparse.seconds,
+        "cpu_speedup": _finite(dense.cpu_seconds / sparse.cpu_seconds),
         "attention_seconds": report.attention_seconds,
         "attention_share": None,
         "attention_speedup": None,

@@ -86,11 +86,13 @@ class RunRow(Origin, Fidelity):
 class ResultRow(RunRow):
     """A run with the model's weights, compared with the dense video of the same prompt and seed.
 
+    cpu_speedup: by the time of this process on the processor, which other processes disturb less.
     modes: share of heads in each mode, of a strategy that chooses by head.
     heads: the modes of a layer's heads separated by spaces, by layer and step.
     file: of the video or image, in the folder of the results.
     """
 
+    cpu_speedup: NotRequired[float | None]
     modes: dict[str, float]
     heads: dict[str, dict[str, str]]
     file: str

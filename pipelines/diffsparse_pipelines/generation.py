@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,11 +29,13 @@ class Generation(NamedTuple):
     frames: float32 [F, H, W, C] in [0, 1].
     latents: of the last step, if the pipeline shows them.
     seconds: wall time of the call.
+    cpu_seconds: processor time of this process in it.
     """
 
     frames: np.ndarray
     latents: Tensor | None
     seconds: float
+    cpu_seconds: float = math.nan
 
 
 def call_arguments(
@@ -73,13 +76,14 @@ def generation(
             progress.update(task, completed=step + 1, total=len(pipe.scheduler.timesteps))
         return tensors
 
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     try:
         out = _call(pipe, arguments, torch.Generator().manual_seed(seed), after_step)
     finally:
         if progress is not None and task is not None:
             progress.remove_task(task)
-    return Generation(_clips(out)[0], last.get("latents"), time.perf_counter() - start)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return Generation(_clips(out)[0], last.get("latents"), seconds, cpu_seconds)
 
 
 def generations(

@@ -74,10 +74,10 @@ def test_a_second_seed_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def fake(experiment: Any, pipe: Any, strategy: Any, reference: Any, *_: Any) -> tuple[dict[str, Any], Any]:
         ran.append(reference.seed)
-        return {**row(reference.seed, strategy, reference.prompt), "label": "x", "attention_seconds": None}, frames
+        return {**row(reference.seed, strategy[0], reference.prompt), "label": "x", "attention_seconds": None}, frames
 
     monkeypatch.setattr(experiment_module, "generation", lambda *_: frames)
-    monkeypatch.setattr(experiment_module, "_warm_up", lambda *_: None)
+    monkeypatch.setattr(experiment_module, "_warm_up", lambda *given: {s: s for s in given[3]})
     monkeypatch.setattr(experiment_module, "_compare", fake)
 
     class Silent:
