@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -71,21 +72,26 @@ def _parts(compared: Compared) -> tuple[Strategy, Caching | None]:
     return (inner.strategy, inner.cache) if isinstance(inner, Cached) else (inner, None)
 
 
-def ready(compared: Compared, pipe: DiffusionPipeline, calibration: Callable[[], object], steps: int) -> Compared:
-    """MagCache with the ratios that it wants, from a run of `calibration`; anything else as it is.
-
-    They are the ratios of the norms of successive residuals, of a model at a number of steps (arXiv 2506.09045).
-    """
+def ready(compared: Compared, steps: int, ratios: Callable[[], list[float]]) -> Compared:
+    """MagCache with the `ratios` that it wants for a run of `steps`; anything else as it is."""
     inner = compared.strategy if isinstance(compared, Guided) else compared
     if not isinstance(inner, Cached) or inner.cache.name != "mag" or "ratios" in dict(inner.cache.knobs):
         return compared
-    asked, printed = Caching("mag", calibrate=True, steps=steps), io.StringIO()
-    with applied(pipe, Cached(asked, Dense()), Schedule(0)), redirect_stdout(printed):
-        calibration()
-    ratios = next(line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]"))
-    knobs = {**dict(inner.cache.knobs), "steps": steps, "ratios": json.loads(ratios)}
+    knobs = {**dict(inner.cache.knobs), "steps": steps, "ratios": ratios()}
     cached = Cached(Caching("mag", **knobs), inner.strategy)
     return Guided(cached, compared.preset) if isinstance(compared, Guided) else cached
+
+
+def magnitude_ratios(pipe: DiffusionPipeline, steps: int, generate: Callable[[], object]) -> list[float]:
+    """How the norms of a model's residuals change from step to step in one run of `generate` (arXiv 2506.09045).
+
+    MagCache prints what it finds, once for each guidance branch; the first is the conditional one.
+    """
+    asked, printed = Caching("mag", calibrate=True, steps=steps), io.StringIO()
+    with applied(pipe, Cached(asked, Dense()), Schedule(0)), redirect_stdout(printed):
+        generate()
+    found: list[float] = json.loads(next(line for line in printed.getvalue().splitlines() if re.match(r"\[\d", line)))
+    return found
 
 
 def sparsity_of(compared: Compared) -> float | None:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
@@ -15,7 +16,7 @@ from diffsparse import Dense, Report, Schedule
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse.files import folder, locked, read_bytes, write_json
 from diffsparse_eval import environment, metrics
-from diffsparse_eval.compared import Compared, applied, label, ready, sparsity_of, strategy_name
+from diffsparse_eval.compared import Compared, applied, label, magnitude_ratios, ready, sparsity_of, strategy_name
 from diffsparse_eval.rows import DEFINITIONS, SCHEMA, SCHEMA_KEY, Fidelity, ResultRow, RunRow, check_schema
 from diffsparse_pipelines import media
 from diffsparse_pipelines.generation import Generation, generation
@@ -210,11 +211,11 @@ def _warm_up(
     whole = {**experiment.arguments, "prompt": prompt}
     call = {**whole, "num_inference_steps": 2}
     steps = argument(pipe, whole, "num_inference_steps") or 0
+    ratios = cache(lambda: magnitude_ratios(pipe, steps, lambda: generation(pipe, whole, _CALIBRATION_SEED, progress)))
     generation(pipe, call, 0, progress)
-    made = {}
-    for strategy in strategies:
-        made[strategy] = ready(strategy, pipe, lambda: generation(pipe, whole, _CALIBRATION_SEED, progress), steps)
-        with applied(pipe, made[strategy], Schedule(dense_first=1)):
+    made = {strategy: ready(strategy, steps, ratios) for strategy in strategies}
+    for strategy in made.values():
+        with applied(pipe, strategy, Schedule(dense_first=1)):
             generation(pipe, call, 0, progress)
     return made
 

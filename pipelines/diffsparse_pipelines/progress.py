@@ -97,7 +97,7 @@ def _show_rich(rows: list[list[str]], alignment: str, headings: Sequence[str], t
     from rich.table import Column, Table
 
     sides: dict[str, Literal["left", "right"]] = {"l": "left", "r": "right"}
-    columns = [Column(justify=sides[letter], no_wrap=not wrap) for letter in alignment]
+    columns = [Column(justify=sides[letter], no_wrap=not wrap, overflow="fold") for letter in alignment]
     if headings:
         for column, heading in zip(columns, headings, strict=True):
             column.header = heading

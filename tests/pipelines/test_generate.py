@@ -227,3 +227,41 @@ def test_flow_shift_and_float32_vae_are_set(tmp_path: Path, monkeypatch: pytest.
     assert loaded.vae.dtype == torch.float32
     assert loaded.transformer.dtype == torch.bfloat16
     assert loaded.vae.use_tiling
+
+
+TWIN = ["generate", "--model", "tiny-twin", "--steps", "12", "--block", "16"]
+
+
+@pytest.mark.parametrize("chosen", [["--speed", "fast"], ["--strategy", "taylor-seer:interval=3/tangent"]])
+def test_a_step_cache_by_speed_or_by_name(
+    chosen: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*TWIN, *chosen, "--sparsity", "0.7", "--out", str(tmp_path / "out.png")])
+    assert not ended.value.code
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(sparsity=0.7, block=16" in said
+    assert "of the steps' attention left by the step cache" in said
+    assert "steps 12: 6 executed (3 dense, 3 sparse), 6 skipped" in said
+    assert "step cache: taylor-seer:interval=3:order=1:warm_up=3" in said
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        (["--speed", "quick"], "--speed wants one of quality, balanced, fast; got 'quick'"),
+        (["--speed", "fast", "--strategy", "adaspa"], "leave --strategy adaspa out"),
+        (["--speed", "fast", "--window", "4x4x4"], "accelerate has no window here; it has"),
+        (["--strategy", "taylor-seer:steps=2/digest"], "step cache 'taylor-seer' has no 'steps'; it has"),
+        (["--strategy", "taylor-seer:interval/digest"], "wanted knob=value, as in taylor-seer:interval=2"),
+        (["--strategy", "mag/digest"], "`mag_ratios` must be provided"),
+    ],
+)
+def test_a_step_cache_that_does_not_fit(
+    chosen: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*TWIN, *chosen, "--out", str(tmp_path / "out.png")])
+    assert ended.value.code == 2
+    assert reason in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())

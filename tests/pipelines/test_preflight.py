@@ -10,10 +10,14 @@ import pytest
 from torch import Tensor
 
 import diffsparse
-from diffsparse import GNA, AdaSpa, Layout, Random, Schedule
+from diffsparse import GNA, AdaSpa, Digest, Layout, Random, Schedule, Tangent
 from diffsparse.cli import main
+from diffsparse.insight.cost import Estimate
+from diffsparse.seam.caching import Caching, put_on
+from diffsparse.strategies import as_strategy
 from diffsparse.strategies.gna.bounds import bounds_of
 from diffsparse_pipelines import tiny
+from diffsparse_pipelines.generation import generation
 from diffsparse_pipelines.preflight import Compression, Tokens, announce, layout, preflight, tokens
 from support.tiny_pipelines import BUILDERS, run
 
@@ -84,3 +88,45 @@ def test_generate_says_what_to_expect_and_what_came(tmp_path: Path, capsys: pyte
     assert re.search(
         r"attention was \d+% of a dense call \(expected \d+%\), the run was \d+\.\d+x (fast|slow)er \(expected", printed
     )
+
+
+RATIOS = [1.0, 0.9, 1.05, 0.97, 1.02, 0.99, 1.01, 0.95, 1.0, 1.0, 1.04, 0.98, 1.0, 0.9]
+KNOWN = [
+    Caching("taylor-seer", interval=3),
+    Caching("taylor-seer", interval=2, warm_up=5, disable_cache_after_step=11),
+    Caching("mag", threshold=0.1, steps=14, ratios=RATIOS),
+    Caching("pab", range=3, timesteps=(100, 800)),
+]
+
+
+def cached_run(cache: Caching, strategy: Any) -> tuple[Estimate | None, diffsparse.Report]:
+    pipe = tiny.load("twin")
+    call = {**tiny.defaults("twin"), "num_inference_steps": 14, "guidance_scale": 1.0, "prompt": tiny.prompts(1)[0]}
+    with diffsparse.apply(pipe, strategy) as handle:
+        handle.also(lambda model: put_on(model, cache.config(model, pipe)))
+        expected = preflight(pipe, call, as_strategy(strategy), Schedule())
+        generation(pipe, call, 0)
+        return expected, handle.report()
+
+
+@pytest.mark.parametrize("strategy", [Digest(0.8, 16), Tangent(0.7, 16), AdaSpa(0.6, block=16)], ids=str)
+@pytest.mark.parametrize("cache", KNOWN, ids=str)
+def test_the_estimate_under_a_step_cache_agrees_with_the_calls_that_were_counted(cache: Caching, strategy: Any) -> None:
+    expected, report = cached_run(cache, strategy)
+    assert expected is not None
+    assert expected.is_known
+    assert expected.executed == pytest.approx(report.executed)
+    assert report.executed < 1
+    assert expected.attention_speedup == pytest.approx(1 / (report.work * report.executed), rel=0.03)
+    left = 1 - expected.attention_share
+    rest = left * expected.executed if report.cache_is_wide else left
+    assert expected.speedup == pytest.approx(1 / (rest + expected.attention_share / expected.attention_speedup))
+    assert f"{expected.executed:.0%} of the steps' attention left by the step cache" in announce(expected)
+
+
+def test_the_estimate_under_a_cache_that_decides_as_it_goes_is_a_bound() -> None:
+    expected, report = cached_run(Caching("first-block", threshold=0.5), Tangent(0.7, 16))
+    assert expected is not None
+    assert not expected.is_known
+    assert expected.attention_speedup < 1 / (report.work * report.executed)
+    assert "at least, for the step cache decides as it goes" in announce(expected)

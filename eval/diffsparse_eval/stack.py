@@ -1,0 +1,229 @@
+"""What a step cache, sparse attention and both together are worth: `python -m diffsparse_eval.stack RESULTS...`.
+
+Rows come from `diffsparse evaluate --strategy CACHE/STRATEGY,...` (`make stack` runs it), on any model and machine.
+Writes `stack.json`, `stack.md` and `stack.png` beside the first of the results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from diffsparse.errors import InputFileError
+from diffsparse.files import read_bytes, write_json, write_text
+from diffsparse_eval import charts
+from diffsparse_eval.metrics import mean_and_interval
+from diffsparse_eval.report import groups
+from diffsparse_eval.rows import ResultRow
+from diffsparse_pipelines.tables import markdown_table
+
+SHARES = (0.5, 0.7, 0.85)  # of attention in a dense step, for which speed is counted
+TARGETS = (2.1, 2.5, 3.0)
+_KINDS = ("cache alone", "sparse alone", "stack")
+_FAMILIES = {"taylor-seer": "TaylorSeer", "first-block": "FirstBlockCache", "mag": "MagCache", "": "no cache"}
+
+
+class Point(NamedTuple):
+    """One setting.
+
+    label: of the setting.
+    kind: "cache alone", "sparse alone" or "stack".
+    psnr_db: by prompt and seed.
+    speedups: measured, likewise: by processor time on a CPU, else by the clock.
+    executed, work: shares of steps that reach attention, and of a dense run's attention that is computed.
+    """
+
+    label: str
+    kind: str
+    psnr_db: list[float]
+    speedups: list[float]
+    executed: float
+    work: float
+
+    @property
+    def measured(self) -> float:
+        """Mean speed-up."""
+        return mean(self.speedups)
+
+    def counted(self, share: float) -> float:
+        """Speed-up where attention takes `share` of a dense step and nothing but operations takes time."""
+        return 1 / (share * self.work + (1 - share) * self.executed)
+
+
+Speed = Callable[[Point], float]
+
+
+class Margin(NamedTuple):
+    """What the stack gains over a cache alone at that cache's speed, prompt by prompt.
+
+    target: speed that was asked for.
+    cache: the cache setting nearest to it.
+    speedup: of that setting.
+    cache_db, stack_db: mean PSNR at it.
+    gain_db, half: mean of the difference, and half of its 95 % interval.
+    """
+
+    target: float
+    cache: str
+    speedup: float
+    cache_db: float
+    stack_db: float
+    gain_db: float
+    half: float | None
+
+
+def points(rows: list[ResultRow]) -> list[Point]:
+    """The settings of some rows, without dense."""
+    found = []
+    for label, group in groups(rows).items():
+        name = group[0]["strategy"]
+        ran = sorted((row for row in group if row["psnr_db"] is not None), key=lambda row: (row["prompt"], row["seed"]))
+        if name == "dense" or not ran:
+            continue
+        kind = "sparse alone" if "/" not in name else "cache alone" if name.endswith("/dense") else "stack"
+        speeds = [row.get("cpu_speedup") or row["speedup"] if _on_cpu(row) else row["speedup"] for row in ran]
+        shares = ([row[key] for row in ran] for key in ("executed", "work"))
+        found.append(Point(label, kind, [row["psnr_db"] or 0.0 for row in ran], speeds, *map(mean, shares)))
+    return found
+
+
+def _on_cpu(row: ResultRow) -> bool:
+    return "threads" in row["device"]
+
+
+def margins(settings: list[Point], speed: Speed, targets: Iterable[float] = TARGETS) -> list[Margin]:
+    """At each speed: the cache alone that is nearest to it, and the stack at that cache's speed, interpolated.
+
+    Only settings with no better one at their speed count ("best"), and only where stacks lie on both sides.
+    """
+    caches, stacks = (best((p for p in settings if p.kind == kind), speed) for kind in ("cache alone", "stack"))
+    found = []
+    for target in targets:
+        cache = min(caches, key=lambda point: abs(speed(point) - target), default=None)
+        if cache is None or not stacks or not speed(stacks[0]) <= speed(cache) <= speed(stacks[-1]):
+            continue
+        gains = np.array(_between(stacks, speed, speed(cache))) - np.array(cache.psnr_db)
+        gain, half = mean_and_interval([float(each) for each in gains])
+        there = mean(cache.psnr_db)
+        found.append(Margin(target, cache.label, speed(cache), there, there + gain, gain, half))
+    return found
+
+
+def best(settings: Iterable[Point], speed: Speed) -> list[Point]:
+    """Those with no other that is faster and closer to dense, the slowest first."""
+    kept: list[Point] = []
+    for point in sorted(settings, key=speed, reverse=True):
+        if not kept or mean(point.psnr_db) > mean(kept[-1].psnr_db):
+            kept.append(point)
+    return kept[::-1]
+
+
+def _between(stacks: list[Point], speed: Speed, at: float) -> list[float]:
+    """PSNR of each prompt at a speed between those of settings."""
+    by_prompt = zip(*(point.psnr_db for point in stacks), strict=True)
+    return [float(np.interp(at, [speed(point) for point in stacks], values)) for values in by_prompt]
+
+
+def table(settings: list[Point]) -> str:
+    """All settings, the slowest first."""
+    headings = [
+        "setting",
+        "PSNR dB",
+        "speed-up",
+        "steps left",
+        "attention left",
+        *(f"counted at {s:g}" for s in SHARES),
+    ]
+    lines = []
+    for point in sorted(settings, key=lambda point: point.measured):
+        cells = [_cell(point.psnr_db, 1), _cell(point.speedups, 2) + "x", f"{point.executed:.2f}", f"{point.work:.3f}"]
+        lines.append([point.label, *cells, *(f"{point.counted(share):.2f}x" for share in SHARES)])
+    return markdown_table(headings, lines)
+
+
+def _cell(values: list[float], digits: int) -> str:
+    middle, half = mean_and_interval(values)
+    return f"{middle:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+
+
+def margin_table(settings: list[Point]) -> str:
+    """What the stack gains at the speeds of caches, measured and counted."""
+    ways: list[tuple[str, Speed]] = [("measured", lambda point: point.measured)]
+    ways += [(f"counted at {share:g}", partial(Point.counted, share=share)) for share in SHARES]
+    headings = ["speed", "cache alone", "its speed-up", "its dB", "stack's dB", "gain"]
+    lines = [_margin_line(name, each) for name, speed in ways for each in margins(settings, speed)]
+    return markdown_table(headings, lines)
+
+
+def _margin_line(name: str, each: Margin) -> list[str]:
+    gain = f"{each.gain_db:+.1f}" + ("" if each.half is None else f" ± {each.half:.1f}")
+    numbers = [f"{each.speedup:.2f}x", f"{each.cache_db:.1f}", f"{each.stack_db:.1f}"]
+    return [f"{each.target:g}x {name}", each.cache.removesuffix("/dense"), *numbers, gain]
+
+
+def chart(by_guidance: dict[str, list[Point]]) -> Figure:
+    """PSNR over measured speed-up: caches alone, sparse attention alone, and stacks; a panel for each file."""
+    figure = Figure(figsize=(5.4 * len(by_guidance), 4.8), layout="constrained")
+    axes = figure.subplots(1, len(by_guidance), sharey=True, squeeze=False)[0]
+    for panel, (title, settings) in zip(axes, by_guidance.items(), strict=True):
+        for number, name in enumerate(dict.fromkeys(map(series, settings))):
+            _draw(panel, [point for point in settings if series(point) == name], name, number)
+        panel.set_title(title, fontsize=11)
+        panel.set_xlabel("speed-up of the whole run", fontsize=11)
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel("PSNR to the dense video, dB", fontsize=11)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    return figure
+
+
+def series(point: Point) -> str:
+    """The line of a setting in the chart: "TaylorSeer + digest"."""
+    cache, slash, strategy = point.label.rpartition("/")
+    family, method = _FAMILIES[cache.partition(":")[0]], strategy.partition(" ")[0]
+    if not slash:
+        return f"{method} alone"
+    return f"{family} alone" if method == "dense" else f"{family} + {method}"
+
+
+def _draw(panel: Axes, settings: list[Point], name: str, number: int) -> None:
+    settings = sorted(settings, key=lambda point: point.measured)
+    spread = [mean_and_interval(point.psnr_db) for point in settings]
+    middles, halves = [middle for middle, _ in spread], [half or 0.0 for _, half in spread]
+    speeds = [point.measured for point in settings]
+    panel.errorbar(speeds, middles, halves, label=name, capsize=2, linewidth=1.4, **charts.line(number))
+
+
+def read(path: Path) -> list[ResultRow]:
+    """The rows of a `results.json`.
+
+    Raises:
+        InputFileError: it can't be read.
+    """
+    try:
+        rows: list[ResultRow] = json.loads(read_bytes(path, most=2**30))["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputFileError(f"can't read {path}: wanted a results.json of diffsparse evaluate; {error!r}") from error
+    return rows
+
+
+def main(paths: list[Path]) -> None:
+    """Write the table and the chart of some files beside the first."""
+    files = {path.stem.replace("-", " "): points(read(path)) for path in paths}
+    out = paths[0].parent
+    parts = [f"## {name}\n\n{margin_table(found)}\n\n{table(found)}\n" for name, found in files.items()]
+    write_text("# Step cache, sparse attention, and both\n\n" + "\n".join(parts), out / "stack.md")
+    write_json({name: [point._asdict() for point in found] for name, found in files.items()}, out / "stack.json")
+    charts.save(chart(files), out / "stack.png")
+
+
+if __name__ == "__main__":
+    main([Path(name) for name in sys.argv[1:]])
