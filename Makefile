@@ -3,6 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 GPU_SECONDS ?= 480
+EMPTY :=
+COMMA := ,
+CACHES := $(foreach i,2 3 4 5 6,taylor-seer:interval=$(i)) $(foreach t,0.1 0.15 0.2,first-block:threshold=$(t)) \
+	$(foreach t,0.03 0.06,mag:threshold=$(t))
+STACKS := digest,tangent$(subst $(EMPTY) ,,$(foreach cache,$(CACHES),$(COMMA)$(cache)/dense$(COMMA)$(cache)/digest$(COMMA)$(cache)/tangent))
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # The kernels must compile with what torch 2.11 comes with, too: a second Triton, for the tests alone.
 SECOND_TRITON := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton-3.6
@@ -11,11 +16,13 @@ SECOND_TRITON := $(BIN)/python -m pip install --quiet --disable-pip-version-chec
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 FOLDERS := .whl/site:.:kernels:pipelines:eval
 
-.PHONY: help demo test gpu gpu-wheels gpu-tables lint format wheel clean
+.PHONY: help demo test stack stack-tables gpu gpu-wheels gpu-tables lint format wheel clean
 
 help:
 	@echo "make demo    generate and compare videos of the embedded model: dense, AdaSpa, Digest, random"
 	@echo "make test    format, lint, types and all tests"
+	@echo "make stack   measure step caches with and without sparse attention: two hours on one core, goes on where it stopped"
+	@echo "make stack-tables  write its tables and its chart into docs/stack.md and eval/results"
 	@echo "make gpu     in some minutes, all that a CUDA device makes of the kernels; GPU_SECONDS=480, OUT=out/gpu"
 	@echo "make gpu-wheels  download what runs whole models on a GPU machine that has no network"
 	@echo "make gpu-tables  write the tables of eval/results/gpu into README.md and docs/gpu.md"
@@ -41,6 +48,17 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
+
+stack: $(VENV)/.user
+	for scale in 1 5; do \
+		OMP_NUM_THREADS=1 $(BIN)/diffsparse evaluate --strategy "$(STACKS)" --prompts 12 --guidance-scale $$scale \
+			--out out/stack-guidance-$$scale && \
+		cp out/stack-guidance-$$scale/results.json eval/results/stack-guidance-$$scale.json || exit; \
+	done
+	$(BIN)/python -m diffsparse_eval.stack
+
+stack-tables: $(VENV)/.user
+	$(BIN)/python -m diffsparse_eval.stack
 
 gpu:
 	@if ls .whl/*.whl >/dev/null 2>&1; then \

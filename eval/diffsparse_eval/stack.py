@@ -1,7 +1,8 @@
 """What a step cache, sparse attention and both together are worth: `python -m diffsparse_eval.stack RESULTS...`.
 
-Rows come from `diffsparse evaluate --strategy CACHE/STRATEGY,...` (`make stack` runs it), on any model and machine.
-Writes `stack.json`, `stack.md` and `stack.png` beside the first of the results.
+Results are what `diffsparse evaluate --strategy CACHE/STRATEGY,...` writes, of any model on any machine (`make stack`
+does it for the embedded one). Writes `stack.md` and `stack.png` beside the first of them; without any, those of the
+project's own, `eval/results/stack-*.json`, and its docs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diffsparse.errors import InputFileError
-from diffsparse.files import read_bytes, write_json, write_text
+from diffsparse.files import read_bytes, write_text
 from diffsparse_eval import charts
 from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.report import groups
@@ -28,7 +29,8 @@ from diffsparse_pipelines.tables import markdown_table
 
 SHARES = (0.5, 0.7, 0.85)  # of attention in a dense step, for which speed is counted
 TARGETS = (2.1, 2.5, 3.0)
-_KINDS = ("cache alone", "sparse alone", "stack")
+_ROOT = Path(__file__).parents[2]
+_BEGIN, _END = "<!-- stack: made by make stack-tables -->", "<!-- /stack -->"
 _FAMILIES = {"taylor-seer": "TaylorSeer", "first-block": "FirstBlockCache", "mag": "MagCache", "": "no cache"}
 
 
@@ -215,15 +217,34 @@ def read(path: Path) -> list[ResultRow]:
     return rows
 
 
-def main(paths: list[Path]) -> None:
-    """Write the table and the chart of some files beside the first."""
-    files = {path.stem.replace("-", " "): points(read(path)) for path in paths}
-    out = paths[0].parent
-    parts = [f"## {name}\n\n{margin_table(found)}\n\n{table(found)}\n" for name, found in files.items()]
-    write_text("# Step cache, sparse attention, and both\n\n" + "\n".join(parts), out / "stack.md")
-    write_json({name: [point._asdict() for point in found] for name, found in files.items()}, out / "stack.json")
-    charts.save(chart(files), out / "stack.png")
+def text(files: dict[str, list[Point]]) -> str:
+    """What is gained at the speeds of caches, and all settings, for each of some files."""
+    parts = (f"### {name.capitalize()}\n\n{margin_table(found)}\n\n{table(found)}\n" for name, found in files.items())
+    return "\n".join(parts)
+
+
+def write(paths: list[Path]) -> str:
+    """Write the tables and the chart of some files beside the first; gives the tables."""
+    files = {path.stem.removeprefix("stack-").replace("-", " "): points(read(path)) for path in paths}
+    made = text(files)
+    write_text(f"## Step cache, sparse attention, and both\n\n{made}", paths[0].parent / "stack.md")
+    charts.save(chart(files), paths[0].parent / "stack.png")
+    return made
+
+
+def main(names: list[str]) -> None:
+    """Write tables and chart of some results, or the project's own."""
+    if names:
+        write([Path(name) for name in names])
+        return
+    page = _ROOT / "docs/stack.md"
+    if not page.is_file():
+        print("error: the docs are made in a checkout of the project; wanted some results.json", file=sys.stderr)
+        sys.exit(2)
+    before, rest = page.read_text().split(_BEGIN)
+    made = write(sorted((_ROOT / "eval/results").glob("stack-*.json")))
+    write_text(f"{before}{_BEGIN}\n{made}{_END}{rest.split(_END)[1]}", page)
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]])
+    main(sys.argv[1:])
