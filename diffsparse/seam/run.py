@@ -217,21 +217,23 @@ class Run(ModelHook):  # type: ignore[misc]
         """A forward pass begins, with the step caches that its layers are behind."""
         for layer, cache in zip(self.layers, caches, strict=True):
             layer.cache = cache
-        if self.extra_pass is None:
-            self.ledger.idle += 1
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        extra = self.extra_pass
+        self.ledger.begin_pass(self.context.name if extra is None else extra.branch, extra is not None)
 
     def _open(self, layer: Layer, moment: Moment) -> CallRecord:
         """Begin the record of a call; in a new run nothing of the last one is left."""
         if moment.run != self._run:
             self._forget()
             self._run, self.ledger = moment.run, Ledger(memories=self._memories, length=moment.steps)
+            self._begin_pass()
             pipe = self.clock.pipe
             self._takes_turns = pipe is not None and len(entrances_of(pipe)) > 1
             if moment.steps is None and (unknown := self.schedule.of_unknown_length()):
                 self.ledger.note(unknown)
-        record = self.ledger.open(layer.name, moment.step, moment.branch)
-        if layer.cache is not None:
-            self.ledger.cache = layer.cache.name
+        record = self.ledger.open(layer.name, moment.step, moment.branch, layer.cache and layer.cache.name)
         record.note = "" if self.grid is None else self.grid.note
         self._bound(moment)
         return record
@@ -267,7 +269,7 @@ class Run(ModelHook):  # type: ignore[misc]
 
     def _executed(self, cache: StepCache, moment: Moment, first: int) -> Collection[int] | None:
         """The steps that a cache, which counts from the step `first`, leaves to layers behind it; asked once a run."""
-        branches = self.ledger.branches
+        branches = self.ledger.beside(moment.branch)
         key = cache, len(branches), branches.index(moment.branch), first
         if key not in self._known:
             timesteps = self.clock.timesteps if cache.wants_timesteps else None
