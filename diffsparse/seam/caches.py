@@ -51,6 +51,10 @@ class StepCache:
         """Whether `executed` does."""
         return self.rule is _broadcast_steps
 
+    def reads(self, timestep: float) -> bool:
+        """Whether it is told that timestep now: Mochi tells 1000 less the scheduler's."""
+        return float(self.hook.current_timestep_callback()) == timestep  # type: ignore[attr-defined]
+
     def executed(self, passes: Passes) -> Collection[int] | None:
         """The steps that reach the layer; None if the cache decides as it goes."""
         return None if self.rule is None else self.rule(self.hook, passes)

@@ -273,6 +273,7 @@ class Run(ModelHook):  # type: ignore[misc]
         key = cache, len(branches), branches.index(moment.branch), first
         if key not in self._known:
             timesteps = self.clock.timesteps if cache.wants_timesteps else None
+            timesteps = timesteps if timesteps and cache.reads(timesteps[moment.step]) else None
             passes = Passes((moment.steps or 0) - first, *key[1:3], timesteps and timesteps[first:])
             steps = cache.executed(passes)
             self._known[key] = None if steps is None else frozenset(first + step for step in steps)

@@ -239,7 +239,7 @@ def test_the_blocks_that_stay_are_those_that_what_was_kept_is_of() -> None:
     strategy = Digest(0.8, 32, probes=False)
     strategy.observe(*others, site(LONG, 9, 50, memory))
     bits = memory["kept"].blocks
-    between = strategy._between(memory["kept"].renewals, 50, 9)
+    between = strategy._between(memory["kept"].plan)
     blocks = between._blocks(*others, site(LONG, 9, 50), None)
     assert torch.equal(bits, blocks.lists.packed())
     found = strategy.attend(*qkv, site(LONG, 10, 50, memory))
