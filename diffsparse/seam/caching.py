@@ -90,7 +90,11 @@ CACHES: dict[str, _Kind] = {
         {"range": "spatial_attention_block_skip_range", "timesteps": "spatial_attention_timestep_skip_range"},
         {},
     ),
-    "faster": _Kind("FasterCacheConfig", {"range": "spatial_attention_block_skip_range"}, {}),
+    "faster": _Kind(
+        "FasterCacheConfig",
+        {"range": "spatial_attention_block_skip_range", "timesteps": "spatial_attention_timestep_skip_range"},
+        {},
+    ),
     "sea": _Kind("SeaCacheConfig", {}, {}),
     "text-kv": _Kind("TextKVCacheConfig", {}, {}),
 }

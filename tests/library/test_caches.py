@@ -1,0 +1,328 @@
+"""Step caches under sparse attention: same bits, true counts, kept budgets; and the one line that puts both on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import diffusers as d
+import pytest
+import torch
+from diffusers.hooks import HookRegistry
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import diffsparse
+from diffsparse import AdaSpa, Dense, Digest, Layout, Schedule, Tangent
+from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelError
+from diffsparse.seam.caches import Passes, StepCache, cache_on
+from diffsparse.seam.caching import BLOCKS, CACHES, Caching, caches_of
+from diffsparse.seam.targets import attentions, models_of
+from support.methods import METHODS
+from support.tiny_pipelines import BUILDERS
+from support.tiny_transformers import CASES, build, inputs, tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid")  # FasterCache calls it as it no longer should be
+ALWAYS = Schedule(dense_first=0)
+STEPS, OTHER = 8, 10
+# Clips of several blocks of 16 tokens.
+SIZES: dict[str, dict[str, int]] = {
+    "wan": {"height": 96, "width": 96},
+    "wan22": {"height": 96, "width": 96},
+    "hunyuan_video": {"height": 64, "width": 64},
+    "cogvideox": {"height": 96, "width": 96},
+    "ltx": {},
+    "mochi": {"height": 96, "width": 96},
+    "flux": {"height": 24, "width": 24},
+    "sd3": {"height": 12, "width": 12},
+    "qwen_image": {"height": 96, "width": 96},
+}
+ONE_BATCH = ("cogvideox", "ltx", "mochi", "sd3")  # both guidance branches in one pass
+ONE_BRANCH = ("hunyuan_video",)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A step cache, and why not on a family: there it fails or does nothing by itself."""
+
+    on: Callable[[Any], None]
+    off: Callable[[Any], None]
+    title: str
+    without: dict[str, str] = field(default_factory=dict)
+
+
+def of_diffusers(title: str, caching: Caching, **without: str) -> Cache:
+    def on(pipe: Any) -> None:
+        for model in models_of(pipe).values():
+            model.enable_cache(caching.config(model, pipe))
+
+    def off(pipe: Any) -> None:
+        for model in models_of(pipe).values():
+            model.disable_cache()
+
+    return Cache(on, off, title, {"sd3": "its transformer takes no caches of Diffusers", **without})
+
+
+def of_cache_dit(**without: str) -> Cache:
+    def on(pipe: Any) -> None:
+        dit = pytest.importorskip("cache_dit")
+        settled = dit.DBCacheConfig(
+            Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=9.0, max_continuous_cached_steps=2
+        )
+        dit.enable_cache(pipe, cache_config=settled)
+
+    def off(pipe: Any) -> None:
+        pytest.importorskip("cache_dit").disable_cache(pipe)
+
+    return Cache(on, off, "cache-dit", without)
+
+
+def without(reason: str, *families: str) -> dict[str, str]:
+    return dict.fromkeys(families, reason)
+
+
+TWO_CALLS = [name for name in BUILDERS if name not in ONE_BATCH]
+KNOWS = {
+    "taylor": of_diffusers("TaylorSeer", Caching("taylor-seer", interval=2, warm_up=2)),
+    "mag": of_diffusers("MagCache", Caching("mag", steps=STEPS, ratios=[1.0, 0.98, 1.01, 0.97], threshold=0.05)),
+    "pyramid": of_diffusers("PyramidAttentionBroadcast", Caching("pab", range=2, timesteps=(100, 900))),
+}
+CACHED: dict[str, Cache] = {
+    **KNOWS,
+    "lite": of_diffusers("TaylorSeer", Caching("taylor-seer", interval=3, warm_up=2, use_lite_mode=True)),
+    "broad": of_diffusers("PyramidAttentionBroadcast", Caching("pab", range=3, timesteps=(-1, 2000))),
+    "first-block": of_diffusers("FirstBlockCache", Caching("first-block", threshold=0.6)),
+    "faster": of_diffusers(
+        "FasterCache",
+        Caching("faster", range=2, timesteps=(-1, 2000), unconditional_batch_timestep_skip_range=(-1, 2000)),
+        **without("it halves the batch of each pass, which holds one sample", *TWO_CALLS),
+        **without("it wants latents with a height and a width", "ltx"),
+    ),
+    "faster-distilled": of_diffusers(
+        "FasterCache",
+        Caching("faster", range=2, timesteps=(-1, 700), is_guidance_distilled=True),
+        **without("it skips the first step and has nothing yet", "mochi"),
+    ),
+    "sea": of_diffusers(
+        "SeaCache",
+        Caching("sea", threshold=0.5),
+        **without("it reads no latents of it and runs in full", *(x for x in BUILDERS if not x.startswith("wan"))),
+    ),
+    "cache-dit": of_cache_dit(hunyuan_video="lists of one block each, which it always computes"),
+}
+PAIRS = [(kind, name) for kind, cache in CACHED.items() for name in BUILDERS if name not in cache.without]
+
+
+class Run:
+    """A pipeline, and a count of the attention that its transformers compute."""
+
+    def __init__(self, name: str, **over: Any) -> None:
+        self.name = name
+        self.pipe, call = BUILDERS[name]()
+        self.pipe.set_progress_bar_config(disable=True)
+        self.call = {**call, **SIZES[name], **over}
+        self.step, self.passes = 0, 0
+        self.reached: list[tuple[str, int, int]] = []  # layer, step, products
+        self.layers: list[str] = []
+        for model_name, model in models_of(self.pipe).items():
+            model.register_forward_pre_hook(self._began)
+            for layer, module in attentions(model):
+                if not layer.endswith("attn2") and "refiner" not in layer:
+                    self.layers.append(f"{model_name}.{layer}")
+                    module.to_q.register_forward_pre_hook(functools.partial(self._reached, self.layers[-1]))
+        scheduler = self.pipe.scheduler
+        scheduler.step = self._counting(scheduler.step)
+
+    def _began(self, *_: object) -> None:
+        self.passes += 1
+
+    def _reached(self, layer: str, _: object, args: tuple[Tensor, ...]) -> None:
+        self.reached.append((layer, self.step, args[0].shape[0] if self.name == "mochi" else 1))
+
+    def _counting(self, step: Any) -> Any:
+        @functools.wraps(step)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.step += 1
+            return step(*args, **kwargs)
+
+        return counted
+
+    def __call__(self, steps: int = STEPS) -> Tensor:
+        self.step, self.passes = 0, 0
+        self.reached.clear()
+        generator = torch.Generator().manual_seed(0)
+        call = {**self.call, "num_inference_steps": steps, "generator": generator, "output_type": "latent"}
+        out: Tensor = self.pipe(**call)[0]
+        return out
+
+    @property
+    def calls(self) -> int:
+        return sum(products for _, _, products in self.reached)
+
+    @property
+    def skipped_calls(self) -> int:
+        most = max(products for _, _, products in self.reached)
+        layers = len(self.layers) // len(models_of(self.pipe))
+        return (self.passes * layers - len(self.reached)) * most
+
+    @property
+    def steps(self) -> set[int]:
+        return {step for _, step, _ in self.reached}
+
+
+@contextmanager
+def caching(cache: Cache, pipe: Any) -> Iterator[None]:
+    cache.on(pipe)
+    try:
+        yield
+    finally:
+        cache.off(pipe)
+
+
+@functools.cache
+def plain(name: str) -> Tensor:
+    return Run(name)()
+
+
+@functools.cache
+def layout_of(name: str) -> Layout:
+    found: list[Layout] = []
+
+    class Looks:
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Any) -> Tensor:
+            found.append(site.layout)
+            return site.dense(q, k, v)  # type: ignore[no-any-return]
+
+    run = Run(name)
+    with diffsparse.apply(run.pipe, Looks(), schedule=ALWAYS):
+        run(2)
+    return found[0]
+
+
+# --- the same bits ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+def test_dense_attention_changes_no_bit_of_a_cached_run(kind: str, name: str) -> None:
+    """Cache first, or while applied, or taken off while applied; again, with other steps, and after removal."""
+    run, cache = Run(name), CACHED[kind]
+    with caching(cache, run.pipe):
+        want, other = run(), run(OTHER)
+        assert run.skipped_calls, "the cache acts"
+        handle = diffsparse.apply(run.pipe, Dense(), schedule=ALWAYS)
+        assert all(torch.equal(run(), want) for _ in range(2))
+        assert torch.equal(run(OTHER), other)
+        assert handle.report().cache == cache.title
+    assert torch.equal(run(), plain(name))
+    report = handle.report()
+    assert (report.cache, report.skipped_steps, report.skipped_calls) == (None, 0, 0)
+    with caching(cache, run.pipe):
+        assert torch.equal(run(), want)
+        handle.remove()
+        assert torch.equal(run(), want)
+
+
+@pytest.mark.filterwarnings("ignore:NucleusMoEImageTransformer2DModel ran")
+def test_a_cache_of_text_keys_skips_no_attention() -> None:
+    """It is for NucleusMoE alone, whose queries are of other tokens than its keys: nothing is sparse there."""
+    name = "NucleusMoEImageTransformer2DModel"
+    model, kwargs = build(name), inputs(name)
+    model.enable_cache(d.TextKVCacheConfig())
+    want = [tensors(model, kwargs)[0] for _ in range(3)]
+    model._reset_stateful_cache()
+    with diffsparse.apply(model, Dense(), schedule=ALWAYS) as handle:
+        got = [tensors(model, kwargs)[0] for _ in range(3)]
+        report = handle.report()
+    assert all(map(torch.equal, got, want))
+    assert (report.cache, report.skipped_calls, report.sparse_calls) == (None, 0, 0)
+    assert report.dense_calls == 3 * len(list(attentions(model)))
+
+
+# --- sparse steps beside skipped ones -----------------------------------------------------------------------------
+
+SPARSE = ("Digest", "Tangent", "AdaSpa", "GNA", "PARO")
+
+
+@functools.cache
+def density_without(name: str, method: str) -> float:
+    run = Run(name)
+    with METHODS[method].put(run.pipe, layout_of(name), strict=False) as handle:
+        run()
+        return handle.report().sparse_density  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+def test_reports_count_what_a_cache_leaves_to_attention(kind: str, name: str) -> None:
+    run = Run(name)
+    with caching(CACHED[kind], run.pipe):
+        for method in SPARSE:
+            with METHODS[method].put(run.pipe, layout_of(name), strict=False) as handle:
+                assert run().isfinite().all(), method
+                report = handle.report()
+            assert report.sparse_calls, method
+            assert report.dense_calls + report.sparse_calls == run.calls, method
+            assert report.skipped_calls == run.skipped_calls > 0, method
+            assert (report.steps, report.skipped_steps) == (len(run.steps), STEPS - len(run.steps)), method
+            assert report.sparse_density == pytest.approx(density_without(name, method), abs=0.05), method
+
+
+# --- budgets ------------------------------------------------------------------------------------------------------
+
+CLIP = {"guidance_scale": 1.0, "negative_prompt": None, "num_frames": 13, "height": 256, "width": 256}
+RATIOS = [1.0, 0.99, 0.98, 0.97]
+BUDGETS: dict[str, Callable[[int], Cache]] = {
+    "none": lambda steps: Cache(lambda pipe: None, lambda pipe: None, ""),
+    "taylor 2": lambda steps: of_diffusers("", Caching("taylor-seer", interval=2, warm_up=3)),
+    "taylor 4": lambda steps: of_diffusers("", Caching("taylor-seer", interval=4, warm_up=3)),
+    "mag": lambda steps: of_diffusers("", Caching("mag", steps=steps, ratios=RATIOS, threshold=0.1)),
+    "pyramid": lambda steps: of_diffusers("", Caching("pab", range=2, timesteps=(100, 900))),
+    "first-block 0.03": lambda steps: of_diffusers("", Caching("first-block", threshold=0.03)),
+    "first-block 0.045": lambda steps: of_diffusers("", Caching("first-block", threshold=0.045)),
+    "first-block 0.06": lambda steps: of_diffusers("", Caching("first-block", threshold=0.06)),
+    "faster": lambda steps: of_diffusers(
+        "", Caching("faster", range=2, timesteps=(-1, 870), is_guidance_distilled=True)
+    ),
+    "sea": lambda steps: of_diffusers("", Caching("sea", threshold=0.1)),
+    "cache-dit": lambda steps: of_cache_dit(),
+}
+
+
+def spent(run: Run, strategy: Any, steps: int, of: str) -> dict[str, list[float]]:
+    """Of each layer: what its calls took after the dense first ones."""
+    with diffsparse.apply(run.pipe, strategy) as handle:
+        run(steps)
+        calls = handle.report().calls
+    found: dict[str, list[float]] = {}
+    for call in calls:
+        if call.layer in found or call.kind == "sparse":
+            found.setdefault(call.layer, []).append(float(getattr(call, of)))
+    return found
+
+
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_a_budget_is_kept_of_the_steps_that_a_cache_leaves(kind: str) -> None:
+    run = Run("wan", **CLIP)
+    cases = [(Digest(0.8, 16), "work", (15, 50, 80)), (Tangent(0.8, 16), "work", (15,))]
+    for strategy, of, lengths in [*cases, (AdaSpa(0.8, block=16), "density", (15, 50))]:
+        for steps in lengths:
+            with caching(BUDGETS[kind](steps), run.pipe):
+                layers = spent(run, strategy, steps, of)
+            assert layers, "the run ended dense"
+            for name, shares in layers.items():
+                mean = sum(shares) / len(shares)
+                assert mean == pytest.approx(0.2, abs=0.01), (strategy, steps, name, len(shares))
+
+
+def test_long_runs_renew_in_dense_steps_beside_a_cache() -> None:
+    run = Run("wan", **CLIP)
+    with caching(BUDGETS["taylor 2"](80), run.pipe), diffsparse.apply(run.pipe, Digest(0.8, 16)) as handle:
+        run(80)
+        calls = [call for call in handle.report().calls if call.layer == "blocks.0.attn1"]
+    assert [call.reason for call in calls if call.kind == "dense"].count("renewal") == 2
