@@ -97,15 +97,15 @@ def _broadcast_steps(hook: Any, run: Passes) -> Collection[int] | None:
 
 
 def _magnitude_steps(hook: Any, run: Passes) -> Collection[int]:
+    """In the precision of its ratios, for an error may meet the threshold to the last bit."""
     config, executed = hook.config, []
-    ratios = [] if config.mag_ratios is None else [float(ratio) for ratio in config.mag_ratios]
     for step in range(run.steps):
         number = step % config.num_inference_steps  # it starts over
         if number == 0:
             ratio, error, skipped = 1.0, 0.0, 0
         if not config.calibrate and number >= _retained(config):
-            ratio *= ratios[number]
-            error, skipped = error + abs(1 - ratio), skipped + 1
+            ratio = ratio * config.mag_ratios[number]
+            error, skipped = error + abs(1.0 - ratio), skipped + 1
             if number and error <= config.threshold and skipped <= config.max_skip_steps:
                 continue
             ratio, error, skipped = 1.0, 0.0, 0
