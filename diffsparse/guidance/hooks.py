@@ -19,6 +19,7 @@ from diffsparse.guidance.passes import (
     PERTURBED,
     Pass,
     is_uncond,
+    own_contexts,
     own_states,
     perturbed_name,
     prediction_of,
@@ -55,7 +56,7 @@ class Tally:
     layers: names of those that were perturbed.
     first_step: of the call, as far as it was seen.
     delta: a step, and what is added to its predictions.
-    states: of step caches that know no contexts, in the extra passes.
+    states, contexts: of step caches that know no guidance branches, in the extra passes.
     cached: a step cache answered the latest conditional pass, which goes unguided.
     """
 
@@ -68,6 +69,7 @@ class Tally:
     first_step: int | None = None
     delta: tuple[int, Tensor] | None = None
     states: dict[ModelHook, BaseState] = field(default_factory=dict)
+    contexts: dict[str, object] = field(default_factory=dict)
     cached: bool = False
 
 
@@ -285,7 +287,7 @@ class Guide:
         if context is not None:
             set_context(model, perturbed_name(context))
         try:
-            with own_states(model, self.tally.states):
+            with own_states(model, self.tally.states), own_contexts(model, self.tally.contexts):
                 yield
         finally:
             self.busy, self.run.extra_pass = False, None

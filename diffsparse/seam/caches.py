@@ -80,6 +80,11 @@ def cache_on(chain: tuple[Module, ...]) -> StepCache | None:
     return StepCache("cache-dit") if getattr(chain[-1], "_is_cached", False) else None
 
 
+def is_cached(model: Module | None) -> bool:
+    """Whether a step cache is on, whatever it skips."""
+    return any(getattr(model, name, False) for name in ("is_cache_enabled", "_is_cached"))
+
+
 def _taylor_steps(hook: Any, run: Passes) -> Collection[int]:
     first, last, interval = hook.disable_cache_before_step, hook.disable_cache_after_step, hook.cache_interval
     end = run.steps if last is None else last

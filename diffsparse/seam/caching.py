@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,14 +13,14 @@ from torch.nn import Module, ModuleList
 
 from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelError, closest
 from diffsparse.seam.caches import around, cache_on
-from diffsparse.seam.hooks import HOOK
+from diffsparse.seam.hooks import HOOK, run_of
+from diffsparse.seam.run import Run
 from diffsparse.seam.targets import attentions
 from diffsparse.wrappers import class_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-Undo = Callable[[], None]
 _REGISTRY = "_diffusers_hook"
 
 # The lists of blocks of a class, in the order of running; what comes after them sees the output of the last alone.
@@ -200,7 +200,28 @@ def _blocks(model: Module, name: str) -> ModuleList:
     return found
 
 
-def put_on(model: Any, config: Any) -> Undo:
+class Added:
+    """A cache that was enabled on a model; calling it takes that off, if it still is on, with all that it left."""
+
+    def __init__(self, model: Any, config: Any) -> None:
+        self.model, self.config = model, config
+        self._before = [(module, _names(module)) for module in model.modules()]
+        model.enable_cache(config)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether nobody has taken it off or put another in its place."""
+        return self.model._cache_config is self.config
+
+    def __call__(self) -> None:
+        """Take it off."""
+        if self.is_on:
+            self.model.disable_cache()
+            for module, names in self._before:
+                _tidy(module, names)
+
+
+def put_on(model: Any, config: Any) -> Added:
     """Enable a cache, and return what takes it off and leaves the model as it was.
 
     Raises:
@@ -210,42 +231,39 @@ def put_on(model: Any, config: Any) -> Undo:
         raise UnsupportedModelError(
             f"{class_of(model).__name__} takes no step cache of Diffusers; give None as `cache` to go without one"
         )
-    before = [(module, _names(module)) for module in model.modules()]
-    model.enable_cache(config)
-
-    def take_off() -> None:
-        if model._cache_config is config:
-            model.disable_cache()
-            _tidy(before)
-
+    added = Added(model, config)
     if not any(map(cache_on, around(model, [module for _, module in attentions(model)]))):
-        take_off()
+        added()
         raise UnsupportedModelError(
             f"{type(config).__name__} skips nothing of {class_of(model).__name__}: its patterns fit no module there. "
             "Leave `cache` out for patterns that do"
         )
-    return take_off
+    return added
 
 
 def _names(module: Module) -> set[str]:
-    """What the object has of its own, without what is ours."""
+    """What the object has of its own, without a registry of hooks that is there for ours alone."""
     registry = module.__dict__.get(_REGISTRY)
-    is_ours = registry is not None and {*registry.hooks} == {HOOK}
-    return set(module.__dict__) - ({_REGISTRY} if is_ours else set())
+    ours = None if registry is None else registry.get_hook(HOOK)
+    return set(module.__dict__) - ({_REGISTRY} if isinstance(ours, Run) and ours.made_registry else set())
 
 
-def _tidy(before: list[tuple[Module, set[str]]]) -> None:
+def _tidy(module: Module, names: set[str]) -> None:
     """Diffusers leaves empty registries, methods bound to the object, and a configuration that is None."""
-    for module, names in before:
-        registry = module.__dict__.get(_REGISTRY)
-        left = {_REGISTRY, "forward"} if registry is not None and not registry.hooks else set()
-        for name in (left | {"_cache_config"}) - names:
-            module.__dict__.pop(name, None)
+    registry = module.__dict__.get(_REGISTRY)
+    left = {"_cache_config"}
+    if registry is not None and not registry.hooks.keys() - {HOOK}:
+        left |= {"forward"} if registry.hooks else {"forward", _REGISTRY}
+    for name in left - names:
+        module.__dict__.pop(name, None)
 
 
 def caches_of(models: dict[str, Module]) -> Iterator[str]:
-    """Names of the step caches that transformers have."""
+    """Names of the step caches that transformers have of the user."""
     for model in models.values():
+        run = run_of(model)
+        if run is not None and isinstance(run.take_off, Added) and run.take_off.is_on:
+            continue
         chains = around(model, [module for _, module in attentions(model)])
         found = (cache.name for chain in chains if (cache := cache_on(chain)) is not None)
         yield from dict.fromkeys(found)

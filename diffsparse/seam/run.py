@@ -156,6 +156,7 @@ class Run(ModelHook):  # type: ignore[misc]
     guidance_only: made for guidance alone, and removed with it.
     extra_pass: the moment of an extra pass for guidance, which the clock doesn't count.
     take_off: undoes what was put on with it: a step cache.
+    made_registry: the model had none for hooks before.
     """
 
     _is_stateful = True
@@ -188,6 +189,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self.guidance_only = False
         self.extra_pass: Moment | None = None
         self.take_off: Callable[[], None] = _nothing
+        self.made_registry = False
 
     # --- the state of a run -----------------------------------------------------------------------------------------
 
@@ -233,7 +235,9 @@ class Run(ModelHook):  # type: ignore[misc]
             self._takes_turns = pipe is not None and len(entrances_of(pipe)) > 1
             if moment.steps is None and (unknown := self.schedule.of_unknown_length()):
                 self.ledger.note(unknown)
-        record = self.ledger.open(layer.name, moment.step, moment.branch, layer.cache and layer.cache.name)
+        record = self.ledger.open(
+            layer.name, moment.step, moment.branch, None if layer.cache is None else layer.cache.name
+        )
         record.note = "" if self.grid is None else self.grid.note
         self._bound(moment)
         return record

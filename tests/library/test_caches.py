@@ -27,7 +27,7 @@ from diffsparse.seam.caching import BLOCKS, CACHES, Caching, caches_of
 from diffsparse.seam.targets import attentions, models_of
 from support.methods import METHODS
 from support.tiny_pipelines import BUILDERS
-from support.tiny_transformers import CASES, build, inputs, tensors
+from support.tiny_transformers import build, inputs, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid")  # FasterCache calls it as it no longer should be
 ALWAYS = Schedule(dense_first=0)
@@ -275,7 +275,7 @@ def test_reports_count_what_a_cache_leaves_to_attention(kind: str, name: str) ->
 
 # --- budgets ------------------------------------------------------------------------------------------------------
 
-CLIP = {"guidance_scale": 1.0, "negative_prompt": None, "num_frames": 13, "height": 256, "width": 256}
+CLIP = {"guidance_scale": 1.0, "negative_prompt": None, "num_frames": 13, "height": 192, "width": 192}
 RATIOS = [1.0, 0.99, 0.98, 0.97]
 BUDGETS: dict[str, Callable[[int], Cache]] = {
     "none": lambda steps: Cache(lambda pipe: None, lambda pipe: None, ""),
@@ -462,3 +462,255 @@ def test_what_known_caches_will_skip_is_known(kind: str, name: str) -> None:
             assert skipped == step - begin - sum(s < step for s in reached)
             if step > begin and not (kind in ("pyramid", "broad") and name == "mochi"):
                 assert to_skip == OTHER - 1 - step - sum(s > step for s in reached), (step, reached)
+
+
+# --- guidance -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+def test_guidance_acts_and_leaves_a_cache_as_it_is(kind: str, name: str) -> None:
+    """At a scale of nearly nothing all extra passes run, and no bit of the others changes."""
+    run = Run(name)
+    with caching(CACHED[kind], run.pipe):
+        want = run()
+        last = "single.0.1" if name in ("flux", "hunyuan_video") else "1.1"
+        with diffsparse.guide(run.pipe, last, head_scale=1e-30) as handle:
+            assert torch.equal(run(), want)
+            assert handle.report().passes
+            assert set(handle.report().whole) == {"a step cache is on"}
+        with diffsparse.guide(run.pipe, "0.1", head_scale=3.0):
+            guided = run()
+        assert guided.isfinite().all()
+        assert not torch.equal(guided, want)
+        assert torch.equal(run(), want)
+
+
+# --- the one line -------------------------------------------------------------------------------------------------
+
+ACCELERATED = [name for name in BUILDERS if name != "sd3"]
+LONG = 12  # enough for `accelerate` to put a cache on
+
+
+def names(pipe: Any) -> set[str]:
+    """Of all that the modules have of their own."""
+    return {
+        f"{at}.{path} {name}"
+        for at, model in models_of(pipe).items()
+        for path, module in model.named_modules()
+        for name in vars(module)
+    }
+
+
+def configs(pipe: Any) -> list[Any]:
+    return [model._cache_config for model in models_of(pipe).values()]
+
+
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_accelerating_is_undone_to_the_last_bit_and_name(name: str) -> None:
+    run = Run(name)
+    untouched = names(run.pipe)
+    diffsparse.accelerate(run.pipe).remove()
+    assert names(run.pipe) == untouched
+    want, before = run(LONG), names(run.pipe)
+    with diffsparse.accelerate(run.pipe, block=16) as handle:
+        got, report = run(LONG), handle.report()
+    assert got.isfinite().all()
+    assert not torch.equal(got, want)
+    assert (report.cache, report.steps, report.skipped_steps) == ("TaylorSeer", len(run.steps), LONG - len(run.steps))
+    assert report.skipped_calls == run.skipped_calls > 0
+    assert report.sparse_calls
+    assert torch.equal(run(LONG), want)
+    assert names(run.pipe) == before
+
+
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_patterns_that_fit_nothing_leave_nothing_behind(name: str) -> None:
+    run = Run(name)
+    want, before = run(), names(run.pipe)
+    nothing = d.TaylorSeerCacheConfig(cache_identifiers=["nothing"])
+    with pytest.raises(UnsupportedModelError, match="its patterns fit no module there"):
+        diffsparse.accelerate(run.pipe, cache=nothing)
+    assert names(run.pipe) == before
+    assert torch.equal(run(), want)
+
+
+@pytest.mark.parametrize("kind", ["first-block", "pyramid", "sea", "cache-dit"])
+def test_a_cache_of_the_user_stays_on(kind: str) -> None:
+    run, cache = Run("wan"), CACHED[kind]
+    with caching(cache, run.pipe):
+        want, settled, before = run(), configs(run.pipe), names(run.pipe)
+        with diffsparse.accelerate(run.pipe, block=16) as handle:
+            run()
+            report = handle.report()
+        assert f"{cache.title} was on already and stays as it is" in report.notes
+        assert report.cache == cache.title
+        assert configs(run.pipe) == settled
+        assert names(run.pipe) == before
+        assert torch.equal(run(), want)
+
+
+def test_a_cache_that_is_put_on_over_an_accelerated_pipeline_stays_too() -> None:
+    run = Run("wan")
+    handle = diffsparse.accelerate(run.pipe)
+    run.pipe.transformer.disable_cache()
+    CACHED["first-block"].on(run.pipe)
+    want = configs(run.pipe)
+    handle.remove()
+    assert configs(run.pipe) == want
+    assert list(caches_of(models_of(run.pipe))) == ["FirstBlockCache"]
+
+
+@pytest.mark.parametrize("name", ["wan", "wan22", "flux"])
+def test_accelerating_again_replaces_the_cache_too(name: str) -> None:
+    run = Run(name)
+    want, before = run(LONG), names(run.pipe)
+    first = diffsparse.accelerate(run.pipe, "quality", block=16)
+    second = diffsparse.accelerate(run.pipe, "fast", block=16)
+    assert [config.cache_interval for config in configs(run.pipe)] == [3] * len(models_of(run.pipe))
+    first.remove()
+    assert [config.cache_interval for config in configs(run.pipe)] == [3] * len(models_of(run.pipe))
+    run(LONG)
+    assert second.report().skipped_calls == run.skipped_calls > 0
+    second.remove()
+    assert names(run.pipe) == before
+    assert torch.equal(run(LONG), want)
+
+
+def test_applying_over_an_accelerated_pipeline_takes_its_cache_off() -> None:
+    run = Run("wan")
+    want, before = run(LONG), names(run.pipe)
+    accelerated = diffsparse.accelerate(run.pipe, block=16)
+    handle = diffsparse.apply(run.pipe, Dense(), schedule=ALWAYS)
+    assert torch.equal(run(LONG), want)
+    accelerated.remove()
+    assert handle.report().dense_calls
+    handle.remove()
+    assert names(run.pipe) == before
+
+
+def test_accelerating_over_an_applied_pipeline_replaces() -> None:
+    run = Run("wan")
+    want, before = run(LONG), names(run.pipe)
+    applied = diffsparse.apply(run.pipe, Tangent(0.5, 16))
+    with diffsparse.accelerate(run.pipe, block=16) as handle:
+        applied.remove()
+        run(LONG)
+        assert handle.report().skipped_steps
+    assert names(run.pipe) == before
+    assert torch.equal(run(LONG), want)
+
+
+def test_guidance_outlives_what_accelerates() -> None:
+    run = Run("wan")
+    with diffsparse.guide(run.pipe, "1.1", head_scale=3.0):
+        want = run(LONG)
+        with diffsparse.accelerate(run.pipe, block=16) as handle:
+            assert run(LONG).isfinite().all()
+            assert handle.report().skipped_calls
+        assert torch.equal(run(LONG), want)
+
+
+def test_knobs_reach_the_cache_and_the_strategy() -> None:
+    run = Run("wan")
+    knobs = {"interval": 4, "order": 2, "warm_up": 2, "sparsity": 0.6, "block": 16, "probes": False}
+    with diffsparse.accelerate(run.pipe, "quality", **knobs) as handle:
+        config = run.pipe.transformer._cache_config
+        assert (config.cache_interval, config.max_order, config.disable_cache_before_step) == (4, 2, 2)
+        assert handle.strategy == Digest(0.6, 16, probes=False)
+    with diffsparse.accelerate(run.pipe, cache="first-block:threshold=0.3", block=16):
+        assert run.pipe.transformer._cache_config == d.FirstBlockCacheConfig(threshold=0.3)
+    with diffsparse.accelerate(run.pipe, cache=None, strategy=Tangent(0.5)) as handle:
+        assert (configs(run.pipe), handle.strategy) == ([None], Tangent(0.5))
+    with diffsparse.accelerate(run.pipe, steps=4) as handle:
+        assert (configs(run.pipe), handle.strategy) == ([None], Tangent(0.8))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CACHES if kind not in ("mag", "text-kv", "faster")])
+def test_every_cache_by_name(kind: str) -> None:
+    run = Run("wan")
+    before = names(run.pipe)
+    with diffsparse.accelerate(run.pipe, cache=kind, block=16) as handle:
+        assert run().isfinite().all()
+        assert handle.report().cache
+    assert names(run.pipe) == before
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "knob": ({"intervall": 2}, ConfigError, "accelerate has no intervall here"),
+    "knob of another cache": ({"cache": "first-block", "interval": 2}, ConfigError, "accelerate has no interval here"),
+    "knob beside a strategy": ({"strategy": Tangent(), "sparsity": 0.5}, ConfigError, "accelerate has no sparsity"),
+    "value": ({"sparsity": 2.0}, ConfigError, "sparsity"),
+    "knob in the name": ({"cache": "taylor-seer:speed=2"}, ConfigError, "has no 'speed'"),
+    "no value in the name": ({"cache": "taylor-seer:speed"}, ConfigError, "wanted knob=value"),
+    "nothing to go by": ({"cache": "mag"}, ConfigError, "mag_ratios"),
+    "cache": ({"cache": "taylor"}, UnknownNameError, "no step cache is called 'taylor'"),
+    "speed": ({"speed": "faster"}, UnknownNameError, "no speed is called 'faster'"),
+    "cache of others": ({"cache": "text-kv"}, UnsupportedModelError, "skips nothing of WanTransformer3DModel"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_accelerate_refuses_leaves_nothing_behind(case: str) -> None:
+    run = Run("wan")
+    before = names(run.pipe)
+    arguments, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        diffsparse.accelerate(run.pipe, **arguments)
+    assert names(run.pipe) == before
+
+
+def test_a_class_without_patterns_is_refused() -> None:
+    run = Run("sd3")
+    before = names(run.pipe)
+    with pytest.raises(UnsupportedModelError, match="no patterns are proven for SD3Transformer2DModel"):
+        diffsparse.accelerate(run.pipe)
+    with pytest.raises(UnsupportedModelError, match="takes no step cache of Diffusers"):
+        diffsparse.accelerate(run.pipe, cache=d.FirstBlockCacheConfig())
+    assert names(run.pipe) == before
+    with diffsparse.accelerate(run.pipe, cache=None, block=16) as handle:
+        run(LONG)
+        assert handle.report().sparse_calls
+
+
+class Passed(NamedTuple):
+    outs: list[Tensor]
+    computed: list[int]  # blocks, in each pass
+
+
+def predicted(name: str, config: d.TaylorSeerCacheConfig | None) -> Passed:
+    """Passes over ever other inputs of one shape."""
+    model, computed = build(name), [0]
+    for blocks in BLOCKS[name]:
+        for block in getattr(model, blocks):
+            norm = next(module for module in block.modules() if isinstance(module, nn.Linear))
+            norm.register_forward_pre_hook(lambda *_: computed.__setitem__(-1, computed[-1] + 1))
+    if config is not None:
+        model.enable_cache(config)
+    outs = []
+    for seed in range(6):
+        computed.append(0)
+        with model.cache_context("cond"):
+            outs.append(tensors(model, inputs(name, seed=seed))[0])
+    return Passed(outs, computed[1:])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_last_block_stands_for_all(name: str) -> None:
+    """Extrapolating its output and computing no other gives bit for bit what extrapolating every block gives."""
+    last = Caching("taylor-seer", interval=2, warm_up=2).config(build(name))
+    count = len(last.cache_identifiers) + len(last.skip_predict_identifiers)
+    every = [*last.cache_identifiers, *last.skip_predict_identifiers]
+    knobs = {"cache_interval": 2, "disable_cache_before_step": 2, "taylor_factors_dtype": torch.float32}
+    got, want = predicted(name, last), predicted(name, d.TaylorSeerCacheConfig(**knobs, cache_identifiers=every))
+    alone = predicted(name, None)
+    assert all(map(torch.equal, got.outs, want.outs))
+    assert alone.computed == [count] * 6
+    assert got.computed == want.computed == [count, count, 0, count, 0, count]
+    assert [torch.equal(a, b) for a, b in zip(got.outs, alone.outs, strict=True)] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
