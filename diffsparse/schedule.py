@@ -13,11 +13,11 @@ from diffsparse.errors import ConfigError
 class Schedule:
     """Steps and layers that always run dense, on the user's own attention backend.
 
-    All steps are counted among those that reach attention: a step cache skips the others.
+    Steps are those of the schedule, of which a step cache may skip some: what counts is how far the noise has come.
 
-    dense_first: dense steps at the start of a run; an int counts steps, a float is a fraction of the run's steps, and
-        at least those from which a step cache extrapolates. The strategy may look at the last of them (AdaSpa makes
-        its first search there).
+    dense_first: dense steps at the start of a run; an int counts steps, a float is a fraction of the run's steps (one
+        more where a step cache would extrapolate from a dense and a sparse one). The strategy may look at the last of
+        them (AdaSpa makes its first search there).
     dense_last: the same for the end of a run.
     dense_layers: attention layers by number, in the order of the model's modules; negative counts from the end.
 
@@ -39,12 +39,12 @@ class Schedule:
     def bounds(self, steps: int | None, warm_up: int = 0) -> tuple[int, int | None]:
         """First sparse step and first step of the dense end (None: the run's length is unknown), both 0-based.
 
-        steps: that are executed, as all numbers here.
-        warm_up: those at the start from which a step cache extrapolates: a share of the run covers them, too.
+        warm_up: steps at the start from which a step cache extrapolates, by the difference of the last two: a share of
+            the run takes both or neither.
         """
         first = resolve(self.dense_first, steps)
-        if isinstance(self.dense_first, float) and first:
-            first = max(first, warm_up)
+        if isinstance(self.dense_first, float) and first == warm_up - 1 > 0:
+            first = warm_up
         return first, None if steps is None else steps - resolve(self.dense_last, steps)
 
     def excludes(self, layer: int, layers: int) -> bool:
@@ -52,7 +52,7 @@ class Schedule:
         return layer in self.dense_layers or layer - layers in self.dense_layers
 
     def describe(self, steps: int, warm_up: int = 0) -> str:
-        """The dense steps of a run, numbered from 1 as people count them."""
+        """The dense steps of a run, numbered from 1 as people count them; `warm_up` as in `bounds`."""
         first, end = self.bounds(steps, warm_up)
         first, end = min(first, steps), steps if end is None else end
         spans = [(1, first), (max(end, first) + 1, steps)]

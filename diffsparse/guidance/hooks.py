@@ -19,6 +19,7 @@ from diffsparse.guidance.passes import (
     PERTURBED,
     Pass,
     is_uncond,
+    own_contexts,
     own_states,
     perturbed_name,
     prediction_of,
@@ -55,7 +56,8 @@ class Tally:
     layers: names of those that were perturbed.
     first_step: of the call, as far as it was seen.
     delta: a step, and what is added to its predictions.
-    states: of step caches that know no contexts, in the extra passes.
+    states, contexts: of step caches that know no guidance branches, in the extra passes.
+    cached: a step cache answered the latest conditional pass, which goes unguided.
     """
 
     passes: int = 0
@@ -67,6 +69,8 @@ class Tally:
     first_step: int | None = None
     delta: tuple[int, Tensor] | None = None
     states: dict[ModelHook, BaseState] = field(default_factory=dict)
+    contexts: dict[str, object] = field(default_factory=dict)
+    cached: bool = False
 
 
 class Guide:
@@ -188,7 +192,7 @@ class Guide:
         """The output of a pass that has ended, with what guidance adds to it; None to leave it as it is."""
         moment, seen = self._now(forward.model), (self.run, self.run.clock.passes)
         if seen == self._seen:  # no attention: a step cache had all the answers
-            return None
+            return self._unseen(out, moment)
         self._seen = seen
         tally = self._tally(moment)
         if self.preset.branch == "uncond":
@@ -199,12 +203,20 @@ class Guide:
         prediction = prediction_of(out)
         if tally.delta is None or tally.delta[0] != moment.step:
             if is_uncond(moment.branch) and not self._paired:
-                _warn_of_order(moment.branch)
+                if not tally.cached:
+                    _warn_of_order(moment.branch)
                 return None
-            tally.delta = moment.step, self._difference(forward, prediction, moment)
-        delta = tally.delta[1]
-        repeats = prediction.shape[0] // delta.shape[0]
-        return with_prediction(out, prediction + delta.repeat(repeats, *(1 for _ in delta.shape[1:])))
+            tally.delta, tally.cached = (moment.step, self._difference(forward, prediction, moment)), False
+        return _shifted(out, tally.delta[1])
+
+    def _unseen(self, out: Output, latest: Moment) -> Output | None:
+        """Of a pass whose answers were cached: linear guidance wants the same difference in all passes of a step."""
+        tally = self.tally
+        if not is_uncond(self.run.context.name or ""):
+            tally.cached = True
+        if tally.cached or tally.delta is None or tally.delta[0] != latest.step:
+            return None
+        return _shifted(out, tally.delta[1])
 
     def _now(self, model: torch.nn.Module) -> Moment:
         """The moment of the pass that has ended."""
@@ -275,12 +287,18 @@ class Guide:
         if context is not None:
             set_context(model, perturbed_name(context))
         try:
-            with own_states(model, self.tally.states):
+            with own_states(model, self.tally.states), own_contexts(model, self.tally.contexts):
                 yield
         finally:
             self.busy, self.run.extra_pass = False, None
             if context is not None:
                 set_context(model, context)
+
+
+def _shifted(out: Output, delta: Tensor) -> Output:
+    prediction = prediction_of(out)
+    repeats = prediction.shape[0] // delta.shape[0]
+    return with_prediction(out, prediction + delta.repeat(repeats, *(1 for _ in delta.shape[1:])))
 
 
 def _warn_of_order(branch: str) -> None:

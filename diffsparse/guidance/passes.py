@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from diffusers.hooks import HookRegistry, hooks
@@ -89,6 +89,25 @@ def own_states(model: torch.nn.Module, states: dict[ModelHook, BaseState]) -> It
     finally:
         for hook, state in zip(plain, kept, strict=True):
             hook.state = state
+
+
+@contextmanager
+def own_contexts(model: Any, contexts: dict[str, object]) -> Iterator[None]:
+    """Within: cache-dit, which counts the passes of a transformer, works on `contexts`."""
+    manager: Any = getattr(model, "_context_manager", None)
+    if not getattr(model, "_is_cached", False) or not hasattr(manager, "_cached_context_manager"):
+        yield
+        return
+    kept, current = manager._cached_context_manager, manager._current_context
+    manager._cached_context_manager = contexts
+    for name in kept.keys() - contexts.keys():
+        settings = kept[name]._init_kwargs
+        single = replace(settings["cache_config"], enable_separate_cfg=False)  # all extra passes are of one branch
+        manager.new_context(**{**settings, "cache_config": single})
+    try:
+        yield
+    finally:
+        manager._cached_context_manager, manager._current_context = kept, current
 
 
 def _plain_caches(model: torch.nn.Module) -> Iterator[ModelHook]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from diffsparse.seam.caches import is_cached
 from diffsparse.seam.copies import hide_traces, show_traces
 
 
@@ -66,7 +67,7 @@ class Prefix:
         self._forget()
         self.recording = False
         model = self._model()
-        if getattr(model, "is_cache_enabled", False):
+        if is_cached(model):
             self.obstacle = "a step cache is on"
         elif torch.is_inference_mode_enabled() or torch.is_grad_enabled():
             self.obstacle = "only passes under torch.no_grad can be replayed"

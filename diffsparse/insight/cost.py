@@ -175,13 +175,18 @@ class Estimate:
         left: what step caches leave of each attention module; nothing where there are none.
         """
         layers = len(count.attention)
-        seen = left or [Outlook(steps)] * layers
-        works = {each: _work(strategy, schedule, each, layout, count.head_dim) for each in dict.fromkeys(seen)}
+        seen = left or [Outlook(tuple(range(steps)))] * layers
+        works = {
+            each: _work(strategy, Outline.of(schedule, steps, layout, count.head_dim, each.executed, each.warm_up))
+            for each in dict.fromkeys(seen)
+        }
         if None in works.values():
             return None
-        done = (each.executed if schedule.excludes(i, layers) else works[each] or 0.0 for i, each in enumerate(seen))
+        done = (
+            len(each.executed) if schedule.excludes(i, layers) else works[each] or 0.0 for i, each in enumerate(seen)
+        )
         attention = sum(flop * passes for flop, passes in zip(count.attention, done, strict=True)) / steps
-        spared = [steps - each.executed for flop, each in zip(count.attention, seen, strict=True) if flop]
+        spared = [steps - len(each.executed) for flop, each in zip(count.attention, seen, strict=True) if flop]
         wide = all(each.is_wide for each in seen)
         rest = count.rest * (1 - mean(spared) / steps) if wide else count.rest
         faster = sum(count.attention) / attention, count.total / (attention + rest)
@@ -207,11 +212,8 @@ class Estimate:
         return cls(attention / whole, *speedups, 1 / longer)
 
 
-def _work(
-    strategy: Strategy | Attending, schedule: Schedule, seen: Outlook, layout: Layout | None, head_dim: int | None
-) -> float | None:
+def _work(strategy: Strategy | Attending, run: Outline) -> float | None:
     """Dense passes of an attention layer in a run; None if they are not known beforehand."""
-    run = Outline.of(schedule, seen.executed, layout, head_dim, seen.warm_up)
     works = [step.work for step in as_strategy(strategy).steps(run)]
     known = [work for work in works if work is not None]
     return sum(known) if len(known) == len(works) else None

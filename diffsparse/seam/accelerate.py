@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.nn import Module
 
@@ -22,30 +21,20 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _DEFAULT = "taylor-seer"
-_FEW_STEPS = 10  # with the first three computed there is too little left for a cache to spare
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Settings of one speed.
+class Speed(NamedTuple):
+    """Settings of one speed: a step cache, and the strategy of the steps that it leaves."""
 
-    interval: steps from one that is computed to the next; TaylorSeer extrapolates those between.
-    order: of the extrapolation.
-    warm_up: steps that are computed at the start, with dense attention.
-    strategy: of the others that are computed.
-    """
-
-    interval: int
-    order: int
-    warm_up: int
+    cache: Caching
     strategy: Strategy
 
 
-# Measured on the embedded model (docs/stack.md says how): 2.1, 2.4 and 3 times as fast as dense.
+# Measured on the embedded model, with and without classifier-free guidance: docs/stack.md.
 SPEEDS: dict[str, Speed] = {
-    "quality": Speed(2, 1, 3, Digest(0.7)),
-    "balanced": Speed(2, 1, 3, Digest(0.8)),
-    "fast": Speed(3, 1, 3, Digest(0.8)),
+    "quality": Speed(Caching(_DEFAULT, interval=2, order=1, warm_up=0.45), Digest(0.8)),
+    "balanced": Speed(Caching(_DEFAULT, interval=3, order=1, warm_up=0.45), Tangent(0.8)),
+    "fast": Speed(Caching(_DEFAULT, interval=4, order=1, warm_up=0.33), Tangent(0.8)),
 }
 
 
@@ -56,7 +45,6 @@ def accelerate(
     cache: object = _DEFAULT,
     strategy: Strategy | Attending | None = None,
     schedule: Schedule | None = None,
-    steps: int | None = None,
     strict: bool = False,
     **knobs: object,
 ) -> Handle:
@@ -65,7 +53,7 @@ def accelerate(
     >>> with diffsparse.accelerate(pipe, "fast") as fast:  # doctest: +SKIP
     ...     video = pipe(prompt).frames[0]
 
-    A cache that is on already stays as it is, also afterwards. Runs of few steps get sparse attention alone.
+    A cache that is on already stays as it is, also afterwards. In runs of fewer than ten steps none is skipped.
 
     Args:
         target: a Diffusers pipeline (all its transformers are taken), or a transformer.
@@ -73,8 +61,7 @@ def accelerate(
         cache: a name with knobs such as "first-block:threshold=0.1" (`diffsparse.seam.caching.CACHES`), or a
             configuration of Diffusers; None for none.
         strategy: in place of that of the speed.
-        schedule: steps and layers that stay dense; by default those from which the cache extrapolates.
-        steps: of the run; by default those of the pipeline's own call.
+        schedule: steps and layers that stay dense; by default the first fifth of the steps that are executed.
         strict: as in `apply`.
         knobs: of the strategy (`sparsity`, `block`, `probes`, ...) and of the cache (`interval`, `warm_up`, ...).
 
@@ -88,18 +75,16 @@ def accelerate(
     """
     if speed not in SPEEDS:
         raise UnknownNameError(f"no speed is called {speed!r}; known: {', '.join(SPEEDS)}")
-    models = models_of(target)
-    present, few = list(caches_of(models)), _is_short(target, steps)
-    spared = present or (few and cache == _DEFAULT)
-    chosen = None if spared else _cache(cache, SPEEDS[speed], knobs)
-    asked = _strategy(strategy, SPEEDS[speed], few, knobs)
+    present = list(caches_of(models_of(target)))
+    chosen = None if present else _cache(cache, SPEEDS[speed].cache, knobs)
+    asked = _with(SPEEDS[speed].strategy, knobs) if strategy is None else strategy
     if knobs:
         known = {*knobs_of(type(asked)), *(CACHES[chosen.name].short if isinstance(chosen, Caching) else ())}
         raise ConfigError(f"accelerate has no {', '.join(knobs)} here; it has {', '.join(sorted(known))}")
     pipe = None if isinstance(target, Module) else target
     handle = apply(target, asked, schedule=schedule, strict=strict)
     if chosen is not None:
-        handle.also(lambda model: put_on(model, chosen.config(model, pipe) if isinstance(chosen, Caching) else chosen))
+        handle.also(lambda model: put_on(model, chosen, pipe))
     handle.note(_told(chosen, present))
     return handle
 
@@ -110,35 +95,17 @@ def _told(chosen: object, present: list[str]) -> str:
     return "no step cache" if chosen is None else f"step cache: {chosen}"
 
 
-def _is_short(target: DiffusionPipeline | Module, steps: int | None) -> bool:
-    """Whether runs have few steps; their number is that of the pipeline's call, if it is not given."""
-    if steps is None and not isinstance(target, Module):
-        default = inspect.signature(type(target).__call__).parameters.get("num_inference_steps")
-        steps = default.default if default is not None and isinstance(default.default, int) else None
-    return steps is not None and steps < _FEW_STEPS
-
-
-def _cache(cache: object, speed: Speed, knobs: dict[str, object]) -> object:
+def _cache(cache: object, speed: Caching, knobs: dict[str, object]) -> object:
     """The cache with its knobs, which are taken out of `knobs`."""
-    if isinstance(cache, str):
-        cache = Caching.parse(cache)
-    if not isinstance(cache, Caching):
+    named = Caching.parse(cache) if isinstance(cache, str) else cache
+    if not isinstance(named, Caching):
         return cache
-    named = cache
-    own = {name: getattr(speed, name) for name in CACHES[named.name].short if hasattr(speed, name)}
+    own = dict(speed.knobs) if named.name == speed.name else {}
     mine = {name: knobs.pop(name) for name in list(knobs) if name in CACHES[named.name].short}
     return Caching(named.name, **{**own, **dict(named.knobs), **mine})
 
 
-def _strategy(
-    given: Strategy | Attending | None, speed: Speed, few: bool, knobs: dict[str, object]
-) -> Strategy | Attending:
+def _with(strategy: Strategy, knobs: dict[str, object]) -> Strategy:
     """The strategy with its knobs, which are taken out of `knobs`."""
-    if given is not None:
-        return given
-    strategy = speed.strategy
-    if few:
-        strategy = Tangent(strategy.sparsity or 0.8)
-    own = {knob.name for knob in fields(strategy)}  # type: ignore[arg-type]
-    mine: dict[str, Any] = {name: knobs.pop(name) for name in list(knobs) if name in own}
-    return replace(strategy, **mine)  # type: ignore[type-var]
+    mine: dict[str, Any] = {name: knobs.pop(name) for name in list(knobs) if name in knobs_of(type(strategy))}
+    return replace(strategy, **mine) if mine else strategy  # type: ignore[type-var]

@@ -51,6 +51,10 @@ class StepCache:
         """Whether `executed` does."""
         return self.rule is _broadcast_steps
 
+    def reads(self, timestep: float) -> bool:
+        """Whether it is told that timestep now: Mochi tells 1000 less the scheduler's."""
+        return float(self.hook.current_timestep_callback()) == timestep  # type: ignore[attr-defined]
+
     def executed(self, passes: Passes) -> Collection[int] | None:
         """The steps that reach the layer; None if the cache decides as it goes."""
         return None if self.rule is None else self.rule(self.hook, passes)
@@ -79,12 +83,12 @@ def cache_on(chain: tuple[Module, ...]) -> StepCache | None:
 class Outlook(NamedTuple):
     """What a step cache leaves of an attention layer in a run.
 
-    executed: steps that reach it; all of them where the cache decides as it goes.
+    executed: steps that reach it, 0-based; all of them where the cache decides as it goes.
     is_known: whether it does not.
     warm_up, is_wide: as in `StepCache`.
     """
 
-    executed: int
+    executed: tuple[int, ...]
     is_known: bool = True
     warm_up: int = 0
     is_wide: bool = True
@@ -97,10 +101,15 @@ def outlook(model: Module, modules: Iterable[Module], passes: Passes) -> list[Ou
 
 def _outlook(cache: StepCache | None, passes: Passes) -> Outlook:
     if cache is None:
-        return Outlook(passes.steps)
+        return Outlook(tuple(range(passes.steps)))
     steps = cache.executed(passes)
-    count = passes.steps if steps is None else len(steps)
-    return Outlook(count, steps is not None, cache.warm_up, cache.is_wide)
+    found = tuple(range(passes.steps) if steps is None else sorted(steps))
+    return Outlook(found, steps is not None, cache.warm_up, cache.is_wide)
+
+
+def is_cached(model: Module | None) -> bool:
+    """Whether a step cache is on, whatever it skips."""
+    return any(getattr(model, name, False) for name in ("is_cache_enabled", "_is_cached"))
 
 
 def _taylor_steps(hook: Any, run: Passes) -> Collection[int]:
@@ -120,15 +129,15 @@ def _broadcast_steps(hook: Any, run: Passes) -> Collection[int] | None:
 
 
 def _magnitude_steps(hook: Any, run: Passes) -> Collection[int]:
+    """In the precision of its ratios, for an error may meet the threshold to the last bit."""
     config, executed = hook.config, []
-    ratios = [] if config.mag_ratios is None else [float(ratio) for ratio in config.mag_ratios]
     for step in range(run.steps):
         number = step % config.num_inference_steps  # it starts over
         if number == 0:
             ratio, error, skipped = 1.0, 0.0, 0
         if not config.calibrate and number >= _retained(config):
-            ratio *= ratios[number]
-            error, skipped = error + abs(1 - ratio), skipped + 1
+            ratio = ratio * config.mag_ratios[number]
+            error, skipped = error + abs(1.0 - ratio), skipped + 1
             if number and error <= config.threshold and skipped <= config.max_skip_steps:
                 continue
             ratio, error, skipped = 1.0, 0.0, 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,16 +12,19 @@ import torch
 from torch.nn import Module, ModuleList
 
 from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelError, closest
+from diffsparse.schedule import check_amount, resolve
 from diffsparse.seam.caches import around, cache_on
-from diffsparse.seam.hooks import HOOK
-from diffsparse.seam.targets import attentions
+from diffsparse.seam.hooks import HOOK, run_of
+from diffsparse.seam.run import Run
+from diffsparse.seam.targets import attentions, entrances_of
 from diffsparse.wrappers import class_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-Undo = Callable[[], None]
-_REGISTRY = "_diffusers_hook"
+_REGISTRY, _TAYLOR = "_diffusers_hook", "taylorseer_cache"
+_FEW_STEPS = 10  # of a run: with a warm-up there is too little left to skip
+_MANY_STEPS = 50  # until a run says how many it has
 
 # The lists of blocks of a class, in the order of running; what comes after them sees the output of the last alone.
 BLOCKS: dict[str, tuple[str, ...]] = {
@@ -90,7 +93,11 @@ CACHES: dict[str, _Kind] = {
         {"range": "spatial_attention_block_skip_range", "timesteps": "spatial_attention_timestep_skip_range"},
         {},
     ),
-    "faster": _Kind("FasterCacheConfig", {"range": "spatial_attention_block_skip_range"}, {}),
+    "faster": _Kind(
+        "FasterCacheConfig",
+        {"range": "spatial_attention_block_skip_range", "timesteps": "spatial_attention_timestep_skip_range"},
+        {},
+    ),
     "sea": _Kind("SeaCacheConfig", {}, {}),
     "text-kv": _Kind("TextKVCacheConfig", {}, {}),
 }
@@ -99,6 +106,8 @@ CACHES: dict[str, _Kind] = {
 @dataclass(frozen=True)
 class Caching:
     """A step cache by name, and its knobs: those of Diffusers' configuration, or short names for some of them.
+
+    A `warm_up` of TaylorSeer may be a share of the run's steps (float); runs of fewer than ten are then computed whole.
 
     >>> Caching("taylor-seer", interval=2)
     Caching('taylor-seer:interval=2')
@@ -119,6 +128,8 @@ class Caching:
         for knob in knobs:
             if knob not in known:
                 raise ConfigError(f"step cache {name!r} has no {knob!r}; it has {', '.join(sorted(known))}")
+        if self.warm_up is not None:
+            check_amount("warm_up", self.warm_up)
 
     @classmethod
     def parse(cls, text: str) -> Caching:
@@ -148,7 +159,11 @@ class Caching:
             UnsupportedModelError: no patterns are known for the class. ConfigError: a value that it doesn't take.
         """
         short = CACHES[self.name].short
-        own = {short.get(knob, knob): list(value) if isinstance(value, tuple) else value for knob, value in self.knobs}
+        whole = {"warm_up": resolve(self.warm_up, _MANY_STEPS)} if self.warm_up is not None else {}
+        own = {
+            short.get(knob, knob): list(value) if isinstance(value, tuple) else value
+            for knob, value in {**dict(self.knobs), **whole}.items()
+        }
         given: dict[str, object] = {**CACHES[self.name].default, **own}
         if self.name == "taylor-seer" and not given.keys() & {"cache_identifiers", "use_lite_mode"}:
             given |= _last_block(model)
@@ -158,6 +173,12 @@ class Caching:
             return self._config(**given)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"step cache {self}: {error}") from error
+
+    @property
+    def warm_up(self) -> float | None:
+        """Share of the run's steps that are computed at the start; None if it is a number of steps."""
+        found = dict(self.knobs).get("warm_up")
+        return found if isinstance(found, float) else None
 
     def __str__(self) -> str:
         return ":".join((self.name, *(f"{knob}={value}" for knob, value in self.knobs)))
@@ -202,52 +223,95 @@ def _blocks(model: Module, name: str) -> ModuleList:
     return found
 
 
-def put_on(model: Any, config: Any) -> Undo:
-    """Enable a cache, and return what takes it off and leaves the model as it was.
+class Added:
+    """A cache that was enabled on a model; calling it takes that off, if it still is on, with all that it left."""
+
+    def __init__(self, model: Any, config: Any, warm_up: float | None = None, experts: int = 1) -> None:
+        self.model, self.config, self._warm_up, self._experts = model, config, warm_up, experts
+        self._before = [(module, _names(module)) for module in model.modules()]
+        model.enable_cache(config)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether nobody has taken it off or put another in its place."""
+        return self.model._cache_config is self.config
+
+    def begin(self, steps: int) -> None:
+        """A run of `steps` begins: a warm-up that is a share takes its steps, and short runs are all of it.
+
+        Each of a pipeline's experts counts its own steps, of which it has its part.
+        """
+        if self._warm_up is None or not self.is_on:
+            return
+        first = steps if steps < _FEW_STEPS else resolve(self._warm_up, steps // self._experts)
+        for module, _ in self._before:
+            hook = module.__dict__[_REGISTRY].get_hook(_TAYLOR) if _REGISTRY in module.__dict__ else None
+            if hook is not None:
+                hook.disable_cache_before_step = first
+
+    def __call__(self) -> None:
+        """Take it off."""
+        if self.is_on:
+            self.model.disable_cache()
+            for module, names in self._before:
+                _tidy(module, names)
+
+
+def put_on(model: Any, cache: object, pipe: DiffusionPipeline | None = None) -> Added:
+    """Enable a cache, a `Caching` or a configuration, and return what takes it off and leaves the model as it was.
 
     Raises:
         UnsupportedModelError: the class takes no caches, or the cache has nothing to skip in it.
+        ConfigError: it takes no such configuration.
     """
     if not hasattr(model, "enable_cache"):
         raise UnsupportedModelError(
             f"{class_of(model).__name__} takes no step cache of Diffusers; give None as `cache` to go without one"
         )
-    before = [(module, _names(module)) for module in model.modules()]
-    model.enable_cache(config)
-
-    def take_off() -> None:
-        if model._cache_config is config:
-            model.disable_cache()
-            _tidy(before)
-
+    if isinstance(cache, Caching):
+        experts = 1 if pipe is None else len(entrances_of(pipe))
+        added = Added(model, cache.config(model, pipe), cache.warm_up, experts)
+    else:
+        added = Added(model, cache)
     if not any(map(cache_on, around(model, [module for _, module in attentions(model)]))):
-        take_off()
+        added()
         raise UnsupportedModelError(
-            f"{type(config).__name__} skips nothing of {class_of(model).__name__}: its patterns fit no module there. "
-            "Leave `cache` out for patterns that do"
+            f"{type(added.config).__name__} skips nothing of {class_of(model).__name__}: its patterns fit no module "
+            "there. Leave `cache` out for patterns that do"
         )
-    return take_off
+    return added
+
+
+def prepare(model: Module, steps: int) -> None:
+    """A run of `steps` is about to begin, or to be estimated."""
+    run = run_of(model)
+    if run is not None and run.added is not None:
+        run.added.begin(steps)
 
 
 def _names(module: Module) -> set[str]:
-    """What the object has of its own, without what is ours."""
+    """What the object has of its own, without a registry of hooks that is there for ours alone."""
     registry = module.__dict__.get(_REGISTRY)
-    is_ours = registry is not None and {*registry.hooks} == {HOOK}
-    return set(module.__dict__) - ({_REGISTRY} if is_ours else set())
+    ours = None if registry is None else registry.get_hook(HOOK)
+    return set(module.__dict__) - ({_REGISTRY} if isinstance(ours, Run) and ours.made_registry else set())
 
 
-def _tidy(before: list[tuple[Module, set[str]]]) -> None:
+def _tidy(module: Module, names: set[str]) -> None:
     """Diffusers leaves empty registries, methods bound to the object, and a configuration that is None."""
-    for module, names in before:
-        registry = module.__dict__.get(_REGISTRY)
-        left = {_REGISTRY, "forward"} if registry is not None and not registry.hooks else set()
-        for name in (left | {"_cache_config"}) - names:
-            module.__dict__.pop(name, None)
+    registry = module.__dict__.get(_REGISTRY)
+    left = {"_cache_config"}
+    if registry is not None and not registry.hooks.keys() - {HOOK}:
+        left |= {"forward"} if registry.hooks else {"forward", _REGISTRY}
+    for name in left - names:
+        module.__dict__.pop(name, None)
 
 
 def caches_of(models: dict[str, Module]) -> Iterator[str]:
-    """Names of the step caches that transformers have."""
+    """Names of the step caches that transformers have of the user."""
     for model in models.values():
+        run = run_of(model)
+        if run is not None and isinstance(run.added, Added) and run.added.is_on:
+            continue
         chains = around(model, [module for _, module in attentions(model)])
         found = (cache.name for chain in chains if (cache := cache_on(chain)) is not None)
         yield from dict.fromkeys(found)

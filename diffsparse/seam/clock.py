@@ -128,6 +128,16 @@ class Clock:
         return self._moment
 
     @property
+    def length(self) -> int | None:
+        """Steps of the run that is under way or begins, known ahead of its passes; None if unknown."""
+        given: int | None = getattr(self._context.current, "num_inference_steps", None)
+        pipe = self.pipe
+        left = getattr(pipe, "_num_timesteps", None)
+        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+        known = left if isinstance(left, int) and left > 0 else None if timesteps is None else len(timesteps)
+        return given or known
+
+    @property
     def timesteps(self) -> tuple[float, ...] | None:
         """Of the run's steps; None if unknown. Waits for the device where they are on one: once a run is enough."""
         if self._timesteps is None or self._timesteps.ndim != 1 or self._begin is None:

@@ -67,11 +67,12 @@ def uninstall(model: Module) -> None:
     for hook in run.hooks:
         hook.remove()
     show_traces(model)
-    _delist(model)
+    _delist(model, run)
     for _, module in all_attentions(model):
         if LAYER in module.__dict__:
             processors.release(module)
-    run.take_off()
+    if run.added is not None:
+        run.added()
 
 
 def _enlist(model: Module, run: Run) -> None:
@@ -80,17 +81,18 @@ def _enlist(model: Module, run: Run) -> None:
     `register_hook` would bind `forward` to this model, for deep copies too, and a walk through the modules would meet
     the registry as a child. First in the list, the run is no link in the chain of the other hooks' forwards.
     """
+    run.made_registry = "_diffusers_hook" not in model.__dict__
     registry = HookRegistry.check_if_exists_or_initialize(model)
     registry.hooks[HOOK] = run
     registry._hook_order.insert(0, HOOK)
     registry._fn_refs.insert(0, HookFunctionReference())
 
 
-def _delist(model: Any) -> None:
+def _delist(model: Any, run: Run) -> None:
     registry = model._diffusers_hook
     place = registry._hook_order.index(HOOK)
     del registry.hooks[HOOK], registry._hook_order[place], registry._fn_refs[place]
-    if not registry.hooks:
+    if run.made_registry and not registry.hooks:
         del model._diffusers_hook
 
 
@@ -115,7 +117,7 @@ class _PassHook:
         run.grid = run.spec.grid(self.patch, inputs).grid()
         ordered = run.guidance is not None or not isinstance(run.strategy, Dense)
         run.shard = shard_of(model, run.spec, ordered)  # parallelism may be enabled after `apply`
-        run.begin_pass([cache_on(chain) for chain in self.chains])  # so may caches
+        run.begin_pass(lambda: [cache_on(chain) for chain in self.chains])  # so may caches
         for module in self.modules:
             processors.renew(module)
 

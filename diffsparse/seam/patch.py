@@ -13,7 +13,7 @@ from diffsparse.schedule import Schedule
 from diffsparse.seam.hooks import install, run_of, uninstall
 from diffsparse.seam.models import spec_of
 from diffsparse.seam.parallel import shard_of
-from diffsparse.seam.run import Perturber, Run
+from diffsparse.seam.run import Addition, Perturber, Run
 from diffsparse.seam.targets import models_of, notes_on
 from diffsparse.site.report import Report
 from diffsparse.strategies.base import Attending, Strategy, as_strategy
@@ -43,14 +43,14 @@ class Handle:
         """Add to the notes of all reports."""
         self._notes = (*self._notes, text)
 
-    def also(self, put_on: Callable[[Module], Callable[[], None]]) -> None:
-        """Put something more on each transformer: `put_on` returns what takes it off again, when the handle goes.
+    def also(self, put_on: Callable[[Module], Addition]) -> None:
+        """Put something more on each transformer, such as a step cache; it goes with the handle.
 
         If that fails, the handle is removed.
         """
         try:
             for model, run in zip(self._models.values(), self._runs, strict=True):
-                run.take_off = put_on(model)
+                run.added = put_on(model)
         except BaseException:
             self.remove()
             raise

@@ -146,6 +146,16 @@ class Perturber(Protocol):
         """Take its hooks off the model."""
 
 
+class Addition(Protocol):
+    """What is put on a transformer beside sparse attention; a call takes it off."""
+
+    def begin(self, steps: int) -> None:
+        """A run of `steps` begins or goes on."""
+
+    def __call__(self) -> None:
+        """Take it off."""
+
+
 class Run(ModelHook):  # type: ignore[misc]
     """All that one applied transformer remembers; as a stateful hook of Diffusers it receives context and reset.
 
@@ -155,7 +165,8 @@ class Run(ModelHook):  # type: ignore[misc]
     guidance: head perturbation, if any.
     guidance_only: made for guidance alone, and removed with it.
     extra_pass: the moment of an extra pass for guidance, which the clock doesn't count.
-    take_off: undoes what was put on with it: a step cache.
+    added: what was put on with it: a step cache.
+    made_registry: the model had none for hooks before.
     """
 
     _is_stateful = True
@@ -187,7 +198,8 @@ class Run(ModelHook):  # type: ignore[misc]
         self.guidance: Perturber | None = None
         self.guidance_only = False
         self.extra_pass: Moment | None = None
-        self.take_off: Callable[[], None] = _nothing
+        self.added: Addition | None = None
+        self.made_registry = False
 
     # --- the state of a run -----------------------------------------------------------------------------------------
 
@@ -213,25 +225,33 @@ class Run(ModelHook):  # type: ignore[misc]
         self._masks.clear()
         self._known.clear()
 
-    def begin_pass(self, caches: list[StepCache | None]) -> None:
+    def begin_pass(self, caches: Callable[[], list[StepCache | None]]) -> None:
         """A forward pass begins, with the step caches that its layers are behind."""
-        for layer, cache in zip(self.layers, caches, strict=True):
+        if self.added is not None and (steps := self.clock.length) is not None:
+            self.added.begin(steps)
+        for layer, cache in zip(self.layers, caches(), strict=True):
             layer.cache = cache
-        if self.extra_pass is None:
-            self.ledger.begin_pass()
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        extra = self.extra_pass
+        self.ledger.begin_pass(self.context.name if extra is None else extra.branch, extra is not None)
 
     def _open(self, layer: Layer, moment: Moment) -> CallRecord:
         """Begin the record of a call; in a new run nothing of the last one is left."""
         if moment.run != self._run:
             self._forget()
             self._run, self.ledger = moment.run, Ledger(memories=self._memories, length=moment.steps)
+            self._begin_pass()
             pipe = self.clock.pipe
             self._takes_turns = pipe is not None and len(entrances_of(pipe)) > 1
             if moment.steps is None and (unknown := self.schedule.of_unknown_length()):
                 self.ledger.note(unknown)
-        record = self.ledger.open(layer.name, moment.step, moment.branch, layer.cache is not None)
+        record = self.ledger.open(
+            layer.name, moment.step, moment.branch, None if layer.cache is None else layer.cache.name
+        )
         if layer.cache is not None:
-            self.ledger.cache, self.ledger.cache_is_wide = layer.cache.name, layer.cache.is_wide
+            self.ledger.cache_is_wide = layer.cache.is_wide
         record.note = "" if self.grid is None else self.grid.note
         self._bound(moment)
         return record
@@ -256,21 +276,22 @@ class Run(ModelHook):  # type: ignore[misc]
                 del self._memories[key]
         return self._memories.setdefault((shape, layer.index, number), {})
 
-    def _to_skip(self, layer: Layer, moment: Moment, tally: Tally) -> int:
-        """How many of the steps to come a step cache will answer in place of this layer."""
-        if moment.steps is None:
+    def _to_skip(self, layer: Layer, moment: Moment, tally: Tally, end: int | None) -> int:
+        """How many of the steps to come before `end` a step cache will answer in place of this layer."""
+        if end is None:
             return 0
         known = None if layer.cache is None else self._executed(layer.cache, moment, tally.first)
         if known is None or moment.step not in known:
-            return tally.to_skip(moment.steps)
-        return moment.steps - 1 - moment.step - sum(step > moment.step for step in known)
+            return tally.to_skip(end)
+        return max(end - 1 - moment.step, 0) - sum(moment.step < step < end for step in known)
 
     def _executed(self, cache: StepCache, moment: Moment, first: int) -> Collection[int] | None:
         """The steps that a cache, which counts from the step `first`, leaves to layers behind it; asked once a run."""
-        branches = self.ledger.branches
+        branches = self.ledger.beside(moment.branch)
         key = cache, len(branches), branches.index(moment.branch), first
         if key not in self._known:
             timesteps = self.clock.timesteps if cache.wants_timesteps else None
+            timesteps = timesteps if timesteps and cache.reads(timesteps[moment.step]) else None
             passes = Passes((moment.steps or 0) - first, *key[1:3], timesteps and timesteps[first:])
             steps = cache.executed(passes)
             self._known[key] = None if steps is None else frozenset(first + step for step in steps)
@@ -332,15 +353,15 @@ class Run(ModelHook):  # type: ignore[misc]
             site = self._site(layer, call, layout, moment, number, record, mask, tally)
             if obstacle:
                 return site.fall_back(call.query, call.key, call.value, obstacle)
-            out = self._choose(layer, call, site, tally)
+            out = self._choose(layer, call, site, moment)
             if mask is None or record.kind == "dense":
                 return out
             return mask.repair(out, call, layout, layer.user_backend())
 
-    def _choose(self, layer: Layer, call: Call, site: Site, tally: Tally) -> Tensor:
+    def _choose(self, layer: Layer, call: Call, site: Site, moment: Moment) -> Tensor:
         """The strategy's answer, or dense attention where the schedule, the model or the kernels leave no choice."""
         q, k, v = call.query, call.key, call.value
-        method = self._method(layer, site, tally)
+        method = self._method(layer, moment)
         if method is None:
             return site.dense(q, k, v, reason="schedule")
         if self.grid is not None and not self.grid.known and self.strategy.wants_grid:
@@ -353,18 +374,20 @@ class Run(ModelHook):  # type: ignore[misc]
             site.memory[_OBSTACLE] = error.reason
             return site.fall_back(q, k, v, error.reason)
 
-    def _method(self, layer: Layer, site: Site, tally: Tally) -> Method | None:
+    def _method(self, layer: Layer, now: Moment) -> Method | None:
         """What the schedule wants of a call; None: dense attention, and nothing learned from it."""
-        first, end = self.schedule.bounds(site.executed_steps, layer.warm_up)
-        late = end is not None and site.executed >= end
-        if late or self.schedule.excludes(layer.index, len(self.layers)):
+        tally = self.ledger.tallies[layer.name, now.branch]
+        first, end = self.schedule.bounds(now.steps, layer.warm_up)
+        if (end is not None and now.step >= end) or self.schedule.excludes(layer.index, len(self.layers)):
             return None
-        early = site.executed < first and not tally.is_sparse
-        tally.was_dense, tally.is_sparse = tally.was_dense or early, not early
-        # where a cache decides as it goes, the dense steps may turn out to be over earlier than they seemed
-        teaches = site.executed == first - 1 if early else tally.was_dense and tally.taught in (None, site.step)
+        early = now.step < first
+        tally.was_dense = tally.was_dense or early
+        if early:  # a step cache may skip the steps between; one that decides as it goes may not, after all
+            teaches = self._to_skip(layer, now, tally, first) == first - 1 - now.step
+        else:
+            teaches = tally.was_dense and tally.taught in (None, now.step)
         if teaches and self.strategy.observes:
-            tally.taught = site.step
+            tally.taught = now.step
             return self.strategy.observe
         return None if early else self.strategy.attend
 
@@ -379,8 +402,9 @@ class Run(ModelHook):  # type: ignore[misc]
         mask: KeyMask | None,
         tally: Tally,
     ) -> Site:
-        backend, to_skip = layer.user_backend(), self._to_skip(layer, moment, tally)
-        reached = None if moment.steps is None else moment.steps - tally.skipped - to_skip
+        backend, to_skip = layer.user_backend(), self._to_skip(layer, moment, tally, moment.steps)
+        end = self.schedule.bounds(moment.steps)[1]
+        reached = None if end is None else end - tally.skipped - self._to_skip(layer, moment, tally, end)
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return replace(call, query=q, key=k, value=v).dense(backend)
@@ -391,7 +415,7 @@ class Run(ModelHook):  # type: ignore[misc]
             index=layer.index,
             step=moment.step,
             steps=moment.steps,
-            end=None if self._takes_turns else self.schedule.bounds(reached)[1],
+            end=None if self._takes_turns else reached,
             branch=moment.branch,
             layout=layout,
             layers=len(self.layers),
@@ -405,10 +429,6 @@ class Run(ModelHook):  # type: ignore[misc]
             key_mask=None if mask is None else mask.keys,
             strict=self.strict,
         )
-
-
-def _nothing() -> None:
-    pass
 
 
 def _isolated(device: str) -> ExitStack:

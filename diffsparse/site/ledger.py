@@ -69,12 +69,12 @@ class Sums:
 class Tally:
     """The steps that reached one layer in one guidance branch; a step cache answered the others.
 
-    first, last: the first and the latest of them.
+    first: the first step of the branch.
+    last: the latest that reached the layer.
     steady: so many came at the start without a gap.
     skipped: steps between them that did not reach it.
-    calls: in the others.
-    passes: of the model until the latest.
-    was_dense, is_sparse: whether it had dense steps at the start, and whether these are over.
+    passes, calls: that did, and the calls in them. last_pass: the number of the latest.
+    was_dense: whether it had dense steps at the start.
     taught: the step in which its strategy observed; None if it has not.
     """
 
@@ -82,30 +82,43 @@ class Tally:
     last: int
     steady: int = 1
     skipped: int = 0
-    calls: int = 0
     passes: int = 0
+    calls: int = 0
     was_dense: bool = False
-    is_sparse: bool = False
     taught: int | None = None
+    last_pass: int = -1
 
-    def reach(self, step: int, answered: bool) -> None:
-        """Note a call in a step; `answered` says whether the steps between were, or the loop has left them out."""
+    @classmethod
+    def late(cls, step: int, missed: int) -> Tally:
+        """Of a layer that the first steps of its branch did not reach."""
+        missed = min(missed, step)
+        return cls(step - missed, step, int(not missed), missed)
+
+    def reach(self, step: int, number: int, answered: bool) -> None:
+        """Note a call in a step, in the pass of that number; `answered`: the steps between were not left out."""
         self.calls += 1
+        self.passes, self.last_pass = self.passes + (number != self.last_pass), number
         if step <= self.last:
             return
         self.skipped += step - self.last - 1 if answered else 0
         self.steady += not self.skipped
         self.last = step
 
-    def skipped_calls(self, steps: int) -> int:
-        """Calls that a step cache answered in the first `steps` of the run."""
+    def skipped_calls(self, steps: int, passes: int | None = None) -> int:
+        """Calls that a step cache answered in the first `steps` of the run, of whose passes the number may be known."""
         executed = self.last + 1 - self.first - self.skipped
-        return (self.skipped + steps - 1 - self.last) * self.calls // executed
+        skipped = self.skipped + steps - 1 - self.last
+        return skipped * self.calls // executed if passes is None else (passes - self.passes) * self.calls_of_a_pass
 
-    def to_skip(self, steps: int) -> int:
-        """How many of the steps to come of a run of `steps` will not reach it, if it goes on as since the first gap."""
+    @property
+    def calls_of_a_pass(self) -> int:
+        """As many as most passes had."""
+        return -(-self.calls // self.passes)
+
+    def to_skip(self, end: int) -> int:
+        """How many of the steps until `end` will not reach it, if it goes on as since the first gap."""
         since = self.last + 1 - self.first - self.steady
-        return round((steps - 1 - self.last) * self.skipped / since) if self.skipped else 0
+        return round(max(end - 1 - self.last, 0) * self.skipped / since) if self.skipped else 0
 
 
 @dataclass
@@ -116,8 +129,9 @@ class Ledger:
     memories: any nesting of containers and objects with tensors, as it stands; its size is kept when it is `close`d.
     tallies: by layer and guidance branch.
     cache, cache_is_wide: what answered the steps that are missing there, and whether with whole blocks.
-    passes: of the model.
-    idle: since the last call: a step cache answered all of them.
+    passes: of the model, by guidance branch; under None those of branches without a name.
+    idle: of these, the passes since the last call in such a branch: a step cache answered all of them.
+    extra: branches that guidance adds.
     length: steps of the run, None if that is unknown.
     """
 
@@ -128,8 +142,9 @@ class Ledger:
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict, repr=False)
     cache: str | None = None
     cache_is_wide: bool = False
-    passes: int = 0
-    idle: int = 0
+    passes: Counter[str | None] = field(default_factory=Counter, repr=False)
+    idle: Counter[str | None] = field(default_factory=Counter, repr=False)
+    extra: set[str | None] = field(default_factory=set, repr=False)
     length: int | None = None
     steps: int = 0  # in the sums, and how many of them had a sparse call
     sparse_steps: int = 0
@@ -137,21 +152,32 @@ class Ledger:
     _settled: int = 0  # calls whose events are gone
     _held: int | None = None
 
-    def begin_pass(self) -> None:
-        """A forward pass of the model begins."""
-        self.passes += 1
-        self.idle += 1
+    def begin_pass(self, branch: str | None, extra: bool = False) -> None:
+        """The model runs, in a branch whose name is known ahead of its calls or not; guidance may have added it."""
+        self.passes[branch] += 1
+        self.idle[branch] += 1
+        if extra:
+            self.extra.add(branch)
 
-    def open(self, layer: str, step: int, branch: str, cached: bool = False) -> CallRecord:
-        """Begin the record of one call of a layer, which may be behind a step cache."""
+    def open(self, layer: str, step: int, branch: str, cache: str | None = None) -> CallRecord:
+        """Begin the record of one call, behind a step cache or not."""
         while self._settled < len(self.calls) and self.calls[self._settled].settle():
             self._settled += 1
         self.calls.append(CallRecord(layer, step, branch))
-        self.idle = 0
-        tally = self.tallies.setdefault((layer, branch), Tally(step, step, passes=self.passes))
-        tally.reach(step, cached or self.passes - tally.passes > len(self.branches))
-        tally.passes = self.passes
+        self.cache = cache or self.cache
+        key, name = (layer, branch), self._name(branch)
+        self.idle[name] = 0
+        if key not in self.tallies:
+            missed = self.passes[name] - 1 if cache and name is not None else 0
+            self.tallies[key] = Tally.late(step, max(missed, 0))
+        tally, number = self.tallies[key], self.passes.total()
+        # a loop may leave steps out by itself
+        tally.reach(step, number, cache is not None or number - tally.last_pass > len(self.branches))
         return self.calls[-1]
+
+    def _name(self, branch: str) -> str | None:
+        """That of a branch ahead of its calls."""
+        return branch if branch in self.passes else None
 
     def bound(self, most: int) -> None:
         """Move the oldest step's calls into the sums if there are more than `most`, and the device is through them."""
@@ -175,20 +201,36 @@ class Ledger:
 
     @property
     def branches(self) -> list[str]:
-        """Guidance branches that attended, in the order of their first calls."""
-        return list(dict.fromkeys(branch for _, branch in self.tallies))
+        """Guidance branches, in the order of their first passes; those without a name if they attended."""
+        attended = dict.fromkeys(branch for _, branch in self.tallies)
+        named = [name for name in self.passes if name is not None]
+        return [*named, *(branch for branch in attended if branch not in self.passes)]
+
+    def beside(self, branch: str) -> list[str]:
+        """The branches that a step cache without contexts counts together with one: guidance keeps its own apart."""
+        return [other for other in self.branches if (other in self.extra) == (branch in self.extra)]
 
     @property
     def reached(self) -> int:
         """Number of the step that follows the last one so far, with a call or without."""
-        last = max((tally.last for tally in self.tallies.values()), default=-1)
-        over = last + 1 + -(-self.idle // max(len(self.branches), 1))
+        unnamed = max(sum(branch not in self.passes for branch in self.branches), 1)
+        over = 0
+        for (_, branch), tally in self.tallies.items():
+            name = self._name(branch)
+            over = max(over, tally.last + 1 - (-self.idle[name] // (unnamed if name is None else 1)))
         return over if self.length is None else min(over, self.length)
 
     @property
     def skipped_calls(self) -> int:
         """Self-attention calls that a step cache answered."""
-        return sum(tally.skipped_calls(self.reached) for tally in self.tallies.values())
+        skipped = sum(
+            tally.skipped_calls(self.reached, self.passes.get(branch)) for (_, branch), tally in self.tallies.items()
+        )
+        attended = {branch for _, branch in self.tallies}
+        layers: Counter[str] = Counter()
+        for (layer, _), tally in self.tallies.items():
+            layers[layer] = max(layers[layer], tally.calls_of_a_pass)
+        return skipped + layers.total() * sum(self.passes[name] for name in self.branches if name not in attended)
 
     def note(self, text: str) -> None:
         """Note what the user should know about the run; equal notes are shown once."""

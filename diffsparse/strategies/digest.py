@@ -29,6 +29,7 @@ class _Plan(NamedTuple):
     start: the dense step from which on it holds.
     spent: work since `first`, in dense passes.
     ahead: dense steps to come.
+    done: and how many have been since `first`.
     sparsity: of the steps between.
     repeats: whether the blocks stay the same from one dense step to the next.
     """
@@ -37,6 +38,7 @@ class _Plan(NamedTuple):
     start: int
     spent: Fraction
     ahead: list[int]
+    done: int
     sparsity: Fraction
     repeats: bool
 
@@ -97,9 +99,11 @@ class Digest(Tangent):
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Dense attention over q, k, v [B, H, N, D]; keeps what the sparse product misses of it."""
-        before: _Kept | None = site.memory.get("kept")
-        out = site.dense(q, k, v, reason="schedule" if before is None or before.step == site.step else "renewal")
-        plan, rank = self._affordable(q, site, None if before is None else before.plan)
+        return self._learn(q, k, v, site, site.dense(q, k, v, reason="schedule"))
+
+    def _learn(self, q: Tensor, k: Tensor, v: Tensor, site: Site, out: Tensor, before: _Plan | None = None) -> Tensor:
+        """The dense output, after what the sparse product misses of it is kept; `before` is the plan that wants it."""
+        plan, rank = self._affordable(q, site, before)
         if rank < min(self._most_rank, q.shape[3]):
             site.record.note = (
                 f"Digest keeps a residual of rank {rank}, not {self._most_rank}: that is what {self.memory:g} GiB hold"
@@ -117,9 +121,10 @@ class Digest(Tangent):
         kept: _Kept | None = site.memory.get("kept")
         if kept is None:
             return super().attend(q, k, v, site)
-        ahead = self._ahead(kept.plan, site.end)
+        old = kept.plan
+        ahead = self._ahead(site.end, old.first, old.start, old.done) if old.repeats else []
         if ahead and ahead[0] <= site.executed:
-            return self.observe(q, k, v, site)
+            return self._learn(q, k, v, site, site.dense(q, k, v, reason="renewal"), kept.plan)
         if kept.plan.ahead and not ahead:  # a step cache leaves fewer steps than it seemed: too few to renew it
             plan = self._followed(kept.plan, site.end, site.executed - 1)
             site.memory["kept"] = kept = kept._replace(blocks=None, plan=plan, between=self._between(plan))
@@ -148,31 +153,37 @@ class Digest(Tangent):
         count = min(int(_RENEWING * (1 - exact(self.sparsity)) * left), (left + 1) // _APART - 1)
         return [first + nearest(Fraction(i * (left + 1), count + 1)) for i in range(1, count + 1)] if count > 1 else []
 
-    def _ahead(self, plan: _Plan, end: int | None) -> list[int]:
-        """Dense steps to come in a run that ends before `end`."""
-        return [step for step in self._renewals(end, plan.first) if step > plan.start] if plan.repeats else []
+    def _ahead(self, end: int | None, first: int, start: int, done: int) -> list[int]:
+        """Dense steps after `start` in a run that ends before `end`, an estimate that may change from step to step."""
+        later = [max(step, start + _APART // 2) for step in self._renewals(end, first)[done:]]
+        return [step for step in later if end is not None and step + _APART <= end]
 
     def _plan(
-        self, end: int | None, start: int, first: int | None = None, spent: Fraction = _NOTHING, renews: bool = True
+        self,
+        end: int | None,
+        start: int,
+        first: int | None = None,
+        spent: Fraction = _NOTHING,
+        done: int = 0,
+        renews: bool = True,
     ) -> _Plan:
         """What is left of the work after the step `start`, shared out evenly among the steps before `end`."""
         first, share = start if first is None else first, 1 - exact(self.sparsity)
-        renewals = self._renewals(end, first) if renews else []
-        ahead = [step for step in renewals if step > start]
+        ahead = self._ahead(end, first, start, done) if renews else []
         if end is not None and end - 1 > start:
             left = (share * (end - 1 - first) - spent - len(ahead)) / (end - 1 - start)
             share = min(max(left, share / 8), Fraction(1))
-        return _Plan(first, start, spent, ahead, 1 - share, bool(renewals))
+        return _Plan(first, start, spent, ahead, done, 1 - share, renews and bool(done or ahead))
 
     def _followed(self, plan: _Plan, end: int | None, start: int, dense: int = 0, renews: bool = False) -> _Plan:
         """The plan after `plan`, which was followed until after the step `start`."""
-        return self._plan(end, start, plan.first, plan.spent_until(start) + dense, renews)
+        return self._plan(end, start, plan.first, plan.spent_until(start) + dense, plan.done + dense, renews)
 
     def _affordable(self, q: Tensor, site: Site, before: _Plan | None) -> tuple[_Plan, int]:
         """The plan, without later dense steps where the memory can't hold the blocks too, and the rank that it can."""
 
         def plan(renews: bool) -> _Plan:
-            if before is None or site.executed <= before.start:
+            if before is None:
                 return self._plan(site.end, site.executed, renews=renews)
             return self._followed(before, site.end, site.executed, dense=1, renews=renews)
 

@@ -6,7 +6,7 @@ masses has one product of two, and each of r later searches needs one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -89,11 +89,16 @@ class Outline:
         steps: int,
         layout: Layout | None = None,
         head_dim: int | None = None,
+        executed: Sequence[int] | None = None,
         warm_up: int = 0,
     ) -> Outline:
-        """The run of a schedule; `warm_up` as in `Schedule.bounds`."""
+        """The run of a schedule of `steps`, or those of them that are executed; `warm_up` as in `Schedule.bounds`."""
         first, end = schedule.bounds(steps, warm_up)
-        return cls(steps, first, steps if end is None else end, layout, head_dim)
+        end = steps if end is None else end
+        if executed is None:
+            return cls(steps, first, end, layout, head_dim)
+        early, inner = (sum(step < bound for step in executed) for bound in (first, end))
+        return cls(len(executed), early, inner, layout, head_dim)
 
     @property
     def search(self) -> int | None:

@@ -60,7 +60,7 @@ def applied(pipe: DiffusionPipeline, compared: Compared, schedule: Schedule, str
         strategy, cache = _parts(compared)
         handle = stack.enter_context(diffsparse.apply(pipe, strategy, schedule=schedule, strict=strict))
         if cache is not None:
-            handle.also(lambda model: put_on(model, cache.config(model, pipe)))
+            handle.also(lambda model: put_on(model, cache, pipe))
         if isinstance(compared, Guided):
             stack.enter_context(diffsparse.guide(pipe, compared.preset))
         yield handle

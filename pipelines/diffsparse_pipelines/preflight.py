@@ -13,7 +13,8 @@ from diffsparse.guidance.preset import Preset
 from diffsparse.insight.cost import Estimate, flops
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
-from diffsparse.seam.caches import Passes, outlook
+from diffsparse.seam.caches import Outlook, Passes, outlook
+from diffsparse.seam.caching import prepare
 from diffsparse.seam.geometry import Grid
 from diffsparse.seam.models import packed_grid, patch_of, spec_of
 from diffsparse.seam.targets import attentions, models_of
@@ -222,10 +223,21 @@ def preflight(
     if latent is None or counted is None or not steps:
         return None
     model = next(iter(models_of(pipe).values()))
-    seen = layout(model, latent, counted.text)
-    modules = [module for _, module in attentions(model)]
-    left = outlook(model, modules, Passes(steps, timesteps=_timesteps(pipe, steps)))
+    seen, left = layout(model, latent, counted.text), _outlook(pipe, steps)
     return Estimate.before(flops(model, *counted), strategy, schedule, steps, seen, left)
+
+
+def warm_up_of(pipe: DiffusionPipeline, steps: int) -> int:
+    """Steps at the start of a run of `steps` from which a step cache extrapolates; 0 without one."""
+    return max(each.warm_up for each in _outlook(pipe, steps))
+
+
+def _outlook(pipe: DiffusionPipeline, steps: int) -> list[Outlook]:
+    """What step caches will leave of the attention modules of a pipeline's first transformer."""
+    model = next(iter(models_of(pipe).values()))
+    prepare(model, steps)
+    modules = [module for _, module in attentions(model)]
+    return outlook(model, modules, Passes(steps, timesteps=_timesteps(pipe, steps)))
 
 
 def _timesteps(pipe: DiffusionPipeline, steps: int) -> tuple[float, ...] | None:

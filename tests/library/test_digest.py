@@ -192,6 +192,14 @@ def test_the_same_dense_step_twice_is_no_renewal() -> None:
     assert [one.record.reason for one in here] == ["schedule", "schedule"]
 
 
+def test_a_dense_step_of_the_schedule_is_not_charged_to_those_that_follow() -> None:
+    """Where a step cache decides as it goes, the dense steps may turn out to be more than they seemed."""
+    memory = dict[str, Any]()
+    for step in (1, 2):
+        Digest(0.8, 32).observe(*inputs(LONG), site(LONG, step, 15, memory))
+        assert (memory["kept"].plan.spent, memory["kept"].plan.start) == (0, step)
+
+
 def test_memory_without_room_for_the_blocks_keeps_what_short_runs_keep() -> None:
     q, k, v = inputs(LONG)
     kept = []

@@ -101,13 +101,21 @@ def generate(
 
 def _stack(sparsity: SparsityOptions) -> PutOn:
     """Puts on the one strategy that was named, and the step cache that was named with it."""
-    from diffsparse import accelerate, apply
+    from diffsparse import apply
+    from diffsparse.seam.caching import put_on
 
     stacks = sparsity.stacks()
     if len(stacks) != 1:
         raise ConfigError(f"generate wants one strategy; got {sparsity.strategy!r}. To compare several, use evaluate")
     cache, strategy = stacks[0]
-    return partial(apply, strategy=strategy) if cache is None else partial(accelerate, strategy=strategy, cache=cache)
+
+    def put(pipe: DiffusionPipeline, schedule: Schedule, strict: bool) -> Handle:
+        handle = apply(pipe, strategy, schedule=schedule, strict=strict)
+        if cache is not None:
+            handle.also(lambda model: put_on(model, cache, pipe))
+        return handle
+
+    return put
 
 
 def _speed(speed: str, sparsity: SparsityOptions) -> PutOn:
@@ -209,11 +217,12 @@ class _Run:
     def _announce(self, handle: Handle) -> Estimate | None:
         """Say what will run, and what it can be expected to save."""
         from diffsparse.strategies import as_strategy
-        from diffsparse_pipelines.preflight import announce, argument, preflight
+        from diffsparse_pipelines.preflight import announce, argument, preflight, warm_up_of
         from diffsparse_pipelines.progress import say
 
         count = argument(self.pipe, self.arguments, "num_inference_steps")
-        say(f"{handle.strategy}, {self.schedule.describe(count)}" if count else f"{handle.strategy}")
+        dense = f", {self.schedule.describe(count, warm_up_of(self.pipe, count))}" if count else ""
+        say(f"{handle.strategy}{dense}")
         estimate = preflight(self.pipe, self.arguments, as_strategy(handle.strategy), self.schedule)
         say(announce(estimate), highlight=False)
         return estimate

@@ -1,0 +1,771 @@
+"""Step caches under sparse attention: same bits, true counts, kept budgets; and the one line that puts both on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import diffusers as d
+import pytest
+import torch
+from diffusers.hooks import HookRegistry
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import diffsparse
+from diffsparse import AdaSpa, Dense, Digest, Layout, Schedule, Tangent
+from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelError
+from diffsparse.schedule import resolve
+from diffsparse.seam.caches import Passes, StepCache, cache_on
+from diffsparse.seam.caching import BLOCKS, CACHES, Caching, caches_of
+from diffsparse.seam.targets import attentions, models_of
+from support.methods import METHODS
+from support.tiny_pipelines import BUILDERS
+from support.tiny_transformers import build, inputs, tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid")  # FasterCache calls it as it no longer should be
+ALWAYS = Schedule(dense_first=0)
+STEPS, OTHER = 8, 10
+# Clips of several blocks of 16 tokens.
+SIZES: dict[str, dict[str, int]] = {
+    "wan": {"height": 96, "width": 96},
+    "wan22": {"height": 96, "width": 96},
+    "hunyuan_video": {"height": 64, "width": 64},
+    "cogvideox": {"height": 96, "width": 96},
+    "ltx": {},
+    "mochi": {"height": 96, "width": 96},
+    "flux": {"height": 24, "width": 24},
+    "sd3": {"height": 12, "width": 12},
+    "qwen_image": {"height": 96, "width": 96},
+}
+ONE_BATCH = ("cogvideox", "ltx", "mochi", "sd3")  # both guidance branches in one pass
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A step cache, and why not on a family: there it fails or does nothing by itself."""
+
+    on: Callable[[Any], None]
+    off: Callable[[Any], None]
+    title: str
+    without: dict[str, str] = field(default_factory=dict)
+
+
+def of_diffusers(title: str, caching: Caching, **without: str) -> Cache:
+    def on(pipe: Any) -> None:
+        for model in models_of(pipe).values():
+            model.enable_cache(caching.config(model, pipe))
+
+    def off(pipe: Any) -> None:
+        for model in models_of(pipe).values():
+            model.disable_cache()
+
+    return Cache(on, off, title, {"sd3": "its transformer takes no caches of Diffusers", **without})
+
+
+def of_cache_dit(**without: str) -> Cache:
+    def on(pipe: Any) -> None:
+        dit = pytest.importorskip("cache_dit")
+        settled = dit.DBCacheConfig(
+            Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=9.0, max_continuous_cached_steps=2
+        )
+        dit.enable_cache(pipe, cache_config=settled)
+
+    def off(pipe: Any) -> None:
+        pytest.importorskip("cache_dit").disable_cache(pipe)
+
+    return Cache(on, off, "cache-dit", without)
+
+
+def without(reason: str, *families: str) -> dict[str, str]:
+    return dict.fromkeys(families, reason)
+
+
+TWO_CALLS = [name for name in BUILDERS if name not in ONE_BATCH]
+KNOWS = {
+    "taylor": of_diffusers("TaylorSeer", Caching("taylor-seer", interval=2, warm_up=3)),
+    "mag": of_diffusers("MagCache", Caching("mag", steps=STEPS, ratios=[1.0, 0.98, 1.01, 0.97], threshold=0.05)),
+    "pyramid": of_diffusers("PyramidAttentionBroadcast", Caching("pab", range=2, timesteps=(100, 900))),
+}
+CACHED: dict[str, Cache] = {
+    **KNOWS,
+    "lite": of_diffusers("TaylorSeer", Caching("taylor-seer", interval=3, warm_up=2, use_lite_mode=True)),
+    "broad": of_diffusers("PyramidAttentionBroadcast", Caching("pab", range=3, timesteps=(-1, 2000))),
+    "silent": of_diffusers("PyramidAttentionBroadcast", Caching("pab", range=2, timesteps=(-1, 2000))),
+    "first-block": of_diffusers("FirstBlockCache", Caching("first-block", threshold=0.6)),
+    "faster": of_diffusers(
+        "FasterCache",
+        Caching("faster", range=2, timesteps=(-1, 2000), unconditional_batch_timestep_skip_range=(-1, 2000)),
+        **without("it halves the batch of each pass, which holds one sample", *TWO_CALLS),
+        **without("it wants latents with a height and a width", "ltx"),
+    ),
+    "faster-distilled": of_diffusers(
+        "FasterCache",
+        Caching("faster", range=2, timesteps=(-1, 700), is_guidance_distilled=True),
+        **without("it skips the first step and has nothing yet", "mochi"),
+    ),
+    "sea": of_diffusers(
+        "SeaCache",
+        Caching("sea", threshold=0.5),
+        **without("it reads no latents of it and runs in full", *(x for x in BUILDERS if not x.startswith("wan"))),
+    ),
+    "cache-dit": of_cache_dit(hunyuan_video="lists of one block each, which it always computes"),
+}
+VARIANTS = {"lite", "broad", "silent"}  # on a few families
+FEW = {"wan", "wan22", "cogvideox", "flux"}
+PAIRS = [
+    (kind, name)
+    for kind, cache in CACHED.items()
+    for name in BUILDERS
+    if name not in cache.without and (kind not in VARIANTS or name in FEW)
+]
+
+
+class Run:
+    """A pipeline, and a count of the attention that its transformers compute."""
+
+    def __init__(self, name: str, **over: Any) -> None:
+        self.name = name
+        self.pipe, call = BUILDERS[name]()
+        self.pipe.set_progress_bar_config(disable=True)
+        self.call = {**call, **SIZES[name], **over}
+        self.step, self.passes = 0, 0
+        self.reached: list[tuple[str, int, int]] = []  # layer, step, products
+        self.layers: list[str] = []
+        for model_name, model in models_of(self.pipe).items():
+            model.register_forward_pre_hook(self._began)
+            for layer, module in attentions(model):
+                if not layer.endswith("attn2") and "refiner" not in layer:
+                    self.layers.append(f"{model_name}.{layer}")
+                    module.to_q.register_forward_pre_hook(functools.partial(self._reached, self.layers[-1]))
+        scheduler = self.pipe.scheduler
+        scheduler.step = self._counting(scheduler.step)
+
+    def _began(self, *_: object) -> None:
+        self.passes += 1
+
+    def _reached(self, layer: str, _: object, args: tuple[Tensor, ...]) -> None:
+        self.reached.append((layer, self.step, args[0].shape[0] if self.name == "mochi" else 1))
+
+    def _counting(self, step: Any) -> Any:
+        @functools.wraps(step)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.step += 1
+            return step(*args, **kwargs)
+
+        return counted
+
+    def __call__(self, steps: int = STEPS) -> Tensor:
+        self.step, self.passes = 0, 0
+        self.reached.clear()
+        generator = torch.Generator().manual_seed(0)
+        call = {**self.call, "num_inference_steps": steps, "generator": generator, "output_type": "latent"}
+        out: Tensor = self.pipe(**call)[0]
+        return out
+
+    @property
+    def calls(self) -> int:
+        return sum(products for _, _, products in self.reached)
+
+    @property
+    def skipped_calls(self) -> int:
+        most = max(products for _, _, products in self.reached)
+        layers = len(self.layers) // len(models_of(self.pipe))
+        return (self.passes * layers - len(self.reached)) * most
+
+    @property
+    def steps(self) -> set[int]:
+        return {step for _, step, _ in self.reached}
+
+
+@contextmanager
+def caching(cache: Cache, pipe: Any) -> Iterator[None]:
+    cache.on(pipe)
+    try:
+        yield
+    finally:
+        cache.off(pipe)
+
+
+@functools.cache
+def plain(name: str) -> Tensor:
+    return Run(name)()
+
+
+@functools.cache
+def layout_of(name: str) -> Layout:
+    found: list[Layout] = []
+
+    class Looks:
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Any) -> Tensor:
+            found.append(site.layout)
+            return site.dense(q, k, v)  # type: ignore[no-any-return]
+
+    run = Run(name)
+    with diffsparse.apply(run.pipe, Looks(), schedule=ALWAYS):
+        run(2)
+    return found[0]
+
+
+# --- the same bits ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+def test_dense_attention_changes_no_bit_of_a_cached_run(kind: str, name: str) -> None:
+    """Cache first, or while applied, or taken off while applied; again, with other steps, and after removal."""
+    run, cache = Run(name), CACHED[kind]
+    with caching(cache, run.pipe):
+        want, other = run(), run(OTHER)
+        assert run.skipped_calls, "the cache acts"
+        handle = diffsparse.apply(run.pipe, Dense(), schedule=ALWAYS)
+        assert all(torch.equal(run(), want) for _ in range(2))
+        assert torch.equal(run(OTHER), other)
+        assert handle.report().cache == cache.title
+    assert torch.equal(run(), plain(name))
+    report = handle.report()
+    assert (report.cache, report.skipped_steps, report.skipped_calls) == (None, 0, 0)
+    with caching(cache, run.pipe):
+        assert torch.equal(run(), want)
+        handle.remove()
+        assert torch.equal(run(), want)
+
+
+@pytest.mark.filterwarnings("ignore:NucleusMoEImageTransformer2DModel ran")
+def test_a_cache_of_text_keys_skips_no_attention() -> None:
+    """It is for NucleusMoE alone, whose queries are of other tokens than its keys: nothing is sparse there."""
+    name = "NucleusMoEImageTransformer2DModel"
+    model, kwargs = build(name), inputs(name)
+    model.enable_cache(d.TextKVCacheConfig())
+    want = [tensors(model, kwargs)[0] for _ in range(3)]
+    model._reset_stateful_cache()
+    with diffsparse.apply(model, Dense(), schedule=ALWAYS) as handle:
+        got = [tensors(model, kwargs)[0] for _ in range(3)]
+        report = handle.report()
+    assert all(map(torch.equal, got, want))
+    assert (report.cache, report.skipped_calls, report.sparse_calls) == (None, 0, 0)
+    assert report.dense_calls == 3 * len(list(attentions(model)))
+
+
+# --- sparse steps beside skipped ones -----------------------------------------------------------------------------
+
+SPARSE = ("Digest", "Tangent", "AdaSpa", "GNA", "PARO")
+
+
+@functools.cache
+def density_without(name: str, method: str) -> float:
+    run = Run(name)
+    with METHODS[method].put(run.pipe, layout_of(name), strict=False) as handle:
+        run()
+        return handle.report().sparse_density  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+def test_reports_count_what_a_cache_leaves_to_attention(kind: str, name: str) -> None:
+    run = Run(name)
+    with caching(CACHED[kind], run.pipe):
+        for method in SPARSE:
+            with METHODS[method].put(run.pipe, layout_of(name), strict=False) as handle:
+                assert run().isfinite().all(), method
+                report = handle.report()
+            assert report.sparse_calls, method
+            assert report.dense_calls + report.sparse_calls == run.calls, method
+            assert report.skipped_calls == run.skipped_calls > 0, method
+            assert (report.steps, report.skipped_steps) == (len(run.steps), STEPS - len(run.steps)), method
+            assert report.sparse_density == pytest.approx(density_without(name, method), abs=0.05), method
+
+
+# --- budgets ------------------------------------------------------------------------------------------------------
+
+CLIP = {"guidance_scale": 1.0, "negative_prompt": None, "num_frames": 13, "height": 192, "width": 192}
+RATIOS = [1.0, 0.99, 0.98, 0.97]
+BUDGETS: dict[str, Callable[[int], Cache]] = {
+    "none": lambda steps: Cache(lambda pipe: None, lambda pipe: None, ""),
+    "taylor 2": lambda steps: of_diffusers("", Caching("taylor-seer", interval=2, warm_up=3)),
+    "taylor 4": lambda steps: of_diffusers("", Caching("taylor-seer", interval=4, warm_up=3)),
+    "mag": lambda steps: of_diffusers("", Caching("mag", steps=steps, ratios=RATIOS, threshold=0.1)),
+    "pyramid": lambda steps: of_diffusers("", Caching("pab", range=2, timesteps=(100, 900))),
+    "first-block 0.03": lambda steps: of_diffusers("", Caching("first-block", threshold=0.03)),
+    "first-block 0.06": lambda steps: of_diffusers("", Caching("first-block", threshold=0.06)),
+    "faster": lambda steps: of_diffusers(
+        "", Caching("faster", range=2, timesteps=(-1, 870), is_guidance_distilled=True)
+    ),
+    "sea": lambda steps: of_diffusers("", Caching("sea", threshold=0.1)),
+    "cache-dit": lambda steps: of_cache_dit(),
+}
+
+
+def spent(run: Run, strategy: Any, steps: int, of: str) -> dict[str, list[float]]:
+    """Of each layer: what its calls took after the dense first ones."""
+    with diffsparse.apply(run.pipe, strategy) as handle:
+        run(steps)
+        calls = handle.report().calls
+    found: dict[str, list[float]] = {}
+    for call in calls:
+        if call.layer in found or call.kind == "sparse":
+            found.setdefault(call.layer, []).append(float(getattr(call, of)))
+    return found
+
+
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_a_budget_is_kept_of_the_steps_that_a_cache_leaves(kind: str) -> None:
+    run = Run("wan", **CLIP)
+    cases = [(Digest(0.8, 16), "work", (15, 50, 80)), (Tangent(0.8, 16), "work", (15,))]
+    for strategy, of, lengths in [*cases, (AdaSpa(0.8, block=16), "density", (15, 50))]:
+        for steps in lengths:
+            with caching(BUDGETS[kind](steps), run.pipe):
+                layers = spent(run, strategy, steps, of)
+            assert layers, "the run ended dense"
+            for name, shares in layers.items():
+                mean = sum(shares) / len(shares)
+                assert mean == pytest.approx(0.2, abs=0.01), (strategy, steps, name, len(shares))
+
+
+def test_long_runs_renew_in_dense_steps_beside_a_cache() -> None:
+    run = Run("wan", **CLIP)
+    with caching(BUDGETS["taylor 2"](80), run.pipe), diffsparse.apply(run.pipe, Digest(0.8, 16)) as handle:
+        run(80)
+        calls = [call for call in handle.report().calls if call.layer == "blocks.0.attn1"]
+    assert [call.reason for call in calls if call.kind == "dense"].count("renewal") == 2
+
+
+# --- rules --------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Notes the steps that reach it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.reached = (0, ""), list[tuple[int, str]]()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        self.reached.append(self.now)
+        return 1.1 * hidden_states
+
+
+TransformerBlockRegistry.register(Block, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
+class Blocks(nn.Module, d.CacheMixin):
+    """Two blocks, run as a pipeline runs a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def reached(self, steps: int, branches: int = 1, branch: int = 0, begin: Callable[[int], None] = id) -> list[int]:
+        for step in range(steps):
+            begin(step)
+            for number in range(branches):
+                for block in self.blocks:
+                    block.now = (step, str(number))
+                _set_cache_context(self, CacheContext(str(number)))
+                self(torch.ones(1, 2, 3))
+        found = [[s for s, name in block.reached if name == str(branch)] for block in self.blocks]
+        assert found[0] == found[1]
+        return found[0]
+
+    @property
+    def cache(self) -> StepCache:
+        found = [cache_on((block, self)) for block in self.blocks]
+        assert found[0] is not None
+        assert found[1] is not None
+        return found[1]
+
+
+few = settings(max_examples=100, deadline=None)
+
+
+@few
+@given(st.integers(1, 6), st.integers(1, 5), st.none() | st.integers(0, 30), st.integers(1, 30), st.integers(1, 2))
+def test_steps_of_taylor_seer(interval: int, warm_up: int, after: int | None, steps: int, branches: int) -> None:
+    model = Blocks()
+    knobs = {"cache_interval": interval, "disable_cache_before_step": warm_up, "disable_cache_after_step": after}
+    model.enable_cache(d.TaylorSeerCacheConfig(**knobs, cache_identifiers=[r"blocks\.\d"]))
+    want = model.reached(steps, branches, branches - 1)
+    assert sorted(model.cache.executed(Passes(steps, branches, branches - 1)) or ()) == want
+    assert model.cache.warm_up == warm_up
+
+
+@few
+@given(
+    st.lists(st.integers(80, 120).map(lambda x: x / 100), min_size=1, max_size=12),
+    st.integers(0, 30).map(lambda x: x / 100),  # met to the last bit at times
+    st.integers(0, 5),
+    st.sampled_from([0, 0.1, 0.2, 0.5, 1]),
+    st.integers(1, 20),
+    st.integers(1, 45),
+    st.booleans(),
+)
+def test_steps_of_mag_cache(
+    ratios: list[float], threshold: float, most: int, retained: float, known: int, steps: int, calibrates: bool
+) -> None:
+    """In a run of more steps than it was told, it starts over."""
+    model = Blocks()
+    model.enable_cache(d.MagCacheConfig(threshold, most, retained, known, mag_ratios=ratios, calibrate=calibrates))
+    assert list(model.cache.executed(Passes(steps)) or ()) == model.reached(steps)
+
+
+@few
+@given(
+    st.integers(1, 5),
+    st.tuples(st.integers(-1, 500), st.integers(400, 1100)),
+    st.lists(st.integers(0, 1000), min_size=1, max_size=25, unique=True),
+    st.integers(1, 3),
+    st.data(),
+)
+def test_steps_of_pyramid_attention_broadcast(
+    interval: int, within: tuple[int, int], timesteps: list[int], branches: int, data: Any
+) -> None:
+    """It counts the passes of all guidance branches together."""
+    branch, model, now = data.draw(st.integers(0, branches - 1)), Blocks(), [0]
+    timesteps.sort(reverse=True)
+    for block in model.blocks:
+        hook = PyramidAttentionBroadcastHook(within, interval, lambda: now[0])
+        HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, "pyramid")
+    want = model.reached(len(timesteps), branches, branch, lambda step: now.__setitem__(0, timesteps[step]))
+    assert model.cache.wants_timesteps
+    assert [model.cache.reads(now[0] + more) for more in (0.0, 1.0)] == [True, False]
+    assert model.cache.executed(Passes(len(timesteps), branches, branch)) is None
+    told = Passes(len(timesteps), branches, branch, tuple(map(float, timesteps)))
+    assert list(model.cache.executed(told) or ()) == want
+
+
+class Foresees:
+    """Dense, and notes how many of the steps to come it was told that it will miss."""
+
+    def __init__(self) -> None:
+        self.told: dict[tuple[str, str, str], list[tuple[int, int, int]]] = {}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Any) -> Tensor:
+        calls = self.told.setdefault((site.model, site.layer, site.branch), [])
+        calls.append((site.step, site.skipped, site.to_skip))
+        return site.dense(q, k, v)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, name in PAIRS if kind in (*KNOWS, *VARIANTS)])
+def test_what_known_caches_will_skip_is_known(kind: str, name: str) -> None:
+    """From the second step on: in the first the number of branches is unknown."""
+    run, sees = Run(name), Foresees()
+    with caching(CACHED[kind], run.pipe), diffsparse.apply(run.pipe, sees, schedule=ALWAYS):
+        run(OTHER)
+    for (model, *_), calls in sees.told.items():
+        reached = sorted({step for step, _, _ in calls})
+        if (name, model) == ("wan22", "transformer"):
+            continue  # it does not know where the other expert takes over
+        begin = min(step for (other, *_), calls in sees.told.items() if other == model for step, _, _ in calls)
+        for step, skipped, to_skip in calls:
+            assert skipped == step - begin - sum(s < step for s in reached)
+            if (kind, name) == ("pyramid", "mochi"):  # it is told other timesteps than the scheduler's
+                assert skipped or not to_skip
+            elif step > begin:
+                assert to_skip == OTHER - 1 - step - sum(s > step for s in reached), (step, reached)
+
+
+# --- guidance -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS)
+def test_guidance_acts_and_leaves_a_cache_as_it_is(kind: str, name: str) -> None:
+    """At a scale of nearly nothing all extra passes run, and no bit of the others changes."""
+    run = Run(name)
+    with caching(CACHED[kind], run.pipe):
+        want = run()
+        last = "single.0.1" if name in ("flux", "hunyuan_video") else "1.1"
+        with diffsparse.guide(run.pipe, last, head_scale=1e-30) as handle:
+            assert torch.equal(run(), want)
+            assert handle.report().passes
+            assert set(handle.report().whole) == {"a step cache is on"}
+        with diffsparse.guide(run.pipe, "0.1", head_scale=3.0):
+            guided = run()
+        assert guided.isfinite().all()
+        assert not torch.equal(guided, want)
+        assert torch.equal(run(), want)
+
+
+def outputs(run: Run) -> list[Tensor]:
+    """Of the transformer in a run of two steps, in order, as the pipeline gets them."""
+    outs: list[Tensor] = []
+    hook = run.pipe.transformer.register_forward_hook(lambda _, __, out: outs.append(out[0].clone()))
+    run(2)
+    hook.remove()
+    return outs
+
+
+def test_guidance_is_the_same_in_a_pass_that_a_cache_answers() -> None:
+    """Every second pass is answered: all unconditional ones. Else guidance would come out several times as strong."""
+    run, cache = Run("wan"), of_diffusers("", Caching("pab", range=2, timesteps=(-1, 2000)))
+    with caching(cache, run.pipe):
+        c, u, *_ = outputs(run)
+        assert {step for _, step, _ in run.reached} == {0, 1}
+        assert len(run.reached) == 2 * len(run.layers)
+        with diffsparse.guide(run.pipe, "0.1", head_scale=3.0):
+            _, guided_c, guided_u, *_ = outputs(run)
+    assert not torch.equal(guided_c, c)
+    torch.testing.assert_close(guided_u - u, guided_c - c)
+
+
+# --- the one line -------------------------------------------------------------------------------------------------
+
+ACCELERATED = [name for name in BUILDERS if name != "sd3"]
+LONG = 12  # enough for `accelerate` to put a cache on
+
+
+def names(pipe: Any) -> set[str]:
+    """Of all that the modules have of their own."""
+    return {
+        f"{at}.{path} {name}"
+        for at, model in models_of(pipe).items()
+        for path, module in model.named_modules()
+        for name in vars(module)
+    }
+
+
+def configs(pipe: Any) -> list[Any]:
+    return [model._cache_config for model in models_of(pipe).values()]
+
+
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_accelerating_is_undone_to_the_last_bit_and_name(name: str) -> None:
+    run = Run(name)
+    untouched = names(run.pipe)
+    diffsparse.accelerate(run.pipe).remove()
+    assert names(run.pipe) == untouched
+    want, before = run(LONG), names(run.pipe)
+    with diffsparse.accelerate(run.pipe, block=16) as handle:
+        got, report = run(LONG), handle.report()
+    assert got.isfinite().all()
+    assert not torch.equal(got, want)
+    assert (report.cache, report.steps, report.skipped_steps) == ("TaylorSeer", len(run.steps), LONG - len(run.steps))
+    assert report.skipped_calls == run.skipped_calls > 0
+    assert report.sparse_calls
+    assert torch.equal(run(LONG), want)
+    assert names(run.pipe) == before
+
+
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_patterns_that_fit_nothing_leave_nothing_behind(name: str) -> None:
+    run = Run(name)
+    want, before = run(), names(run.pipe)
+    nothing = d.TaylorSeerCacheConfig(cache_identifiers=["nothing"])
+    with pytest.raises(UnsupportedModelError, match="its patterns fit no module there"):
+        diffsparse.accelerate(run.pipe, cache=nothing)
+    assert names(run.pipe) == before
+    assert torch.equal(run(), want)
+
+
+@pytest.mark.parametrize("kind", ["first-block", "pyramid", "sea", "cache-dit"])
+def test_a_cache_of_the_user_stays_on(kind: str) -> None:
+    run, cache = Run("wan"), CACHED[kind]
+    with caching(cache, run.pipe):
+        want, settled, before = run(), configs(run.pipe), names(run.pipe)
+        with diffsparse.accelerate(run.pipe, block=16) as handle:
+            run()
+            report = handle.report()
+        assert f"{cache.title} was on already and stays as it is" in report.notes
+        assert report.cache == cache.title
+        assert configs(run.pipe) == settled
+        assert names(run.pipe) == before
+        assert torch.equal(run(), want)
+
+
+def test_a_cache_that_is_put_on_over_an_accelerated_pipeline_stays_too() -> None:
+    run = Run("wan")
+    handle = diffsparse.accelerate(run.pipe)
+    run.pipe.transformer.disable_cache()
+    CACHED["first-block"].on(run.pipe)
+    want = configs(run.pipe)
+    handle.remove()
+    assert configs(run.pipe) == want
+    assert list(caches_of(models_of(run.pipe))) == ["FirstBlockCache"]
+
+
+@pytest.mark.parametrize("name", ["wan", "wan22", "flux"])
+def test_accelerating_again_replaces_the_cache_too(name: str) -> None:
+    run = Run(name)
+    want, before = run(LONG), names(run.pipe)
+    first = diffsparse.accelerate(run.pipe, "quality", block=16)
+    second = diffsparse.accelerate(run.pipe, "fast", block=16)
+    assert [config.cache_interval for config in configs(run.pipe)] == [3] * len(models_of(run.pipe))
+    first.remove()
+    assert [config.cache_interval for config in configs(run.pipe)] == [3] * len(models_of(run.pipe))
+    run(LONG)
+    assert second.report().skipped_calls == run.skipped_calls > 0
+    second.remove()
+    assert names(run.pipe) == before
+    assert torch.equal(run(LONG), want)
+
+
+def test_applying_over_an_accelerated_pipeline_takes_its_cache_off() -> None:
+    run = Run("wan")
+    want, before = run(LONG), names(run.pipe)
+    accelerated = diffsparse.accelerate(run.pipe, block=16)
+    handle = diffsparse.apply(run.pipe, Dense(), schedule=ALWAYS)
+    assert torch.equal(run(LONG), want)
+    accelerated.remove()
+    assert handle.report().dense_calls
+    handle.remove()
+    assert names(run.pipe) == before
+
+
+def test_accelerating_over_an_applied_pipeline_replaces() -> None:
+    run = Run("wan")
+    want, before = run(LONG), names(run.pipe)
+    applied = diffsparse.apply(run.pipe, Tangent(0.5, 16))
+    with diffsparse.accelerate(run.pipe, block=16) as handle:
+        applied.remove()
+        run(LONG)
+        assert handle.report().skipped_steps
+    assert names(run.pipe) == before
+    assert torch.equal(run(LONG), want)
+
+
+def test_guidance_outlives_what_accelerates() -> None:
+    run = Run("wan")
+    with diffsparse.guide(run.pipe, "1.1", head_scale=3.0):
+        want = run(LONG)
+        with diffsparse.accelerate(run.pipe, block=16) as handle:
+            assert run(LONG).isfinite().all()
+            assert handle.report().skipped_calls
+        assert torch.equal(run(LONG), want)
+
+
+def test_knobs_reach_the_cache_and_the_strategy() -> None:
+    run = Run("wan")
+    knobs = {"interval": 4, "order": 2, "warm_up": 2, "sparsity": 0.6, "block": 16, "probes": False}
+    with diffsparse.accelerate(run.pipe, "quality", **knobs) as handle:
+        config = run.pipe.transformer._cache_config
+        assert (config.cache_interval, config.max_order, config.disable_cache_before_step) == (4, 2, 2)
+        assert handle.strategy == Digest(0.6, 16, probes=False)
+    with diffsparse.accelerate(run.pipe, cache="first-block:threshold=0.3", block=16):
+        assert run.pipe.transformer._cache_config == d.FirstBlockCacheConfig(threshold=0.3)
+    with diffsparse.accelerate(run.pipe, cache=None, strategy=Tangent(0.5)) as handle:
+        assert (configs(run.pipe), handle.strategy) == ([None], Tangent(0.5))
+
+
+@pytest.mark.parametrize("name", ["wan", "wan22", "flux"])
+def test_a_warm_up_that_is_a_share_follows_the_length_of_the_run(name: str) -> None:
+    """In runs of few steps nothing is skipped."""
+    run = Run(name)
+    experts = len(models_of(run.pipe))
+    with diffsparse.accelerate(run.pipe, warm_up=0.4, interval=3, block=16) as handle:
+        for steps in (20, 9, 12):
+            run(steps)
+            report = handle.report()
+            assert report.skipped_calls == run.skipped_calls
+            if experts == 1:
+                first = steps if steps < 10 else resolve(0.4, steps)
+                assert run.steps == {s for s in range(steps) if s < first or (s - first - 1) % 3 == 0}
+        assert report.skipped_steps
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CACHES if kind not in ("mag", "text-kv", "faster")])
+def test_every_cache_by_name(kind: str) -> None:
+    run = Run("wan")
+    before = names(run.pipe)
+    with diffsparse.accelerate(run.pipe, cache=kind, block=16) as handle:
+        assert run().isfinite().all()
+        assert handle.report().cache
+    assert names(run.pipe) == before
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "knob": ({"intervall": 2}, ConfigError, "accelerate has no intervall here"),
+    "knob of another cache": ({"cache": "first-block", "interval": 2}, ConfigError, "accelerate has no interval here"),
+    "knob beside a strategy": ({"strategy": Tangent(), "sparsity": 0.5}, ConfigError, "accelerate has no sparsity"),
+    "value": ({"sparsity": 2.0}, ConfigError, "sparsity"),
+    "knob in the name": ({"cache": "taylor-seer:speed=2"}, ConfigError, "has no 'speed'"),
+    "no value in the name": ({"cache": "taylor-seer:speed"}, ConfigError, "wanted knob=value"),
+    "nothing to go by": ({"cache": "mag"}, ConfigError, "mag_ratios"),
+    "cache": ({"cache": "taylor"}, UnknownNameError, "no step cache is called 'taylor'"),
+    "speed": ({"speed": "faster"}, UnknownNameError, "no speed is called 'faster'"),
+    "cache of others": ({"cache": "text-kv"}, UnsupportedModelError, "skips nothing of WanTransformer3DModel"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_accelerate_refuses_leaves_nothing_behind(case: str) -> None:
+    run = Run("wan")
+    before = names(run.pipe)
+    arguments, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        diffsparse.accelerate(run.pipe, **arguments)
+    assert names(run.pipe) == before
+
+
+def test_a_class_without_patterns_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run("wan")
+    before = names(run.pipe)
+    monkeypatch.delitem(BLOCKS, "WanTransformer3DModel")
+    with pytest.raises(UnsupportedModelError, match="no patterns are proven for WanTransformer3DModel"):
+        diffsparse.accelerate(run.pipe)
+    assert names(run.pipe) == before
+
+
+def test_a_class_without_caches_is_refused() -> None:
+    run = Run("sd3")
+    before = names(run.pipe)
+    with pytest.raises(UnsupportedModelError, match="SD3Transformer2DModel takes no step cache of Diffusers"):
+        diffsparse.accelerate(run.pipe)
+    with pytest.raises(UnsupportedModelError, match="takes no step cache of Diffusers"):
+        diffsparse.accelerate(run.pipe, cache=d.FirstBlockCacheConfig())
+    assert names(run.pipe) == before
+    with diffsparse.accelerate(run.pipe, cache=None, block=16) as handle:
+        run(LONG)
+        assert handle.report().sparse_calls
+
+
+class Passed(NamedTuple):
+    outs: list[Tensor]
+    computed: list[int]  # blocks, in each pass
+
+
+def predicted(name: str, config: d.TaylorSeerCacheConfig | None) -> Passed:
+    """Passes over ever other inputs of one shape."""
+    model, computed = build(name), [0]
+    for blocks in BLOCKS[name]:
+        for block in getattr(model, blocks):
+            norm = next(module for module in block.modules() if isinstance(module, nn.Linear))
+            norm.register_forward_pre_hook(lambda *_: computed.__setitem__(-1, computed[-1] + 1))
+    if config is not None:
+        model.enable_cache(config)
+    outs = []
+    for seed in range(6):
+        computed.append(0)
+        with model.cache_context("cond"):
+            outs.append(tensors(model, inputs(name, seed=seed))[0])
+    return Passed(outs, computed[1:])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_last_block_stands_for_all(name: str) -> None:
+    """Extrapolating its output and computing no other gives bit for bit what extrapolating every block gives."""
+    last = Caching("taylor-seer", interval=2, warm_up=2).config(build(name))
+    count = len(last.cache_identifiers) + len(last.skip_predict_identifiers)
+    every = [*last.cache_identifiers, *last.skip_predict_identifiers]
+    knobs = {"cache_interval": 2, "disable_cache_before_step": 2, "taylor_factors_dtype": torch.float32}
+    got, want = predicted(name, last), predicted(name, d.TaylorSeerCacheConfig(**knobs, cache_identifiers=every))
+    alone = predicted(name, None)
+    assert all(map(torch.equal, got.outs, want.outs))
+    assert alone.computed == [count] * 6
+    assert got.computed == want.computed == [count, count, 0, count, 0, count]
+    assert [torch.equal(a, b) for a, b in zip(got.outs, alone.outs, strict=True)] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
