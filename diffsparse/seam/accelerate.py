@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.nn import Module
@@ -27,14 +26,15 @@ class Speed(NamedTuple):
     """Settings of one speed: a step cache, and the strategy of the steps that it leaves."""
 
     cache: Caching
-    strategy: Strategy
+    strategy: type[Tangent]
+    sparsity: float
 
 
 # Measured on the embedded model, with and without classifier-free guidance: docs/stack.md.
 SPEEDS: dict[str, Speed] = {
-    "quality": Speed(Caching(_DEFAULT, interval=2, order=1, warm_up=0.45), Digest(0.8)),
-    "balanced": Speed(Caching(_DEFAULT, interval=3, order=1, warm_up=0.45), Tangent(0.8)),
-    "fast": Speed(Caching(_DEFAULT, interval=4, order=1, warm_up=0.33), Tangent(0.8)),
+    "quality": Speed(Caching(_DEFAULT, interval=2, order=1, warm_up=0.45), Digest, 0.8),
+    "balanced": Speed(Caching(_DEFAULT, interval=3, order=1, warm_up=0.45), Tangent, 0.8),
+    "fast": Speed(Caching(_DEFAULT, interval=4, order=1, warm_up=0.33), Tangent, 0.8),
 }
 
 
@@ -61,7 +61,7 @@ def accelerate(
         cache: a name with knobs such as "first-block:threshold=0.1" (`diffsparse.seam.caching.CACHES`), or a
             configuration of Diffusers; None for none.
         strategy: in place of that of the speed.
-        schedule: steps and layers that stay dense; by default the first fifth of the steps that are executed.
+        schedule: steps and layers that stay dense; by default the first fifth of the run.
         strict: as in `apply`.
         knobs: of the strategy (`sparsity`, `block`, `probes`, ...) and of the cache (`interval`, `warm_up`, ...).
 
@@ -77,7 +77,7 @@ def accelerate(
         raise UnknownNameError(f"no speed is called {speed!r}; known: {', '.join(SPEEDS)}")
     present = list(caches_of(models_of(target)))
     chosen = None if present else _cache(cache, SPEEDS[speed].cache, knobs)
-    asked = _with(SPEEDS[speed].strategy, knobs) if strategy is None else strategy
+    asked = _made(SPEEDS[speed], knobs) if strategy is None else strategy
     if knobs:
         known = {*knobs_of(type(asked)), *(CACHES[chosen.name].short if isinstance(chosen, Caching) else ())}
         raise ConfigError(f"accelerate has no {', '.join(knobs)} here; it has {', '.join(sorted(known))}")
@@ -105,7 +105,7 @@ def _cache(cache: object, speed: Caching, knobs: dict[str, object]) -> object:
     return Caching(named.name, **{**own, **dict(named.knobs), **mine})
 
 
-def _with(strategy: Strategy, knobs: dict[str, object]) -> Strategy:
+def _made(speed: Speed, knobs: dict[str, Any]) -> Strategy:
     """The strategy with its knobs, which are taken out of `knobs`."""
-    mine: dict[str, Any] = {name: knobs.pop(name) for name in list(knobs) if name in knobs_of(type(strategy))}
-    return replace(strategy, **mine) if mine else strategy  # type: ignore[type-var]
+    mine = {name: knobs.pop(name) for name in list(knobs) if name in knobs_of(speed.strategy)}
+    return speed.strategy(**{"sparsity": speed.sparsity, **mine})

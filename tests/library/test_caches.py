@@ -23,6 +23,7 @@ import diffsparse
 from diffsparse import AdaSpa, Dense, Digest, Layout, Schedule, Tangent
 from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelError
 from diffsparse.schedule import resolve
+from diffsparse.seam.accelerate import SPEEDS
 from diffsparse.seam.caches import Passes, StepCache, cache_on
 from diffsparse.seam.caching import BLOCKS, CACHES, Caching, caches_of
 from diffsparse.seam.targets import attentions, models_of
@@ -598,9 +599,10 @@ def test_accelerating_again_replaces_the_cache_too(name: str) -> None:
     want, before = run(LONG), names(run.pipe)
     first = diffsparse.accelerate(run.pipe, "quality", block=16)
     second = diffsparse.accelerate(run.pipe, "fast", block=16)
-    assert [config.cache_interval for config in configs(run.pipe)] == [3] * len(models_of(run.pipe))
+    interval = dict(SPEEDS["fast"].cache.knobs)["interval"]
+    assert [config.cache_interval for config in configs(run.pipe)] == [interval] * len(models_of(run.pipe))
     first.remove()
-    assert [config.cache_interval for config in configs(run.pipe)] == [3] * len(models_of(run.pipe))
+    assert [config.cache_interval for config in configs(run.pipe)] == [interval] * len(models_of(run.pipe))
     run(LONG)
     assert second.report().skipped_calls == run.skipped_calls > 0
     second.remove()
