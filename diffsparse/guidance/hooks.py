@@ -23,7 +23,6 @@ from diffsparse.guidance.passes import (
     own_states,
     perturbed_name,
     prediction_of,
-    set_context,
     with_prediction,
 )
 from diffsparse.guidance.perturb import perturbed
@@ -31,7 +30,7 @@ from diffsparse.guidance.prefix import Prefix
 from diffsparse.guidance.preset import Preset
 from diffsparse.orders.layout import Layout
 from diffsparse.seam.call import Call
-from diffsparse.seam.clock import Moment
+from diffsparse.seam.clock import Moment, set_context
 from diffsparse.seam.compiled import untraced
 from diffsparse.seam.models import argument_names, spec_of
 from diffsparse.seam.run import Layer, Run

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
-from diffusers.hooks import HookRegistry, hooks
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -66,15 +65,6 @@ def perturbed_name(context: Context) -> Context:
         return context + PERTURBED
     renamed: Context = replace(context, name=context.name + PERTURBED)
     return renamed
-
-
-def set_context(model: torch.nn.Module, context: Context) -> None:
-    """Give every step cache the context, as `cache_context` does; the way differs between Diffusers' releases."""
-    registry = HookRegistry.check_if_exists_or_initialize(model)
-    if hasattr(registry, "_set_context"):  # until 0.41
-        registry._set_context(context)
-    else:
-        hooks._set_cache_context(model, context)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from torch.nn import Module
 
 from diffsparse.errors import ConfigError, UnknownNameError
 from diffsparse.schedule import Schedule
-from diffsparse.seam.caching import CACHES, Caching, caches_of, put_on
+from diffsparse.seam.added import caches_of, checked, put_on
+from diffsparse.seam.caching import CACHES, Caching
 from diffsparse.seam.patch import Handle, apply
 from diffsparse.seam.targets import models_of
 from diffsparse.strategies import knobs_of
@@ -81,6 +82,9 @@ def accelerate(
     if knobs:
         known = {*knobs_of(type(asked)), *(CACHES[chosen.name].short if isinstance(chosen, Caching) else ())}
         raise ConfigError(f"accelerate has no {', '.join(knobs)} here; it has {', '.join(sorted(known))}")
+    if isinstance(chosen, Caching):  # before anything that is on is taken off
+        for model in models_of(target).values():
+            chosen.config(model)
     pipe = None if isinstance(target, Module) else target
     handle = apply(target, asked, schedule=schedule, strict=strict)
     if chosen is not None:
@@ -99,7 +103,7 @@ def _cache(cache: object, speed: Caching, knobs: dict[str, object]) -> object:
     """The cache with its knobs, which are taken out of `knobs`."""
     named = Caching.parse(cache) if isinstance(cache, str) else cache
     if not isinstance(named, Caching):
-        return cache
+        return None if cache is None else checked(cache)
     own = dict(speed.knobs) if named.name == speed.name else {}
     mine = {name: knobs.pop(name) for name in list(knobs) if name in CACHES[named.name].short}
     return Caching(named.name, **{**own, **dict(named.knobs), **mine})

@@ -1,11 +1,12 @@
-"""Put a step cache of Diffusers on a transformer, by name, with patterns that are proven for its class; take it off."""
+"""Step caches of Diffusers by name, with patterns that are proven for the class of the transformer."""
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import diffusers
 import torch
@@ -13,18 +14,10 @@ from torch.nn import Module, ModuleList
 
 from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelError, closest
 from diffsparse.schedule import check_amount, resolve
-from diffsparse.seam.caches import around, cache_on
-from diffsparse.seam.hooks import HOOK, run_of
-from diffsparse.seam.run import Run
-from diffsparse.seam.targets import attentions, entrances_of
 from diffsparse.wrappers import class_of
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-_REGISTRY, _TAYLOR = "_diffusers_hook", "taylorseer_cache"
-_FEW_STEPS = 10  # of a run: with a warm-up there is too little left to skip
-_MANY_STEPS = 50  # until a run says how many it has
+_LEAST = {"interval": 1, "range": 1, "warm_up": 1}  # of numbers; of others 0
+_MANY_STEPS = 50  # of a run, until it says how many it has
 
 # The lists of blocks of a class, in the order of running; what comes after them sees the output of the last alone.
 BLOCKS: dict[str, tuple[str, ...]] = {
@@ -120,16 +113,31 @@ class Caching:
     knobs: tuple[tuple[str, object], ...]
 
     def __init__(self, name: str, **knobs: object) -> None:
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "knobs", tuple((knob, _fixed(value)) for knob, value in knobs.items()))
         if name not in CACHES:
             raise UnknownNameError(f"no step cache is called {name!r}; known: {closest(name, CACHES)}")
-        known = {*CACHES[name].short, *(knob.name for knob in fields(self._config))}
-        for knob in knobs:
-            if knob not in known:
-                raise ConfigError(f"step cache {name!r} has no {knob!r}; it has {', '.join(sorted(known))}")
-        if self.warm_up is not None:
-            check_amount("warm_up", self.warm_up)
+        object.__setattr__(self, "name", name)
+        short = {long: short for short, long in CACHES[name].short.items()}
+        own = {short.get(knob, knob): _fixed(value) for knob, value in knobs.items()}
+        object.__setattr__(self, "knobs", tuple(own.items()))
+        for knob, value in own.items():
+            self._check(knob, value)
+
+    def _check(self, knob: str, value: object) -> None:
+        """Raise ConfigError for a knob that it has not, or a number that makes no sense."""
+        kinds = {each.name: getattr(each.type, "__name__", str(each.type)) for each in fields(self._config)}
+        long = CACHES[self.name].short.get(knob, knob)
+        if long not in kinds:
+            known = sorted({*CACHES[self.name].short, *kinds})
+            raise ConfigError(f"step cache {self.name!r} has no {knob!r}; it has {', '.join(known)}")
+        if (knob, type(value)) == ("warm_up", float):
+            check_amount("warm_up", cast(float, value))
+        elif kinds[long].partition(" |")[0] in ("int", "float") and not _is_amount(
+            value, kinds[long], _LEAST.get(knob, 0)
+        ):
+            wanted = "a whole number" if kinds[long].startswith("int") else "a number"
+            raise ConfigError(
+                f"step cache {self.name!r} wants {wanted} from {_LEAST.get(knob, 0)} for {knob}; got {value!r}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Caching:
@@ -140,7 +148,7 @@ class Caching:
             knob, equals, value = pair.partition("=")
             if not equals:
                 raise ConfigError(f"after a colon wanted knob=value, as in taylor-seer:interval=2; got {text!r}")
-            knobs[knob.replace("-", "_")] = _number(value)
+            knobs[knob.replace("-", "_")] = _value(value)
         return cls(name, **knobs)
 
     @property
@@ -152,8 +160,8 @@ class Caching:
             )
         return getattr(diffusers, name)
 
-    def config(self, model: Module, pipe: DiffusionPipeline | None = None) -> Any:
-        """Diffusers' configuration of it for a transformer; one that asks for the timestep gets that of `pipe`.
+    def config(self, model: Module, timestep: Callable[[], object] | None = None) -> Any:
+        """Diffusers' configuration of it for a transformer; some ask for the run's `timestep` in each step.
 
         Raises:
             UnsupportedModelError: no patterns are known for the class. ConfigError: a value that it doesn't take.
@@ -168,7 +176,7 @@ class Caching:
         if self.name == "taylor-seer" and not given.keys() & {"cache_identifiers", "use_lite_mode"}:
             given |= _last_block(model)
         if "current_timestep_callback" in (knob.name for knob in fields(self._config)):
-            given.setdefault("current_timestep_callback", lambda: pipe._current_timestep)  # type: ignore[union-attr]
+            given.setdefault("current_timestep_callback", timestep)
         try:
             return self._config(**given)
         except (TypeError, ValueError) as error:
@@ -192,20 +200,30 @@ def _fixed(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _number(text: str) -> object:
+def _is_amount(value: object, kind: str, least: int) -> bool:
+    """Whether it is a number from `least`, whole where it has to be; or nothing, where that will do."""
+    if value is None:
+        return "None" in kind
+    kinds = (int,) if kind.startswith("int") else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and value >= least
+
+
+def _value(text: str) -> object:
+    """A number, a type of torch, or a word."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
-    return text
+    return getattr(torch, text) if isinstance(getattr(torch, text, None), torch.dtype) else text
 
 
 def _last_block(model: Module) -> dict[str, object]:
     """Patterns of TaylorSeer that extrapolate the output of the last block and compute no other.
 
     Extrapolating every block, as the class does by itself or not at all (its patterns are for attention modules named
-    `attn`), gives the same pixels and keeps all blocks' outputs: 60 GB instead of 1.5 for Wan 14B at 720p.
+    `attn`), gives the same pixels and keeps the outputs of all, 40 times as much for Wan 14B.
     """
     lists = BLOCKS.get(class_of(model).__name__)
     if lists is None:
@@ -221,97 +239,3 @@ def _blocks(model: Module, name: str) -> ModuleList:
     found = getattr(model, name)
     assert isinstance(found, ModuleList)
     return found
-
-
-class Added:
-    """A cache that was enabled on a model; calling it takes that off, if it still is on, with all that it left."""
-
-    def __init__(self, model: Any, config: Any, warm_up: float | None = None, experts: int = 1) -> None:
-        self.model, self.config, self._warm_up, self._experts = model, config, warm_up, experts
-        self._before = [(module, _names(module)) for module in model.modules()]
-        model.enable_cache(config)
-
-    @property
-    def is_on(self) -> bool:
-        """Whether nobody has taken it off or put another in its place."""
-        return self.model._cache_config is self.config
-
-    def begin(self, steps: int) -> None:
-        """A run of `steps` begins: a warm-up that is a share takes its steps, and short runs are all of it.
-
-        Each of a pipeline's experts counts its own steps, of which it has its part.
-        """
-        if self._warm_up is None or not self.is_on:
-            return
-        first = steps if steps < _FEW_STEPS else resolve(self._warm_up, steps // self._experts)
-        for module, _ in self._before:
-            hook = module.__dict__[_REGISTRY].get_hook(_TAYLOR) if _REGISTRY in module.__dict__ else None
-            if hook is not None:
-                hook.disable_cache_before_step = first
-
-    def __call__(self) -> None:
-        """Take it off."""
-        if self.is_on:
-            self.model.disable_cache()
-            for module, names in self._before:
-                _tidy(module, names)
-
-
-def put_on(model: Any, cache: object, pipe: DiffusionPipeline | None = None) -> Added:
-    """Enable a cache, a `Caching` or a configuration, and return what takes it off and leaves the model as it was.
-
-    Raises:
-        UnsupportedModelError: the class takes no caches, or the cache has nothing to skip in it.
-        ConfigError: it takes no such configuration.
-    """
-    if not hasattr(model, "enable_cache"):
-        raise UnsupportedModelError(
-            f"{class_of(model).__name__} takes no step cache of Diffusers; give None as `cache` to go without one"
-        )
-    if isinstance(cache, Caching):
-        experts = 1 if pipe is None else len(entrances_of(pipe))
-        added = Added(model, cache.config(model, pipe), cache.warm_up, experts)
-    else:
-        added = Added(model, cache)
-    if not any(map(cache_on, around(model, [module for _, module in attentions(model)]))):
-        added()
-        raise UnsupportedModelError(
-            f"{type(added.config).__name__} skips nothing of {class_of(model).__name__}: its patterns fit no module "
-            "there. Leave `cache` out for patterns that do"
-        )
-    return added
-
-
-def prepare(model: Module, steps: int) -> None:
-    """A run of `steps` is about to begin, or to be estimated."""
-    run = run_of(model)
-    if run is not None and run.added is not None:
-        run.added.begin(steps)
-
-
-def _names(module: Module) -> set[str]:
-    """What the object has of its own, without a registry of hooks that is there for ours alone."""
-    registry = module.__dict__.get(_REGISTRY)
-    ours = None if registry is None else registry.get_hook(HOOK)
-    return set(module.__dict__) - ({_REGISTRY} if isinstance(ours, Run) and ours.made_registry else set())
-
-
-def _tidy(module: Module, names: set[str]) -> None:
-    """Diffusers leaves empty registries, methods bound to the object, and a configuration that is None."""
-    registry = module.__dict__.get(_REGISTRY)
-    left = {"_cache_config"}
-    if registry is not None and not registry.hooks.keys() - {HOOK}:
-        left |= {"forward"} if registry.hooks else {"forward", _REGISTRY}
-    for name in left - names:
-        module.__dict__.pop(name, None)
-
-
-def caches_of(models: dict[str, Module]) -> Iterator[str]:
-    """Names of the step caches that transformers have of the user."""
-    for model in models.values():
-        run = run_of(model)
-        if run is not None and isinstance(run.added, Added) and run.added.is_on:
-            continue
-        chains = around(model, [module for _, module in attentions(model)])
-        found = (cache.name for chain in chains if (cache := cache_on(chain)) is not None)
-        yield from dict.fromkeys(found)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
+from diffusers.hooks import hooks
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_SHAPES = 8  # of passes that are counted because their step is unknown: how many are remembered at a time
+UNNAMED = "#"  # begins the name of a branch that has none
 _MOST_AT_ONCE = 4  # passes of one branch that a step may have
 _INNER = ("diffsparse.", "torch.", "diffusers.models.", "diffusers.hooks.", "accelerate.", "peft.")
 
@@ -37,6 +39,29 @@ class Moment(NamedTuple):
     step: int
     steps: int | None
     branch: str
+
+
+class Ahead(NamedTuple):
+    """What is known of a forward pass before it attends.
+
+    steps: of its run; None if unknown.
+    is_first: it is the first of a run.
+    branch: its guidance branch, where the pipeline names none: by its number in the step, or empty if that is unknown;
+        None where one is named.
+    """
+
+    steps: int | None
+    is_first: bool
+    branch: str | None
+
+
+def set_context(model: torch.nn.Module, context: object) -> None:
+    """Give every step cache the context, as `cache_context` does; the way differs between Diffusers' releases."""
+    registry = hooks.HookRegistry.check_if_exists_or_initialize(model)
+    if hasattr(registry, "_set_context"):  # until 0.41
+        registry._set_context(context)
+    else:
+        hooks._set_cache_context(model, context)
 
 
 class Context(StateManager):  # type: ignore[misc]
@@ -109,6 +134,8 @@ class Clock:
         self._stale: Tensor | None = None  # timesteps of a call that is over, or of a loop that has left the scheduler
         self._run = 0
         self.passes = 0  # forward passes that attended, over all runs
+        self._unnamed = 0  # number of the latest pass in its step, in branches that nobody names
+        self._unnamed_stamps: tuple[object, ...] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -127,15 +154,26 @@ class Clock:
         """The moment of the latest pass that attended; None ahead of the first of a run."""
         return self._moment
 
-    @property
-    def length(self) -> int | None:
-        """Steps of the run that is under way or begins, known ahead of its passes; None if unknown."""
-        given: int | None = getattr(self._context.current, "num_inference_steps", None)
-        pipe = self.pipe
-        left = getattr(pipe, "_num_timesteps", None)
-        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    def ahead(self) -> Ahead:
+        """What is known of a forward pass before it attends."""
+        caller = calling_pipeline()
+        timesteps, context = self._live_timesteps(), self._context
+        given: int | None = getattr(context.current, "num_inference_steps", None)
+        left = getattr(caller, "_num_timesteps", None)
         known = left if isinstance(left, int) and left > 0 else None if timesteps is None else len(timesteps)
-        return given or known
+        first = caller is not self._caller() or timesteps is not self._timesteps or self._goes_back()
+        if context.name is not None and not context.name.startswith(UNNAMED):
+            return Ahead(given or known, first, None)
+        stamps, before = self._read_stamps()[:-1], self._unnamed_stamps
+        again = before is not None and not _differ(stamps, before)
+        self._unnamed, self._unnamed_stamps = (self._unnamed + 1 if again and not first else 0), stamps
+        return Ahead(given or known, first, "" if timesteps is None else f"{UNNAMED}{self._unnamed}")
+
+    def _goes_back(self) -> bool:
+        """Whether the step is an earlier one than that of the latest pass."""
+        given = getattr(self._context.current, "step_index", None)
+        step = self._position()[0] if given is None else given + (self._begin or 0)
+        return step is not None and self._moment is not None and step < self._moment.step + (self._begin or 0)
 
     @property
     def timesteps(self) -> tuple[float, ...] | None:
@@ -183,7 +221,7 @@ class Clock:
         step = count if step is None else step
         if self._moment is None or step != self._moment.step:
             self._at_step.clear()
-        branch = name if name is not None else f"#{self._at_step[None] if self._was_read else 0}"
+        branch = name if name is not None else f"{UNNAMED}{self._at_step[None] if self._was_read else 0}"
         self._at_step[name] += 1
         return Moment(self._run, step, steps if steps is None or step < steps else None, branch)
 

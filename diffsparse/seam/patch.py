@@ -59,6 +59,8 @@ class Handle:
         """Forget the current run. Needed only between two runs of a hand-written loop over a transformer."""
         for run in self._runs:
             run.reset_state()
+            if run.added is not None:
+                run.added.reset()
 
     def remove(self) -> None:
         """Give every processor, hook and backend back as it was. Removing twice does no harm."""

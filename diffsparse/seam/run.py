@@ -20,7 +20,7 @@ from diffsparse.schedule import Schedule
 from diffsparse.seam import compiled
 from diffsparse.seam.caches import Passes, StepCache
 from diffsparse.seam.call import Call, autocasts
-from diffsparse.seam.clock import MOST_SHAPES, Clock, Context, Moment
+from diffsparse.seam.clock import MOST_SHAPES, Ahead, Clock, Context, Moment
 from diffsparse.seam.geometry import Geometry, Grid
 from diffsparse.seam.masks import KeyMask, Masks
 from diffsparse.seam.models import ModelSpec
@@ -149,8 +149,11 @@ class Perturber(Protocol):
 class Addition(Protocol):
     """What is put on a transformer beside sparse attention; a call takes it off."""
 
-    def begin(self, steps: int) -> None:
-        """A run of `steps` begins or goes on."""
+    def begin(self, ahead: Ahead) -> None:
+        """A forward pass begins."""
+
+    def reset(self) -> None:
+        """Forget the current run."""
 
     def __call__(self) -> None:
         """Take it off."""
@@ -227,8 +230,8 @@ class Run(ModelHook):  # type: ignore[misc]
 
     def begin_pass(self, caches: Callable[[], list[StepCache | None]]) -> None:
         """A forward pass begins, with the step caches that its layers are behind."""
-        if self.added is not None and (steps := self.clock.length) is not None:
-            self.added.begin(steps)
+        if self.added is not None and self.extra_pass is None:
+            self.added.begin(self.clock.ahead())
         for layer, cache in zip(self.layers, caches(), strict=True):
             layer.cache = cache
         self._begin_pass()

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import diffsparse
 from diffsparse import Dense, Handle, Preset, Schedule
-from diffsparse.seam.caching import Caching, put_on
+from diffsparse.seam.added import put_on
+from diffsparse.seam.caching import Caching
 from diffsparse.strategies import SEARCHES, Compensated, Rounded, Strategy, as_strategy, knobs_of, name_of
 from diffsparse.strategies.base import as_given
 from diffsparse.strategies.planned import Planned

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from diffsparse.errors import InputFileError
 from diffsparse.files import read_bytes, write_text
 from diffsparse_eval import charts
+from diffsparse_eval.experiment import RESULTS
 from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.report import groups
 from diffsparse_eval.rows import ResultRow
@@ -29,9 +30,15 @@ from diffsparse_pipelines.tables import markdown_table
 
 SHARES = (0.5, 0.7, 0.85)  # of attention in a dense step, for which speed is counted
 TARGETS = (2.1, 2.5, 3.0)
+_IDENTICAL = 100.0  # dB
 _ROOT = Path(__file__).parents[2]
 _BEGIN, _END = "<!-- stack: made by make stack-tables -->", "<!-- /stack -->"
-_FAMILIES = {"taylor-seer": "TaylorSeer", "first-block": "FirstBlockCache", "mag": "MagCache", "": "no cache"}
+_FAMILIES = {
+    "taylor-seer": "TaylorSeer",
+    "first-block": "FirstBlockCache",
+    "mag": "MagCache",
+    "pab": "PyramidAttentionBroadcast",
+}
 
 
 class Point(NamedTuple):
@@ -88,13 +95,21 @@ def points(rows: list[ResultRow]) -> list[Point]:
     found = []
     for label, group in groups(rows).items():
         name = group[0]["strategy"]
-        ran = sorted((row for row in group if row["psnr_db"] is not None), key=lambda row: (row["prompt"], row["seed"]))
-        if name == "dense" or not ran:
+        ran = sorted(group, key=lambda row: (row["prompt"], row["seed"]))
+        if name.startswith("dense") or name.endswith("+heads") or all(row["psnr_db"] is None for row in ran):
             continue
         kind = "sparse alone" if "/" not in name else "cache alone" if name.endswith("/dense") else "stack"
         speeds = [row.get("cpu_speedup") or row["speedup"] if _on_cpu(row) else row["speedup"] for row in ran]
         shares = ([row[key] for row in ran] for key in ("executed", "work"))
-        found.append(Point(label, kind, [row["psnr_db"] or 0.0 for row in ran], speeds, *map(mean, shares)))
+        found.append(
+            Point(
+                label,
+                kind,
+                [_IDENTICAL if row["psnr_db"] is None else row["psnr_db"] for row in ran],
+                speeds,
+                *map(mean, shares),
+            )
+        )
     return found
 
 
@@ -190,7 +205,8 @@ def chart(by_guidance: dict[str, list[Point]]) -> Figure:
 def series(point: Point) -> str:
     """The line of a setting in the chart: "TaylorSeer + digest"."""
     cache, slash, strategy = point.label.rpartition("/")
-    family, method = _FAMILIES[cache.partition(":")[0]], strategy.partition(" ")[0]
+    name = cache.partition(":")[0]
+    family, method = _FAMILIES.get(name, name), strategy.partition(" ")[0]
     if not slash:
         return f"{method} alone"
     return f"{family} alone" if method == "dense" else f"{family} + {method}"
@@ -223,9 +239,15 @@ def text(files: dict[str, list[Point]]) -> str:
     return "\n".join(parts)
 
 
+def _title(path: Path) -> str:
+    """The name of the file, or that of its folder where all are called the same."""
+    name = path.resolve().parent.name if path.name == RESULTS else path.stem
+    return name.removeprefix("stack-").replace("-", " ")
+
+
 def write(paths: list[Path]) -> str:
     """Write the tables and the chart of some files beside the first; gives the tables."""
-    files = {path.stem.removeprefix("stack-").replace("-", " "): points(read(path)) for path in paths}
+    files = {_title(path): points(read(path)) for path in paths}
     made = text(files)
     write_text(f"## Step cache, sparse attention, and both\n\n{made}", paths[0].parent / "stack.md")
     charts.save(chart(files), paths[0].parent / "stack.png")

@@ -13,8 +13,8 @@ from diffsparse.guidance.preset import Preset
 from diffsparse.insight.cost import Estimate, flops
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
+from diffsparse.seam.added import prepare
 from diffsparse.seam.caches import Outlook, Passes, outlook
-from diffsparse.seam.caching import prepare
 from diffsparse.seam.geometry import Grid
 from diffsparse.seam.models import packed_grid, patch_of, spec_of
 from diffsparse.seam.targets import attentions, models_of
@@ -234,10 +234,13 @@ def warm_up_of(pipe: DiffusionPipeline, steps: int) -> int:
 
 def _outlook(pipe: DiffusionPipeline, steps: int) -> list[Outlook]:
     """What step caches will leave of the attention modules of a pipeline's first transformer."""
-    model = next(iter(models_of(pipe).values()))
+    model, *experts = models_of(pipe).values()
     prepare(model, steps)
     modules = [module for _, module in attentions(model)]
-    return outlook(model, modules, Passes(steps, timesteps=_timesteps(pipe, steps)))
+    left = outlook(model, modules, Passes(steps, timesteps=_timesteps(pipe, steps)))
+    # how many steps each expert has, and which of them its cache skips, only the run tells
+    every = tuple(range(steps))
+    return [each._replace(executed=every, is_known=each.executed == every) for each in left] if experts else left
 
 
 def _timesteps(pipe: DiffusionPipeline, steps: int) -> tuple[float, ...] | None:

@@ -77,7 +77,7 @@ def test_a_second_seed_runs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return {**row(reference.seed, strategy[0], reference.prompt), "label": "x", "attention_seconds": None}, frames
 
     monkeypatch.setattr(experiment_module, "generation", lambda *_: frames)
-    monkeypatch.setattr(experiment_module, "_warm_up", lambda *given: {s: s for s in given[3]})
+    monkeypatch.setattr(experiment_module, "_warm_up", lambda *given: {s: s for s in given[2]})
     monkeypatch.setattr(experiment_module, "_compare", fake)
 
     class Silent:

@@ -92,6 +92,35 @@ def test_processor_time_counts_on_a_cpu_and_the_clock_on_a_gpu() -> None:
     assert made(device="NVIDIA H100", cpu_speedup=1.5) == made(device=CPU, cpu_speedup=None) == [2.0]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "kind", "line"),
+    [
+        ("pab/dense", "cache alone", "PyramidAttentionBroadcast alone"),
+        ("sea/digest", "stack", "sea + digest"),
+        ("taylor-seer/dense+heads", None, None),
+        ("dense+heads", None, None),
+    ],
+)
+def test_other_caches_have_lines_and_head_guidance_has_none(strategy: str, kind: str | None, line: str | None) -> None:
+    cache, _, method = strategy.rpartition("/")
+    row = {"label": f"{cache}:range=2/{method} 0.8", "strategy": strategy, "psnr_db": None, "prompt": "", "seed": 0}
+    row |= {"executed": 0.5, "work": 0.3, "speedup": 2.0, "device": "NVIDIA H100"}
+    found = stack.points([row, {**row, "seed": 1, "psnr_db": 30.0}])  # type: ignore[list-item]
+    assert [(point.kind, stack.series(point)) for point in found] == ([] if kind is None else [(kind, line)])
+    assert all(point.psnr_db == [100.0, 30.0] for point in found)
+
+
+def test_results_of_two_folders_are_told_apart(results: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / name / "results.json" for name in ("h100", "h200")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text((results / "results.json").read_text())
+    stack.main(list(map(str, paths)))
+    text = (tmp_path / "h100" / "stack.md").read_text()
+    assert "### H100" in text
+    assert "### H200" in text
+
+
 def test_files(results: Path, tmp_path: Path) -> None:
     for name in ("guidance-1", "guidance-5"):
         (tmp_path / f"stack-{name}.json").write_text((results / "results.json").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,8 +24,9 @@ from diffsparse import AdaSpa, Dense, Digest, Layout, Schedule, Tangent
 from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelError
 from diffsparse.schedule import resolve
 from diffsparse.seam.accelerate import SPEEDS
+from diffsparse.seam.added import caches_of
 from diffsparse.seam.caches import Passes, StepCache, cache_on
-from diffsparse.seam.caching import BLOCKS, CACHES, Caching, caches_of
+from diffsparse.seam.caching import BLOCKS, CACHES, Caching
 from diffsparse.seam.targets import attentions, models_of
 from support.methods import METHODS
 from support.tiny_pipelines import BUILDERS
@@ -62,7 +63,7 @@ class Cache:
 def of_diffusers(title: str, caching: Caching, **without: str) -> Cache:
     def on(pipe: Any) -> None:
         for model in models_of(pipe).values():
-            model.enable_cache(caching.config(model, pipe))
+            model.enable_cache(caching.config(model, lambda: pipe._current_timestep))
 
     def off(pipe: Any) -> None:
         for model in models_of(pipe).values():
@@ -707,6 +708,109 @@ def test_what_accelerate_refuses_leaves_nothing_behind(case: str) -> None:
     assert names(run.pipe) == before
 
 
+class StopError(Exception):
+    pass
+
+
+def test_a_run_that_was_cut_off_leaves_nothing_to_the_next_one() -> None:
+    run = Run("wan")
+
+    def stop(pipe: Any, step: int, *_: Any) -> Any:
+        if step == 8:
+            raise StopError
+        return {}
+
+    with diffsparse.accelerate(run.pipe, block=16) as handle:
+        want, counts = run(LONG), (handle.report().steps, handle.report().dense_steps)
+        with pytest.raises(StopError):
+            run.pipe(**{**run.call, "num_inference_steps": 20, "callback_on_step_end": stop})
+        assert torch.equal(run(LONG), want)
+        assert (handle.report().steps, handle.report().dense_steps) == counts
+
+
+@pytest.mark.parametrize("name", ["wan", "flux", "cogvideox"])
+def test_pipelines_that_name_no_branches_are_served_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all of Diffusers open a context around the passes of a transformer."""
+    run = Run(name)
+    with diffsparse.accelerate(run.pipe, "quality", block=16) as handle:
+        want, answered = run(LONG), handle.report().skipped_calls
+        monkeypatch.setattr(run.pipe.transformer, "cache_context", lambda *_, **__: nullcontext())
+        assert torch.equal(run(LONG), want)
+        assert handle.report().skipped_calls == answered > 0
+
+
+def test_a_loop_over_a_transformer_names_its_branches_and_resets() -> None:
+    name = "WanTransformer3DModel"
+    model, given = build(name), inputs(name)
+
+    def loop() -> list[Tensor]:
+        outs = []
+        for step in range(12):
+            with model.cache_context("cond", step_index=step, num_inference_steps=12):
+                outs.append(tensors(model, given)[0])
+        return outs
+
+    with torch.no_grad(), diffsparse.accelerate(model, warm_up=3, interval=2, block=8) as handle:
+        with pytest.raises(ConfigError, match="wants to know the guidance branch of a pass outside of a pipeline"):
+            tensors(model, given)
+        handle.reset()
+        want = loop()
+        assert handle.report().skipped_steps
+        handle.reset()
+        assert all(map(torch.equal, loop(), want))
+
+
+@pytest.mark.parametrize("kind", ["first-block", "sea"])
+def test_a_cache_that_refuses_a_class_leaves_it_as_it_was(kind: str) -> None:
+    name = "BriaTransformer2DModel"
+    model, given = build(name), inputs(name)
+    want, before = tensors(model, given), [set(vars(module)) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError, match="is not for BriaTransformer2DModel"):
+        diffsparse.accelerate(model, cache=kind)
+    assert [set(vars(module)) for module in model.modules()] == before
+    assert all(map(torch.equal, tensors(model, given), want))
+
+
+def test_a_wrong_call_leaves_what_was_put_on_before() -> None:
+    run = Run("wan")
+    with diffsparse.accelerate(run.pipe, block=16) as handle:
+        settled = configs(run.pipe)
+        for wrong in ({"cache": "mag"}, {"cache": 5}, {"sparsity": 7}, {"intervall": 2}):
+            with pytest.raises(ConfigError):
+                diffsparse.accelerate(run.pipe, **wrong)
+        assert configs(run.pipe) == settled
+        run(LONG)
+        assert handle.report().skipped_calls
+
+
+def test_a_cache_of_the_user_that_skips_nothing_stays_and_is_named() -> None:
+    run = Run("wan")
+    run.pipe.transformer.enable_cache(d.TaylorSeerCacheConfig())
+    with diffsparse.accelerate(run.pipe, block=16) as handle:
+        assert "TaylorSeerCacheConfig was on already and stays as it is" in handle.report().notes
+    assert run.pipe.transformer.is_cache_enabled
+
+
+def test_a_knob_has_one_name() -> None:
+    assert Caching("taylor-seer", disable_cache_before_step=4) == Caching("taylor-seer", warm_up=4)
+    assert Caching.parse("taylor-seer:cache-interval=3") == Caching("taylor-seer", interval=3)
+    assert Caching.parse("taylor-seer:use_lite_mode=false:taylor_factors_dtype=bfloat16") == Caching(
+        "taylor-seer", use_lite_mode=False, taylor_factors_dtype=torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("taylor-seer:interval=0", "taylor-seer:interval=x", "taylor-seer:interval=2.5", "taylor-seer:order=-1"),
+        *("taylor-seer:warm_up=0", "taylor-seer:warm_up=1.5", "first-block:threshold=abc", "pab:range=0"),
+    ],
+)
+def test_knobs_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="wants"):
+        Caching.parse(text)
+
+
 def test_a_class_without_patterns_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run("wan")
     before = names(run.pipe)
@@ -719,7 +823,7 @@ def test_a_class_without_patterns_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_class_without_caches_is_refused() -> None:
     run = Run("sd3")
     before = names(run.pipe)
-    with pytest.raises(UnsupportedModelError, match="SD3Transformer2DModel takes no step cache of Diffusers"):
+    with pytest.raises(UnsupportedModelError, match="no patterns are proven for SD3Transformer2DModel"):
         diffsparse.accelerate(run.pipe)
     with pytest.raises(UnsupportedModelError, match="takes no step cache of Diffusers"):
         diffsparse.accelerate(run.pipe, cache=d.FirstBlockCacheConfig())

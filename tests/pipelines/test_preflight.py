@@ -13,7 +13,8 @@ import diffsparse
 from diffsparse import GNA, AdaSpa, Digest, Layout, Random, Schedule, Tangent
 from diffsparse.cli import main
 from diffsparse.insight.cost import Estimate
-from diffsparse.seam.caching import Caching, put_on
+from diffsparse.seam.added import put_on
+from diffsparse.seam.caching import Caching
 from diffsparse.strategies import as_strategy
 from diffsparse.strategies.gna.bounds import bounds_of
 from diffsparse_pipelines import tiny
@@ -103,7 +104,7 @@ def cached_run(cache: Caching, strategy: Any) -> tuple[Estimate | None, diffspar
     pipe = tiny.load("twin")
     call = {**tiny.defaults("twin"), "num_inference_steps": 14, "guidance_scale": 1.0, "prompt": tiny.prompts(1)[0]}
     with diffsparse.apply(pipe, strategy) as handle:
-        handle.also(lambda model: put_on(model, cache.config(model, pipe)))
+        handle.also(lambda model: put_on(model, cache, pipe))
         expected = preflight(pipe, call, as_strategy(strategy), Schedule())
         generation(pipe, call, 0)
         return expected, handle.report()

@@ -23,6 +23,7 @@ from diffsparse_pipelines.commands.options import (
     SamplingOptions,
     Seed,
     SparsityOptions,
+    check_knobs,
 )
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def generate(
 def _stack(sparsity: SparsityOptions) -> PutOn:
     """Puts on the one strategy that was named, and the step cache that was named with it."""
     from diffsparse import apply
-    from diffsparse.seam.caching import put_on
+    from diffsparse.seam.added import put_on
 
     stacks = sparsity.stacks()
     if len(stacks) != 1:
@@ -121,6 +122,7 @@ def _stack(sparsity: SparsityOptions) -> PutOn:
 def _speed(speed: str, sparsity: SparsityOptions) -> PutOn:
     """Puts on what a speed stands for, with the knobs that were given."""
     from diffsparse.seam.accelerate import SPEEDS, accelerate
+    from diffsparse.strategies import STRATEGIES, knobs_of
 
     if speed not in SPEEDS:
         raise ConfigError(f"--speed wants one of {', '.join(SPEEDS)}; got {speed!r}")
@@ -129,6 +131,8 @@ def _speed(speed: str, sparsity: SparsityOptions) -> PutOn:
     knobs: dict[str, Any] = {
         name: value for name, value in {**sparsity.knobs, "sparsity": sparsity.sparsity}.items() if value is not None
     }
+    own = {f"--speed {speed}": set(knobs_of(SPEEDS[speed].strategy))}
+    check_knobs(knobs, own, {**own, **{name: set(knobs_of(cls)) for name, cls in STRATEGIES.items()}})
     return partial(accelerate, speed=speed, **knobs)
 
 
