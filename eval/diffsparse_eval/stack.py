@@ -33,12 +33,7 @@ TARGETS = (2.1, 2.5, 3.0)
 _IDENTICAL = 100.0  # dB
 _ROOT = Path(__file__).parents[2]
 _BEGIN, _END = "<!-- stack: made by make stack-tables -->", "<!-- /stack -->"
-_FAMILIES = {
-    "taylor-seer": "TaylorSeer",
-    "first-block": "FirstBlockCache",
-    "mag": "MagCache",
-    "pab": "PyramidAttentionBroadcast",
-}
+_KINDS = ("cache alone", "sparse alone", "stack")
 
 
 class Point(NamedTuple):
@@ -188,36 +183,31 @@ def _margin_line(name: str, each: Margin) -> list[str]:
 
 
 def chart(by_guidance: dict[str, list[Point]]) -> Figure:
-    """PSNR over measured speed-up: caches alone, sparse attention alone, and stacks; a panel for each file."""
-    figure = Figure(figsize=(5.4 * len(by_guidance), 4.8), layout="constrained")
+    """PSNR over measured speed-up: caches alone, sparse attention alone, and both; a panel for each file.
+
+    A line goes through the settings of its kind that no other beats in both; those that one beats are faint.
+    """
+    figure = Figure(figsize=(5.6 * len(by_guidance), 4.6), layout="constrained")
     axes = figure.subplots(1, len(by_guidance), sharey=True, squeeze=False)[0]
     for panel, (title, settings) in zip(axes, by_guidance.items(), strict=True):
-        for number, name in enumerate(dict.fromkeys(map(series, settings))):
-            _draw(panel, [point for point in settings if series(point) == name], name, number)
-        panel.set_title(title, fontsize=11)
-        panel.set_xlabel("speed-up of the whole run", fontsize=11)
+        for number, kind in enumerate(_KINDS):
+            _draw(panel, [point for point in settings if point.kind == kind], kind, number)
+        panel.set_title(title, fontsize=12)
+        panel.set_xlabel("speed-up of the whole run", fontsize=12)
         panel.grid(alpha=0.3)
-    axes[0].set_ylabel("PSNR to the dense video, dB", fontsize=11)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    axes[0].set_ylabel("PSNR to the dense video, dB", fontsize=12)
+    axes[0].legend(frameon=False, fontsize=12, loc="lower left")
     return figure
 
 
-def series(point: Point) -> str:
-    """The line of a setting in the chart: "TaylorSeer + digest"."""
-    cache, slash, strategy = point.label.rpartition("/")
-    name = cache.partition(":")[0]
-    family, method = _FAMILIES.get(name, name), strategy.partition(" ")[0]
-    if not slash:
-        return f"{method} alone"
-    return f"{family} alone" if method == "dense" else f"{family} + {method}"
-
-
-def _draw(panel: Axes, settings: list[Point], name: str, number: int) -> None:
-    settings = sorted(settings, key=lambda point: point.measured)
-    spread = [mean_and_interval(point.psnr_db) for point in settings]
+def _draw(panel: Axes, settings: list[Point], kind: str, number: int) -> None:
+    style, kept = charts.line(number), best(settings, lambda point: point.measured)
+    rest = [point for point in settings if point not in kept]
+    spread = [mean_and_interval(point.psnr_db) for point in kept]
     middles, halves = [middle for middle, _ in spread], [half or 0.0 for _, half in spread]
-    speeds = [point.measured for point in settings]
-    panel.errorbar(speeds, middles, halves, label=name, capsize=2, linewidth=1.4, **charts.line(number))
+    panel.errorbar([p.measured for p in kept], middles, halves, label=kind, capsize=2, linewidth=1.8, **style)
+    x, y = [point.measured for point in rest], [mean(point.psnr_db) for point in rest]
+    panel.plot(x, y, linestyle="none", marker=style["marker"], color=style["color"], markersize=4, alpha=0.3)
 
 
 def read(path: Path) -> list[ResultRow]:
@@ -245,27 +235,25 @@ def _title(path: Path) -> str:
     return name.removeprefix("stack-").replace("-", " ")
 
 
-def write(paths: list[Path]) -> str:
-    """Write the tables and the chart of some files beside the first; gives the tables."""
+def tables(paths: list[Path]) -> str:
+    """The tables of some files, whose chart is written beside the first."""
     files = {_title(path): points(read(path)) for path in paths}
-    made = text(files)
-    write_text(f"## Step cache, sparse attention, and both\n\n{made}", paths[0].parent / "stack.md")
     charts.save(chart(files), paths[0].parent / "stack.png")
-    return made
+    return text(files)
 
 
 def main(names: list[str]) -> None:
-    """Write tables and chart of some results, or the project's own."""
-    if names:
-        write([Path(name) for name in names])
-        return
-    page = _ROOT / "docs/stack.md"
-    if not page.is_file():
+    """Write tables and chart of some results beside the first of them, or the project's own into its docs."""
+    paths, page = [Path(name) for name in names], _ROOT / "docs/stack.md"
+    if paths:
+        write_text(f"## Step cache, sparse attention, and both\n\n{tables(paths)}", paths[0].parent / "stack.md")
+    elif page.is_file():
+        before, rest = page.read_text().split(_BEGIN)
+        made = tables(sorted((_ROOT / "eval/results").glob("stack-*.json")))
+        write_text(f"{before}{_BEGIN}\n{made}{_END}{rest.split(_END)[1]}", page)
+    else:
         print("error: the docs are made in a checkout of the project; wanted some results.json", file=sys.stderr)
         sys.exit(2)
-    before, rest = page.read_text().split(_BEGIN)
-    made = write(sorted((_ROOT / "eval/results").glob("stack-*.json")))
-    write_text(f"{before}{_BEGIN}\n{made}{_END}{rest.split(_END)[1]}", page)
 
 
 if __name__ == "__main__":
