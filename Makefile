@@ -6,7 +6,8 @@ GPU_SECONDS ?= 480
 EMPTY :=
 COMMA := ,
 CACHES := $(foreach i,2 3 4 5 6,taylor-seer:interval=$(i)) $(foreach t,0.1 0.15 0.2,first-block:threshold=$(t)) \
-	$(foreach t,0.03 0.06,mag:threshold=$(t))
+	$(foreach t,0.03 0.06,mag:threshold=$(t)) \
+	$(foreach w,2:warm_up=0.45 3:warm_up=0.45 4:warm_up=0.33,taylor-seer:interval=$(w))
 STACKS := digest,tangent$(subst $(EMPTY) ,,$(foreach cache,$(CACHES),$(COMMA)$(cache)/dense$(COMMA)$(cache)/digest$(COMMA)$(cache)/tangent))
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # The kernels must compile with what torch 2.11 comes with, too: a second Triton, for the tests alone.
@@ -21,7 +22,7 @@ FOLDERS := .whl/site:.:kernels:pipelines:eval
 help:
 	@echo "make demo    generate and compare videos of the embedded model: dense, AdaSpa, Digest, random"
 	@echo "make test    format, lint, types and all tests"
-	@echo "make stack   measure step caches with and without sparse attention: two hours on one core, goes on where it stopped"
+	@echo "make stack   measure step caches with and without sparse attention: hours on one core, goes on where it stopped"
 	@echo "make stack-tables  write its tables and its chart into docs/stack.md and eval/results"
 	@echo "make gpu     in some minutes, all that a CUDA device makes of the kernels; GPU_SECONDS=480, OUT=out/gpu"
 	@echo "make gpu-wheels  download what runs whole models on a GPU machine that has no network"
@@ -55,7 +56,7 @@ stack: $(VENV)/.user
 			--out out/stack-guidance-$$scale && \
 		cp out/stack-guidance-$$scale/results.json eval/results/stack-guidance-$$scale.json || exit; \
 	done
-	$(BIN)/python -m diffsparse_eval.stack
+	$(MAKE) stack-tables
 
 stack-tables: $(VENV)/.user
 	$(BIN)/python -m diffsparse_eval.stack

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from diffsparse.seam.copies import registry_of
+
 if TYPE_CHECKING:
     from diffusers.hooks import ModelHook
     from diffusers.hooks.hooks import BaseState, CacheContext
@@ -102,7 +104,7 @@ def own_contexts(model: Any, contexts: dict[str, object]) -> Iterator[None]:
 
 def _plain_caches(model: torch.nn.Module) -> Iterator[ModelHook]:
     for module in model.modules():
-        registry = getattr(module, "_diffusers_hook", None)
+        registry = registry_of(module)
         for hook in registry.hooks.values() if registry is not None else ():
             if hook._is_stateful and hasattr(hook, "state"):
                 yield hook

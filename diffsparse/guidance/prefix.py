@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from diffsparse.seam.caches import is_cached
-from diffsparse.seam.copies import hide_traces, show_traces
+from diffsparse.seam.copies import hide_traces, registry_of, show_traces
 
 
 class Prefix:
@@ -139,7 +139,7 @@ class _Hook:
 
 def _offloads_by_group(model: torch.nn.Module | None) -> bool:
     modules = () if model is None else model.modules()
-    registries = (module.__dict__.get("_diffusers_hook") for module in modules)
+    registries = map(registry_of, modules)
     return any("group_offloading" in registry.hooks for registry in registries if registry is not None)
 
 

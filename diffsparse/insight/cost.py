@@ -201,15 +201,12 @@ class Estimate:
         dense = [call.seconds for call in report.calls if call.kind == "dense"]
         if not dense or len(dense) == len(report.calls) or not report.attention_seconds:
             return None
-        made = report.dense_calls + report.sparse_calls
-        longer = (made + report.skipped_calls) / made
-        attention = (
-            median(dense) * len(report.calls) * longer
-        )  # the first calls may have waited for kernels to be built
-        rest = max(seconds - report.attention_seconds, 0.0) * (longer if report.cache_is_wide else 1)
+        made = median(dense) * len(report.calls)  # the first calls may have waited for kernels to be built
+        rest = max(seconds - report.attention_seconds, 0.0) / (report.executed if report.cache_is_wide else 1)
+        attention = made / report.executed
         whole = attention + rest
         speedups = attention / report.attention_seconds, whole / seconds
-        return cls(attention / whole, *speedups, 1 / longer)
+        return cls(attention / whole, *speedups, report.executed)
 
 
 def _work(strategy: Strategy | Attending, run: Outline) -> float | None:

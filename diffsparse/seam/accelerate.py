@@ -8,9 +8,9 @@ from torch.nn import Module
 
 from diffsparse.errors import ConfigError, UnknownNameError
 from diffsparse.schedule import Schedule
-from diffsparse.seam.added import caches_of, checked, put_on
+from diffsparse.seam.added import caches_of, checked, stacked
 from diffsparse.seam.caching import CACHES, Caching
-from diffsparse.seam.patch import Handle, apply
+from diffsparse.seam.patch import Handle
 from diffsparse.seam.targets import models_of
 from diffsparse.strategies import knobs_of
 from diffsparse.strategies.base import Attending, Strategy
@@ -85,10 +85,7 @@ def accelerate(
     if isinstance(chosen, Caching):  # before anything that is on is taken off
         for model in models_of(target).values():
             chosen.config(model)
-    pipe = None if isinstance(target, Module) else target
-    handle = apply(target, asked, schedule=schedule, strict=strict)
-    if chosen is not None:
-        handle.also(lambda model: put_on(model, chosen, pipe))
+    handle = stacked(target, asked, chosen, schedule=schedule, strict=strict)
     handle.note(_told(chosen, present))
     return handle
 

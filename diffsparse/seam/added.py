@@ -10,20 +10,23 @@ from diffusers.hooks.hooks import CacheContext
 from torch.nn import Module
 
 from diffsparse.errors import ConfigError, UnsupportedModelError
-from diffsparse.schedule import resolve
+from diffsparse.schedule import Schedule, resolve
 from diffsparse.seam.caches import around, cache_on, is_cached
 from diffsparse.seam.caching import CACHES, Caching
 from diffsparse.seam.clock import Ahead, set_context
+from diffsparse.seam.copies import REGISTRY, registry_of
 from diffsparse.seam.hooks import HOOK, run_of
+from diffsparse.seam.patch import Handle, apply
 from diffsparse.seam.run import Run
 from diffsparse.seam.targets import attentions, entrances_of
+from diffsparse.strategies.base import Attending, Strategy
 from diffsparse.wrappers import class_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from diffusers.hooks import HookRegistry
 
-_REGISTRY, _TAYLOR = "_diffusers_hook", "taylorseer_cache"
+_TAYLOR = "taylorseer_cache"
 _FEW_STEPS = 10  # of a run: with a warm-up there is too little left to skip
 
 
@@ -36,6 +39,7 @@ class Added:
 
     def __init__(self, model: Any, config: Any, warm_up: float | None = None, experts: int = 1) -> None:
         self.model, self.config, self._warm_up, self._experts = model, config, warm_up, experts
+        self._fitted: int | None = None  # steps of a run
         self._before = [(module, _names(module), _hooks(module)) for module in model.modules()]
         try:
             model.enable_cache(config)
@@ -55,8 +59,9 @@ class Added:
 
         Each of a pipeline's experts counts its own steps, of which it has its part.
         """
-        if self._warm_up is None or not self.is_on:
+        if self._warm_up is None or steps == self._fitted or not self.is_on:
             return
+        self._fitted = steps
         first = steps if steps < _FEW_STEPS else resolve(self._warm_up, steps // self._experts)
         for _, registry in self._registries():
             if (hook := registry.get_hook(_TAYLOR)) is not None:
@@ -95,7 +100,7 @@ class Added:
 
     def _registries(self) -> Iterator[tuple[Module, HookRegistry]]:
         for module, _, _ in self._before:
-            if (registry := module.__dict__.get(_REGISTRY)) is not None:
+            if (registry := registry_of(module)) is not None:
                 yield module, registry
 
     def __call__(self) -> None:
@@ -107,9 +112,10 @@ class Added:
     def _clear(self) -> None:
         """Take away hooks, registries and names that were not there."""
         for module, names, hooks in self._before:
-            registry = module.__dict__.get(_REGISTRY)
-            for name in () if registry is None else [*registry.hooks.keys() - hooks - {HOOK}]:
-                registry.remove_hook(name, recurse=False)
+            registry = registry_of(module)
+            if registry is not None:
+                for name in registry.hooks.keys() - hooks - {HOOK}:
+                    registry.remove_hook(name, recurse=False)
             _tidy(module, names)
 
 
@@ -136,6 +142,26 @@ def put_on(model: Any, cache: object, pipe: DiffusionPipeline | None = None) -> 
             "there. Leave `cache` out for patterns that do"
         )
     return added
+
+
+def stacked(
+    target: DiffusionPipeline | Module,
+    strategy: Strategy | Attending,
+    cache: object,
+    *,
+    schedule: Schedule | None = None,
+    strict: bool = False,
+) -> Handle:
+    """`apply`, and a cache on top of it unless that is None: one handle takes off both.
+
+    Raises:
+        UnsupportedModelError, ConfigError: as `apply` and `put_on`; both are off then.
+    """
+    pipe = None if isinstance(target, Module) else target
+    handle = apply(target, strategy, schedule=schedule, strict=strict)
+    if cache is not None:
+        handle.also(lambda model: put_on(model, cache, pipe))
+    return handle
 
 
 def checked(cache: object) -> object:
@@ -169,22 +195,22 @@ def prepare(model: Module, steps: int) -> None:
 
 def _names(module: Module) -> set[str]:
     """What the object has of its own, without a registry of hooks that is there for ours alone."""
-    registry = module.__dict__.get(_REGISTRY)
+    registry = registry_of(module)
     ours = None if registry is None else registry.get_hook(HOOK)
-    return set(module.__dict__) - ({_REGISTRY} if isinstance(ours, Run) and ours.made_registry else set())
+    return set(module.__dict__) - ({REGISTRY} if isinstance(ours, Run) and ours.made_registry else set())
 
 
 def _hooks(module: Module) -> set[str]:
-    registry = module.__dict__.get(_REGISTRY)
+    registry = registry_of(module)
     return set() if registry is None else set(registry.hooks)
 
 
 def _tidy(module: Module, names: set[str]) -> None:
     """Diffusers leaves empty registries, methods bound to the object, and a configuration that is None."""
-    registry = module.__dict__.get(_REGISTRY)
+    registry = registry_of(module)
     left = {"_cache_config"}
     if registry is not None and not registry.hooks.keys() - {HOOK}:
-        left |= {"forward"} if registry.hooks else {"forward", _REGISTRY}
+        left |= {"forward"} if registry.hooks else {"forward", REGISTRY}
     for name in left - names:
         module.__dict__.pop(name, None)
 

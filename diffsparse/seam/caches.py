@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch.nn import Module
 
-_REGISTRY = "_diffusers_hook"
+from diffsparse.seam.copies import registry_of
 
 
 class Passes(NamedTuple):
@@ -47,8 +47,8 @@ class StepCache:
     is_wide: bool = True
 
     @property
-    def wants_timesteps(self) -> bool:
-        """Whether `executed` does."""
+    def counts_branches(self) -> bool:
+        """Whether `executed` wants to know all passes of a step, and the timesteps; else a branch is by itself."""
         return self.rule is _broadcast_steps
 
     def reads(self, timestep: float) -> bool:
@@ -73,7 +73,7 @@ def around(model: Module, modules: Iterable[Module]) -> list[tuple[Module, ...]]
 def cache_on(chain: tuple[Module, ...]) -> StepCache | None:
     """The step cache that a layer meets, from the layer's module and those around it; None if there is none."""
     for place, module in enumerate(chain):
-        registry = module.__dict__.get(_REGISTRY)
+        registry = registry_of(module)
         for hook in () if registry is None else registry.hooks.values():
             if (kind := _KINDS.get(type(hook).__name__)) is not None:
                 return StepCache(kind.name, hook, kind.rule, kind.warm_up(hook), place > 0)

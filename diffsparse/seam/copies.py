@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 LAYER = "_diffsparse"  # attribute of an attention module: its layer
 ORIGINAL = "_diffsparse_original"  # attribute of an adopted processor's class: the class before
 _REDUCE = "__reduce_ex__"  # looked up on the object, by `pickle` and by `copy.deepcopy`
-_REGISTRY = "_diffusers_hook"
+REGISTRY = "_diffusers_hook"
 _HOOKS = {"_forward_pre_hooks": ("_with_kwargs",), "_forward_hooks": ("_with_kwargs", "_always_called")}
+
+
+def registry_of(module: Module) -> HookRegistry | None:
+    """The hooks that Diffusers keeps of a module; None if it has none."""
+    found: HookRegistry | None = module.__dict__.get(REGISTRY)
+    return found
 
 
 def hide_traces(module: Module) -> None:
@@ -49,11 +55,11 @@ def _untouched(state: dict[str, Any]) -> dict[str, Any]:
         ours = [number for number, hook in state.get(name, {}).items() if _is_ours(getattr(hook, "__self__", hook))]
         for table in (name, *(name + flag for flag in flags)) if ours else ():
             state[table] = type(state[table])((n, x) for n, x in state[table].items() if n not in ours)
-    registry = state.get(_REGISTRY)
+    registry = state.get(REGISTRY)
     if registry is not None and any(map(_is_ours, registry.hooks.values())):
-        state[_REGISTRY] = _theirs(registry)
-        if not state[_REGISTRY].hooks:
-            del state[_REGISTRY]
+        state[REGISTRY] = _theirs(registry)
+        if not state[REGISTRY].hooks:
+            del state[REGISTRY]
     return state
 
 

@@ -15,7 +15,7 @@ from diffsparse.schedule import Schedule
 from diffsparse.seam import processors
 from diffsparse.seam.caches import around, cache_on
 from diffsparse.seam.compiled import untraced
-from diffsparse.seam.copies import LAYER, hide_traces, show_traces
+from diffsparse.seam.copies import LAYER, hide_traces, registry_of, show_traces
 from diffsparse.seam.models import Inputs, argument_names, patch_of, spec_of
 from diffsparse.seam.parallel import shard_of
 from diffsparse.seam.run import Run
@@ -33,7 +33,7 @@ HOOK = "diffsparse"  # name of ours in the registry
 
 def run_of(model: Module) -> Run | None:
     """The state of an applied or guided transformer, in whatever wrapper; None of an untouched one."""
-    registry = unwrapped(model).__dict__.get("_diffusers_hook")
+    registry = registry_of(unwrapped(model))
     run = registry.get_hook(HOOK) if registry is not None else None
     return run if isinstance(run, Run) else None
 
@@ -81,7 +81,7 @@ def _enlist(model: Module, run: Run) -> None:
     `register_hook` would bind `forward` to this model, for deep copies too, and a walk through the modules would meet
     the registry as a child. First in the list, the run is no link in the chain of the other hooks' forwards.
     """
-    run.made_registry = "_diffusers_hook" not in model.__dict__
+    run.made_registry = registry_of(model) is None
     registry = HookRegistry.check_if_exists_or_initialize(model)
     registry.hooks[HOOK] = run
     registry._hook_order.insert(0, HOOK)

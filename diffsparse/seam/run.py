@@ -290,10 +290,10 @@ class Run(ModelHook):  # type: ignore[misc]
 
     def _executed(self, cache: StepCache, moment: Moment, first: int) -> Collection[int] | None:
         """The steps that a cache, which counts from the step `first`, leaves to layers behind it; asked once a run."""
-        branches = self.ledger.beside(moment.branch)
+        branches = self.ledger.beside(moment.branch) if cache.counts_branches else [moment.branch]
         key = cache, len(branches), branches.index(moment.branch), first
         if key not in self._known:
-            timesteps = self.clock.timesteps if cache.wants_timesteps else None
+            timesteps = self.clock.timesteps if cache.counts_branches else None
             timesteps = timesteps if timesteps and cache.reads(timesteps[moment.step]) else None
             passes = Passes((moment.steps or 0) - first, *key[1:3], timesteps and timesteps[first:])
             steps = cache.executed(passes)
@@ -407,7 +407,8 @@ class Run(ModelHook):  # type: ignore[misc]
     ) -> Site:
         backend, to_skip = layer.user_backend(), self._to_skip(layer, moment, tally, moment.steps)
         end = self.schedule.bounds(moment.steps)[1]
-        reached = None if end is None else end - tally.skipped - self._to_skip(layer, moment, tally, end)
+        before_end = to_skip if end == moment.steps else self._to_skip(layer, moment, tally, end)
+        reached = None if end is None else end - tally.skipped - before_end
 
         def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return replace(call, query=q, key=k, value=v).dense(backend)

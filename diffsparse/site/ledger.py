@@ -171,8 +171,8 @@ class Ledger:
             missed = self.passes[name] - 1 if cache and name is not None else 0
             self.tallies[key] = Tally.late(step, max(missed, 0))
         tally, number = self.tallies[key], self.passes.total()
-        # a loop may leave steps out by itself
-        tally.reach(step, number, cache is not None or number - tally.last_pass > len(self.branches))
+        gap = step > tally.last + 1  # which a loop may have left out by itself
+        tally.reach(step, number, gap and (cache is not None or number - tally.last_pass > len(self.branches)))
         return self.calls[-1]
 
     def _name(self, branch: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import diffsparse
 from diffsparse import Dense, Handle, Preset, Schedule
-from diffsparse.seam.added import put_on
+from diffsparse.seam.added import stacked
 from diffsparse.seam.caching import Caching
 from diffsparse.strategies import SEARCHES, Compensated, Rounded, Strategy, as_strategy, knobs_of, name_of
 from diffsparse.strategies.base import as_given
@@ -59,9 +59,7 @@ def applied(pipe: DiffusionPipeline, compared: Compared, schedule: Schedule, str
     """Within: the pipeline runs by a strategy, or by one under head guidance."""
     with ExitStack() as stack:
         strategy, cache = _parts(compared)
-        handle = stack.enter_context(diffsparse.apply(pipe, strategy, schedule=schedule, strict=strict))
-        if cache is not None:
-            handle.also(lambda model: put_on(model, cache, pipe))
+        handle = stack.enter_context(stacked(pipe, strategy, cache, schedule=schedule, strict=strict))
         if isinstance(compared, Guided):
             stack.enter_context(diffsparse.guide(pipe, compared.preset))
         yield handle

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from diffsparse import Dense, Report, Schedule
 from diffsparse.errors import ConfigError, InputFileError
@@ -105,9 +105,8 @@ class Results(Generic[R]):
         if not self.path.exists():
             return []
         try:
-            kept = json.loads(read_bytes(self.path, most=2**30))
+            kept = load(self.path)
             settings, rows = kept["settings"], kept["rows"]
-            check_schema(kept)
             if not all(isinstance(row, dict) and row.keys() >= set(_KEY) for row in rows):
                 raise ValueError(f"rows without {', '.join(_KEY)}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -136,6 +135,13 @@ class Results(Generic[R]):
     def _write(self) -> None:
         kept = {SCHEMA_KEY: SCHEMA, "settings": self.settings, "definitions": DEFINITIONS, "rows": self.rows}
         write_json(kept, self.path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What a `results.json` holds; OSError, ValueError or TypeError where it can't be read."""
+    kept: dict[str, Any] = json.loads(read_bytes(path, most=2**30))
+    check_schema(kept)
+    return kept
 
 
 def _renamed(row: dict[str, object]) -> dict[str, object]:

@@ -7,7 +7,6 @@ project's own, `eval/results/stack-*.json`, and its docs.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -20,13 +19,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diffsparse.errors import InputFileError
-from diffsparse.files import read_bytes, write_text
+from diffsparse.files import write_text
 from diffsparse_eval import charts
-from diffsparse_eval.experiment import RESULTS
+from diffsparse_eval.experiment import RESULTS, load
 from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.report import groups
 from diffsparse_eval.rows import ResultRow
-from diffsparse_pipelines.tables import markdown_table
+from diffsparse_pipelines.tables import markdown_table, spliced
 
 SHARES = (0.5, 0.7, 0.85)  # of attention in a dense step, for which speed is counted
 TARGETS = (2.1, 2.5, 3.0)
@@ -217,8 +216,8 @@ def read(path: Path) -> list[ResultRow]:
         InputFileError: it can't be read.
     """
     try:
-        rows: list[ResultRow] = json.loads(read_bytes(path, most=2**30))["rows"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows: list[ResultRow] = load(path)["rows"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputFileError(f"can't read {path}: wanted a results.json of diffsparse evaluate; {error!r}") from error
     return rows
 
@@ -248,9 +247,8 @@ def main(names: list[str]) -> None:
     if paths:
         write_text(f"## Step cache, sparse attention, and both\n\n{tables(paths)}", paths[0].parent / "stack.md")
     elif page.is_file():
-        before, rest = page.read_text().split(_BEGIN)
         made = tables(sorted((_ROOT / "eval/results").glob("stack-*.json")))
-        write_text(f"{before}{_BEGIN}\n{made}{_END}{rest.split(_END)[1]}", page)
+        write_text(spliced(page.read_text(), _BEGIN, made.rstrip("\n"), _END), page)
     else:
         print("error: the docs are made in a checkout of the project; wanted some results.json", file=sys.stderr)
         sys.exit(2)

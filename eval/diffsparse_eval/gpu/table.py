@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from diffsparse_eval.rows import AccountFacts, AccountRow
-from diffsparse_pipelines.tables import markdown_table
+from diffsparse_pipelines.tables import markdown_table, spliced
 
 _LONGEST = 95
 _ROOT = Path(__file__).parents[3]
@@ -196,8 +196,6 @@ def _whole_cell(rows: list[AccountRow]) -> str:
 def pages(results: dict[str, list[AccountRow]]) -> dict[Path, str]:
     """The text that README.md and docs/gpu.md should have."""
     readme = _ROOT / "README.md"
-    before, rest = readme.read_text().split(_BEGIN)
-    after = rest.split(_END)[1]
     text = "# What GPUs make of the kernels\n\nWritten by `make gpu-tables` from `eval/results/gpu`.\n"
     for name, rows in results.items():
         last = rows[-1]
@@ -211,7 +209,7 @@ def pages(results: dict[str, list[AccountRow]]) -> dict[Path, str]:
         text += f"\n## {name}\n```\n{summary(rows, facts, longest=None)}```\n"
     if not results:
         text += "\nNot measured yet: no account of a GPU is committed. `make gpu` makes one.\n"
-    return {readme: f"{before}{_BEGIN}\n{overview(results)}\n{_END}{after}", _ROOT / "docs/gpu.md": text}
+    return {readme: spliced(readme.read_text(), _BEGIN, overview(results), _END), _ROOT / "docs/gpu.md": text}
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from diffsparse_pipelines.commands.options import (
     Seed,
     SparsityOptions,
     check_knobs,
+    known_knobs,
 )
 
 if TYPE_CHECKING:
@@ -102,27 +103,19 @@ def generate(
 
 def _stack(sparsity: SparsityOptions) -> PutOn:
     """Puts on the one strategy that was named, and the step cache that was named with it."""
-    from diffsparse import apply
-    from diffsparse.seam.added import put_on
+    from diffsparse.seam.added import stacked
 
     stacks = sparsity.stacks()
     if len(stacks) != 1:
         raise ConfigError(f"generate wants one strategy; got {sparsity.strategy!r}. To compare several, use evaluate")
     cache, strategy = stacks[0]
-
-    def put(pipe: DiffusionPipeline, schedule: Schedule, strict: bool) -> Handle:
-        handle = apply(pipe, strategy, schedule=schedule, strict=strict)
-        if cache is not None:
-            handle.also(lambda model: put_on(model, cache, pipe))
-        return handle
-
-    return put
+    return partial(stacked, strategy=strategy, cache=cache)
 
 
 def _speed(speed: str, sparsity: SparsityOptions) -> PutOn:
     """Puts on what a speed stands for, with the knobs that were given."""
     from diffsparse.seam.accelerate import SPEEDS, accelerate
-    from diffsparse.strategies import STRATEGIES, knobs_of
+    from diffsparse.strategies import knobs_of
 
     if speed not in SPEEDS:
         raise ConfigError(f"--speed wants one of {', '.join(SPEEDS)}; got {speed!r}")
@@ -132,7 +125,7 @@ def _speed(speed: str, sparsity: SparsityOptions) -> PutOn:
         name: value for name, value in {**sparsity.knobs, "sparsity": sparsity.sparsity}.items() if value is not None
     }
     own = {f"--speed {speed}": set(knobs_of(SPEEDS[speed].strategy))}
-    check_knobs(knobs, own, {**own, **{name: set(knobs_of(cls)) for name, cls in STRATEGIES.items()}})
+    check_knobs(knobs, own, {**own, **known_knobs()})
     return partial(accelerate, speed=speed, **knobs)
 
 

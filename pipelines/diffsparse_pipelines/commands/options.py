@@ -378,12 +378,17 @@ def _cache_of(entry: str) -> tuple[Caching | None, str]:
     return None, entry
 
 
-def _check_strategies(listed: str, given: dict[str, object]) -> None:
-    """Raise ConfigError for a knob that was given and that none of the listed strategies has."""
+def known_knobs() -> dict[str, set[str]]:
+    """Names of the knobs of each strategy."""
     from diffsparse.strategies import STRATEGIES as KNOWN
     from diffsparse.strategies import knobs_of
 
-    known = {name: set(knobs_of(cls)) for name, cls in KNOWN.items()}
+    return {name: set(knobs_of(cls)) for name, cls in KNOWN.items()}
+
+
+def _check_strategies(listed: str, given: dict[str, object]) -> None:
+    """Raise ConfigError for a knob that was given and that none of the listed strategies has."""
+    known = known_knobs()
     asked = [part.partition(":")[0].partition("+")[0].lower() for part in values.names(listed)]
     own = {name: set(known[name]) for name in asked if name in known}
     if given.get("window") is not None and "gna" in own:
