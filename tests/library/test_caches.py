@@ -438,7 +438,7 @@ def test_steps_of_pyramid_attention_broadcast(
         hook = PyramidAttentionBroadcastHook(within, interval, lambda: now[0])
         HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, "pyramid")
     want = model.reached(len(timesteps), branches, branch, lambda step: now.__setitem__(0, timesteps[step]))
-    assert model.cache.wants_timesteps
+    assert model.cache.counts_branches
     assert [model.cache.reads(now[0] + more) for more in (0.0, 1.0)] == [True, False]
     assert model.cache.executed(Passes(len(timesteps), branches, branch)) is None
     told = Passes(len(timesteps), branches, branch, tuple(map(float, timesteps)))
