@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from diffsparse.errors import ConfigError
 from diffsparse.files import folder, locked, write_json
@@ -166,6 +165,7 @@ def candidates(device: str, head_dim: int, q_block: int, kv_block: int) -> list[
     return list(dict.fromkeys([*table, *near]))
 
 
+@torch.inference_mode()
 def time_tile(
     tile: Tile, qkv: QKV, lists: BlockLists, device: str, rounds: int, seconds: float = math.inf
 ) -> tuple[float, float, float]:
@@ -183,21 +183,8 @@ def time_tile(
     """
     from diffsparse_kernels.backend.triton import launch as triton
 
-    return time_kernel(partial(triton.block_sparse_attention, tile=tile), qkv, lists, device, rounds, seconds)
-
-
-@torch.inference_mode()
-def time_kernel(
-    kernel: Callable[..., tuple[Tensor, Tensor]],
-    qkv: QKV,
-    lists: BlockLists,
-    device: str,
-    rounds: int,
-    seconds: float = math.inf,
-) -> tuple[float, float, float]:
-    """The same of any kernel over lists, which takes what `block_sparse_attention` of a back end takes."""
     sample = Sample("", *qkv, lists, scale=qkv[0].shape[-1] ** -0.5)
-    call = partial(kernel, *qkv, lists, sample.scale, None)
+    call = partial(triton.block_sparse_attention, *qkv, lists, sample.scale, None, tile=tile)
     error, limit = spot_check(call()[0], sample)
     if not error <= limit:
         return error, limit, math.inf

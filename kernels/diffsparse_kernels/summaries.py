@@ -225,7 +225,7 @@ def stand_ins(
         some = None if summaries.slope is None else summaries.slope[part]
         if some is None:
             some = _varied(k, v, lists.kv_block, scale, key_mask, summaries, part)[3]
-        slopes.append((weights[part] @ some.flatten(3)).flatten(0, 1))
+        slopes.append((weights[part].to(some.dtype) @ some.flatten(3)).flatten(0, 1))
     slope = torch.cat(slopes).view(*weights.shape[:3], k.shape[3], v.shape[3])
     return made._replace(slope=slope, reach=reach)
 
@@ -321,8 +321,8 @@ def summary_error(q: Tensor, summaries: Summaries, q_block: int, scale: float) -
     found = []
     for blocks, rows in _strips(q, q_block, keys.shape[2]):
         queries = q[:, :, rows].to(keys.dtype).flatten(0, 1)
-        squares = queries.square().sum(-1, keepdim=True)  # [B * H, rows, 1]
-        scores = torch.baddbmm(bias, queries, flat)  # powers of two
+        squares = queries.to(bias.dtype).square().sum(-1, keepdim=True)  # [B * H, rows, 1]
+        scores = (queries @ flat).to(bias.dtype).add_(bias)  # powers of two
         weights = scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
         once = squares / weights.sum(-1, keepdim=True).square_()
         rowwise = torch.cat((once, once * squares), -1).unflatten(1, (blocks.stop - blocks.start, -1))

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffsparse_eval.gpu import account, compiling, facts, numerics, stage, table, tuning
+from diffsparse_eval.gpu import account, compiling, facts, numerics, stage, table
 from diffsparse_kernels import registry
-from diffsparse_kernels.backend.gluon.launch import VARIANTS
 from diffsparse_kernels.backend.triton import launch as triton
 from diffsparse_kernels.case import Case
 from support import fakes
@@ -166,20 +165,16 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_what_is_tried_on_hopper() -> None:
-    built = [f"gluon {variant}" for variant in list(VARIANTS)[1:]]
-    assert numerics.variants(GPU) == built
-    assert numerics.jobs(GPU) == ["first use", "triton", "triton-tma", "gluon", *built, "eight bits"]
-    assert tuning.jobs(GPU) == ["variants", "tiles"]
+    assert numerics.jobs(GPU) == ["first use", "triton", "triton-tma", "gluon", "eight bits"]
     tried = numerics.cases("gluon", GPU)
     wanted = {(b, d, t, m) for b in (64, 128) for d in (64, 72, 96, 128) for t in ("bf", "f") for m in (False, True)}
     assert {(c.kv_block, c.head_dim, "bf" if c.dtype == torch.bfloat16 else "f", c.masked) for c in tried} == wanted
-    for name in ("gluon", *built):
-        work = {(case.kind, case.summary, case.masked) for case in numerics.cases(name, GPU)}
-        assert work >= {("fused", None, True), ("attend", "means", False), ("attend", "first-order", True)}
+    work = {(case.kind, case.summary, case.masked) for case in tried}
+    assert work >= {("fused", None, True), ("attend", "means", False), ("attend", "first-order", True)}
     kinds = {case.kind for case in numerics.cases("triton", GPU)}
     assert kinds == {"attend", "fused", "mass", "summaries", "errors", "statistics", "rows", "fit", "selection"}
     assert {case.kind for case in numerics.cases("triton-tma", GPU)} == {"attend", "fused", "mass"}
-    everything = [*numerics.kernels(GPU), *built]
+    everything = numerics.kernels(GPU)
     assert len(list(numerics.launches(GPU))) == sum(len(numerics.cases(name, GPU)) for name in everything)
 
 

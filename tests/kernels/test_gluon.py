@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,9 +50,8 @@ SUMMARISED_SIZES = [
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
-    """Launches run on threads, of persistent programs three for all query blocks."""
+    """Launches run on threads."""
     monkeypatch.setattr(gluon_kernels, "attend", hopper.Hopper(gluon_kernels, "attend"))
-    monkeypatch.setattr(gluon, "_processors", lambda device: 3)
 
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -65,11 +63,10 @@ def attend(
     lists: dk.BlockLists | None,
     keys: Tensor | None = None,
     stand_ins: StandIns | None = None,
-    variant: gluon.Variant = gluon.USUAL,
 ) -> tuple[Tensor, Tensor]:
     """Attention over lists, or dense by tiles of any size."""
     q, k, v = qkv
-    return gluon._attend(q, k, v, size.scale, keys, size.kv_block, variant, lists, stand_ins)[:2]
+    return gluon._attend(q, k, v, size.scale, keys, size.kv_block, lists, stand_ins)[:2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -223,13 +220,12 @@ def test_other_blocks_stand_as_their_summaries(size: Size, parts: str) -> None:
     assert_stands(got, size, qkv, mask, None, stand_ins)
 
 
-@pytest.mark.parametrize("variant", ["usual", "all"])
-def test_tiles_of_means_outnumber_the_stages(variant: str) -> None:
+def test_tiles_of_means_outnumber_the_stages() -> None:
     size = Size(batch=1, heads=2, q_len=150, kv_len=40_000, dim=128, q_block=128, kv_block=128)
     qkv, stand_ins = size.qkv(torch.bfloat16), drawn(size, torch.bfloat16, "variance")
     mask = random_mask(size, 0.02)
     mask[0, 1] = False
-    got = attend(size, qkv, size.lists(mask), stand_ins=stand_ins, variant=gluon.VARIANTS[variant])
+    got = attend(size, qkv, size.lists(mask), stand_ins=stand_ins)
     assert_stands(got, size, qkv, mask, None, stand_ins)
 
 
@@ -318,44 +314,31 @@ def test_mass_in_the_same_pass(size: Size, kind: str | None) -> None:
     torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=0)
 
 
-# --- other ways to build it -------------------------------------------------------------------------------------------
+# --- scores that grow -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [SUMMARISED_SIZES[0], *MASKED_SIZES], ids=str)
-@pytest.mark.parametrize("variant", gluon.VARIANTS)
-def test_variants(variant: str, size: Size, masked: bool) -> None:
+def test_keys_that_have_much_in_common(size: Size, masked: bool) -> None:
     qkv, mask = size.qkv(torch.bfloat16), random_mask(size, 0.4)
     mask[0, 0, 0] = False
     q, k, v = qkv
     k = k + torch.randn(k.shape[2], 1).to(k.dtype)  # maxima grow, some by little and some by much
     keys = KEY_MASKS["end"](size) if masked else None
-    built = gluon.VARIANTS[variant]
-    got = attend(size, (q * 4, k, v), size.lists(mask).ordered(), keys, variant=built)
+    got = attend(size, (q * 4, k, v), size.lists(mask).ordered(), keys)
     assert_attention(got, (q * 4, k, v), size.allowed(mask, keys), size.scale)
     stand_ins = drawn(size, torch.bfloat16, *PARTS["bounded"])
-    got = attend(size, (q, k, v), size.lists(mask).ordered(), keys, stand_ins, built)
+    got = attend(size, (q, k, v), size.lists(mask).ordered(), keys, stand_ins)
     assert_stands(got, size, (q, k, v), mask, keys, stand_ins)
 
 
-@pytest.mark.parametrize("variant", gluon.VARIANTS)
-def test_maxima_that_grow_by_little_and_by_much(variant: str) -> None:
+def test_maxima_that_grow_by_little_and_by_much() -> None:
     size = Size(batch=1, heads=2, q_len=200, kv_len=6 * 64, dim=64, q_block=128, kv_block=64)
     q, k, v = size.qkv(torch.float16)
     q[..., 0] = 8
     k[..., 0] = torch.tensor([0.0, 3, 4, 140, 142, 150]).repeat_interleave(64)
-    got = attend(size, (q, k, v), None, variant=gluon.VARIANTS[variant])
+    got = attend(size, (q, k, v), None)
     assert_attention(got, (q, k, v), size.allowed(MASKS["full"](size)), size.scale)
-
-
-@pytest.mark.parametrize("variant", gluon.VARIANTS)
-def test_mass_of_variants(variant: str) -> None:
-    size = Size(batch=2, heads=3, q_len=300, kv_len=200, dim=64, q_block=128, kv_block=64)
-    q, k, v = size.qkv(torch.float16)
-    cached, rest = torch.full(q.shape[:3], 3.0), (128, 64, size.scale, None)
-    mass = gluon.attention_with_mass(q * 4, k, v, cached, *rest, gluon.VARIANTS[variant])[2]
-    want = reference.block_mass(q.double() * 4, k.double(), cached.double(), *rest)
-    torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=0)
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------
@@ -387,16 +370,16 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     return kernel
 
 
-def launch(size: Size, work: str, variant: str = "usual") -> None:
+def launch(size: Size, work: str) -> None:
     """One call of this kind of work, a word for each part of it."""
-    qkv, built = size.qkv(torch.bfloat16), gluon.VARIANTS[variant]
+    qkv = size.qkv(torch.bfloat16)
     keys = KEY_MASKS["all"](size) if "masked" in work else None
     if "mass" in work:
         cached = torch.zeros(qkv[0].shape[:3])
-        gluon.attention_with_mass(*qkv, cached, size.q_block, size.kv_block, size.scale, keys, built)
+        gluon.attention_with_mass(*qkv, cached, size.q_block, size.kv_block, size.scale, keys)
         return
     stand_ins = drawn(size, torch.bfloat16, *PARTS["bounded" if "first order" in work else "means"])
-    attend(size, qkv, size.lists(random_mask(size)).ordered(), keys, None if "lists" in work else stand_ins, built)
+    attend(size, qkv, size.lists(random_mask(size)).ordered(), keys, None if "lists" in work else stand_ins)
 
 
 WORK = ("lists", "lists, masked", "mass", "mass, masked", "means", "first order", "first order, masked")
@@ -405,17 +388,13 @@ SHOWN = {
     "lists, masked": [(128, 128), (128, 64), (64, 64)],
     "first order": [(128, 128), (128, 64)],
 }
-BUILDS = [
-    *((work, "usual", *size) for work in WORK for size in SHOWN.get(work, [(128, 128)])),
-    *(("lists", variant, 128, 128) for variant in list(gluon.VARIANTS)[1:]),
-    ("first order, masked", "all", 128, 128),
-]
+BUILDS = [(work, *size) for work in WORK for size in SHOWN.get(work, [(128, 128)])]
 
 
 @aot.compiles
-@pytest.mark.parametrize(("work", "variant", "head_dim", "kv_block"), BUILDS)
-def test_ahead_of_time(work: str, variant: str, head_dim: int, kv_block: int, launched: Launched) -> None:
-    launch(Size(batch=1, heads=2, q_len=200, kv_len=200, dim=head_dim, q_block=128, kv_block=kv_block), work, variant)
+@pytest.mark.parametrize(("work", "head_dim", "kv_block"), BUILDS)
+def test_ahead_of_time(work: str, head_dim: int, kv_block: int, launched: Launched) -> None:
+    launch(Size(batch=1, heads=2, q_len=200, kv_len=200, dim=head_dim, q_block=128, kv_block=kv_block), work)
     kernel = aot.inspected(launched.sources[0], 90, num_warps=4)
     aot.assert_sound(kernel, 90)
     assert aot.COPY_ENGINE in kernel.ptx
@@ -466,15 +445,15 @@ def test_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("wants a Hopper GPU")
     assert gluon.capability(device) is None
     monkeypatch.setattr(gluon_kernels, "attend", ATTEND)
-    for size, variant in itertools.product([*SIZES, *SUMMARISED_SIZES], gluon.VARIANTS.values()):
+    for size in [*SIZES, *SUMMARISED_SIZES]:
         qkv, mask, made = size.qkv(torch.bfloat16), random_mask(size), drawn(size, torch.bfloat16, *PARTS["bounded"])
         there, lists = [x.to(device) for x in qkv], size.lists(mask).to(device).ordered()
         moved = StandIns._make(None if x is None else x.to(device) for x in made)
         for keys in (None, *(make(size) for make in KEY_MASKS.values())):
             hidden = None if keys is None else keys.to(device)
-            out, lse = attend(size, there, lists, hidden, None, variant)
+            out, lse = attend(size, there, lists, hidden)
             assert_attention((out.cpu(), lse.cpu()), qkv, size.allowed(mask, keys), size.scale)
-            out, lse = attend(size, there, lists, hidden, moved, variant)
+            out, lse = attend(size, there, lists, hidden, moved)
             assert_stands((out.cpu(), lse.cpu()), size, qkv, mask, keys, made)
 
 

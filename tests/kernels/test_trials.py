@@ -227,6 +227,21 @@ def test_the_proof_knows_what_a_loop_with_summaries_gives(summary: Summary) -> N
         assert off.startswith("wrong: the output is off") == (sample.summary == "first-order")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["attend", "summaries", "errors", "statistics"])
+def test_the_proof_takes_summaries_as_devices_keep_them(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device they are in the inputs' dtype, as kernels multiply them, and plain torch is what judges those."""
+    monkeypatch.setattr(summaries, "kept_dtype", lambda k: k.dtype)
+    case = Case(kind, dtype, 24, 24, 16, 32, True, summary="first-order" if kind == "attend" else None)  # type: ignore[arg-type]
+    kernel = SimpleNamespace(**{**vars(summaries), **vars(reference)})
+    found = list(proof.samples(case, CPU, long=False))
+    assert "first order" in {sample.name for sample in found}
+    for sample in found:
+        assert proof.examine(case, kernel, sample).problem == ""
+
+
 def test_the_proof_covers_boxes() -> None:
     case = Case("attend", torch.float16, 16, 16, 16, 16, True, 2)
     for sample in proof.samples(case, CPU):

@@ -92,13 +92,6 @@ def kernels(options: Options) -> list[str]:
     return [*found, *options.custom]
 
 
-def variants(options: Options) -> list[str]:
-    """Names of the kernels that are built otherwise, and used nowhere until one is shown right and faster."""
-    if "gluon" not in kernels(options):
-        return []
-    return [name for name, (backend, variant) in KERNELS.items() if backend == "gluon" and variant]
-
-
 def _kinds_of_tiles(chip: int) -> set[str]:
     return {
         tile.copy
@@ -111,9 +104,6 @@ def cases(kernel: str, options: Options) -> list[Case]:
     """The cases that a kernel is tried with: all that it can do; on a CPU with small blocks."""
     if kernel == "gluon":
         return [*_GLUON, *_VARIED]
-    if kernel in variants(options):
-        plain = (case for case in _GLUON if not case.masked and case.dtype == _BF16 and case.head_dim in (64, 128))
-        return [*plain, *_VARIED[::3]]
     listed = [case for case in _ALL if does(kernel, case, torch.device(options.device))]
     return listed if options.on_gpu else _small(kernel, listed)
 
@@ -146,7 +136,7 @@ def jobs(options: Options) -> list[str]:
     """A child for each kernel, for the eight-bit ones together, and for the first use as a user's process has it."""
     if not options.on_gpu:
         return kernels(options)
-    return [FIRST_USE, *kernels(options), *variants(options), "eight bits"]  # the first takes the longest
+    return [FIRST_USE, *kernels(options), "eight bits"]  # the first takes the longest
 
 
 def run(job: str, options: Options, channel: Channel) -> None:
@@ -174,7 +164,7 @@ def _examine(job: str, case: Case, options: Options, channel: Channel) -> Attemp
 
 def launches(options: Options) -> Iterator[tuple[str, str, Case]]:
     """Kernel, shape and case of all that the stage that compiles has to build."""
-    for kernel in (*kernels(options), *variants(options)):
+    for kernel in kernels(options):
         if kernel not in options.custom:
             yield from ((kernel, str(case), case) for case in cases(kernel, options))
 

@@ -1,8 +1,4 @@
-"""Other ways to build the kernels, for each head size and block, each timed alone.
-
-Of the Triton kernel's tiles `account` keeps the best. The Gluon kernel's variants are candidates: rows tell which of
-them are faster than the first.
-"""
+"""Other tiles of the Triton kernel, for each head size and block, each timed alone; `account` keeps the best."""
 
 from __future__ import annotations
 
@@ -11,12 +7,10 @@ from collections.abc import Callable
 from functools import partial
 
 from diffsparse_eval import tune
-from diffsparse_eval.gpu.numerics import variants
 from diffsparse_eval.gpu.stage import Channel, Options
 from diffsparse_eval.rows import Attempt
 from diffsparse_eval.suites import Case
 from diffsparse_kernels.backend.nvidia import chip
-from diffsparse_kernels.backend.selftest import kernel_of
 from diffsparse_kernels.measured import HEAD_DIMS, Tile, tiles_for
 
 _TOKENS, _HEADS = 8192, 8
@@ -30,29 +24,16 @@ _HAND_PICKED = (
 
 
 def jobs(options: Options) -> list[str]:
-    """A child for the variants where there are any, and one for the tiles."""
-    return [*(["variants"] if options.on_gpu and variants(options) else []), "tiles"]
+    """One child."""
+    return ["tiles"]
 
 
 def run(job: str, options: Options, channel: Channel) -> None:
-    """Each size: the table's tiles, then others, or the variants; a CPU has none to tune."""
+    """Each size: the table's tiles, then others; a CPU has none to tune."""
     if not options.on_gpu:
         return channel.row(kernel="all", shape="", verdict="nothing to tune")
     for head_dim, block in itertools.product(reversed(HEAD_DIMS), (128, 64)):
-        if job == "variants":
-            _try_variants(head_dim, block, options, channel)
-        else:
-            _tune(head_dim, block, options, channel)
-
-
-def _try_variants(head_dim: int, kv_block: int, options: Options, channel: Channel) -> None:
-    """The first beside all others, over lists as long as a step has them."""
-    case = Case(_TOKENS, _HEADS, head_dim, "bfloat16", (128, kv_block), ())
-    qkv, lists = case.tensors(options.device), case.lists(1 - tune.TUNED_DENSITY, options.device)
-    for name in ("gluon", *variants(options)):
-        kernel = kernel_of(name).block_sparse_attention
-        measure = partial(tune.time_kernel, kernel, qkv, lists, options.device, _ROUNDS, _SECONDS)
-        channel.attempt(name, f"{head_dim}/128x{kv_block}", partial(_timed, measure, case))
+        _tune(head_dim, block, options, channel)
 
 
 def _timed(measure: Callable[[], tuple[float, float, float]], case: Case) -> Attempt:

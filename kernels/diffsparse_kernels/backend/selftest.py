@@ -38,7 +38,6 @@ KERNELS = {  # name -> back end, and which of its kernels, where there are sever
     "cpu": ("cpu", ""),
     "reference": ("reference", ""),
     "gluon": ("gluon", ""),
-    **{f"gluon {variant}": ("gluon", variant) for variant in ("persistent", "copied", "lazy", "one producer", "all")},
     "triton": ("triton", "pointers"),
     "triton-tma": ("triton", "tma"),
     "triton-specialised": ("triton", "specialised"),
@@ -444,7 +443,7 @@ def _verdict(name: str, case: Case, device: torch.device) -> str:
 
 
 def kernel_of(name: str) -> Kernel:
-    """The functions of a kernel: a backend's module, or those of one kind of its tiles, or of a variant of it.
+    """The functions of a kernel: a backend's module, or those of one kind of its tiles.
 
     name: one of `KERNELS`, or "module:attribute" for a kernel of one's own.
     """
@@ -458,10 +457,6 @@ def kernel_of(name: str) -> Kernel:
         return SimpleNamespace(block_sparse_attention=lambda *call: module.block_sparse_attention(*call[:-1], kind))
     if not kind:
         return module
-    if backend == "gluon":
-        names = ("attention", "attention_with_mass", "block_sparse_attention")
-        built = module.VARIANTS[kind]
-        return SimpleNamespace(**{name: partial(getattr(module, name), variant=built) for name in names})
     only = {function: partial(getattr(module, function), copy=kind) for function in _WITH_TILES}
     rest = {function: getattr(module, function) for function in _WITHOUT_TILES}
     return SimpleNamespace(**only, **rest)

@@ -12,8 +12,8 @@ follow as keys and values of their own, their means, a tile of them at a time: f
 simple. A grid of one program for each query block, longest list first, does what a persistent kernel would: a program
 runs for 100 us and more, its set-up for 2.
 
-Turns are numbered from the first tile of a program on, and so say which slot of a ring a tile has, which phase its
-barriers are in, and which consumer is next.
+Turns are numbered from the first tile on, and so say which slot of a ring a tile has, which phase its barriers are in,
+and which consumer is next.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,operator"
@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections import namedtuple
 from dataclasses import dataclass
 
-from triton import language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -39,7 +38,6 @@ LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 TINY = gl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 MOST_MASS = gl.constexpr(MOST_BIAS * 1.4426950408889634)  # of varied scores, as a power of two
-MOST_GROWTH = gl.constexpr(8.0)  # of a maximum before a lazy consumer rescales, as a power of two
 Q_BLOCK = gl.constexpr(128)
 ROWS = gl.constexpr(64)  # of a consumer
 FLAT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # what a consumer reads of each key, one a thread
@@ -61,10 +59,7 @@ class Constants:
     MASS: the mass of each key block is summed up against a cached LSE.
     SUMMARISED: blocks that are not listed stand as their means. VARIED: with the mass that their variance adds.
     SLOPED: a first-order step moves the values. BOUNDED: it has a longest length.
-    PERSISTENT: a program takes one query block after the other; the next one's tiles come while the last are computed.
     COPIED: the copy engine stores the output.
-    LAZY: sums are rescaled only where a maximum has grown by `MOST_GROWTH`.
-    PRODUCERS: warps that drive the copy engine.
     """
 
     D: int
@@ -79,17 +74,14 @@ class Constants:
     VARIED: bool = False
     SLOPED: bool = False
     BOUNDED: bool = False
-    PERSISTENT: bool = False
-    COPIED: bool = False
-    LAZY: bool = False
-    PRODUCERS: int = 4
+    COPIED: bool = True
 
 
 # To the compiler a named tuple is a tuple of its own: no field may be called `values`.
 Call = namedtuple(  # the arguments of `attend`
     "Call",
     "q_tiles k_tiles v_tiles key_tiles value_tiles slope_tiles out_tiles out lse cached mass idx cnt order bits "
-    "log_count variance reach key_mask clear scale n_q n_kv heads listed width programs q_blocks kv_blocks log_b log_h",
+    "log_count variance reach key_mask clear scale n_q n_kv heads listed width q_blocks kv_blocks log_b log_h",
 )
 # A query block: its sample and head, the head among all, its number there and among all, its list's, and that's length.
 Place = namedtuple("Place", "b h head row_block block list_at turns")
@@ -163,20 +155,13 @@ def leave(ring, turn, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def blocks_of_this_program(call):
-    """Number of query blocks that a persistent program takes."""
-    return gl.cdiv(call.programs - gl.program_id(0), gl.num_programs(0))
-
-
-@gluon.jit
-def place_of(number, call, C: gl.constexpr):
-    """The query block of this number of a program; those of all programs come by turns, as an order says."""
-    turn = gl.program_id(0) + number * gl.num_programs(0)
-    within = turn % call.listed
+def place_of(call, C: gl.constexpr):
+    """The query block of this program, as an order says."""
+    within = gl.program_id(0) % call.listed
     list_at = within
     if C.ORDERED:
         list_at = gl.load(call.order + within)
-    block = turn - within + list_at
+    block = gl.program_id(0) - within + list_at
     head = block // call.q_blocks
     turns = call.kv_blocks
     if C.SPARSE:
@@ -205,40 +190,24 @@ def tiles_of_means(call, C: gl.constexpr):
 
 @gluon.jit
 def produce(call, memory, C: gl.constexpr):
-    """Request all tiles of this program in order."""
-    if C.PERSISTENT:
-        done = 0
-        for number in tl.range(blocks_of_this_program(call), disable_licm=True):  # hoisting has no registers to spare
-            done = produce_block(number, done, call, memory, C)
-    else:
-        produce_block(0, 0, call, memory, C)
-
-
-@gluon.jit
-def produce_block(number, done, call, memory, C: gl.constexpr):
-    """Request the tiles of a query block; the key block of the next turn is read while this one's slots fill."""
-    place = place_of(number, call, C)
+    """Request all tiles in order; the key block of the next turn is read while this one's slots fill."""
+    place = place_of(call, C)
     b, h, keys, values = place.b, place.h, memory.k, memory.v
     for half in gl.static_range(2):
-        first = place.row_block * Q_BLOCK + half * ROWS
-        request(memory.q, call.q_tiles, [b, h, first, 0], 2 * number + half, 2)
+        request(memory.q, call.q_tiles, [b, h, place.row_block * Q_BLOCK + half * ROWS, 0], half, 2)
     block = block_at(0, call, place, C.SPARSE)
-    for listed in range(place.turns):
-        ahead = block_at(listed + 1, call, place, C.SPARSE)
-        request(keys, call.k_tiles, [b, h, block * C.KV_BLOCK, 0], done + listed, C.STAGES)
-        request(values, call.v_tiles, [b, h, block * C.KV_BLOCK, 0], done + listed, C.STAGES)
+    for turn in range(place.turns):
+        ahead = block_at(turn + 1, call, place, C.SPARSE)
+        request(keys, call.k_tiles, [b, h, block * C.KV_BLOCK, 0], turn, C.STAGES)
+        request(values, call.v_tiles, [b, h, block * C.KV_BLOCK, 0], turn, C.STAGES)
         block = ahead
-    done += place.turns
     if C.SLOPED:
         at = gl.minimum(place.row_block, call.slope_tiles.shape[2] - 1)  # one for all, or one for each
-        request(memory.slopes, call.slope_tiles, [b, h, at, 0, 0], number, 1)
+        request(memory.slopes, call.slope_tiles, [b, h, at, 0, 0], 0, 1)
     if C.SUMMARISED:
-        tiles = tiles_of_means(call, C)
-        for tile in range(tiles):
-            request(keys, call.key_tiles, [b, h, tile * C.KV_BLOCK, 0], done + tile, C.STAGES)
-            request(values, call.value_tiles, [b, h, tile * C.KV_BLOCK, 0], done + tile, C.STAGES)
-        done += tiles
-    return done
+        for tile in range(tiles_of_means(call, C)):
+            request(keys, call.key_tiles, [b, h, tile * C.KV_BLOCK, 0], place.turns + tile, C.STAGES)
+            request(values, call.value_tiles, [b, h, tile * C.KV_BLOCK, 0], place.turns + tile, C.STAGES)
 
 
 # --- a consumer's steps -----------------------------------------------------------------------------------------------
@@ -280,15 +249,12 @@ def hide_keys(scores, last, start, limits, n_kv, C: gl.constexpr):
 
 
 @gluon.jit
-def softmax_step(scores, scale, highest, HOLLOW: gl.constexpr, C: gl.constexpr):
+def softmax_step(scores, scale, highest, HOLLOW: gl.constexpr):
     """Weights of one tile against the running maximum -> weights, the new maximum, shrinkage of what the old one gave.
 
-    HOLLOW: a row may have seen no key yet; its maximum is -inf then, and its base 0. A lazy one's maximum is not the
-    greatest, but near it.
+    HOLLOW: a row may have seen no key yet; its maximum is -inf then, and its base 0.
     """
     now = gl.maximum(highest, gl.max(scores, 1) * scale)
-    if C.LAZY:
-        now = gl.where(now > highest + MOST_GROWTH, now, highest)
     base = now
     if HOLLOW:
         base = gl.where(now == -float("inf"), 0.0, now)
@@ -298,13 +264,7 @@ def softmax_step(scores, scale, highest, HOLLOW: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def rescaled(acc, shrink, C: gl.constexpr):
     """The running sum of weighted values against the new maximum."""
-    by = gl.convert_layout(shrink, gl.SliceLayout(1, out_layout(C)))
-    if C.LAZY:
-        if gl.min(shrink, 0) < 1.0:
-            acc = acc * by[:, None]
-    else:
-        acc = acc * by[:, None]
-    return acc
+    return acc * gl.convert_layout(shrink, gl.SliceLayout(1, out_layout(C)))[:, None]
 
 
 @gluon.jit
@@ -343,44 +303,26 @@ def store_mass(sums, highest, cached, block, call, place, LATE: gl.constexpr, C:
 
 @gluon.jit
 def consume(call, memory, LATE: gl.constexpr, C: gl.constexpr):
-    """Half of the query rows of all query blocks of this program; LATE is 1 for the second consumer."""
-    if C.PERSISTENT:
-        done = 0
-        for number in tl.range(blocks_of_this_program(call), disable_licm=True):  # hoisting has no registers to spare
-            done = consume_block(number, done, call, memory, LATE, C)
-    else:
-        consume_block(0, 0, call, memory, LATE, C)
-
-
-@gluon.jit
-def consume_block(number, done, call, memory, LATE: gl.constexpr, C: gl.constexpr):
-    """Half of the query rows of one query block."""
-    place = place_of(number, call, C)
-    q_turn = 2 * number + LATE
-    q = arrived(memory.q, q_turn, ROWS, C.D_PAD, 2)
-    acc, highest, total = attend_listed(q, done, call, place, memory, LATE, C)
-    done += place.turns
+    """Half of the query rows; LATE is 1 for the second consumer."""
+    place = place_of(call, C)
+    q = arrived(memory.q, LATE, ROWS, C.D_PAD, 2)
+    acc, highest, total = attend_listed(q, call, place, memory, LATE, C)
     if C.SUMMARISED:
-        acc, highest, total, stood = attend_means(q, acc, highest, total, done, call, place, memory, LATE, C)
-        done += tiles_of_means(call, C)
+        acc, highest, total, stood = attend_means(q, acc, highest, total, call, place, memory, LATE, C)
         if C.SLOPED:
-            acc = first_order(q, acc, stood, number, call, place, memory, C)
+            acc = first_order(q, acc, stood, call, place, memory, C)
+    store_lse(highest, total, call, place, LATE, C)
     if C.COPIED:
-        store_lse(highest, total, call, place, LATE, C)
-        copy_out(acc, total, q_turn, call, place, memory, LATE, C)
-        leave(memory.q, q_turn, 2)
+        copy_out(acc, total, call, place, memory, LATE, C)
     else:
-        leave(memory.q, q_turn, 2)
-        store_lse(highest, total, call, place, LATE, C)
         store_out(acc, total, call, place, LATE, C)
-    return done
 
 
 @gluon.jit
 def weigh(scores, turn, block, highest, cached, limits, call, place, LATE: gl.constexpr, C: gl.constexpr):
     """Weights of the keys of a listed block -> these, their sums, the new maximum, shrinkage of the old sums."""
     scores = hide_keys(scores, turn == place.turns - 1, block * C.KV_BLOCK, limits, call.n_kv, C)
-    weights, highest, shrink = softmax_step(scores, call.scale, highest, C.MASKED, C)
+    weights, highest, shrink = softmax_step(scores, call.scale, highest, C.MASKED)
     sums = gl.sum(weights, 1)
     if C.MASS:
         store_mass(sums, highest, cached, block, call, place, LATE, C)
@@ -388,7 +330,7 @@ def weigh(scores, turn, block, highest, cached, limits, call, place, LATE: gl.co
 
 
 @gluon.jit
-def attend_listed(q, done, call, place, memory, LATE: gl.constexpr, C: gl.constexpr):
+def attend_listed(q, call, place, memory, LATE: gl.constexpr, C: gl.constexpr):
     """Attention to the listed blocks -> weighted values, not yet divided, maximum and sum of weights."""
     LISTED: gl.constexpr = C.SPARSE and C.MASKED  # without a mask a consumer need not know its block
     ROW: gl.constexpr = gl.SliceLayout(1, scores_layout(C))
@@ -402,37 +344,35 @@ def attend_listed(q, done, call, place, memory, LATE: gl.constexpr, C: gl.conste
         limits = limits_of(call, place, C)
         block = block_at(0, call, place, LISTED)
         ahead = block_at(1, call, place, LISTED)
-        tile = arrived(keys, done, C.KV_BLOCK, C.D_PAD, C.STAGES)
-        mbarrier.wait(mine, (done & 1) ^ 1 ^ LATE)
+        tile = arrived(keys, 0, C.KV_BLOCK, C.D_PAD, C.STAGES)
+        mbarrier.wait(mine, 1 ^ LATE)
         scores = score(q, tile, C)
         mbarrier.arrive(other, count=1)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        leave(keys, done, C.STAGES)
+        leave(keys, 0, C.STAGES)
         weights, total, highest, shrink = weigh(scores, 0, block, highest, cached, limits, call, place, LATE, C)
         low = rounded(weights, q.dtype, C)
         for turn in range(1, turns):
-            now = done + turn
             block = ahead
             ahead = block_at(turn + 1, call, place, LISTED)
-            tile = arrived(keys, now, C.KV_BLOCK, C.D_PAD, C.STAGES)
-            mbarrier.wait(mine, (now & 1) ^ 1 ^ LATE)
+            tile = arrived(keys, turn, C.KV_BLOCK, C.D_PAD, C.STAGES)
+            mbarrier.wait(mine, (turn & 1) ^ 1 ^ LATE)
             next_scores = score(q, tile, C)
-            tile = arrived(values, now - 1, C.KV_BLOCK, C.D_PAD, C.STAGES)
+            tile = arrived(values, turn - 1, C.KV_BLOCK, C.D_PAD, C.STAGES)
             weighted = warpgroup_mma(low, tile, acc, is_async=True)
             mbarrier.arrive(other, count=1)
             scores = warpgroup_mma_wait(1, deps=(next_scores,))
-            leave(keys, now, C.STAGES)
+            leave(keys, turn, C.STAGES)
             weights, sums, highest, shrink = weigh(scores, turn, block, highest, cached, limits, call, place, LATE, C)
             total = total * shrink + sums
             acc = warpgroup_mma_wait(0, deps=(weighted,))
-            leave(values, now - 1, C.STAGES)
+            leave(values, turn - 1, C.STAGES)
             acc = rescaled(acc, shrink, C)
             low = rounded(weights, q.dtype, C)
-        last = done + turns - 1
-        tile = arrived(values, last, C.KV_BLOCK, C.D_PAD, C.STAGES)
+        tile = arrived(values, turns - 1, C.KV_BLOCK, C.D_PAD, C.STAGES)
         weighted = warpgroup_mma(low, tile, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(weighted,))
-        leave(values, last, C.STAGES)
+        leave(values, turns - 1, C.STAGES)
     return acc, highest, total
 
 
@@ -474,7 +414,7 @@ def half_squares(q, C: gl.constexpr):
 
 
 @gluon.jit
-def attend_means(q, acc, highest, total, done, call, place, memory, LATE: gl.constexpr, C: gl.constexpr):
+def attend_means(q, acc, highest, total, call, place, memory, LATE: gl.constexpr, C: gl.constexpr):
     """Go on with the means of all blocks that are not listed -> the same, and the part of the sum that is theirs."""
     keys, values = memory.k, memory.v
     mine, other = memory.hands.index(LATE), memory.hands.index(1 - LATE)
@@ -483,7 +423,7 @@ def attend_means(q, acc, highest, total, done, call, place, memory, LATE: gl.con
     if C.VARIED:
         squares = half_squares(q, C)
     for tile in range(tiles_of_means(call, C)):
-        now = done + tile
+        now = place.turns + tile
         counts, bits, variance = read_means(tile, call, place, C)  # which takes as long as the product of the keys
         means = arrived(keys, now, C.KV_BLOCK, C.D_PAD, C.STAGES)
         mbarrier.wait(mine, (now & 1) ^ 1 ^ LATE)
@@ -492,7 +432,7 @@ def attend_means(q, acc, highest, total, done, call, place, memory, LATE: gl.con
         scores = warpgroup_mma_wait(0, deps=(scores,))
         leave(keys, now, C.STAGES)
         scores = add_counts(scores * call.scale, counts, bits, variance, squares, C)
-        weights, highest, shrink = softmax_step(scores, 1.0, highest, True, C)
+        weights, highest, shrink = softmax_step(scores, 1.0, highest, True)
         sums = gl.sum(weights, 1)
         total, stood = total * shrink + sums, stood * shrink + sums
         acc = rescaled(acc, shrink, C)
@@ -504,14 +444,13 @@ def attend_means(q, acc, highest, total, done, call, place, memory, LATE: gl.con
 
 
 @gluon.jit
-def first_order(q, acc, stood, number, call, place, memory, C: gl.constexpr):
+def first_order(q, acc, stood, call, place, memory, C: gl.constexpr):
     """Add the step that the means' values take with the query, shortened by its reach, as often as they count."""
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, out_layout(C))
-    slope = arrived(memory.slopes, number, C.D_PAD, C.D_PAD, 1)
+    slope = arrived(memory.slopes, 0, C.D_PAD, C.D_PAD, 1)
     nothing = gl.full([ROWS, C.D_PAD], 0.0, gl.float32, out_layout(C))
     step = warpgroup_mma(q, slope, nothing, use_acc=False, is_async=True)
     step = warpgroup_mma_wait(0, deps=(step,))
-    leave(memory.slopes, number, 1)
     by = gl.convert_layout(stood, OUT_ROW)
     if C.BOUNDED:
         reach = gl.load(call.reach + place.block)
@@ -543,13 +482,13 @@ def store_out(acc, total, call, place, LATE: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def copy_out(acc, total, q_turn, call, place, memory, LATE: gl.constexpr, C: gl.constexpr):
+def copy_out(acc, total, call, place, memory, LATE: gl.constexpr, C: gl.constexpr):
     """The same by the copy engine, from where the queries were."""
     out = divided(acc, total, C).to(call.out.dtype.element_ty)
-    memory.q.slots.index(q_turn % 2).reshape([ROWS, C.D_PAD]).store(out)
+    memory.q.slots.index(LATE).reshape([ROWS, C.D_PAD]).store(out)
     fence_async_shared()
     first = place.row_block * Q_BLOCK + LATE * ROWS
-    store_tile(call.out_tiles, [place.b, place.h, first, 0], memory.q.slots.index(q_turn % 2))
+    store_tile(call.out_tiles, [place.b, place.h, first, 0], memory.q.slots.index(LATE))
     store_wait(0)
 
 
@@ -564,14 +503,14 @@ def store_lse(highest, total, call, place, LATE: gl.constexpr, C: gl.constexpr):
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
-SIZES = ("n_q", "n_kv", "heads", "listed", "width", "programs", "q_blocks", "kv_blocks", "log_b", "log_h")
+SIZES = ("n_q", "n_kv", "heads", "listed", "width", "q_blocks", "kv_blocks", "log_b", "log_h")
 
 
 @gluon.jit(do_not_specialize=SIZES)  # or a prompt of another length would wait for another kernel
 def attend(queries, keys, values, mean_keys, mean_values, slopes, outs,
     out_ptr, lse_ptr, cached_ptr, mass_ptr, idx_ptr, cnt_ptr, order_ptr, bits_ptr,
     log_count_ptr, variance_ptr, reach_ptr, key_mask_ptr, clear_ptr,
-    scale, n_q, n_kv, heads, listed, width, programs, q_blocks, kv_blocks, log_b, log_h, C: gl.constexpr,
+    scale, n_q, n_kv, heads, listed, width, q_blocks, kv_blocks, log_b, log_h, C: gl.constexpr,
 ):  # fmt: skip
     """Attention of 128 query rows of one head to its key blocks, and to the means of all others.
 
@@ -581,14 +520,14 @@ def attend(queries, keys, values, mean_keys, mean_values, slopes, outs,
     idx_ptr int16 or int32, cnt_ptr, order_ptr int32, bits_ptr uint8: of `BlockLists`. log_count_ptr float32 [B, H, nK]
     with strides log_b and log_h; variance_ptr float32 [B, H, nK], reach_ptr [B, H, nQ]: of `StandIns`. key_mask_ptr,
     clear_ptr: of `mask_pointers`. What the constants leave unread may be None. scale: of the scores, positive, in base
-    2. listed: number of lists; where it is less than B * H * nQ, all samples share them. width: of a list. programs:
-    B * H * nQ. q_blocks, kv_blocks: nQ and nK.
+    2. listed: number of lists; where it is less than B * H * nQ, all samples share them. width: of a list. q_blocks,
+    kv_blocks: nQ and nK.
     """
     call = Call(
         queries, keys, values, mean_keys, mean_values, slopes, outs,
         out_ptr, lse_ptr, cached_ptr, mass_ptr, idx_ptr, cnt_ptr, order_ptr, bits_ptr,
         log_count_ptr, variance_ptr, reach_ptr, key_mask_ptr, clear_ptr,
-        scale, n_q, n_kv, heads, listed, width, programs, q_blocks, kv_blocks, log_b, log_h,
+        scale, n_q, n_kv, heads, listed, width, q_blocks, kv_blocks, log_b, log_h,
     )  # fmt: skip
     hands = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(hands.index(0), count=1)
@@ -602,6 +541,6 @@ def attend(queries, keys, values, mean_keys, mean_values, slopes, outs,
     fence_async_shared()
     gl.warp_specialize(
         [(consume, (call, memory, 0, C)), (consume, (call, memory, 1, C)), (produce, (call, memory, C))],
-        [4, C.PRODUCERS],
+        [4, 4],
         [240, 24],
     )

@@ -10,7 +10,7 @@ against float64 stays below twice that of plain attention in the same dtype.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -35,32 +35,6 @@ if not VERSIONS[0] <= _VERSION < VERSIONS[1]:
 Q_BLOCK: int = kernels.Q_BLOCK.value
 KV_BLOCKS = (64, 128)
 _ROWS: int = kernels.ROWS.value  # of a tile of queries or of the output
-
-
-class Variant(NamedTuple):
-    """How the kernel is built, as `Constants` says. A GPU has to show another right and faster before it is the first.
-
-    persistent: one program for each multiprocessor.
-    copied: the copy engine stores the output.
-    lazy: sums are rescaled only where a maximum has grown much.
-    producers: warps that drive the copy engine.
-    """
-
-    persistent: bool = False
-    copied: bool = False
-    lazy: bool = False
-    producers: int = 4
-
-
-USUAL = Variant()
-VARIANTS = {
-    "usual": USUAL,
-    "persistent": Variant(persistent=True),
-    "copied": Variant(copied=True),
-    "lazy": Variant(lazy=True),
-    "one producer": Variant(producers=1),
-    "all": Variant(True, True, True, 1),
-}
 
 
 def capability(device: torch.device, case: Case | None = None) -> str | None:
@@ -97,11 +71,9 @@ def case_capability(case: Case) -> str | None:
     return None
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None, variant: Variant = USUAL
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense attention -> out, lse."""
-    return _attend(q, k, v, scale, key_mask, KV_BLOCKS[-1], variant)[:2]
+    return _attend(q, k, v, scale, key_mask, KV_BLOCKS[-1])[:2]
 
 
 def attention_with_mass(
@@ -113,10 +85,9 @@ def attention_with_mass(
     kv_block: int,
     scale: float,
     key_mask: Tensor | None,
-    variant: Variant = USUAL,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention, its LSE and the block mass, one pass."""
-    out, fresh, halves = _attend(q, k, v, scale, key_mask, kv_block, variant, cached=lse)
+    out, fresh, halves = _attend(q, k, v, scale, key_mask, kv_block, cached=lse)
     return out, fresh, halves.unflatten(2, (-1, 2)).sum(3)
 
 
@@ -129,10 +100,9 @@ def block_sparse_attention(
     key_mask: Tensor | None,
     boxes: Boxes | None = None,
     stand_ins: StandIns | None = None,
-    variant: Variant = USUAL,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the listed blocks, and over what stands for all others. `variant` serves to measure others."""
-    return _attend(q, k, v, scale, key_mask, lists.kv_block, variant, lists, stand_ins)[:2]
+    """Attention over the listed blocks, and over what stands for all others."""
+    return _attend(q, k, v, scale, key_mask, lists.kv_block, lists, stand_ins)[:2]
 
 
 def constants(
@@ -142,7 +112,6 @@ def constants(
     masked: bool = False,
     mass: bool = False,
     stand_ins: StandIns | None = None,
-    variant: Variant = USUAL,
 ) -> Constants:
     """What the kernel is compiled for: as many stages as the shared memory of one block of threads holds."""
     padded = 64 if head_dim <= 64 else 128
@@ -159,10 +128,7 @@ def constants(
         VARIED=stand_ins is not None and stand_ins.variance is not None,
         SLOPED=stand_ins is not None and stand_ins.slope is not None,
         BOUNDED=stand_ins is not None and stand_ins.slope is not None and stand_ins.reach is not None,
-        PERSISTENT=variant.persistent,
-        COPIED=variant.copied and head_dim % 8 == 0,
-        LAZY=variant.lazy,
-        PRODUCERS=variant.producers,
+        COPIED=head_dim % 8 == 0,
     )
 
 
@@ -179,7 +145,6 @@ def _attend(
     scale: float,
     key_mask: Tensor | None,
     kv_block: int,
-    variant: Variant,
     lists: BlockLists | None = None,
     stand_ins: StandIns | None = None,
     cached: Tensor | None = None,
@@ -193,10 +158,10 @@ def _attend(
     out = q.new_empty(batch, heads, n_q, head_dim)
     lse = q.new_empty(batch, heads, n_q, dtype=torch.float32)
     mass = q.new_empty((0,) if cached is None else (batch, heads, 2 * q_blocks, kv_blocks), dtype=torch.float32)
-    C = constants(head_dim, kv_block, lists, key_mask is not None, cached is not None, stand_ins, variant)
+    C = constants(head_dim, kv_block, lists, key_mask is not None, cached is not None, stand_ins)
     programs = batch * heads * q_blocks
     with torch.cuda.device_of(q):
-        kernels.attend[(min(programs, _processors(q.device)) if C.PERSISTENT else programs,)](
+        kernels.attend[(programs,)](
             queries=_tiles(q, _ROWS, C),
             keys=_tiles(k, kv_block, C),
             values=_tiles(v, kv_block, C),
@@ -212,18 +177,12 @@ def _attend(
             n_q=n_q,
             n_kv=n_kv,
             heads=heads,
-            programs=programs,
             q_blocks=q_blocks,
             kv_blocks=kv_blocks,
             C=C,
             num_warps=4,
         )
     return out, lse, mass
-
-
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a device, each of which has room for one program."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _tiles(x: Tensor, rows: int, C: Constants) -> TensorDescriptor:
