@@ -211,6 +211,7 @@ class Attempt(TypedDict, total=False):
     error: largest error against float64. repeat_equal: whether repeated launches agree to the bit.
     ms, host_ms: of the device, and of the host until the call returns.
     share: of the fastest dense kernel's speed for each operation.
+    executed: share of the steps that reach attention, beside a step cache.
     launches, ops: of a profile: kernels launched, and milliseconds of the operations that take the most.
     tile, head_dim, q_block, kv_block: of a tile that was timed.
     """
@@ -225,6 +226,7 @@ class Attempt(TypedDict, total=False):
     tokens: int
     heads: int
     density: float
+    executed: float
     ms: float | None
     host_ms: float
     tflops: float | None

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffsparse.seam.accelerate import SPEEDS
 from diffsparse_eval.gpu import account, compiling, facts, numerics, stage, table
 from diffsparse_kernels import registry
 from diffsparse_kernels.backend.triton import launch as triton
@@ -64,6 +65,10 @@ def test_all_other_rows_are_there(rehearsal: tuple[Path, list[Row], str]) -> Non
     assert {row["kernel"] for row in mine if row["stage"] == "step"} == {
         f"{name}, {kind}" for name in ("digest", "adaspa") for kind in kinds
     }
+    skips = {row["kernel"]: row.get("executed") for row in mine if row["stage"] == "accelerate"}
+    alone = {f"{speed}, cache alone" for speed in SPEEDS}
+    assert skips.keys() == {"dense", *SPEEDS, *alone}
+    assert all(0 < share < 1 for share in skips.values() if share is not None)
     assert [row["kind"] for row in mine if row["stage"] == "end to end"] == ["dense", "digest 0.8", "adaspa 0.8"]
     assert [row["psnr_db"] > 20 for row in mine if row.get("psnr_db")] == [True, True]
 

@@ -80,10 +80,11 @@ STAGES = (  # most important first
     Stage("compile", "compiling", 55, 60, 16),
     Stage("numerics", "numerics", 85, 20, 4),
     Stage("sanitizer", "sanitizer", 20, 30),
-    Stage("speed", "speed", 105, 30),
-    Stage("step", "step", 60, 30),
-    Stage("tune", "tuning", 35, 20),
-    Stage("end to end", "whole", 85, 30),
+    Stage("speed", "speed", 95, 30),
+    Stage("step", "step", 55, 30),
+    Stage("accelerate", "accelerated", 65, 30),
+    Stage("tune", "tuning", 20, 20),
+    Stage("end to end", "whole", 60, 30),
     Stage("sanity", "sanity", 25, 30),
 )
 WHOLE = sum(stage.seconds for stage in STAGES)

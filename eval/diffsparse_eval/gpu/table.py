@@ -127,6 +127,10 @@ def _whole(rows: list[AccountRow]) -> list[str]:
         if row["stage"] == "end to end" and row["verdict"] == "timed":
             gain = f"{row['speedup']:6.2f}x, attention {row['attention_speedup']:.2f}x"
             lines.append(f"  {row['shape']:<16}{row['kind']:<18}{row['seconds']:9.1f} s {gain}")
+        if row["stage"] == "accelerate" and row["verdict"] == "timed":
+            what = f" of {row['executed']:.2f} of the steps, density {row['density']:.2f}" if "executed" in row else ""
+            name = f"accelerate, {row['kernel']}" if what else str(row["kernel"])
+            lines.append(f"  {row['shape']:<16}{name:<34}{row['seconds']:7.1f} s {row['speedup']:6.2f}x{what}")
         if row["stage"] == "sanity" and row.get("psnr_db") is not None:
             where = f"at density {row['density']:.2f}, {', '.join(row['backends'])}"
             lines.append(f"  {row['shape']:<16}{row['kernel']:<18}{row['psnr_db']:9.2f} dB {where}")
