@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Tally:
+class CallTally:
     """What one transformer's guidance did in one pipeline call.
 
     passes: extra forward passes.
@@ -87,7 +87,7 @@ class Guide:
     ) -> None:
         self.preset, self.heads = preset, heads
         self.busy = False  # in the extra pass
-        self.tally = Tally()
+        self.tally = CallTally()
         self._tally_of: tuple[Run, int] | None = None  # run of a model, and pipeline call
         self._names, self._cond_first = argument_names(model), spec_of(model).cond_first
         self._batch, self._paired = 1, False
@@ -227,12 +227,12 @@ class Guide:
             )
         return moment
 
-    def _tally(self, moment: Moment) -> Tally:
+    def _tally(self, moment: Moment) -> CallTally:
         if (self.run, moment.run) != self._tally_of:
-            self.tally, self._tally_of = Tally(first_step=moment.step), (self.run, moment.run)
+            self.tally, self._tally_of = CallTally(first_step=moment.step), (self.run, moment.run)
         return self.tally
 
-    def _expect_uncond(self, tally: Tally, moment: Moment) -> None:
+    def _expect_uncond(self, tally: CallTally, moment: Moment) -> None:
         """Raise ConfigError if a guided step has had no unconditional pass: nothing was perturbed in it."""
         before = moment.step - 1
         if before >= (tally.first_step or 0) and self.preset.covers(before, moment.steps) and not tally.layers:

@@ -54,7 +54,7 @@ def at_each_sparsity(options: SparsityOptions) -> list[tuple[float, Strategy]]:
         ConfigError, ...: as `SparsityOptions.strategies`.
     """
     options.strategies()  # refuses knobs that none of them has
-    return [(share, made) for share in SPARSITIES for made in parse(options.strategy, **options.knobs, sparsity=share)]
+    return [(share, made) for share in SPARSITIES for made in parse(options.named, **options.knobs, sparsity=share)]
 
 
 @dataclass(frozen=True)

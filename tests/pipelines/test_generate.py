@@ -260,6 +260,7 @@ def test_a_step_cache_by_speed_or_by_name(
     [
         (["--speed", "quick"], "--speed wants one of quality, balanced, fast; got 'quick'"),
         (["--speed", "fast", "--strategy", "adaspa"], "leave --strategy adaspa out"),
+        (["--speed", "fast", "--strategy", "digest"], "leave --strategy digest out"),
         (["--speed", "fast", "--window", "4x4x4"], "--speed fast takes no --window"),
         (["--strategy", "taylor-seer:steps=2/digest"], "step cache 'taylor-seer' has no 'steps'; it has"),
         (["--strategy", "taylor-seer:interval/digest"], "wanted knob=value, as in taylor-seer:interval=2"),

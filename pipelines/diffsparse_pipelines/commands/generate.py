@@ -107,7 +107,7 @@ def _stack(sparsity: SparsityOptions) -> PutOn:
 
     stacks = sparsity.stacks()
     if len(stacks) != 1:
-        raise ConfigError(f"generate wants one strategy; got {sparsity.strategy!r}. To compare several, use evaluate")
+        raise ConfigError(f"generate wants one strategy; got {sparsity.named!r}. To compare several, use evaluate")
     cache, strategy = stacks[0]
     return partial(stacked, strategy=strategy, cache=cache)
 
@@ -119,7 +119,7 @@ def _speed(speed: str, sparsity: SparsityOptions) -> PutOn:
 
     if speed not in SPEEDS:
         raise ConfigError(f"--speed wants one of {', '.join(SPEEDS)}; got {speed!r}")
-    if sparsity.strategy != SPARSITY.strategy:
+    if sparsity.strategy is not None:
         raise ConfigError(f"--speed chooses the strategy; leave --strategy {sparsity.strategy} out, or --speed")
     knobs: dict[str, Any] = {
         name: value for name, value in {**sparsity.knobs, "sparsity": sparsity.sparsity}.items() if value is not None

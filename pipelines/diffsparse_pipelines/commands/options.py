@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffsparse_pipelines.families import Call
 
 _MODEL, _SIZE, _SPARSE, _HEADS = "Model", "Size and sampling", "Strategy", "Head guidance"
+_STRATEGY = "digest"  # unless another is named
 DEFAULT_BLOCK = "64; with a GPU 128, of tangent and digest 128x64"
 STRATEGIES = (
     "digest, tangent, adaspa, gna, random, dense, paro:PLAN or sparse-vdit:PLAN; from adaspa on also with +means, "
@@ -189,9 +190,10 @@ class SamplingOptions:
 class SparsityOptions:
     """Which strategy, with which knobs, at which steps and layers; None is the strategy's own."""
 
-    strategy: Annotated[str, typer.Option(help=f"{STRATEGIES}.", rich_help_panel=_SPARSE, callback=checks.text)] = (
-        "digest"
-    )
+    strategy: Annotated[
+        str | None,
+        typer.Option(help=f"{STRATEGIES}.", show_default=_STRATEGY, rich_help_panel=_SPARSE, callback=checks.text),
+    ] = None
     sparsity: Sparsity = None
     block: Block = None
     order: Annotated[
@@ -252,6 +254,11 @@ class SparsityOptions:
     ] = False
 
     @property
+    def named(self) -> str:
+        """The strategy that was named, or the one that serves unless another is."""
+        return _STRATEGY if self.strategy is None else self.strategy
+
+    @property
     def schedule(self) -> Schedule:
         """The steps and layers that stay dense."""
         return Schedule(
@@ -300,10 +307,10 @@ class SparsityOptions:
 
         shares, knobs = sparsities or [self.sparsity], self.knobs
         given = next((share for share in shares if share is not None), None)
-        entries = [_cache_of(entry) for entry in values.names(self.strategy)]
+        entries = [_cache_of(entry) for entry in values.names(self.named)]
         _check_strategies(",".join(name for _, name in entries), {**knobs, "sparsity": given})
         if not entries:
-            parse(self.strategy)
+            parse(self.named)
         made = (
             (cache, strategy)
             for share in shares
