@@ -54,6 +54,8 @@ stack: $(VENV)/.user
 	for scale in 1 5; do \
 		OMP_NUM_THREADS=1 $(BIN)/diffsparse evaluate --strategy "$(STACKS)" --prompts 12 --guidance-scale $$scale \
 			--out out/stack-guidance-$$scale && \
+		OMP_NUM_THREADS=1 $(BIN)/diffsparse evaluate --strategy taylor-seer:interval=2/digest --sparsity 0.65,0.7 --prompts 12 \
+			--guidance-scale $$scale --out out/stack-guidance-$$scale && \
 		cp out/stack-guidance-$$scale/results.json eval/results/stack-guidance-$$scale.json || exit; \
 	done
 	$(MAKE) stack-tables

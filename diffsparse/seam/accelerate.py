@@ -31,7 +31,7 @@ class Speed(NamedTuple):
     sparsity: float
 
 
-# Measured on the embedded model, with and without classifier-free guidance: docs/stack.md.
+# Measured on the embedded model, twelve prompts with and without classifier-free guidance: docs/stack.md.
 SPEEDS: dict[str, Speed] = {
     "quality": Speed(Caching(_DEFAULT, interval=2, order=1, warm_up=0.45), Digest, 0.8),
     "balanced": Speed(Caching(_DEFAULT, interval=3, order=1, warm_up=0.45), Tangent, 0.8),
@@ -64,7 +64,8 @@ def accelerate(
         strategy: in place of that of the speed.
         schedule: steps and layers that stay dense; by default the first fifth of the run.
         strict: as in `apply`.
-        knobs: of the strategy (`sparsity`, `block`, `probes`, ...) and of the cache (`interval`, `warm_up`, ...).
+        knobs: of the strategy (`sparsity`, `block`, `probes`, ...) and of the cache (`interval`, `warm_up`, ...). What
+            both have is the strategy's: `order` is that of the tokens, TaylorSeer's is `max_order`.
 
     Returns:
         A handle: `report()`, and `remove()`, which takes off both.
@@ -77,8 +78,8 @@ def accelerate(
     if speed not in SPEEDS:
         raise UnknownNameError(f"no speed is called {speed!r}; known: {', '.join(SPEEDS)}")
     present = list(caches_of(models_of(target)))
-    chosen = None if present else _cache(cache, SPEEDS[speed].cache, knobs)
     asked = _made(SPEEDS[speed], knobs) if strategy is None else strategy
+    chosen = None if present else _cache(cache, SPEEDS[speed].cache, knobs)
     if knobs:
         known = {*knobs_of(type(asked)), *(CACHES[chosen.name].short if isinstance(chosen, Caching) else ())}
         raise ConfigError(f"accelerate has no {', '.join(knobs)} here; it has {', '.join(sorted(known))}")
@@ -101,8 +102,8 @@ def _cache(cache: object, speed: Caching, knobs: dict[str, object]) -> object:
     named = Caching.parse(cache) if isinstance(cache, str) else cache
     if not isinstance(named, Caching):
         return None if cache is None else checked(cache)
-    own = dict(speed.knobs) if named.name == speed.name else {}
-    mine = {name: knobs.pop(name) for name in list(knobs) if name in CACHES[named.name].short}
+    own, short = dict(speed.knobs) if named.name == speed.name else {}, CACHES[named.name].short
+    mine = {name: knobs.pop(name) for name in list(knobs) if name in {*short, *short.values()}}
     return Caching(named.name, **{**own, **dict(named.knobs), **mine})
 
 

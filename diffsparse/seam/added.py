@@ -43,11 +43,13 @@ class Added:
         self._before = [(module, _names(module), _hooks(module)) for module in model.modules()]
         try:
             model.enable_cache(config)
-        except (ValueError, IndexError) as error:
+        except Exception as error:  # Diffusers checks little: what a value does not fit may raise anything
+            self._put = self._new()
             self._clear()
             raise UnsupportedModelError(
                 f"{type(config).__name__} is not for {class_of(model).__name__}: {error}"
             ) from error
+        self._put = self._new()
 
     @property
     def is_on(self) -> bool:
@@ -62,7 +64,7 @@ class Added:
         if self._warm_up is None or steps == self._fitted or not self.is_on:
             return
         self._fitted = steps
-        first = steps if steps < _FEW_STEPS else resolve(self._warm_up, steps // self._experts)
+        first = steps if steps < _FEW_STEPS else max(resolve(self._warm_up, steps // self._experts), 1)
         for _, registry in self._registries():
             if (hook := registry.get_hook(_TAYLOR)) is not None:
                 hook.disable_cache_before_step = first
@@ -103,18 +105,23 @@ class Added:
             if (registry := registry_of(module)) is not None:
                 yield module, registry
 
+    def _new(self) -> list[set[str]]:
+        """The hooks of each module that it has put there; what comes later is of the user."""
+        return [_hooks(module) - hooks - {HOOK} for module, _, hooks in self._before]
+
     def __call__(self) -> None:
-        """Take it off."""
+        """Take it off, or what is left of it where the user did."""
         if self.is_on:
             self.model.disable_cache()
+        if self.model._cache_config is None:
             self._clear()
 
     def _clear(self) -> None:
-        """Take away hooks, registries and names that were not there."""
-        for module, names, hooks in self._before:
+        """Take away its hooks, and registries and names that were not there."""
+        for (module, names, _), put in zip(self._before, self._put, strict=True):
             registry = registry_of(module)
             if registry is not None:
-                for name in registry.hooks.keys() - hooks - {HOOK}:
+                for name in put & registry.hooks.keys():
                     registry.remove_hook(name, recurse=False)
             _tidy(module, names)
 
@@ -207,10 +214,12 @@ def _hooks(module: Module) -> set[str]:
 
 def _tidy(module: Module, names: set[str]) -> None:
     """Diffusers leaves empty registries, methods bound to the object, and a configuration that is None."""
-    registry = registry_of(module)
+    registry, own = registry_of(module), module.__dict__.get("forward")
     left = {"_cache_config"}
-    if registry is not None and not registry.hooks.keys() - {HOOK}:
-        left |= {"forward"} if registry.hooks else {"forward", REGISTRY}
+    if getattr(own, "__func__", None) is type(module).forward:  # whatever else is there has been put there by others
+        left.add("forward")
+    if registry is not None and not registry.hooks:
+        left.add(REGISTRY)
     for name in left - names:
         module.__dict__.pop(name, None)
 

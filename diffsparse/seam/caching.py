@@ -16,8 +16,10 @@ from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelErr
 from diffsparse.schedule import check_amount, resolve
 from diffsparse.wrappers import class_of
 
-_LEAST = {"interval": 1, "range": 1, "warm_up": 1}  # of numbers; of others 0
+_FROM_ONE = ("skip_range", "cache_interval", "disable_cache_before_step", "num_inference_steps")  # ends of names
 _MANY_STEPS = 50  # of a run, until it says how many it has
+
+_PATTERNS = ("cache_identifiers", "skip_predict_identifiers", "use_lite_mode")  # of TaylorSeer: which modules it takes
 
 # The lists of blocks of a class, in the order of running; what comes after them sees the output of the last alone.
 BLOCKS: dict[str, tuple[str, ...]] = {
@@ -123,25 +125,25 @@ class Caching:
             self._check(knob, value)
 
     def _check(self, knob: str, value: object) -> None:
-        """Raise ConfigError for a knob that it has not, or a number that makes no sense."""
-        kinds = {each.name: getattr(each.type, "__name__", str(each.type)) for each in fields(self._config)}
+        """Raise ConfigError for a knob that it has not, or a value that makes no sense."""
+        types = {each.name: each.type for each in fields(self._config)}
+        kinds = {name: kind.__name__ if isinstance(kind, type) else str(kind) for name, kind in types.items()}
         long = CACHES[self.name].short.get(knob, knob)
         if long not in kinds:
             known = sorted({*CACHES[self.name].short, *kinds})
             raise ConfigError(f"step cache {self.name!r} has no {knob!r}; it has {', '.join(known)}")
         if (knob, type(value)) == ("warm_up", float):
             check_amount("warm_up", cast(float, value))
-        elif kinds[long].partition(" |")[0] in ("int", "float") and not _is_amount(
-            value, kinds[long], _LEAST.get(knob, 0)
-        ):
-            wanted = "a whole number" if kinds[long].startswith("int") else "a number"
-            raise ConfigError(
-                f"step cache {self.name!r} wants {wanted} from {_LEAST.get(knob, 0)} for {knob}; got {value!r}"
-            )
+            if value:
+                return
+        kind = kinds[long]
+        wanted = None if value is None and ("None" in kind or "Callable" in kind) else _wanted(value, kind, long)
+        if wanted is not None:
+            raise ConfigError(f"step cache {self.name!r} wants {wanted} for {knob}; got {value!r}")
 
     @classmethod
     def parse(cls, text: str) -> Caching:
-        """From "taylor-seer:interval=2:order=1": a name, then knobs."""
+        """From "taylor-seer:interval=2:order=1": a name, then knobs; several numbers as in "pab:timesteps=100x900"."""
         name, *pairs = text.split(":")
         knobs = {}
         for pair in pairs:
@@ -167,19 +169,19 @@ class Caching:
             UnsupportedModelError: no patterns are known for the class. ConfigError: a value that it doesn't take.
         """
         short = CACHES[self.name].short
-        whole = {"warm_up": resolve(self.warm_up, _MANY_STEPS)} if self.warm_up is not None else {}
+        whole = {"warm_up": max(resolve(self.warm_up, _MANY_STEPS), 1)} if self.warm_up is not None else {}
         own = {
             short.get(knob, knob): list(value) if isinstance(value, tuple) else value
             for knob, value in {**dict(self.knobs), **whole}.items()
         }
         given: dict[str, object] = {**CACHES[self.name].default, **own}
-        if self.name == "taylor-seer" and not given.keys() & {"cache_identifiers", "use_lite_mode"}:
+        if self.name == "taylor-seer" and not any(map(given.get, _PATTERNS)):
             given |= _last_block(model)
         if "current_timestep_callback" in (knob.name for knob in fields(self._config)):
             given.setdefault("current_timestep_callback", timestep)
         try:
             return self._config(**given)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # it takes lengths and first elements of what it has not looked at
             raise ConfigError(f"step cache {self}: {error}") from error
 
     @property
@@ -189,7 +191,7 @@ class Caching:
         return found if isinstance(found, float) else None
 
     def __str__(self) -> str:
-        return ":".join((self.name, *(f"{knob}={value}" for knob, value in self.knobs)))
+        return ":".join((self.name, *(f"{knob}={_text(value)}" for knob, value in self.knobs)))
 
     def __repr__(self) -> str:
         return f"Caching({str(self)!r})"
@@ -200,22 +202,47 @@ def _fixed(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _is_amount(value: object, kind: str, least: int) -> bool:
-    """Whether it is a number from `least`, whole where it has to be; or nothing, where that will do."""
-    if value is None:
-        return "None" in kind
-    kinds = (int,) if kind.startswith("int") else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and value >= least
+def _wanted(value: object, kind: str, name: str) -> str | None:
+    """What a knob of this kind, by its annotation, wants and the value is not; None if it is."""
+    least = int(name.endswith(_FROM_ONE))
+    several = value if isinstance(value, tuple) else ()
+    rules = {
+        "int": (f"a whole number from {least}", _is_number(value, int) and cast(int, value) >= least),
+        "float": ("a number from 0", _is_number(value, (int, float)) and cast(float, value) >= 0),
+        "bool": ("true or false", isinstance(value, bool)),
+        "str": ("a word", isinstance(value, str)),
+        "tuple[int": ("two whole numbers (100x900)", len(several) == 2 and all(_is_number(x, int) for x in several)),
+        "tuple[str": ("patterns", bool(several) and all(isinstance(x, str) for x in several)),
+        "list[str": ("a list of patterns", bool(several) and all(isinstance(x, str) for x in several)),
+        "torch.dtype": ("a type of floating-point numbers", getattr(value, "is_floating_point", False)),
+        "typing.Union[torch.Tensor": (
+            "numbers (1x0.99x0.98)",
+            isinstance(value, torch.Tensor) or (bool(several) and all(_is_number(x, (int, float)) for x in several)),
+        ),
+        "typing.Callable": ("a function", callable(value)),
+    }
+    return next((wanted for start, (wanted, fits) in rules.items() if kind.startswith(start) and not fits), None)
+
+
+def _is_number(value: object, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _text(value: object) -> str:
+    """A value as `_value` reads it, where it is numbers."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _value(text: str) -> object:
-    """A number, a type of torch, or a word."""
+    """A number or several, a type of torch, or a word."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
+    with contextlib.suppress(ValueError):
+        return tuple(float(part) if {*part} & {*".e"} else int(part) for part in text.split("x"))
     return getattr(torch, text) if isinstance(getattr(torch, text, None), torch.dtype) else text
 
 

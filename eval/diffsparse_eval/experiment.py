@@ -185,7 +185,7 @@ def run(
             progress.advance(task)
             continue
         if fresh := [strategy for strategy in missing if strategy not in prepared]:
-            prepared |= _warm_up(experiment, pipe, fresh, progress)
+            prepared |= _warm_up(experiment, pipe, fresh, results.rows, progress)
         dense = generation(pipe, {**experiment.arguments, "prompt": prompt}, seed, progress)
         progress.advance(task)
         run_name = _run_name(number // len(experiment.seeds), prompt, seed)
@@ -208,13 +208,18 @@ def _run_name(number: int, prompt: str, seed: int) -> str:
 
 
 def _warm_up(
-    experiment: Experiment, pipe: DiffusionPipeline, strategies: Iterable[Compared], progress: Progress
+    experiment: Experiment,
+    pipe: DiffusionPipeline,
+    strategies: Iterable[Compared],
+    rows: Iterable[ResultRow],
+    progress: Progress,
 ) -> dict[Compared, Compared]:
     """Two steps each, one dense and one sparse: kernels are built and memory is there before anything is timed.
 
-    Gives the strategies as they can run: some step caches want to be calibrated, here on the first prompt.
+    Gives the strategies as they can run: some step caches are calibrated, on the first prompt of the folder.
     """
-    whole = {**experiment.arguments, "prompt": experiment.prompts[0]}
+    first = next((row["prompt"] for row in rows), experiment.prompts[0])
+    whole = {**experiment.arguments, "prompt": first}
     call = {**whole, "num_inference_steps": 2}
     steps = argument(pipe, whole, "num_inference_steps") or 0
     ratios = cache(lambda: magnitude_ratios(pipe, steps, lambda: generation(pipe, whole, _CALIBRATION_SEED, progress)))

@@ -114,13 +114,14 @@ def _on_cpu(row: ResultRow) -> bool:
 def margins(settings: list[Point], speed: Speed, targets: Iterable[float] = TARGETS) -> list[Margin]:
     """At each speed: the cache alone that is nearest to it, and the stack at that cache's speed, interpolated.
 
-    Only settings with no better one at their speed count ("best"), and only where stacks lie on both sides.
+    Only settings with no better one at their speed count ("best"), and none beyond the fastest stack. Where all of them
+    are faster than the cache, it is the slowest that is meant.
     """
     caches, stacks = (best((p for p in settings if p.kind == kind), speed) for kind in ("cache alone", "stack"))
     found = []
     for target in targets:
         cache = min(caches, key=lambda point: abs(speed(point) - target), default=None)
-        if cache is None or not stacks or not speed(stacks[0]) <= speed(cache) <= speed(stacks[-1]):
+        if cache is None or not stacks or speed(cache) > speed(stacks[-1]):
             continue
         gains = np.array(_between(stacks, speed, speed(cache))) - np.array(cache.psnr_db)
         gain, half = mean_and_interval([float(each) for each in gains])

@@ -114,7 +114,7 @@ def _call(
         return pipe(**arguments, **watched, generator=generator, output_type="np")
     except DiffsparseError:
         raise
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # a step cache indexes what another kind of guidance would have brought
         raise ConfigError(f"{type(pipe).__name__} refused the call: {error}") from error
 
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from diffsparse.cli import main
 from diffsparse.errors import InputFileError
-from diffsparse_eval import pictures, stack
+from diffsparse_eval import experiment, pictures, stack
 from diffsparse_eval.stack import Point
+from diffsparse_pipelines import tiny
 
 STACKS = "taylor-seer:interval=2:warm_up=1/random,taylor-seer:interval=2:warm_up=1/dense,mag:threshold=0.2/tangent"
 COMMAND = ["evaluate", "--model", "tiny-twin", "--steps", "6", "--block", "16", "--prompts", "2"]
@@ -47,6 +48,27 @@ def test_rows_of_a_stack_count_what_the_cache_answered(results: Path) -> None:
     }
 
 
+def test_a_folder_is_calibrated_on_one_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of prompts that come later stand beside the others."""
+    file, seen, generation = tmp_path / "prompts.txt", [], experiment.generation
+
+    def noted(pipe: Any, call: dict[str, Any], seed: int, *rest: Any) -> Any:
+        if seed == experiment._CALIBRATION_SEED:
+            seen.append(call["prompt"])
+        return generation(pipe, call, seed, *rest)
+
+    monkeypatch.setattr(experiment, "generation", noted)
+    captions = tiny.prompts(3)
+    for some in (captions[:2], captions[1:]):
+        file.write_text("\n".join(some))
+        command = ["evaluate", "--model", "tiny-twin", "--steps", "6", "--prompts", str(file)]
+        command += ["--strategy", "mag:threshold=0.2/dense", "--out", str(tmp_path / "out")]
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert not ended.value.code
+    assert seen == [captions[0]] * 2
+
+
 def point(kind: str, speed: float, decibels: list[float], executed: float = 1.0, work: float = 1.0) -> Point:
     return Point(f"{kind} {speed}", kind, decibels, [speed, speed], executed, work)
 
@@ -72,8 +94,14 @@ def test_the_gain_is_at_the_speed_of_the_best_cache_prompt_by_prompt() -> None:
     assert found.half == pytest.approx(12.706 * 0.25, rel=1e-3)  # Student's t of two
 
 
+def test_where_all_stacks_are_faster_the_slowest_is_meant() -> None:
+    (found,) = stack.margins(SETTINGS, lambda p: p.measured, [1.5])
+    assert (found.cache, found.cache_db, found.stack_db) == ("cache alone 1.5", 42, pytest.approx(41))
+
+
 def test_no_gain_is_claimed_beyond_the_stacks_that_were_measured() -> None:
-    assert stack.margins(SETTINGS, lambda p: p.measured, [1.5]) == []
+    fast = [p for p in SETTINGS if p.kind == "cache alone" or p.measured < 2.4]
+    assert stack.margins(fast, lambda p: p.measured, [2.4]) == []
     assert stack.margins([p for p in SETTINGS if p.kind != "stack"], lambda p: p.measured) == []
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import diffusers as d
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.hooks import HookRegistry
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
@@ -27,6 +28,8 @@ from diffsparse.seam.accelerate import SPEEDS
 from diffsparse.seam.added import caches_of
 from diffsparse.seam.caches import Passes, StepCache, cache_on
 from diffsparse.seam.caching import BLOCKS, CACHES, Caching
+from diffsparse.seam.copies import REGISTRY
+from diffsparse.seam.hooks import HOOK
 from diffsparse.seam.targets import attentions, models_of
 from support.methods import METHODS
 from support.tiny_pipelines import BUILDERS
@@ -647,7 +650,7 @@ def test_guidance_outlives_what_accelerates() -> None:
 
 def test_knobs_reach_the_cache_and_the_strategy() -> None:
     run = Run("wan")
-    knobs = {"interval": 4, "order": 2, "warm_up": 2, "sparsity": 0.6, "block": 16, "probes": False}
+    knobs = {"interval": 4, "max_order": 2, "warm_up": 2, "sparsity": 0.6, "block": 16, "probes": False}
     with diffsparse.accelerate(run.pipe, "quality", **knobs) as handle:
         config = run.pipe.transformer._cache_config
         assert (config.cache_interval, config.max_order, config.disable_cache_before_step) == (4, 2, 2)
@@ -804,11 +807,130 @@ def test_a_knob_has_one_name() -> None:
     [
         *("taylor-seer:interval=0", "taylor-seer:interval=x", "taylor-seer:interval=2.5", "taylor-seer:order=-1"),
         *("taylor-seer:warm_up=0", "taylor-seer:warm_up=1.5", "first-block:threshold=abc", "pab:range=0"),
+        *("taylor-seer:warm_up=0.0", "taylor-seer:use_lite_mode=banana", "taylor-seer:taylor_factors_dtype=int8"),
+        *("taylor-seer:cache_identifiers=5", "pab:timesteps=5", "pab:cross_attention_block_skip_range=0"),
+        *(
+            "pab:current_timestep_callback=5",
+            "mag:steps=0",
+            "mag:ratios=abc",
+            "mag:ratios=0.5",
+            "faster:timesteps=1x2x3",
+        ),
     ],
 )
 def test_knobs_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="wants"):
         Caching.parse(text)
+
+
+def test_knobs_of_several_numbers_are_read_as_they_are_told() -> None:
+    for text in ("pab:range=2:timesteps=100x900", "mag:steps=3:ratios=1x0.99x1.02", "pab:timesteps=-1x2000"):
+        assert str(Caching.parse(text)) == text
+    assert Caching.parse("pab:timesteps=100x900") == Caching("pab", timesteps=(100, 900))
+    with pytest.raises(ConfigError, match="wants numbers"):
+        Caching("mag", ratios=[])
+
+
+def test_the_order_is_that_of_the_tokens() -> None:
+    run = Run("wan")
+    with diffsparse.accelerate(run.pipe, "quality", order="hilbert", block=16) as handle:
+        assert handle.strategy == Digest(0.8, 16, order="hilbert")
+        assert run.pipe.transformer._cache_config.max_order == 1
+        assert run(LONG).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "kept"),
+    [
+        ({"skip_predict_identifiers": (r"blocks\.0",), "cache_identifiers": (r"blocks\.1",)}, [r"blocks\.1"]),
+        ({"cache_identifiers": (r"blocks\.1",)}, [r"blocks\.1"]),
+        ({"skip_predict_identifiers": (r"blocks\.0\.attn1",)}, None),
+        ({"use_lite_mode": False}, [r"blocks\.1"]),  # its default: the patterns are ours
+    ],
+)
+def test_patterns_of_the_user_are_kept(knobs: dict[str, Any], kept: list[str] | None) -> None:
+    made = Caching("taylor-seer", **knobs).config(Run("wan").pipe.transformer)
+    assert made.cache_identifiers == kept
+    if "skip_predict_identifiers" in knobs:
+        assert made.skip_predict_identifiers == list(knobs["skip_predict_identifiers"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        d.TaylorSeerCacheConfig(cache_identifiers=["(?!proj_out).*", "["]),
+        d.FasterCacheConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_block_identifiers=None,
+            is_guidance_distilled=True,
+            attention_weight_callback=lambda module: 0.5,
+        ),
+    ],
+    ids=["a pattern that is none", "no patterns"],
+)
+def test_a_configuration_that_fails_leaves_no_hook(config: Any) -> None:
+    run = Run("wan")
+    want, before = run(LONG), names(run.pipe)
+    with pytest.raises(UnsupportedModelError, match="is not for WanTransformer3DModel"):
+        diffsparse.accelerate(run.pipe, cache=config)
+    assert names(run.pipe) == before
+    assert torch.equal(run(LONG), want)
+
+
+class Counting(ModelHook):
+    """A hook of the accelerate library."""
+
+    calls = 0
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.calls += 1
+        return args, kwargs
+
+
+def hooked(model: Any) -> set[tuple[str, str]]:
+    """Modules and names of the hooks that Diffusers has there, without ours."""
+    found = ((name, module._diffusers_hook) for name, module in model.named_modules() if hasattr(module, REGISTRY))
+    return {(name, hook) for name, registry in found for hook in registry.hooks} - {("", HOOK)}
+
+
+@pytest.mark.parametrize("what", ["block_level", "leaf_level", "casting"])
+def test_what_the_user_puts_on_while_accelerated_stays(what: str) -> None:
+    run, twin = Run("wan"), Run("wan")
+
+    def put(model: Any) -> None:
+        if what == "casting":
+            model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        else:
+            cpu = torch.device("cpu")
+            number = {"num_blocks_per_group": 1} if what == "block_level" else {}
+            model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=what, **number)
+
+    put(twin.pipe.transformer)
+    with diffsparse.accelerate(run.pipe, block=16):
+        put(run.pipe.transformer)
+        assert run(LONG).isfinite().all()
+    assert hooked(run.pipe.transformer) == hooked(twin.pipe.transformer)
+    assert torch.equal(run(LONG), twin(LONG))
+
+
+def test_a_hook_of_the_accelerate_library_stays() -> None:
+    run, hook = Run("wan"), Counting()
+    with diffsparse.accelerate(run.pipe, block=16):
+        add_hook_to_module(run.pipe.transformer, hook)
+        run(LONG)
+    seen = hook.calls
+    assert seen
+    run(LONG)
+    assert hook.calls == 2 * seen
+
+
+def test_nothing_is_left_where_the_user_took_the_cache_off() -> None:
+    run = Run("wan")
+    want, before = run(LONG), names(run.pipe)
+    with diffsparse.accelerate(run.pipe, block=16):
+        run.pipe.transformer.disable_cache()
+    assert names(run.pipe) == before
+    assert torch.equal(run(LONG), want)
 
 
 def test_a_class_without_patterns_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
