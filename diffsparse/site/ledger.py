@@ -221,6 +221,11 @@ class Ledger:
         return over if self.length is None else min(over, self.length)
 
     @property
+    def begun(self) -> int:
+        """The first step with a call: not 0 where a strategy was applied in the middle of a run."""
+        return min(tally.first for tally in self.tallies.values())
+
+    @property
     def skipped_calls(self) -> int:
         """Self-attention calls that a step cache answered."""
         skipped = sum(

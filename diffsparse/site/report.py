@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -92,7 +92,7 @@ class Report:
             notes=list(dict.fromkeys([*own, *sums.notes])),
             passed_over=dict(sums.passed_over),
             work=float(sums.work) / sums.calls if sums.calls else 1.0,
-            skipped_steps=max((ledger.reached for ledger in ledgers), default=0) - steps if sums.calls else 0,
+            skipped_steps=_steps_between(ledgers) - steps if sums.calls else 0,
             skipped_calls=sum(ledger.skipped_calls for ledger in ledgers),
             cache=next((ledger.cache for ledger in ledgers if ledger.cache), None),
             cache_is_wide=any(ledger.cache_is_wide for ledger in ledgers),
@@ -164,6 +164,13 @@ class Report:
             *self._head_rows(),
         ]
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
+
+
+def _steps_between(ledgers: Sequence[Ledger]) -> int:
+    """Steps from the first with a call to the last so far."""
+    called = [ledger for ledger in ledgers if ledger.tallies]
+    first = min((ledger.begun for ledger in called), default=0)
+    return max((ledger.reached for ledger in called), default=first) - first
 
 
 def _count_steps(ledgers: list[Ledger], kind: Kind | None = None) -> int:

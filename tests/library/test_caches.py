@@ -924,6 +924,24 @@ def test_a_hook_of_the_accelerate_library_stays() -> None:
     assert hook.calls == 2 * seen
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_steps_before_it_was_put_on_are_not_taken_for_skipped(cached: bool) -> None:
+    run, handles = Run("wan"), list[diffsparse.Handle]()
+
+    def put_on(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        if step == 3:
+            sparse = Tangent(0.5, block=16)
+            handles.append(diffsparse.accelerate(pipe, block=16) if cached else diffsparse.apply(pipe, sparse))
+        return {}
+
+    run.call["callback_on_step_end"] = put_on
+    run(LONG)
+    report = handles[0].report()
+    assert bool(report.skipped_steps) == cached
+    assert report.steps + report.skipped_steps == LONG - 4
+    handles[0].remove()
+
+
 def test_nothing_is_left_where_the_user_took_the_cache_off() -> None:
     run = Run("wan")
     want, before = run(LONG), names(run.pipe)
