@@ -10,9 +10,9 @@ from diffusers.hooks.hooks import CacheContext
 from torch.nn import Module
 
 from diffsparse.errors import ConfigError, UnsupportedModelError
-from diffsparse.schedule import Schedule, resolve
+from diffsparse.schedule import Schedule
 from diffsparse.seam.caches import around, cache_on, is_cached
-from diffsparse.seam.caching import CACHES, Caching
+from diffsparse.seam.caching import CACHES, Caching, first_steps
 from diffsparse.seam.clock import Ahead, set_context
 from diffsparse.seam.copies import REGISTRY, registry_of
 from diffsparse.seam.hooks import HOOK, run_of
@@ -64,7 +64,7 @@ class Added:
         if self._warm_up is None or steps == self._fitted or not self.is_on:
             return
         self._fitted = steps
-        first = steps if steps < _FEW_STEPS else max(resolve(self._warm_up, steps // self._experts), 1)
+        first = steps if steps < _FEW_STEPS else first_steps(self._warm_up, steps // self._experts)
         for _, registry in self._registries():
             if (hook := registry.get_hook(_TAYLOR)) is not None:
                 hook.disable_cache_before_step = first

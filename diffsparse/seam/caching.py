@@ -18,7 +18,6 @@ from diffsparse.wrappers import class_of
 
 _FROM_ONE = ("skip_range", "cache_interval", "disable_cache_before_step", "num_inference_steps")  # ends of names
 _MANY_STEPS = 50  # of a run, until it says how many it has
-
 _PATTERNS = ("cache_identifiers", "skip_predict_identifiers", "use_lite_mode")  # of TaylorSeer: which modules it takes
 
 # The lists of blocks of a class, in the order of running; what comes after them sees the output of the last alone.
@@ -132,10 +131,8 @@ class Caching:
         if long not in kinds:
             known = sorted({*CACHES[self.name].short, *kinds})
             raise ConfigError(f"step cache {self.name!r} has no {knob!r}; it has {', '.join(known)}")
-        if (knob, type(value)) == ("warm_up", float):
-            check_amount("warm_up", cast(float, value))
-            if value:
-                return
+        if knob == "warm_up" and isinstance(value, float) and value:
+            return check_amount("warm_up", value)
         kind = kinds[long]
         wanted = None if value is None and ("None" in kind or "Callable" in kind) else _wanted(value, kind, long)
         if wanted is not None:
@@ -169,7 +166,7 @@ class Caching:
             UnsupportedModelError: no patterns are known for the class. ConfigError: a value that it doesn't take.
         """
         short = CACHES[self.name].short
-        whole = {"warm_up": max(resolve(self.warm_up, _MANY_STEPS), 1)} if self.warm_up is not None else {}
+        whole = {"warm_up": first_steps(self.warm_up, _MANY_STEPS)} if self.warm_up is not None else {}
         own = {
             short.get(knob, knob): list(value) if isinstance(value, tuple) else value
             for knob, value in {**dict(self.knobs), **whole}.items()
@@ -197,6 +194,11 @@ class Caching:
         return f"Caching({str(self)!r})"
 
 
+def first_steps(warm_up: float, steps: int) -> int:
+    """How many steps of a run a warm-up that is a share of it has: one at least, or nothing could be extrapolated."""
+    return max(resolve(warm_up, steps), 1)
+
+
 def _fixed(value: object) -> object:
     """Lists as tuples, so that it can be a key."""
     return tuple(value) if isinstance(value, list) else value
@@ -205,27 +207,30 @@ def _fixed(value: object) -> object:
 def _wanted(value: object, kind: str, name: str) -> str | None:
     """What a knob of this kind, by its annotation, wants and the value is not; None if it is."""
     least = int(name.endswith(_FROM_ONE))
-    several = value if isinstance(value, tuple) else ()
+    patterns, numbers = _are(value, str), _are(value, (int, float)) or isinstance(value, torch.Tensor)
     rules = {
-        "int": (f"a whole number from {least}", _is_number(value, int) and cast(int, value) >= least),
-        "float": ("a number from 0", _is_number(value, (int, float)) and cast(float, value) >= 0),
+        "int": (f"a whole number from {least}", _is(value, int) and cast(int, value) >= least),
+        "float": ("a number from 0", _is(value, (int, float)) and cast(float, value) >= 0),
         "bool": ("true or false", isinstance(value, bool)),
         "str": ("a word", isinstance(value, str)),
-        "tuple[int": ("two whole numbers (100x900)", len(several) == 2 and all(_is_number(x, int) for x in several)),
-        "tuple[str": ("patterns", bool(several) and all(isinstance(x, str) for x in several)),
-        "list[str": ("a list of patterns", bool(several) and all(isinstance(x, str) for x in several)),
+        "tuple[int": ("two whole numbers (100x900)", _are(value, int) and len(cast(tuple[int, ...], value)) == 2),
+        "tuple[str": ("patterns", patterns),
+        "list[str": ("a list of patterns", patterns),
         "torch.dtype": ("a type of floating-point numbers", getattr(value, "is_floating_point", False)),
-        "typing.Union[torch.Tensor": (
-            "numbers (1x0.99x0.98)",
-            isinstance(value, torch.Tensor) or (bool(several) and all(_is_number(x, (int, float)) for x in several)),
-        ),
+        "typing.Union[torch.Tensor": ("numbers (1x0.99x0.98)", numbers),
         "typing.Callable": ("a function", callable(value)),
     }
     return next((wanted for start, (wanted, fits) in rules.items() if kind.startswith(start) and not fits), None)
 
 
-def _is_number(value: object, kinds: type | tuple[type, ...]) -> bool:
+def _is(value: object, kinds: type | tuple[type, ...]) -> bool:
+    """Whether it is of one of these kinds; a truth value is no number."""
     return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _are(value: object, kinds: type | tuple[type, ...]) -> bool:
+    """Whether it is several of these."""
+    return isinstance(value, tuple) and bool(value) and all(_is(each, kinds) for each in value)
 
 
 def _text(value: object) -> str:

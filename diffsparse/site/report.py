@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -166,7 +166,7 @@ class Report:
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
 
 
-def _steps_between(ledgers: Sequence[Ledger]) -> int:
+def _steps_between(ledgers: list[Ledger]) -> int:
     """Steps from the first with a call to the last so far."""
     called = [ledger for ledger in ledgers if ledger.tallies]
     first = min((ledger.begun for ledger in called), default=0)

@@ -78,6 +78,13 @@ def test_block_sparse(size: Size, kind: str, dtype: torch.dtype) -> None:
     assert_attention(attend(size, qkv, size.lists(mask)), qkv, size.allowed(mask), size.scale)
 
 
+def test_rows_that_the_copy_engine_cannot_store() -> None:
+    size = Size(batch=2, heads=2, q_len=200, kv_len=300, dim=68, q_block=128, kv_block=64)
+    qkv, mask = size.qkv(torch.bfloat16), random_mask(size)
+    padded = tuple(torch.nn.functional.pad(x, (0, 4))[..., :68] for x in qkv)
+    assert_attention(attend(size, padded, size.lists(mask)), qkv, size.allowed(mask), size.scale)
+
+
 def test_more_keys_than_16_bits_count() -> None:
     size = Size(batch=1, heads=1, q_len=3, kv_len=40_000, dim=64, q_block=128, kv_block=64)
     qkv, mask = size.qkv(torch.float16), torch.zeros(size.blocks, dtype=torch.bool)

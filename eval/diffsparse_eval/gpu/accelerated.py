@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffsparse_eval.gpu.stage import Channel, Options
+from diffsparse_eval.gpu.stage import Channel, Options, reported
 from diffsparse_eval.rows import Attempt
 from diffsparse_eval.timing import seconds_of
 
@@ -61,16 +61,7 @@ def _measure(pipe: WanPipeline, options: Options, on: Any, dense: float | None =
         seconds = seconds_of(partial(_generate, pipe, options), options.device)
         report = None if handle is None else handle.report()
     found: Attempt = {"verdict": "timed", "seconds": seconds, "speedup": (dense or seconds) / seconds}
-    if report is None:
-        return found
-    return {
-        **found,
-        "executed": report.executed,
-        "density": report.density,
-        "backends": report.backends,
-        "fallbacks": report.fallbacks,
-        "passed_over": report.passed_over,
-    }
+    return found if report is None else {**found, "executed": report.executed, **reported(report)}
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from diffsparse_eval.gpu.stage import Channel, Options
+from diffsparse_eval.gpu.stage import Channel, Options, reported
 from diffsparse_eval.rows import Attempt
 
 _SPARSITY = 0.8
@@ -60,10 +60,7 @@ def _measure(job: str, options: Options) -> Callable[[str], Attempt]:
         return {
             "verdict": "right" if finite and error < 0.05 else "wrong",
             "psnr_db": -10 * math.log10(max(error, 1e-12)),
-            "density": report.density,
-            "backends": report.backends,
-            "fallbacks": report.fallbacks,
-            "passed_over": report.passed_over,
+            **reported(report),
         }
 
     return measure

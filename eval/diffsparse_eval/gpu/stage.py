@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import NamedTuple, Protocol, Unpack, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Unpack, cast
 
 import torch
 
 from diffsparse_eval.rows import AccountFacts, Attempt
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.child import say
+
+if TYPE_CHECKING:
+    from diffsparse.site.report import Report
 
 
 class Options(NamedTuple):
@@ -88,6 +91,16 @@ STAGES = (  # most important first
     Stage("sanity", "sanity", 25, 30),
 )
 WHOLE = sum(stage.seconds for stage in STAGES)
+
+
+def reported(report: Report) -> Attempt:
+    """What a run's report says of the kernels, as a part of a row."""
+    return {
+        "density": report.density,
+        "backends": report.backends,
+        "fallbacks": report.fallbacks,
+        "passed_over": report.passed_over,
+    }
 
 
 class StageModule(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 
 from diffsparse_eval import tune
@@ -36,16 +35,6 @@ def run(job: str, options: Options, channel: Channel) -> None:
         _tune(head_dim, block, options, channel)
 
 
-def _timed(measure: Callable[[], tuple[float, float, float]], case: Case) -> Attempt:
-    """What came of a kernel's calls, by their error, what is explained of it, and their seconds."""
-    error, limit, seconds = measure()
-    if not error <= limit:
-        return {"verdict": "wrong", "why": f"off by {error:.2e}, {limit:.2e} is explained", "error": error}
-    flops = tune.TUNED_DENSITY * case.flops
-    sizes: Attempt = {"head_dim": case.head_dim, "q_block": case.q_block, "kv_block": case.kv_block}
-    return {**sizes, "verdict": "timed", "ms": seconds * 1e3, "tflops": flops / seconds / 1e12, "error": error}
-
-
 def _tune(head_dim: int, block: int, options: Options, channel: Channel) -> None:
     case = Case(_TOKENS, _HEADS, head_dim, "bfloat16", block, ())
     qkv, lists = case.tensors(options.device), case.lists(1 - tune.TUNED_DENSITY, options.device)
@@ -53,8 +42,13 @@ def _tune(head_dim: int, block: int, options: Options, channel: Channel) -> None
     tiles = dict.fromkeys([*listed, *(tile for tile in _HAND_PICKED if tile.keys <= block)])
 
     def measure(tile: Tile) -> Attempt:
-        timed = _timed(partial(tune.time_tile, tile, qkv, lists, options.device, _ROUNDS, _SECONDS), case)
-        return {**timed, "tile": tune.as_row(tile)}
+        error, limit, seconds = tune.time_tile(tile, qkv, lists, options.device, _ROUNDS, _SECONDS)
+        known: Attempt = {"tile": tune.as_row(tile), "error": error}
+        if not error <= limit:
+            return {**known, "verdict": "wrong", "why": f"off by {error:.2e}, {limit:.2e} is explained"}
+        sizes: Attempt = {"head_dim": head_dim, "q_block": case.q_block, "kv_block": case.kv_block}
+        rate = tune.TUNED_DENSITY * case.flops / seconds / 1e12
+        return {**known, **sizes, "verdict": "timed", "ms": seconds * 1e3, "tflops": rate}
 
     for tile in tiles:
         channel.attempt(

@@ -59,7 +59,6 @@ class Constants:
     MASS: the mass of each key block is summed up against a cached LSE.
     SUMMARISED: blocks that are not listed stand as their means. VARIED: with the mass that their variance adds.
     SLOPED: a first-order step moves the values. BOUNDED: it has a longest length.
-    COPIED: the copy engine stores the output.
     """
 
     D: int
@@ -74,7 +73,11 @@ class Constants:
     VARIED: bool = False
     SLOPED: bool = False
     BOUNDED: bool = False
-    COPIED: bool = True
+
+    @property
+    def COPIED(self) -> bool:  # noqa: N802
+        """Whether the copy engine stores the output, whose rows are multiples of 16 bytes then."""
+        return self.D % 8 == 0
 
 
 # To the compiler a named tuple is a tuple of its own: no field may be called `values`.

@@ -128,7 +128,6 @@ def constants(
         VARIED=stand_ins is not None and stand_ins.variance is not None,
         SLOPED=stand_ins is not None and stand_ins.slope is not None,
         BOUNDED=stand_ins is not None and stand_ins.slope is not None and stand_ins.reach is not None,
-        COPIED=head_dim % 8 == 0,
     )
 
 
