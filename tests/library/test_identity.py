@@ -22,8 +22,6 @@ from support.tiny_transformers import CASES, OTHER, Shape, build, inputs, tensor
 UNTOUCHED: dict[str, str] = {
     "Ideogram4Transformer2DModel": "the order of the tokens is not known",
     "LuminaNextDiT2DModel": "a mask that differs by head",
-    "NucleusMoEImageTransformer2DModel": "queries are not of the same tokens as the keys",
-    "PRXTransformer2DModel": "queries are not of the same tokens as the keys",
 }
 # What is not self-attention over the latents: cross-attention, text refiners, audio, faces, attention along time alone.
 LEFT_ALONE = re.compile(r"attn2$|attn_2$|audio|context_|token_refiner|temporal_|text_fusion|face_adapter|motion_")

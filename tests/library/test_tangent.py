@@ -103,7 +103,7 @@ def test_recipe(layout: Layout, masked: bool, block: Any, sparsity: float, first
         real[1, -20:] = False
     here = site(layout, key_mask=real if masked else None)
     out, mask = attended(Tangent(sparsity, block, probes=False), (q, k, v), here)
-    sink = layout.text_sink(block)
+    sink = layout.sink(block)
     free = torch.ones_like(mask[0, 0]) if sink is None else ~sink
     assert mask[..., ~free].all()
     for sample in range(2):
