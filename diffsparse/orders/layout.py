@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
-from typing import Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -80,6 +80,16 @@ class Layout:
         spans = (Span(start, n, kind, grid and tuple(grid)) for start, n, kind, grid in self.spans)  # type: ignore[arg-type]
         object.__setattr__(self, "spans", tuple(spans))
         object.__setattr__(self, "asked", tuple((first, last) for first, last in self.asked))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Layout:
+        """What `asdict` made these values of, in this or an earlier release; TypeError or ValueError if nothing."""
+        values = dict(values)
+        before, after = values.pop("plain_before", 0), values.pop("plain_after", 0)
+        values.pop("references", None)  # they were of the tokens `plain_after`
+        found = cls(**values)
+        spans = (Span(found.text_before - before, before, "reference"), Span(found.span.stop, after, "reference"))
+        return replace(found, spans=tuple(span for span in spans if span.tokens)) if before or after else found
 
     @property
     def video(self) -> int:

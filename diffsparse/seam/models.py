@@ -130,7 +130,7 @@ def _alone(grid: Grid, tokens: int) -> Layout | None:
 
 def latent_grid(patch: Patch, inputs: Inputs) -> Geometry:
     """Latents [B, C, F, H, W] or [B, C, H, W]; packed video [B, N, C] with its size or coordinates beside it."""
-    latents = inputs.get("hidden_states")
+    latents = inputs.get("hidden_states", inputs.get("latents"))
     if not torch.is_tensor(latents):
         return Geometry()
     if latents.ndim == 5:
@@ -266,6 +266,7 @@ SPECS: dict[str, ModelSpec] = {
     "CogView4Transformer2DModel": _BEFORE,
     "ConsisIDTransformer3DModel": ModelSpec("before", grid=frames_first_grid),
     "Cosmos3OmniTransformer": ModelSpec("before", grid=understood_grid, partial=True),
+    "CosmosControlNetModel": _NONE,
     "CosmosTransformer3DModel": _NONE,
     "DiTTransformer2DModel": _NONE,
     "DreamLiteTransformer2DModel": _NONE,
@@ -273,10 +274,12 @@ SPECS: dict[str, ModelSpec] = {
     "ErnieImageTransformer2DModel": _AFTER,
     "Flux2Transformer2DModel": ModelSpec("before", grid=packed_grid, partial=True),
     "Flux3Transformer2DModel": ModelSpec("before", grid=modes_grid, skip=(*ModelSpec.skip, "txt_mode_blocks")),
+    "FluxControlNetModel": _BEFORE_PACKED,
     "FluxTransformer2DModel": _BEFORE_PACKED,
     "GlmImageTransformer2DModel": _BEFORE,
     "HeliosTransformer3DModel": ModelSpec("before", ahead="condition"),
     "HiDreamImageTransformer2DModel": _AFTER,
+    "HunyuanDiT2DControlNetModel": _NONE,
     "HunyuanDiT2DModel": _NONE,
     "HunyuanImageTransformer2DModel": _AFTER,
     "HunyuanVideo15Transformer3DModel": _AFTER,
@@ -302,13 +305,16 @@ SPECS: dict[str, ModelSpec] = {
     "PixArtTransformer2DModel": _NONE,
     "PRXTransformer2DModel": ModelSpec("before", partial=True),
     "QwenImage21Transformer2DModel": ModelSpec("before", grid=target_grid, partial=True),
+    "QwenImageControlNetModel": _BEFORE_PACKED,
     "QwenImageTransformer2DModel": _BEFORE_PACKED,
+    "SD3ControlNetModel": _AFTER,
     "SD3Transformer2DModel": _AFTER,
     "SkyReelsV2Transformer3DModel": _NONE,
     "Transformer2DModel": _NONE,
     "WanAnimateTransformer3DModel": _NONE,
     "WanTransformer3DModel": _NONE,
     "WanVACETransformer3DModel": _NONE,
+    "ZImageControlNetModel": ModelSpec("after", grid=list_grid, cond_first=True),
     "ZImageTransformer2DModel": ModelSpec("after", grid=list_grid, cond_first=True),
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import diffsparse
 from diffsparse import AdaSpa, Digest, Layout, Schedule, Tangent
 from diffsparse.errors import ConfigError
+from diffsparse.strategies.blocks import with_text
 from diffsparse.strategies.residual import LowRank
 from diffsparse.strategies.work import Outline
 from diffsparse_eval import metrics
@@ -90,7 +91,8 @@ def test_the_dense_step_is_dense_and_its_residual_mends_the_same_call(layout: La
     strategy, here = Digest(0.6, BLOCK, probes=False), site(layout, 2, 15, memory)
     torch.testing.assert_close(strategy.observe(q, k, v, here).double(), dense(q, k, v), atol=1e-5, rtol=1e-4)
     assert (here.record.kind, here.record.planned) == ("dense", True)
-    assert float(here.record.beside) == pytest.approx(0.4, abs=0.05), "what is only compared counts"
+    share = with_text(0.4, BLOCK, layout)
+    assert float(here.record.beside) == pytest.approx(share, abs=0.05), "what is only compared counts"
     plain = Tangent(0.6, BLOCK, probes=False).attend(q, k, v, site(layout))
     want = plain + nearest(dense(q, k, v) - plain, 4)
     got = strategy.attend(q, k, v, site(layout, 3, 15, memory))

@@ -273,7 +273,14 @@ def test_cells_hold_each_token_of_an_image_once(layout, sizes):
     assert torch.equal(
         cells[: layout.frames, : layout.height, : layout.width].flatten(), torch.arange(layout.tokens)[layout.span]
     )
-    assert Layout(**json.loads(json.dumps(asdict(layout)))) == layout
+    assert Layout.of(json.loads(json.dumps(asdict(layout)))) == layout
+
+
+def test_a_layout_of_an_earlier_release():
+    old = {"frames": 1, "height": 2, "width": 3, "text_before": 5, "text_after": 7}
+    assert Layout.of({**old, "plain_before": 0, "plain_after": 0, "references": []}) == Layout(1, 2, 3, 5, 7)
+    found = Layout.of({**old, "plain_before": 2, "plain_after": 6, "references": [[1, 2, 3]]})
+    assert found == Layout(1, 2, 3, 5, 7, (Span(3, 2, "reference"), Span(11, 6, "reference")))
 
 
 def test_no_geometry_is_told():
