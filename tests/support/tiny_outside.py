@@ -1,4 +1,4 @@
-"""Classes that no sparse attention is for: audio, priors, proteins, linear or causal attention, sparsity of their own."""
+"""Classes that stay dense: of sound, priors and proteins, with linear or causal attention or sparsity of their own."""
 
 from __future__ import annotations
 

@@ -87,9 +87,9 @@ def classes() -> dict[str, type[torch.nn.Module]]:
 def _models(module: Any) -> Iterator[type[torch.nn.Module]]:
     """What a module defines; several controlnets as one hold classes that are walked by themselves."""
     for name, cls in vars(module).items():
-        if inspect.isclass(cls) and issubclass(cls, ModelMixin) and cls.__module__ == module.__name__:
-            if "Multi" not in name or "ControlNet" not in name:
-                yield cls
+        ours = inspect.isclass(cls) and issubclass(cls, ModelMixin) and cls.__module__ == module.__name__
+        if ours and not ("Multi" in name and "ControlNet" in name):
+            yield cls
 
 
 def state(name: str) -> str:
