@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -133,3 +134,11 @@ def test_exceptions(name: str) -> None:
     assert report.sparse_calls == 0, "an exception no more: move its case to tiny_newer.py"
     with diffsparse.apply(model, Dense(), schedule=ALWAYS):
         assert same(tensors(model, inputs(name)), want)
+
+
+def test_the_pages_are_of_this_walk() -> None:
+    text = walk.PAGE.read_text()
+    if f"from Diffusers {diffusers.__version__}" not in text:
+        pytest.skip("docs/models.md is of another Diffusers")
+    assert text == walk.page(), "run `python -m support.walk`"
+    assert walk.short() in walk.README.read_text(), "run `python -m support.walk`"

@@ -9,14 +9,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin
+from diffusers import CacheMixin, ModelMixin
 from diffusers.models import controlnets, transformers
 
+from diffsparse_pipelines.tables import spliced
+from support.pipeline_calls import guidance_styles
 from support.tiny_transformers import CASES
 
 _SOUND = "makes sound, whose sequences are short"
@@ -99,3 +103,89 @@ def state(name: str) -> str:
     if name in PENDING:
         return "pending"
     return "sparse" if name in CASES else "new"
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+_ROOT = Path(__file__).parents[2]
+PAGE, README = _ROOT / "docs/models.md", _ROOT / "README.md"
+_BEGIN, _END = "<!-- models: made by python -m support.walk -->", "<!-- /models -->"
+_HEAD = """# Every transformer of Diffusers
+
+Written by `python -m support.walk` from Diffusers {version} and from the tests: `tests/library/test_walk.py` holds
+each row. A sparse class attends sparsely and changes no bit under `Dense()`, also when it is taken off, at another
+size, and in its other modes; its heads can be guided. An exception is refused, or dense and told so.
+`make walk DIFFUSERS=0.40.0` walks another release.
+
+- **sparse**: or why not, or what is still missing.
+- **guidance**: how its pipelines call it in a step: a batch of branches; one call after the other, in cache contexts
+  where they are named; or a guider's batches (modular pipelines).
+- **blocks compiled**: `compile_repeated_blocks` knows its blocks.
+- **step caches**: it takes those of Diffusers.
+- **offloaded**: by groups, and by layers where it says which not to split.
+
+"""
+
+
+def page(version: str = diffusers.__version__) -> str:
+    """docs/models.md as it should be."""
+    found = classes()
+    styles = guidance_styles(found)
+    lines = [
+        "| class | sparse | guidance | blocks compiled | step caches | offloaded |",
+        "|---|---|---|:---:|:---:|---|",
+    ]
+    lines += [f"| {' | '.join((f'`{name}`', *row(name, cls, styles[name])))} |" for name, cls in found.items()]
+    return _HEAD.format(version=version) + "\n".join(lines) + "\n"
+
+
+def row(name: str, cls: type[torch.nn.Module], styles: list[str]) -> tuple[str, ...]:
+    """The cells of a class."""
+    known = {
+        "sparse": "yes",
+        "exception": EXCEPTIONS.get(name),
+        "pending": f"not yet: {PENDING.get(name)}",
+        "new": "new",
+    }
+    blocks, whole = getattr(cls, "_repeated_blocks", None), getattr(cls, "_no_split_modules", None)
+    offloaded = [
+        way for way, can in (("group", getattr(cls, "_supports_group_offloading", True)), ("layers", whole)) if can
+    ]
+    return (
+        str(known[state(name)]),
+        "; ".join(styles) or "in no pipeline as a transformer",
+        "yes" if blocks else "",
+        "yes" if issubclass(cls, CacheMixin) else "",
+        ", ".join(offloaded),
+    )
+
+
+def short() -> str:
+    """What README.md says."""
+    states = [state(name) for name in classes()]
+    rest = ", ".join(f"{states.count(kind)} {what}" for kind, what in _REST if states.count(kind))
+    return (
+        f"  {states.count('sparse')} classes are proven sparse, and bit-identical with the identity strategy, offline and with "
+        f"small random\n  weights; {rest}: [every class](docs/models.md)."
+    )
+
+
+_REST = (
+    ("pending", "are to come"),
+    ("exception", "are left alone, each for a reason that is told"),
+    ("new", "are new"),
+)
+
+
+def main() -> None:
+    """Print the walk; write the pages, but for a release that they are not of."""
+    print(page())
+    if "--print" not in sys.argv:
+        PAGE.write_text(page())
+        README.write_text(spliced(README.read_text(), _BEGIN, short(), _END))
+    if new := [name for name in classes() if state(name) == "new"]:
+        print(f"new: {', '.join(new)}")
+
+
+if __name__ == "__main__":
+    main()
