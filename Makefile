@@ -13,11 +13,15 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # The kernels must compile with what torch 2.11 comes with, too: a second Triton, for the tests alone.
 SECOND_TRITON := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton-3.6
 
+# Another Diffusers, ahead of the environment's own: DIFFUSERS=0.40.0, or the newest that pip offers.
+WALK := .walk/$(or $(DIFFUSERS),newest)
+WALKED := tests/library/test_walk.py tests/library/test_identity.py
+
 # A machine with a GPU may have no network and no environment of ours: its own Python, our folders, wheels if carried.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 FOLDERS := .whl/site:.:kernels:pipelines:eval
 
-.PHONY: help demo test stack stack-tables gpu gpu-wheels gpu-tables lint format wheel clean
+.PHONY: help demo test stack stack-tables gpu gpu-wheels gpu-tables walk lint format wheel clean
 
 help:
 	@echo "make demo    generate and compare videos of the embedded model: dense, AdaSpa, Digest, random"
@@ -27,6 +31,7 @@ help:
 	@echo "make gpu     in some minutes, all that a CUDA device makes of the kernels; GPU_SECONDS=480, OUT=out/gpu"
 	@echo "make gpu-wheels  download what runs whole models on a GPU machine that has no network"
 	@echo "make gpu-tables  write the tables of eval/results/gpu into README.md and docs/gpu.md"
+	@echo "make walk    every transformer class of another Diffusers, and what is new in it; DIFFUSERS=0.40.0, default the newest"
 	@echo "make wheel   build the wheel and try it in an environment of its own"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove environments and outputs"
@@ -77,6 +82,12 @@ gpu-wheels:
 gpu-tables: $(VENV)/.user
 	$(BIN)/python -m diffsparse_eval.gpu.table
 
+walk: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(WALK) \
+		diffusers$(if $(DIFFUSERS),==$(DIFFUSERS))
+	PYTHONPATH=$(WALK):.:kernels:pipelines:eval:tests $(BIN)/python -m support.walk --print
+	PYTHONPATH=$(WALK) $(BIN)/pytest $(WALKED)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy
 
@@ -90,4 +101,4 @@ wheel: $(VENV)/.dev
 	cd $(VENV)-wheel && bin/diffsparse doctor
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel dist out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-wheel .walk dist out .pytest_cache .mypy_cache .ruff_cache

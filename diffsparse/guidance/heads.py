@@ -21,7 +21,7 @@ _SHORT = re.compile(rf"(?:(?P<stack>[A-Za-z_]\w*)\.)?(?P<block>{_SPAN})\.(?P<hea
 _LONG = re.compile(rf"(?P<module>[^:]+):(?P<head>{_SPAN})")
 _PATH = re.compile(r"(?P<stack>.+?)\.(?P<block>\d+)\..+")
 _MAIN = ("transformer_blocks", "blocks", "layers")  # the stack that a block number alone means
-_COUNTS = ("heads", "num_heads", "n_heads")
+_COUNTS = ("heads", "num_heads", "n_heads", "num_attention_heads")
 
 _FORMS = (
     'wanted "5.3" (block 5, head 3), "12.0-7", "7-10.*", "single.4.*" (a stack of blocks by the start of its name) or '

@@ -32,6 +32,7 @@ _ONCE = (
     "pooled",
 )  # input: one vector for each sample
 _TEXT = ("add_", "text", "txt", "caption", "image_emb")  # input: the prompt (or an image) alone
+_KEYS = (".to_k", ".to_v")  # of cross-attention: also "to_key" and "to_value"
 _PRODUCTS = nn.Linear | nn.Conv2d | nn.Conv3d
 
 
@@ -89,12 +90,12 @@ def flops(model: nn.Module, video: int, text: int) -> Flops:
         if any(part in name for part in spec_of(model).skip):
             attention.append(0.0)
             crossed += products * text * text
-        elif name.endswith("attn2") and not joint:
+        elif _crosses(name) and not joint:
             attention.append(0.0)
             image = getattr(module, "add_k_proj", None) is not None  # keys of an input image too
             crossed += products * video * text * (2 if image else 1)
         else:
-            attention.append(products * (video + (0 if name.endswith("attn2") else joint)) ** 2)
+            attention.append(products * (video + (0 if _crosses(name) else joint)) ** 2)
     head_dim = next((_width(module) // _heads(module) for _, module in attentions(model)), None)
     return Flops(tuple(attention), crossed + sum(_linear(model, video, text, joint)), head_dim)
 
@@ -106,7 +107,7 @@ def _linear(model: nn.Module, video: int, text: int, joint: int) -> list[float]:
     for name, module in named:
         if _reads(name, _ONCE):
             rows = 1
-        elif _reads(name, _TEXT) or (not joint and name.endswith(("attn2.to_k", "attn2.to_v"))):
+        elif _reads(name, _TEXT) or (not joint and _crosses(name.rpartition(".")[0]) and _reads(name, _KEYS)):
             rows = text
         else:
             rows = video if _block(name) in two_streams else video + joint
@@ -129,15 +130,24 @@ def _reads(name: str, words: tuple[str, ...]) -> bool:
     return any(word in name for word in words)
 
 
+def _crosses(name: str) -> bool:
+    """Whether a module of this name attends to the prompt."""
+    return name.endswith(("attn2", "cross_attn", "cross_attention"))
+
+
 def _width(module: Attention) -> int:
     """Heads times head size of the queries."""
     width = getattr(module, "inner_dim", None)
-    return int(width or _heads(module) * int(module.head_dim))
+    size = getattr(module, "head_dim", None)
+    if width is None and size is None:
+        return int((getattr(module, "to_query", None) or module.to_q).out_features)
+    return int(width or _heads(module) * size)
 
 
 def _heads(module: Attention) -> int:
     """Of the queries."""
-    return int(getattr(module, "heads", None) or module.num_heads)
+    counts = (getattr(module, name, None) for name in ("heads", "num_heads", "num_attention_heads"))
+    return int(next(count for count in counts if count is not None))
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,12 @@ from support.tiny_pipelines import BUILDERS
 COUNTED = (
     "CogVideoXTransformer3DModel",
     "CogView4Transformer2DModel",
+    "CosmosTransformer3DModel",
     "FluxTransformer2DModel",
     "Flux2Transformer2DModel",
+    "HunyuanImageTransformer2DModel",
     "HunyuanVideoTransformer3DModel",
+    "Kandinsky5Transformer3DModel",
     "LTXVideoTransformer3DModel",
     "MochiTransformer3DModel",
     "QwenImageTransformer2DModel",

