@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffsparse
-from diffsparse import Dense, Random, Report, Schedule
+from diffsparse import Dense, Random, Report, Schedule, Site
 from support.new_pipelines import BUILDERS, STEPS, run
 
 ALWAYS = Schedule(dense_first=0)
@@ -35,6 +35,7 @@ class Expected(NamedTuple):
 BLOCKS = ("transformer_blocks.0.attn", "transformer_blocks.1.attn")
 FLUX3 = ("mode_blocks.image.0.attn", "single_transformer_blocks.0.attn", "single_transformer_blocks.1.attn")
 KLEIN = ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn")
+KANDINSKY = tuple(f"visual_transformer_blocks.{i}.video_dec_block.self_attention" for i in range(2))
 FIRST = ("blocks.0.attn1", "blocks.1.attn1")
 LTX = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
 BOTH = ("cond", "uncond")
@@ -49,8 +50,14 @@ EXPECTED: dict[str, Expected] = {
     "wan_animate2": Expected(("blocks.0.self_attn", "blocks.1.self_attn"), ("#0", "#1")),
     "skyreels_df": Expected(FIRST, BOTH),
     "skyreels_df_async": Expected(FIRST, BOTH),
+    "skyreels_df_causal": Expected(FIRST, BOTH),
     "ltx_condition": Expected(LTX, ("cond_uncond",)),
     "ltx2_condition": Expected(LTX, ("cond_uncond", "uncond_modality", "uncond_stg")),
+    "framepack": Expected(KLEIN, ("#0", "#1")),
+    "kandinsky6": Expected(KANDINSKY, BOTH),
+    "kandinsky6_image": Expected(KANDINSKY, BOTH),
+    "qwen_image_edit": Expected(BLOCKS, BOTH),
+    "cosmos": Expected(LTX, ("#0", "#1")),
     "qwen_image21": Expected(BLOCKS, BOTH),
     "qwen_image21_image": Expected(BLOCKS, BOTH),
     "qwen_image21_image_uncached": Expected(BLOCKS, BOTH),
@@ -69,6 +76,7 @@ PENDING: dict[tuple[str, str], str] = {
     ("sparse", "qwen_image21_image"): _RECTANGULAR,
     ("sparse", "qwen_image21_image_uncached"): _RECTANGULAR,
     ("sparse", "wan_animate2"): "its processor calls flex attention, with a padded block mask",
+    ("sparse", "skyreels_df_causal"): "a mask that differs between video rows",
     ("moments", "wan_animate2"): "the pass over the driving video is counted as a guidance branch",
 }
 
@@ -121,3 +129,28 @@ def test_steps_and_branches_are_named(name: str) -> None:
     _, branches, steps = EXPECTED[name]
     assert report.steps == steps
     assert {(call.step, call.branch) for call in report.calls} == {(s, b) for s in range(steps) for b in branches}
+
+
+class Spy:
+    """Runs dense and remembers when each layer was called."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[str, str], list[tuple[int, int | None]]] = {}
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Site) -> torch.Tensor:
+        self.seen.setdefault((site.layer, site.branch), []).append((site.step, site.steps))
+        return site.dense(q, k, v, reason="watched")
+
+
+WINDOWS = {"skyreels_df": (3, 3, 3), "skyreels_df_async": (7, 3, 3), "framepack": (3, 3)}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_each_window_is_a_run_of_its_own(name: str) -> None:
+    pipe, call = BUILDERS[name]()
+    spy = Spy()
+    with diffsparse.apply(pipe, spy, schedule=ALWAYS):
+        run(pipe, call)
+    layers, branches, _ = EXPECTED[name]
+    want = [(step, steps) for steps in WINDOWS[name] for step in range(steps)]
+    assert spy.seen == {(layer, branch): want for layer in layers for branch in branches}

@@ -19,6 +19,7 @@ from diffusers.modular_pipelines.wan_animate_2 import modular_blocks_wan_animate
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -395,6 +396,118 @@ def ltx2_condition(**more: Any) -> Built:
     return pipe, {**text, **call, **more}
 
 
+# --- others -------------------------------------------------------------------------------------------------------
+
+
+class Absent:
+    """A component that a pipeline insists on and then, with what it is given here, asks for nothing."""
+
+    def to(self, device: object) -> None:
+        """Nothing to move."""
+
+
+def framepack(**more: Any) -> Built:
+    """Two sections, the earlier of which is made last; what is made already stands before each as its history."""
+    torch.manual_seed(0)
+    _, call = tiny_pipelines.hunyuan_video()
+    parts = tiny_pipelines.hunyuan_video()[0].components
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    history = {"has_image_proj": True, "image_proj_dim": 16, "has_clean_x_embedder": True, "patch_size": 2}
+    transformer = d.HunyuanVideoFramepackTransformer3DModel(**{**parts["transformer"].config, **history})
+    parts["transformer"] = transformer.eval()
+    pipe = d.HunyuanVideoFramepackPipeline(
+        **parts,
+        image_encoder=t.SiglipVisionModel(t.SiglipVisionConfig(image_size=8, patch_size=4, **sizes)).eval(),
+        feature_extractor=t.SiglipImageProcessorPil(size={"height": 8, "width": 8}),
+    )
+    call |= {"image": picture(64, 96), "latent_window_size": 3, "num_frames": 13, "height": 96, "width": 64}
+    call |= {"negative_prompt": "bad", "true_cfg_scale": 2.0, "output_type": "latent"}
+    return pipe, {**call, "num_inference_steps": STEPS, **more}
+
+
+def kandinsky6(image: bool = False) -> Built:
+    """Video and sound side by side; the first frame, if given, stands behind those that are made."""
+    torch.manual_seed(0)
+    transformer = d.Kandinsky6Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=8,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 4, 8),
+        in_audio_dim=4,
+        out_audio_dim=4,
+        visual_token_type_num_embeddings=2,
+    )
+    pipe = d.Kandinsky6TI2VAPipeline(
+        transformer=transformer.eval(),
+        vae=tiny_pipelines.hunyuan_video()[0].vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        scheduler=d.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        audio_vae=d.MMAudioVAE(mel_bins=8, latent_channels=4, hidden_channels=8, layers_per_block=1).eval(),
+        vocoder=Absent(),
+    )
+    call: dict[str, Any] = {"prompt_embeds": words(9, 16), "pooled_prompt_embeds": noise(1, 8)}
+    call |= {"negative_prompt_embeds": words(7, 16, seed=2), "negative_pooled_prompt_embeds": noise(1, 8, seed=2)}
+    call |= {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": STEPS, "output_type": "latent"}
+    return pipe, {**call, "image": picture(96, 64)} if image else call
+
+
+def qwen_image_edit() -> Built:
+    """Two pictures, each of a size of its own, behind the one that is made."""
+    edit_plus.VAE_IMAGE_SIZE = edit_plus.CONDITION_IMAGE_SIZE = 64 * 64  # pixels; 16,384 tokens for each otherwise
+    parts = tiny_pipelines.qwen_image()[0].components
+    pipe = d.QwenImageEditPlusPipeline(**parts, processor=None)
+    call: dict[str, Any] = {"prompt_embeds": words(9, 16), "negative_prompt_embeds": words(7, 16, seed=2)}
+    masks = {"prompt_embeds_mask": torch.ones(1, 9), "negative_prompt_embeds_mask": torch.ones(1, 7)}
+    images = [picture(64, 64), picture(32, 96)]
+    return pipe, {**call, **masks, "image": images, "height": 64, "width": 80, "num_inference_steps": STEPS}
+
+
+def cosmos() -> Built:
+    torch.manual_seed(0)
+    transformer = d.CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2,
+        text_embed_dim=16,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        concat_padding_mask=False,
+    )
+    vae = d.AutoencoderKLCosmos(
+        latent_channels=4,
+        encoder_block_out_channels=(8,) * 4,
+        decode_block_out_channels=(8,) * 4,
+        attention_resolutions=(8,),
+        resolution=64,
+        num_layers=1,
+        latents_mean=None,
+        latents_std=None,
+    )
+    pipe = d.CosmosTextToWorldPipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer.eval(),
+        vae=vae.eval(),
+        scheduler=d.EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=0.5),
+        safety_checker=Absent(),
+    )
+    call: dict[str, Any] = {"prompt_embeds": words(9, 16), "negative_prompt_embeds": words(9, 16, seed=2)}
+    call |= {"height": 64, "width": 96, "num_frames": 17, "num_inference_steps": STEPS, "output_type": "latent"}
+    return pipe, call
+
+
 BUILDERS: dict[str, Callable[[], Built]] = {
     "h3": h3_text,
     "h3_keyframes": h3_keyframes,
@@ -406,8 +519,14 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "wan_animate2": wan_animate2,
     "skyreels_df": skyreels,
     "skyreels_df_async": lambda: skyreels(ar_step=2, causal_block_size=1),
+    "skyreels_df_causal": lambda: skyreels(ar_step=2, causal_block_size=2, num_frames=21, base_num_frames=13),
     "ltx_condition": ltx_condition,
     "ltx2_condition": ltx2_condition,
+    "framepack": framepack,
+    "kandinsky6": kandinsky6,
+    "kandinsky6_image": lambda: kandinsky6(image=True),
+    "qwen_image_edit": qwen_image_edit,
+    "cosmos": cosmos,
     "qwen_image21": qwen_image21,
     "qwen_image21_image": lambda: qwen_image21(image=True),
     "qwen_image21_image_uncached": lambda: qwen_image21(image=True, cached=False),
