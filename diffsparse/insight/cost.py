@@ -141,7 +141,7 @@ def _width(module: Attention) -> int:
     size = getattr(module, "head_dim", None)
     if width is None and size is None:
         return int((getattr(module, "to_query", None) or module.to_q).out_features)
-    return int(width or _heads(module) * size)
+    return int(width) if width else _heads(module) * int(size or 0)
 
 
 def _heads(module: Attention) -> int:

@@ -7,7 +7,6 @@ pass runs.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -107,7 +106,7 @@ class Geometry:
         if self.tokens is None:
             return self._with_text(Grid(*sizes[0])) if sizes else None
         if sum(f * h * w for f, h, w in sizes) == self.tokens:
-            rasters = _joined([(0, f, h, w, 0.0, 0.0) for f, h, w in sizes])
+            rasters = _joined([(0, f, h, w, 0.0, 0.0, place) for place, (f, h, w) in enumerate(sizes)])
         else:
             rasters = self._rasters(self.tokens) if self.places else []
         return self._among(rasters, self.tokens) if rasters else Grid(1, 1, self.tokens, known=False)
@@ -139,14 +138,16 @@ class Geometry:
 
 
 def _covering(rasters: list[_Raster], tokens: int) -> tuple[Beside, ...]:
-    """So many tokens as these rasters; as one run whose grid isn't known, if the rasters aren't all of them."""
+    """So many tokens as these rasters; as one run whose grid isn't known, if these aren't all; as text without any."""
+    if not rasters and tokens:
+        return (Beside(tokens, "text"),)
     if sum(map(_cells, rasters)) == tokens:
         return tuple(Beside(_cells(raster), grid=raster[1:]) for raster in rasters)
     return (Beside(tokens),)
 
 
 _Raster = tuple[int, int, int, int]  # first token, frames, height, width
-_Plane = tuple[int, int, int, int, float, float]  # a raster, and its first row and column
+_Plane = tuple[int, int, int, int, float, float, float]  # a raster, and its first row, column and frame
 _KEPT: dict[tuple[tuple[StorageWeakRef, Hashable], ...], Any] = {}
 
 
@@ -201,8 +202,10 @@ def _rasters(places: Tensor) -> list[_Raster]:
     f, r, c = frame[rows], row[rows], column[rows]
     planes = _starts((f[1:] != f[:-1]) | (r[1:] <= r[:-1]) | (width[1:] != width[:-1]) | (c[1:] != c[:-1]))
     height = torch.diff(planes, append=planes.new_tensor([len(rows)]))
-    of = [x[planes].tolist() for x in (rows, width, r, c)]
-    found = [(start, 1, h, w, y, x) for h, (start, w, y, x) in zip(height.tolist(), zip(*of, strict=True), strict=True)]
+    of = (x[planes].tolist() for x in (rows, width, r, c, f))
+    found = [
+        (start, 1, h, w, y, x, t) for h, (start, w, y, x, t) in zip(height.tolist(), zip(*of, strict=True), strict=True)
+    ]
     return [raster for raster in _joined(found) if raster[2] * raster[3] > 1]
 
 
@@ -212,9 +215,15 @@ def _starts(breaks: Tensor) -> Tensor:
 
 
 def _joined(planes: list[_Plane]) -> list[_Raster]:
-    """Neighbours that differ only in their number of frames, as one."""
-    groups = (list(group) for _, group in itertools.groupby(planes, key=lambda plane: plane[2:]))
-    return [(group[0][0], sum(plane[1] for plane in group), *group[0][2:4]) for group in groups]
+    """Neighbours that differ only in their number of frames, as one, unless time goes back between them."""
+    found: list[_Raster] = []
+    for before, (start, frames, *rest) in zip([None, *planes], planes, strict=False):
+        if before is not None and before[2:6] == tuple(rest[:4]) and before[6] < rest[4]:
+            first, count, h, w = found[-1]
+            found[-1] = first, count + frames, h, w
+        else:
+            found.append((start, frames, int(rest[0]), int(rest[1])))
+    return found
 
 
 def _cells(raster: _Raster) -> int:

@@ -205,6 +205,11 @@ def gist_grid(patch: Patch, inputs: Inputs) -> Geometry:
     return Geometry(sizes, sum(h * w for h, w in zip(sizes[1::3], sizes[2::3], strict=True)))
 
 
+def tail_grid(patch: Patch, inputs: Inputs) -> Geometry:
+    """A sequence of text and then an image, with the places of all of its tokens in `position_ids`."""
+    return Geometry(tokens=inputs["hidden_states"].shape[1], places=_tensors(inputs.get("position_ids")), last=True)
+
+
 def target_grid(patch: Patch, inputs: Inputs) -> Geometry:
     """Packed images of which the last of `img_shapes` is the model's; those before it stand among the text."""
     return Geometry(_listed_sizes(inputs.get("img_shapes"))[-3:])
@@ -285,6 +290,7 @@ SPECS: dict[str, ModelSpec] = {
     "HunyuanVideo15Transformer3DModel": _AFTER,
     "HunyuanVideoFramepackTransformer3DModel": ModelSpec("before", grid=history_grid, ahead="condition"),
     "HunyuanVideoTransformer3DModel": _AFTER,
+    "Ideogram4Transformer2DModel": ModelSpec("before", grid=tail_grid),
     "JoyImageEditPlusTransformer3DModel": ModelSpec("after", grid=packed_grid),
     "JoyImageEditTransformer3DModel": _AFTER,
     "Kandinsky5Transformer3DModel": ModelSpec(grid=channels_last_grid),

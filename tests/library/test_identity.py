@@ -19,19 +19,9 @@ from support.tiny_pipelines import BUILDERS, run
 from support.tiny_transformers import CASES, OTHER, Shape, build, case_of, inputs, tensors
 from support.walk import PENDING
 
-<<<<<<< HEAD
-# Their queries and keys differ in number, their tokens have no known order, or a mask is each head's own.
-UNTOUCHED: dict[str, str] = {
-    "Ideogram4Transformer2DModel": "the order of the tokens is not known",
-    "LuminaNextDiT2DModel": "a mask that differs by head",
-}
-# What is not self-attention over the latents: cross-attention, text refiners, audio, faces, attention along time alone.
-LEFT_ALONE = re.compile(r"attn2$|attn_2$|audio|context_|token_refiner|temporal_|text_fusion|face_adapter|motion_")
-=======
 # Classes that stay dense, and what each of their calls is told; what is pending may be told anything.
 UNTOUCHED: dict[str, str] = {"LuminaNextDiT2DModel": "a mask that differs by head"}
 KNOWN = [name for name in CASES if name not in PENDING]
->>>>>>> walk
 FIXED_SIZE = {"HunyuanDiT2DModel", "LatteTransformer3DModel", "LuminaNextDiT2DModel"}
 
 

@@ -297,7 +297,8 @@ def test_no_geometry_is_told():
         ([], [], Grid(3, 4, 5)),
         ([(2, 3)], [], Grid(3, 4, 5, before=(Beside(6, grid=(1, 2, 3)),))),  # LTX
         ([], [(2, 3)], Grid(3, 4, 5, after=(Beside(6, grid=(1, 2, 3)),))),  # LTX 2
-        ([(4, 5)], [], Grid(4, 4, 5)),  # a keyframe of the video's own size
+        ([(4, 5)], [], Grid(3, 4, 5, before=(Beside(20, grid=(1, 4, 5)),))),  # a keyframe of the video's own size
+        ([], [(4, 5)], Grid(4, 4, 5)),  # of a later time
     ],
 )
 def test_conditions_of_a_video(ahead, behind, expected):

@@ -165,8 +165,8 @@ def short() -> str:
     states = [state(name) for name in classes()]
     rest = ", ".join(f"{states.count(kind)} {what}" for kind, what in _REST if states.count(kind))
     return (
-        f"  {states.count('sparse')} classes are proven sparse, and bit-identical with the identity strategy, offline and with "
-        f"small random\n  weights; {rest}: [every class](docs/models.md)."
+        f"  {states.count('sparse')} classes are proven sparse, and bit-identical with the identity strategy, offline and "
+        f"with small random\n  weights; {rest}: [every class](docs/models.md)."
     )
 
 
