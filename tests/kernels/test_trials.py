@@ -193,6 +193,22 @@ def wait_until(holds: Callable[[], bool]) -> bool:
     return holds()
 
 
+def test_poison_is_cheap() -> None:
+    """Torch's own switch imports a compiler, which takes as long as all else that a trial starts with."""
+    code = """
+import sys
+import torch
+from diffsparse_kernels.backend import selftest
+from diffsparse_kernels.child import say
+before = set(sys.modules)
+selftest.poison()
+say(more=len(set(sys.modules) - before), poisoned=bool(torch.empty(3).isnan().all()))
+"""
+    heard: list[child.Message] = []
+    assert child.run_child(["-c", code], heard.append, **LIMITS) == ("done", "")
+    assert heard == [{"more": 0, "poisoned": True}]
+
+
 def test_one_process_tries_case_after_case(monkeypatch: pytest.MonkeyPatch) -> None:
     started = behave(monkeypatch, "right")
     assert trials.verdict("gluon", CASE, CPU) == ""
@@ -498,7 +514,7 @@ def test_the_real_child_runs_the_real_kernels(capsys: pytest.CaptureFixture[str]
     assert last["verdict"].startswith("raised ")
     proof.attempt("nowhere", "triton", CASE.words())
     assert "untried" in json.loads(capsys.readouterr().out.splitlines()[-1])
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 def test_a_child_is_heard_and_killed_with_all_that_it_started(tmp_path: Path) -> None:

@@ -477,7 +477,7 @@ def kernel_of(name: str) -> Kernel:
 
 def poison() -> None:
     """From now on `torch.empty` gives NaN: memory that no kernel wrote must not pass for a result."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` takes seconds to import a compiler
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
