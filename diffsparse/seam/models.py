@@ -317,6 +317,7 @@ SPECS: dict[str, ModelSpec] = {
     "SD3Transformer2DModel": _AFTER,
     "SkyReelsV2Transformer3DModel": _NONE,
     "Transformer2DModel": _NONE,
+    "WanAnimate2Transformer3DModel": ModelSpec(grid=list_grid),
     "WanAnimateTransformer3DModel": _NONE,
     "WanTransformer3DModel": _NONE,
     "WanVACETransformer3DModel": _NONE,
