@@ -43,6 +43,7 @@ KLEIN = ("transformer_blocks.0.attn", "single_transformer_blocks.0.attn")
 KANDINSKY = tuple(f"visual_transformer_blocks.{i}.video_dec_block.self_attention" for i in range(2))
 FIRST = ("blocks.0.attn1", "blocks.1.attn1")
 LTX = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
+COSMOS3 = ("layers.0.self_attn", "layers.1.self_attn")
 BOTH = ("cond", "uncond")
 EXPECTED: dict[str, Expected] = {
     "h3": Expected(BLOCKS),
@@ -63,6 +64,8 @@ EXPECTED: dict[str, Expected] = {
     "kandinsky6_image": Expected(KANDINSKY, BOTH),
     "qwen_image_edit": Expected(BLOCKS, BOTH),
     "cosmos": Expected(LTX, ("#0", "#1")),
+    "cosmos3": Expected(COSMOS3, BOTH),
+    "cosmos3_image": Expected(COSMOS3, BOTH),
     "qwen_image21": Expected(BLOCKS, BOTH),
     "qwen_image21_image": Expected(BLOCKS, BOTH),
     "qwen_image21_image_uncached": Expected(BLOCKS, BOTH),
@@ -192,6 +195,8 @@ GRIDS: dict[str, set[tuple[int, ...]]] = {
     "kandinsky6_image": {(3, 4, 6, 0)},
     "qwen_image_edit": {(1, 8, 10, 9), (1, 8, 10, 7)},
     "cosmos": {(3, 4, 6, 0)},
+    "cosmos3": {(3, 4, 6, 15), (3, 4, 6, 11)},
+    "cosmos3_image": {(3, 4, 6, 15), (3, 4, 6, 11)},
     "qwen_image21": {(1, 8, 10, 24), (1, 8, 10, 20)},
     "qwen_image21_image": {(1, 8, 10, 66), (1, 8, 10, 62)},
 }
@@ -200,3 +205,16 @@ GRIDS: dict[str, set[tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", cases("grid", GRIDS))
 def test_where_the_grid_is(name: str) -> None:
     assert read(name).grids == GRIDS[name]
+
+
+@pytest.mark.parametrize("name", ["h3", "flux3"])
+def test_modular_pipelines_come_in_by_all_doors(name: str) -> None:
+    pipe, call = BUILDERS[name]()
+    want = run(pipe, call)
+    with diffsparse.accelerate(pipe, cache=None, schedule=ALWAYS) as fast:
+        assert not torch.equal(run(pipe, call), want)
+        assert fast.report().sparse_calls
+    with diffsparse.guide(pipe, [f"{EXPECTED[name].layers[-1]}:0"], head_scale=2.0) as guided:
+        assert not torch.equal(run(pipe, call), want)
+        assert guided.report().passes == STEPS
+    assert torch.equal(run(pipe, call), want)

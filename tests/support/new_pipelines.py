@@ -55,7 +55,8 @@ def modular(blocks: ModularPipelineBlocks, **components: Any) -> ModularPipeline
 # --- text encoders that see ---------------------------------------------------------------------------------------
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'][0]['text'] }}<|im_end|>\n{% endfor %}"
+WORDS = "{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}"
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n" + WORDS + "<|im_end|>\n{% endfor %}"
 
 
 def qwen_vocabulary() -> dict[str, int]:
@@ -471,6 +472,36 @@ def qwen_image_edit() -> Built:
     return pipe, {**call, **masks, "image": images, "height": 64, "width": 80, "num_inference_steps": STEPS}
 
 
+def cosmos3(image: bool = False) -> Built:
+    """Text is a stream of its own, whose keys the other tokens see too."""
+    torch.manual_seed(0)
+    transformer = d.Cosmos3OmniTransformer(
+        head_dim=12,
+        hidden_size=24,
+        intermediate_size=32,
+        latent_channel=16,
+        patch_latent_dim=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=2,
+        vocab_size=len(qwen_vocabulary()),
+        rope_axes_dim=[2, 2, 2],
+        dtype="float32",
+    )
+    pipe = d.Cosmos3OmniPipeline(
+        transformer=transformer.eval(),
+        text_tokenizer=qwen3_vl_processor().tokenizer,
+        vae=wan_vae(),
+        scheduler=d.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        enable_safety_checker=False,
+    )
+    pipe.text_tokenizer.chat_template = TEMPLATE
+    call: dict[str, Any] = {"prompt": "a cat", "negative_prompt": "a", "height": 64, "width": 96, "num_frames": 9}
+    call |= {"num_inference_steps": STEPS, "output_type": "latent", "add_duration_template": False}
+    call |= {"use_system_prompt": False, "add_resolution_template": False}
+    return pipe, {**call, "image": picture(96, 64)} if image else call
+
+
 def cosmos() -> Built:
     torch.manual_seed(0)
     transformer = d.CosmosTransformer3DModel(
@@ -527,6 +558,8 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "kandinsky6_image": lambda: kandinsky6(image=True),
     "qwen_image_edit": qwen_image_edit,
     "cosmos": cosmos,
+    "cosmos3": cosmos3,
+    "cosmos3_image": lambda: cosmos3(image=True),
     "qwen_image21": qwen_image21,
     "qwen_image21_image": lambda: qwen_image21(image=True),
     "qwen_image21_image_uncached": lambda: qwen_image21(image=True, cached=False),
