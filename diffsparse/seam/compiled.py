@@ -72,8 +72,8 @@ def untraced(method: Callable[P, R]) -> Callable[P, R]:
 
 def begin(handle: Tensor, geometry: Geometry) -> Tensor:
     """`Receiver.begin` when the graph runs; gives `begun`."""
-    facts = (geometry.sizes, geometry.tokens, geometry.places, geometry.coordinates, geometry.text_after)
-    more = geometry.axes, geometry.channels, geometry.parts, geometry.last
+    facts = (geometry.sizes, geometry.tokens, geometry.places, geometry.coordinates, geometry.history)
+    more = geometry.text_after, geometry.axes, geometry.channels, geometry.parts, geometry.last
     begun: Tensor = torch.ops.diffsparse.begin(handle, *facts, *more)
     return begun
 
@@ -110,13 +110,16 @@ def _begin(
     tokens: int | None,
     places: list[Tensor],
     coordinates: bool,
+    history: int,
     text_after: int,
     axes: list[int],
     channels: list[int],
     parts: list[Tensor],
     last: bool,
 ) -> Tensor:
-    _RECEIVERS[int(handle)].begin(Geometry(sizes, tokens, places, coordinates, text_after, axes, channels, parts, last))
+    _RECEIVERS[int(handle)].begin(
+        Geometry(sizes, tokens, places, coordinates, history, text_after, axes, channels, parts, last)
+    )
     return _zero()
 
 

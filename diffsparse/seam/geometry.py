@@ -76,7 +76,9 @@ class Geometry:
     sizes: frames, height and width of latents whose tokens follow each other, that of the output first; flat.
     tokens: length of the whole sequence, if it may hold other tokens too.
     places: frame, row and column of each token, [N, 3 or more] or [B, N, 3 or more]; of several tensors one by one.
+        Three tensors of one axis are of a grid of them: frames, rows, columns.
     coordinates: `places` are a video's coordinates instead, [B, 3, N] or [B, 3, N, 2].
+    history: tokens of earlier frames before the grid.
     text_after: text tokens after the grid, in models whose text stands on both sides.
     axes: lengths of the latents' axes after the batch's.
     channels: how many channels the latents may have. The grid is read only if the first of `axes`, and no other, has
@@ -89,6 +91,7 @@ class Geometry:
     tokens: int | None = None
     places: Sequence[Tensor] = ()
     coordinates: bool = False
+    history: int = 0
     text_after: int = 0
     axes: Sequence[int] = ()
     channels: Sequence[int] = ()
@@ -104,7 +107,7 @@ class Geometry:
             return _once((*self.places, text, audio), lambda: _arranged(_flat(self.places[0]), text, audio))
         sizes = list(zip(*(self.sizes[axis::3] for axis in range(3)), strict=True))
         if self.tokens is None:
-            return self._with_text(Grid(*sizes[0])) if sizes else None
+            return self._with_more(Grid(*sizes[0])) if sizes else None
         if sum(f * h * w for f, h, w in sizes) == self.tokens:
             rasters = _joined([(0, f, h, w, 0.0, 0.0, place) for place, (f, h, w) in enumerate(sizes)])
         else:
@@ -116,11 +119,15 @@ class Geometry:
         ours = max(rasters, key=_cells) if self.coordinates else rasters[-1 if self.last else 0]
         place, end = rasters.index(ours), ours[0] + _cells(ours)
         before, after = _covering(rasters[:place], ours[0]), _covering(rasters[place + 1 :], tokens - end)
-        return self._with_text(Grid(*ours[1:], before=before, after=after))
+        return self._with_more(Grid(*ours[1:], before=before, after=after))
 
-    def _with_text(self, grid: Grid) -> Grid:
-        """With the text that stands after all else."""
-        return grid._replace(after=(*grid.after, Beside(self.text_after, "text"))) if self.text_after else grid
+    def _with_more(self, grid: Grid) -> Grid:
+        """With the history that stands before all else, and the text that stands after it."""
+        before, after = Beside(self.history), Beside(self.text_after, "text")
+        return grid._replace(
+            before=(*((before,) if self.history else ()), *grid.before),
+            after=(*grid.after, *((after,) if self.text_after else ())),
+        )
 
     def _rasters(self, tokens: int) -> list[_Raster]:
         """Of the last `tokens` places."""
@@ -128,7 +135,8 @@ class Geometry:
         def read() -> list[_Raster]:
             found: list[_Raster] = []
             start = 0
-            for x in self.places:
+            axes = self.places[0].ndim == 1
+            for x in (torch.cartesian_prod(*self.places),) if axes else self.places:
                 places = _flat(_tokens_last(x) if self.coordinates else x)[-tokens:]
                 found += [(start + first, f, h, w) for first, f, h, w in _rasters(places)]
                 start += len(places)

@@ -80,7 +80,8 @@ class ModelSpec:
         if self.text == "before" and not found.spans and found.video < queries:  # keys of references, of another step
             span = Span(queries - found.video, kept, _kind(kept, found.video))
             found = replace(found, spans=(span,)) if span.stop == found.text_before else found
-        return found.asked_by(queries)
+        spans = tuple(span._replace(grid=None) for span in found.spans)  # later steps don't know the grids
+        return replace(found, spans=spans).asked_by(queries)
 
     def _layout(self, grid: Grid, tokens: int) -> Layout | None:
         cells = math.prod(grid.size)
@@ -165,6 +166,14 @@ def channels_last_grid(patch: Patch, inputs: Inputs) -> Geometry:
     return _geometry(patch, *inputs["hidden_states"].shape[1:4])
 
 
+def placed_grid(patch: Patch, inputs: Inputs) -> Geometry:
+    """Latents [B, F, H, W, C] of which a given frame may be the last, as its time tells: Kandinsky 6."""
+    axes, found = _tensors(*(inputs.get("visual_rope_pos") or ())), channels_last_grid(patch, inputs)
+    if len(axes) != 3 or any(axis.ndim != 1 for axis in axes):
+        return found
+    return Geometry(tokens=math.prod(found.sizes), places=axes)
+
+
 def list_grid(patch: Patch, inputs: Inputs) -> Geometry:
     """A list of latents [C, F, H, W], one for each sample; samples of different sizes have no common grid."""
     latents = inputs.get("x", inputs.get("hidden_states"))
@@ -228,10 +237,18 @@ def parts_grid(patch: Patch, inputs: Inputs) -> Geometry:
     return Geometry(places=_tensors(inputs.get("position_ids")), parts=parts)
 
 
+_HISTORY = {"latents_clean": (1, 2), "latents_history_2x": (2, 4), "latents_history_4x": (4, 8)}  # frames, edge
+
+
 def history_grid(patch: Patch, inputs: Inputs) -> Geometry:
-    """Latents [B, C, F, H, W] between history tokens and text: FramePack."""
-    text = sum(x.shape[1] for name in ("encoder_hidden_states", "image_embeds") if (x := inputs.get(name)) is not None)
-    return Geometry(latent_grid(patch, inputs).sizes, text_after=text)
+    """Latents [B, C, F, H, W] after those of earlier frames, in larger patches the older they are: FramePack."""
+    tokens = 0
+    for name, (frames, edge) in _HISTORY.items():
+        latents = inputs.get(name)
+        if latents is not None and inputs.get(f"indices_{name}") is not None:
+            f, h, w = latents.shape[2:]
+            tokens += -(-f // frames) * -(-h // edge) * -(-w // edge)
+    return replace(latent_grid(patch, inputs), history=tokens)
 
 
 def _tensors(*values: object) -> tuple[torch.Tensor, ...]:
@@ -288,13 +305,13 @@ SPECS: dict[str, ModelSpec] = {
     "HunyuanDiT2DModel": _NONE,
     "HunyuanImageTransformer2DModel": _AFTER,
     "HunyuanVideo15Transformer3DModel": _AFTER,
-    "HunyuanVideoFramepackTransformer3DModel": ModelSpec("before", grid=history_grid, ahead="condition"),
+    "HunyuanVideoFramepackTransformer3DModel": ModelSpec("after", grid=history_grid),
     "HunyuanVideoTransformer3DModel": _AFTER,
     "Ideogram4Transformer2DModel": ModelSpec("before", grid=tail_grid),
     "JoyImageEditPlusTransformer3DModel": ModelSpec("after", grid=packed_grid),
     "JoyImageEditTransformer3DModel": _AFTER,
     "Kandinsky5Transformer3DModel": ModelSpec(grid=channels_last_grid),
-    "Kandinsky6Transformer3DModel": ModelSpec(grid=channels_last_grid),
+    "Kandinsky6Transformer3DModel": ModelSpec(grid=placed_grid),
     "Krea2Transformer2DModel": _BEFORE_PACKED,
     "LatteTransformer3DModel": _NONE,
     "LongCatImageTransformer2DModel": _BEFORE_PACKED,

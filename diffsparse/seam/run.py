@@ -118,7 +118,7 @@ class Layer:
         whole = None if call.needs_grad else call.of_all(layout)
         if whole is None:
             return self.run.attend(self, call, layout, number, "queries of a part of the tokens have rows of a mask")
-        return layout.gathered(self.run.attend(self, whole, layout, number))
+        return layout.gathered(self.run.attend(self, whole, layout))  # the only one of its kind in a processor call
 
     def note_unseen(self) -> None:
         """`report_unseen` in eager mode, or when a compiled graph runs."""

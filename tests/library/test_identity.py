@@ -26,6 +26,7 @@ FIXED_SIZE = {"HunyuanDiT2DModel", "LatteTransformer3DModel", "LuminaNextDiT2DMo
 
 
 @pytest.mark.filterwarnings("ignore:.*none of its attention was recognised")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", CASES)
 def test_transformers(name: str) -> None:
     """`test_walk.py` compares one model with itself; here is a second one of its class beside it."""
@@ -115,6 +116,7 @@ def test_nothing_to_adopt_is_an_error_that_lists_what_is_supported() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*none of its attention was recognised")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", CASES)
 def test_no_call_is_dense_or_unseen_without_a_reason(name: str) -> None:
     model = build(name)
@@ -127,6 +129,7 @@ def test_no_call_is_dense_or_unseen_without_a_reason(name: str) -> None:
     assert report.sparse_calls + sum(report.fallbacks.values()) == len(report.calls) > 0
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", CASES)
 def test_strict_raises_for_each_call_that_would_be_dense(name: str) -> None:
     model = build(name)
@@ -239,7 +242,10 @@ def test_controlnets_run_by_the_strategy_too(several: bool) -> None:
     """They have a run of their own beside the transformer's, and are given back with it."""
     name = "SD3Transformer2DModel"
     model, kwargs = build(name), inputs(name)
-    nets = [diffusers.SD3ControlNetModel.from_transformer(model, num_layers=1).eval() for _ in range(1 + several)]
+    nets = [
+        diffusers.SD3ControlNetModel.from_transformer(model, num_layers=1, num_extra_conditioning_channels=0).eval()
+        for _ in range(1 + several)
+    ]
     controlnet = diffusers.SD3MultiControlNetModel(nets) if several else nets[0]
 
     class Pipe:

@@ -71,20 +71,11 @@ EXPECTED: dict[str, Expected] = {
     "qwen_image21_image_uncached": Expected(BLOCKS, BOTH),
 }
 # What is not yet sparse, or not yet in time, and why.
-_NUMBER = "the product over the image is the last of several in the first step, and the only one later"
-_KEYFRAME = "a keyframe is taken as one more frame of the grid"
 PENDING: dict[tuple[str, str], str] = {
     ("sparse", "wan_animate2"): "its processor calls flex attention, with a padded block mask",
     ("sparse", "skyreels_df_causal"): "a mask that differs between video rows",
     ("memory", "wan_animate2"): "no strategy is asked",
     ("memory", "skyreels_df_causal"): "no strategy is asked",
-    ("memory", "flux2_klein_kv"): "the size of a reference is known in the first step alone",
-    ("memory", "qwen_image21"): _NUMBER,
-    ("memory", "qwen_image21_image"): _NUMBER,
-    ("grid", "ltx_condition"): _KEYFRAME,
-    ("grid", "ltx2_condition"): _KEYFRAME,
-    ("grid", "kandinsky6_image"): _KEYFRAME,
-    ("grid", "framepack"): "padding of the prompt, which the model cuts off, is counted as text",
 }
 
 

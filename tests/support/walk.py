@@ -42,7 +42,7 @@ EXCEPTIONS: dict[str, str] = {
     "StableAudio3DiTModel": _SOUND,
     "StableAudioDiTModel": _SOUND,
     "T5FilmDecoder": _SOUND,
-    "WanAnimate2Transformer3DModel": "FlexAttention alone, with a mask of its own, but for the pass over the driving video",
+    "WanAnimate2Transformer3DModel": "FlexAttention alone, but for the pass over the driving video",
     "TransformerTemporalModel": "attention along time alone, within UNets",
 }
 # Classes and modes that the seam has still to learn, and what it lacks: a row goes when it has learned it.
