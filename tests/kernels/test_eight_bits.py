@@ -48,7 +48,7 @@ def test_on_the_device(precision: str) -> None:
         pytest.skip(f"triton: {reason}")
     if "fp8" in precision and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 wants sm_89 or later")
-    for size, dtype, masked in itertools.product(SIZES, (torch.bfloat16, torch.float16), (False, True)):
+    for size, dtype, masked in itertools.product(SIZES, (torch.bfloat16, torch.float16), ("not", "bool", "bias")):
         assert_no_worse_than_rounding(Place("triton", "cuda"), size, dtype, precision, masked)
     size = SIZES[0]
     qkv, lists = moved(size.qkv(torch.bfloat16), "cuda"), moved(size.lists(random_mask(size)), "cuda")
