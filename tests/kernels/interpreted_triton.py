@@ -166,17 +166,31 @@ def test_dense_with_mass(size: Size, dtype: torch.dtype) -> None:
         torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("size", "dtype"), CASES[:3], ids=str)
-def test_mass_of_a_search_in_one_pass(size: Size, dtype: torch.dtype) -> None:
+def test_mass_of_a_search_in_one_pass(size: Size, dtype: torch.dtype, biased: bool) -> None:
     """By the LSE that the means give: exact where keys are alike within a block, padded ones apart."""
     q, k, v = size.qkv(dtype)
     k = k[:, :, torch.arange(size.kv_len) // size.kv_block * size.kv_block]
-    keys = torch.rand(size.batch, size.kv_len) < 0.7
+    keys = torch.randn(size.batch, size.kv_len) if biased else torch.rand(size.batch, size.kv_len) < 0.7
     blocks = {"q_block": size.q_block, "kv_block": size.kv_block, "scale": size.scale, "key_mask": keys}
     out, lse, mass = dk.attention_with_mass(q, k, v, **blocks, backend="triton")
     want = dk.attention_with_mass(*(x.double() for x in (q, k, v)), **blocks, backend="reference")
     torch.testing.assert_close(mass.double(), want[2], rtol=0.02, atol=0.02)
-    assert_attention((out, lse), (q, k, v), keys[:, None, None].expand(*q.shape[:3], -1), size.scale)
+    whole = size.allowed(torch.ones(size.blocks, dtype=torch.bool), keys)
+    assert_attention((out, lse), (q, k, v), whole, size.scale)
+
+
+@pytest.mark.parametrize("shift", [-1e4, 300.0])
+def test_statistics_of_a_large_bias(shift: float) -> None:
+    """No weight overflows, and none is lost."""
+    size = PADDED[0]
+    (_, k, v), keys = size.qkv(torch.float32), torch.randint(-2, 3, (size.batch, size.kv_len)).float()
+    want = triton.first_order(k, v, size.kv_block, size.scale, keys)
+    got = triton.first_order(k, v, size.kv_block, size.scale, keys + shift)
+    torch.testing.assert_close(got.log_count, want.log_count + shift)
+    for name in ("key", "value", "variance", "spread", "steepness"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), atol=4e-3, rtol=4e-3)
 
 
 @pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)

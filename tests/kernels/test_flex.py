@@ -56,9 +56,11 @@ def test_the_mass_is_that_of_the_own_kernel() -> None:
     q, k, v = size.qkv(torch.float32)
     lse = torch.zeros(size.batch, size.heads, size.q_len)
     blocks = {"q_block": 32, "kv_block": 32}
-    want = dk.attention_with_mass(q, k, v, lse, **blocks, backend="cpu")
-    for got, exact in zip(dk.attention_with_mass(q, k, v, lse, **blocks, backend="flex"), want, strict=True):
-        torch.testing.assert_close(got, exact)
+    for keys in (None, uneven(size)):
+        got, want = (
+            dk.attention_with_mass(q, k, v, lse, **blocks, key_mask=keys, backend=name) for name in ("flex", "cpu")
+        )
+        torch.testing.assert_close(got, want)
 
 
 def test_boxes_are_refused() -> None:

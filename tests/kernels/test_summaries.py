@@ -232,6 +232,22 @@ def test_scores_that_are_all_zero_or_turned_round(place: Place, scale: float, by
 
 @pytest.mark.parametrize("tokens", [40, 45])
 @pytest.mark.parametrize("masked", [False, True])
+def test_means_and_spread_by_weights(tokens: int, masked: bool) -> None:
+    x, weights = (3 + torch.randn(2, 2, tokens, 16)).bfloat16(), torch.rand(2, tokens)
+    weights[0, 8:16] = not masked
+    spread, means = (function(x, 8, weights.log()) for function in (dk.spread, dk.block_means))
+    for number, block in enumerate(torch.arange(tokens).split(8)):
+        rows, each = x[:, :, block].double(), weights[:, None, block, None].double()
+        total = each.sum(2).clamp(min=1e-9)
+        mean = (each * rows).sum(2) / total
+        distances = (rows - mean[:, :, None]).square().sum(-1, keepdim=True)
+        want = ((each * distances).sum(2) / total).sqrt()[..., 0]
+        torch.testing.assert_close(spread[:, :, number].double(), want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(means[:, :, number], mean.bfloat16())
+
+
+@pytest.mark.parametrize("tokens", [40, 45])
+@pytest.mark.parametrize("masked", [False, True])
 def test_spread(tokens: int, masked: bool) -> None:
     x = 3 + torch.randn(2, 2, tokens, 16)
     keys = torch.ones(2, tokens, dtype=torch.bool)
