@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.masks import Boxes, is_bias
 
 DENSE_BLOCKS = 128, 128  # in which dense attention is computed
 # precision -> number format of queries and keys, of weights and values; "plain" is the inputs' own
@@ -49,11 +49,12 @@ class Case(NamedTuple):
     value_dim: channels of values.
     q_block: queries of a block.
     kv_block: keys of a block.
-    masked: has a key mask.
+    masked: has a key mask, of whatever kind.
     axes: of its boxes, 0 for none.
     copyable: dense rows, all addresses and strides multiples of 16 bytes, as copy engines need them.
     precision: one of `PRECISIONS`, or None for the inputs' own.
     summary: how blocks that are not listed stand for their keys, where the kernel takes that into its own loop.
+    biased: the key mask is added to the scores.
     """
 
     kind: Kind
@@ -67,6 +68,7 @@ class Case(NamedTuple):
     copyable: bool = True
     precision: str | None = None
     summary: Summary | None = None
+    biased: bool = False
 
     @classmethod
     def of(
@@ -82,20 +84,30 @@ class Case(NamedTuple):
         """The case of q, k, v [B, H, N, D] in blocks of so many queries and keys."""
         axes = 0 if boxes is None else boxes.place.shape[0]
         sizes = q.shape[3], v.shape[3], *blocks
-        return cls(kind, q.dtype, *sizes, key_mask is not None, axes, copyable(q, k, v))
+        return cls(kind, q.dtype, *sizes, key_mask is not None, axes, copyable(q, k, v), biased=is_bias(key_mask))
 
     def words(self) -> list[str]:
-        """One word a field, for `read`."""
-        return [str(value).removeprefix("torch.") for value in self]
+        """One word a field, for `read`; the last only where it is set, so that others stay as they were kept."""
+        return [str(value).removeprefix("torch.") for value in (self if self.biased else self[:-1])]
 
     @classmethod
     def read(cls, words: list[str]) -> Case:
         """The case that `words` gave."""
-        kind, dtype, *sizes, masked, axes, copyable_, precision, summary = words
+        kind, dtype, *sizes, masked, axes, copyable_, precision, summary = words[:_WORDS]
         head_dim, value_dim, q_block, kv_block = map(int, sizes)
         flags = masked == "True", int(axes), copyable_ == "True", None if precision == "None" else precision
         by = None if summary == "None" else cast(Summary, summary)
-        return cls(cast(Kind, kind), getattr(torch, dtype), head_dim, value_dim, q_block, kv_block, *flags, by)
+        return cls(
+            cast(Kind, kind),
+            getattr(torch, dtype),
+            head_dim,
+            value_dim,
+            q_block,
+            kv_block,
+            *flags,
+            by,
+            len(words) > _WORDS,
+        )
 
     def __str__(self) -> str:
         if self == SELECTION:
@@ -106,12 +118,14 @@ class Case(NamedTuple):
             f"D={self.head_dim}" if self.head_dim == self.value_dim else f"D={self.head_dim}/{self.value_dim}",
             f"blocks of {self.q_block}x{self.kv_block}",
         ]
-        flags = {"key mask": self.masked, "boxes": self.axes, "odd strides": not self.copyable}
+        mask = "added key mask" if self.biased else "key mask"
+        flags = {mask: self.masked, "boxes": self.axes, "odd strides": not self.copyable}
         flags[f"precision {self.precision}"] = self.precision is not None
         flags[f"summaries ({self.summary})"] = self.summary is not None
         return ", ".join([*parts, *(name for name, present in flags.items() if present)])
 
 
+_WORDS = len(Case._fields) - 1
 SELECTION = Case("selection", torch.float32, 0, 0, 0, 0)
 
 

@@ -1,7 +1,8 @@
 """The back ends by name: where their functions are, and on which kinds of devices they run.
 
 A back end is a module. It offers `capability(device, case)`, why it can't run there or can't compute this, and as many
-of these functions as it can; all tensors are [B, H, N, D], all key masks bool [B, N_kv]:
+of these functions as it can; all tensors are [B, H, N, D], all key masks [B, N_kv]: bool, or where the case is `biased`
+float32 or better, to be added to the scaled scores:
 
     attention(q, k, v, scale, key_mask) -> out, lse
     block_sparse_attention(q, k, v, lists, scale, key_mask, boxes) -> out, lse; with `stand_ins` last, where it folds

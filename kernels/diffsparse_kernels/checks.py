@@ -37,10 +37,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
 
 def _check_key_mask(k: Tensor, key_mask: Tensor) -> None:
     batch, heads, keys = k.shape[:3]
-    if key_mask.dtype != torch.bool or key_mask.shape not in ((batch, keys), (batch, heads, keys)):
+    known = key_mask.dtype == torch.bool or key_mask.is_floating_point()
+    if not known or key_mask.shape not in ((batch, keys), (batch, heads, keys)):
         raise KernelInputError(
-            f"wanted key_mask bool [{batch}, {keys}] or [{batch}, {heads}, {keys}]; "
-            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
+            f"wanted key_mask bool, or float to be added to the scores, [{batch}, {keys}] or "
+            f"[{batch}, {heads}, {keys}]; got {key_mask.dtype} {tuple(key_mask.shape)}"
         )
 
 

@@ -28,7 +28,7 @@ from diffsparse_kernels.checks import (
 from diffsparse_kernels.errors import BackendError, KernelInputError
 from diffsparse_kernels.lists import Block, BlockLists, blocks_of, edges
 from diffsparse_kernels.machine import device_name
-from diffsparse_kernels.masks import Boxes, differs_by_head, each_head, fold_heads, unfold_heads
+from diffsparse_kernels.masks import Boxes, differs_by_head, each_head, fold_heads, readable, unfold_heads
 from diffsparse_kernels.measured import density_limit
 from diffsparse_kernels.registry import Choice, check_known, choose
 from diffsparse_kernels.rows import Correction
@@ -55,7 +55,9 @@ def attention(
         k: [B, H, N_kv, D], of q's dtype.
         v: [B, H, N_kv, D_v], of q's dtype.
         scale: of the scores, 1/sqrt(D) by default.
-        key_mask: bool [B, N_kv] or [B, H, N_kv], True where a key may be attended to.
+        key_mask: [B, N_kv] or [B, H, N_kv]. Bool: True where a key may be attended to. Float: added to the scaled
+            scores of each key, in the LSE too; -inf, or anything below -1e29, hides it. NaN and +inf are not looked
+            for, and give NaN.
         backend: by name; chosen by the device if None.
 
     Returns:
@@ -66,7 +68,7 @@ def attention(
         KernelInputError: shapes, dtypes or devices that don't fit. BackendError: a backend that can't run here.
     """
     check_qkv(q, k, v, key_mask)
-    like = q
+    like, key_mask = q, readable(key_mask, q)
     if differs_by_head(key_mask):
         q, k, v, key_mask = *fold_heads(q, k, v), key_mask.flatten(0, 1)
     out, lse = ops.attention(q, k, v, _scale(q, scale), key_mask, _named(q, backend))
@@ -125,7 +127,7 @@ def attention_with_mass(
     if lse_cached is not None:
         check_lse(q, lse_cached)
     check_blocks(q_block, kv_block)
-    like = q
+    like, key_mask = q, readable(key_mask, q)
     if differs_by_head(key_mask):
         q, k, v, key_mask = *fold_heads(q, k, v), key_mask.flatten(0, 1)
         lse_cached = None if lse_cached is None else fold_heads(lse_cached)[0]
@@ -178,7 +180,7 @@ def block_mass(
     check_blocks(q_block, kv_block)
     if every < 1 or q_block % every:
         raise KernelInputError(f"wanted every as a divisor of q_block {q_block}; got {every}")
-    like = q
+    like, key_mask = q, readable(key_mask, q)
     if differs_by_head(key_mask):
         q, k, lse, key_mask = *fold_heads(q, k, lse), key_mask.flatten(0, 1)
     # Blocks begin at multiples of `every`, so a strided view holds the same rows of each.
@@ -235,7 +237,7 @@ def block_sparse_attention(
         check_precision(precision, boxes, backend)
     if boxes is not None:
         check_boxes(q, k, boxes)
-    like = q
+    like, key_mask = q, readable(key_mask, q)
     if differs_by_head(key_mask):
         q, k, v, key_mask, lists = *fold_heads(q, k, v), key_mask.flatten(0, 1), lists.by_head(q.shape[0])
         summary = summary.by_head() if isinstance(summary, Summaries) else summary
@@ -289,7 +291,7 @@ def quantised_attention(
         return block_sparse_attention(
             q, k, v, lists, scale=scale, key_mask=key_mask, summary=summary, precision=INTEGERS
         )
-    rest = _scale(q, scale), key_mask, *_stand_ins(summary), bits
+    rest = _scale(q, scale), readable(key_mask, q), *_stand_ins(summary), bits
     out, lse = ops.quantised_attention(q, k, v, *_parts(lists), *rest)
     return out, lse
 
@@ -312,7 +314,8 @@ def summarise(
         v: [B, H, N, D_v].
         block: keys of a block; the last may be ragged.
         scale: of the scores, 1/sqrt(D) by default.
-        key_mask: as in `attention`; masked keys count for nothing.
+        key_mask: as in `attention`; masked keys count for nothing, and those with a bias exp(bias) times: in how many
+            there are, in the means, and in what varies about these.
         by: "means", or "first-order" for all of it.
 
     Returns:
@@ -324,7 +327,7 @@ def summarise(
     check_qkv(k, k, v, key_mask)
     check_blocks(block, block)
     check_summary_name(by)
-    return ops.summarise(k, v, block, _scale(k, scale), key_mask, by)
+    return ops.summarise(k, v, block, _scale(k, scale), readable(key_mask, k), by)
 
 
 def summary_error(q: Tensor, summaries: Summaries, *, q_block: int, scale: float | None = None) -> Tensor:

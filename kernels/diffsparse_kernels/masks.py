@@ -1,10 +1,17 @@
-"""What hides keys: masks, bool [B, N_kv] or [B, H, N_kv], and boxes."""
+"""What hides keys: masks [B, N_kv] or [B, H, N_kv], and boxes.
+
+A mask is bool, True where a key may be attended to, or of floats, a bias that is added to the key's scaled score, as
+SDPA adds it: the key counts exp(bias) times, and never with -inf.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple, TypeGuard
 
+import torch
 from torch import Tensor
+
+NEVER = -1e29  # a bias so low hides its key as -inf does: some kernels count with such numbers in its place
 
 
 class Boxes(NamedTuple):
@@ -24,6 +31,38 @@ class Boxes(NamedTuple):
         low, high = self.low[:, queries, None], self.high[:, queries, None]
         place = self.place[:, None]
         return ((low <= place) & (place <= high)).all(0) | (place[0] < 0)
+
+
+def is_bias(key_mask: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a key mask is added to the scores."""
+    return key_mask is not None and key_mask.is_floating_point()
+
+
+def readable(key_mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """A key mask as back ends take it, by no sync: bool, or a bias in float32 or better with -inf for all that hides.
+
+    like: queries or keys that it belongs to.
+    """
+    if not is_bias(key_mask):
+        return key_mask
+    bias = key_mask.to(torch.promote_types(like.dtype, torch.float32))
+    return bias.masked_fill(bias <= NEVER, -torch.inf).contiguous()
+
+
+def shown(key_mask: Tensor) -> Tensor:
+    """Which keys a key mask lets through, with whatever weight: bool, of its shape."""
+    return key_mask > NEVER if is_bias(key_mask) else key_mask
+
+
+def hide(key_mask: Tensor, kept: Tensor) -> Tensor:
+    """A key mask that hides all but the `kept` keys too, bool and broadcastable; bool or a bias, as it was."""
+    return key_mask.masked_fill(~kept, -torch.inf) if is_bias(key_mask) else key_mask & kept
+
+
+def masked(scores: Tensor, key_mask: Tensor) -> Tensor:
+    """Scaled scores [B, H, rows, N_kv] as a key mask has them, in their dtype; -inf for keys that are hidden."""
+    mask = each_head(key_mask)[:, :, None]
+    return (scores + mask).to(scores.dtype) if is_bias(key_mask) else scores.masked_fill(~mask, -torch.inf)
 
 
 def each_head(key_mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsparse_kernels.case import Summary
 from diffsparse_kernels.lists import BlockLists, blocks_of
-from diffsparse_kernels.masks import each_head, fold_heads
+from diffsparse_kernels.masks import NEVER, each_head, fold_heads, is_bias, shown
 from diffsparse_kernels.strips import room, strips
 
 SUMMARIES: tuple[Summary, ...] = get_args(Summary)
@@ -34,6 +34,7 @@ class Summaries(NamedTuple):
     that its mean query gives them: it costs next to nothing, and keeps nearly all that one for each row would gain.
     Where scores vary by more than about 1, first order overshoots: a weighted mean stays among the values. So no step
     q H gets longer than half of the values' spread s, mixed as H is: it is shortened to q H / sqrt(1 + |2 q H / s|^2).
+    A key whose mask is a bias b counts exp(b) times: n is the sum of these weights, and all means are weighted by them.
     Means are PISA's (arXiv 2602.01077) and Sol-Attn's (2607.24027), one H for all blocks is PISA's; the matrix of each
     query block and the bound are ours.
 
@@ -118,12 +119,43 @@ def _means(k: Tensor, v: Tensor, block: int, key_mask: Tensor | None) -> Summari
     exact = torch.promote_types(k.dtype, torch.float32)
     if key_mask is None:
         count = _sums(torch.ones(1, 1, k.shape[2], 1, dtype=exact, device=k.device), block)
-    else:
-        seen = each_head(key_mask)[..., None]  # [B, H|1, N, 1]
-        k, v = (x.masked_fill(~seen, 0) for x in (k, v))
-        count = _sums(seen.to(exact), block)
-    key, value = (_sums(x, block) / count.clamp(min=1) for x in (k, v))
-    return Summaries(key, value, count[..., 0].log())
+        key, value = (_sums(x, block) / count for x in (k, v))
+        return Summaries(key, value, count[..., 0].log())
+    weights = _Weights.of(each_head(key_mask), block, exact)
+    k, v = (x.masked_fill(~weights.seen[..., None], 0) for x in (k, v))
+    if weights.each is not None:
+        k, v = (x * weights.each[..., None] for x in (k, v))
+    count = weights.counts(block, exact)  # [B, H|1, nK]
+    key, value = (_sums(x, block) / count.clamp(min=1)[..., None] for x in (k, v))
+    return Summaries(key, value, count.log() + weights.base)
+
+
+class _Weights(NamedTuple):
+    """How often each key counts, as a key mask has it: exp(base) times what is held here, so that none overflows.
+
+    seen: bool [B, H|1, N].
+    each: [B, H|1, N], the largest of a block 1; None where all that are seen count once.
+    base: of each block, [B, H|1, nK], or 0.
+    """
+
+    seen: Tensor
+    each: Tensor | None = None
+    base: Tensor | float = 0.0
+
+    @classmethod
+    def of(cls, mask: Tensor, block: int, dtype: torch.dtype) -> _Weights:
+        """Those of a mask [B, H|1, N]."""
+        if not is_bias(mask):
+            return cls(mask)
+        bias, padding = mask.to(dtype), -mask.shape[2] % block
+        base = torch.nn.functional.pad(bias, (0, padding), value=-torch.inf).unflatten(2, (-1, block)).amax(3)
+        base = base.masked_fill(base <= NEVER, 0)
+        each = bias.sub(base.repeat_interleave(block, 2)[..., : mask.shape[2]]).exp()
+        return cls(shown(mask), each, base)
+
+    def counts(self, block: int, dtype: torch.dtype) -> Tensor:
+        """Sums of what is held here over each block, [B, H|1, nK]."""
+        return _sums((self.seen.to(dtype) if self.each is None else self.each)[..., None], block)[..., 0]
 
 
 def _varied(
@@ -133,10 +165,13 @@ def _varied(
 
     Keys and values are centred first: where they have much in common, their products would cancel.
     """
-    seen = None if key_mask is None else each_head(key_mask).expand(k.shape[:3])[part]
-    counts = means.log_count.exp().expand(k.shape[0], k.shape[1], -1)[part].clamp(min=1)
+    counts, weights = means.log_count.exp().expand(k.shape[0], k.shape[1], -1)[part], None
+    if key_mask is not None:
+        weights = _Weights.of(each_head(key_mask).expand(k.shape[:3])[part], block, counts.dtype)
+        counts = weights.counts(block, counts.dtype)
+    counts = counts.clamp(min=1)
     keys, values = (
-        _centred(x[part], mean[part], block, seen) for x, mean in ((k, means.key), (v, means.value))
+        _centred(x[part], mean[part], block, weights) for x, mean in ((k, means.key), (v, means.value))
     )  # [b, h, nK, n, D]
     slope = (keys.mT @ values).mul_((scale / counts)[..., None, None])
     length, spread, steepness = (torch.linalg.vector_norm(x, dim=(-1, -2)) for x in (keys, values, slope))
@@ -144,15 +179,24 @@ def _varied(
     return (length * scale * root).square() / counts, spread / counts.sqrt(), steepness * root, slope
 
 
-def _centred(x: Tensor, mean: Tensor, block: int, seen: Tensor | None) -> Tensor:
-    """Distances of rows to the mean of their block, [B, H, nK, block, D]; 0 for masked ones and beyond the last."""
-    padding = mean.shape[2] * block - x.shape[2]
+def _centred(x: Tensor, mean: Tensor, block: int, weights: _Weights | None) -> Tensor:
+    """Distances of rows to the mean of their block, [B, H, nK, block, D]; 0 for masked ones and beyond the last.
+
+    Times the root of their weight, so that products of two are weighted.
+    """
+    padding, seen = mean.shape[2] * block - x.shape[2], None if weights is None else weights.seen
     if padding:
         x = torch.nn.functional.pad(x, (0, 0, 0, padding))
         there = torch.arange(x.shape[2], device=x.device) < x.shape[2] - padding
         seen = there.expand(x.shape[:3]) if seen is None else torch.nn.functional.pad(seen, (0, padding))
     centred: Tensor = x.unflatten(2, (-1, block)) - mean[:, :, :, None]
-    return centred if seen is None else centred.masked_fill_(~seen.unflatten(2, (-1, block))[..., None], 0)
+    if seen is None:
+        return centred
+    centred.masked_fill_(~seen.unflatten(2, (-1, block))[..., None], 0)
+    if weights is None or weights.each is None:
+        return centred
+    roots = torch.nn.functional.pad(weights.each.sqrt(), (0, padding)).unflatten(2, (-1, block))
+    return centred.mul_(roots[..., None])
 
 
 def groups(k: Tensor, v: Tensor, block: int) -> Iterator[Part]:
@@ -340,7 +384,7 @@ def block_means(x: Tensor, block: int, key_mask: Tensor | None = None) -> Tensor
     Args:
         x: [B, H, N, D].
         block: in tokens; the last may be ragged.
-        key_mask: bool [B, N] or [B, H, N], rows that count.
+        key_mask: [B, N] or [B, H, N], rows that count, if bool; as float a row counts exp(bias) times.
 
     Returns:
         [B, H, nK, D] of x's dtype; 0 where no row counts.

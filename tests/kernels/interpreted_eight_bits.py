@@ -19,11 +19,11 @@ from support.rounded import SIZES, assert_no_worse_than_rounding
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.mark.parametrize(("chip", "masked"), [(80, True), (90, False)])
+@pytest.mark.parametrize(("chip", "masked"), [(80, "bool"), (90, "not"), (90, "bias")])
 @pytest.mark.parametrize("precision", eight_bits.PRECISIONS)
 @pytest.mark.parametrize(("size", "dtype"), list(zip(SIZES, (torch.bfloat16, torch.float16), strict=True)), ids=str)
 def test_no_worse_than_rounding(
-    size: Size, dtype: torch.dtype, precision: str, masked: bool, chip: int, monkeypatch: pytest.MonkeyPatch
+    size: Size, dtype: torch.dtype, precision: str, masked: str, chip: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton, "chip", lambda device: chip)
     assert_no_worse_than_rounding(Place("triton"), size, dtype, precision, masked)

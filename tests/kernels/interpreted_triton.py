@@ -11,7 +11,20 @@ import diffsparse_kernels as dk
 from diffsparse_kernels import KernelInputError, functional, strips, summaries
 from diffsparse_kernels.backend.triton import launch as triton
 from support import exact
-from support.cases import KEY_MASKS, MASKS, Size, assert_attention, prefixes, random_boxes, random_mask, seen
+from support.cases import (
+    BIASES,
+    KEY_MASKS,
+    MASKS,
+    Size,
+    as_bias,
+    assert_attention,
+    both,
+    prefixes,
+    random_boxes,
+    random_mask,
+    seen,
+    uneven,
+)
 
 DTYPES = (torch.bfloat16, torch.float16)
 SIZES = [
@@ -78,16 +91,43 @@ def test_keys_padded_at_the_end(size: Size, kind: str) -> None:
     assert_attention(got, qkv, size.allowed(mask, keys) & seen(boxes), size.scale)
 
 
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize(("size", "dtype"), [(PADDED[0], torch.bfloat16), (PADDED[1], torch.float16)], ids=str)
+def test_keys_with_a_bias(size: Size, dtype: torch.dtype, kind: str) -> None:
+    qkv, mask, keys = size.qkv(dtype), random_mask(size, 0.7), BIASES[kind](size)
+    got = triton.block_sparse_attention(*qkv, size.lists(mask), size.scale, keys)
+    assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
+    boxes = random_boxes(size)
+    got = triton.block_sparse_attention(*qkv, size.lists(mask), -size.scale, keys, boxes)
+    assert_attention(got, qkv, both(size.allowed(mask, keys), seen(boxes)), -size.scale)
+
+
 @pytest.mark.parametrize("kind", KEY_MASKS)
 @pytest.mark.parametrize("size", PADDED, ids=str)
+def test_a_bias_that_only_hides_is_the_bool_mask(size: Size, kind: str) -> None:
+    (q, k, v), lists, keys = size.qkv(torch.float16), size.lists(random_mask(size, 0.7)), KEY_MASKS[kind](size)
+    cached = torch.randn(size.batch, size.heads, size.q_len) + 4
+
+    def found(mask: torch.Tensor) -> list[torch.Tensor]:
+        sizes = (size.q_block, size.kv_block, size.scale, mask)
+        made = [x for x in triton.first_order(k, v, size.kv_block, size.scale, mask) if x is not None]
+        fused = triton.attention_with_mass(q, k, v, cached, *sizes)
+        sparse = triton.block_sparse_attention(q, k, v, lists, size.scale, mask)
+        return [*sparse, *fused, triton.block_mass(q, k, cached, *sizes), *made]
+
+    assert all(map(torch.equal, found(as_bias(keys)), found(keys)))
+
+
+@pytest.mark.parametrize("kind", [*KEY_MASKS, "bias"])
+@pytest.mark.parametrize("size", PADDED, ids=str)
 def test_mass_of_padded_keys(size: Size, kind: str) -> None:
-    (q, k, v), keys = size.qkv(torch.float16), KEY_MASKS[kind](size)
+    (q, k, v), keys = size.qkv(torch.float16), {**KEY_MASKS, "bias": uneven}[kind](size)
     cached = torch.randn(size.batch, size.heads, size.q_len) + 4
     sizes = (size.q_block, size.kv_block, size.scale, keys)
     out, lse, fused = triton.attention_with_mass(q, k, v, cached, *sizes)
-    allowed = keys[:, None, None].expand(-1, size.heads, size.q_len, -1)
+    allowed = size.allowed(torch.ones(size.blocks, dtype=torch.bool), keys)
     assert_attention((out, lse), (q, k, v), allowed, size.scale)
-    weights = (q.double() @ k.double().mT * size.scale - cached.double()[..., None]).exp() * allowed
+    weights = exact.masked(q.double() @ k.double().mT * size.scale - cached.double()[..., None], allowed).exp()
     want = exact.tile_sums(weights, size.q_block, size.kv_block)
     for mass in (fused, triton.block_mass(q, k, cached, *sizes)):
         torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-6)
@@ -126,24 +166,38 @@ def test_dense_with_mass(size: Size, dtype: torch.dtype) -> None:
         torch.testing.assert_close(mass.double(), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("size", "dtype"), CASES[:3], ids=str)
-def test_mass_of_a_search_in_one_pass(size: Size, dtype: torch.dtype) -> None:
+def test_mass_of_a_search_in_one_pass(size: Size, dtype: torch.dtype, biased: bool) -> None:
     """By the LSE that the means give: exact where keys are alike within a block, padded ones apart."""
     q, k, v = size.qkv(dtype)
     k = k[:, :, torch.arange(size.kv_len) // size.kv_block * size.kv_block]
-    keys = torch.rand(size.batch, size.kv_len) < 0.7
+    keys = torch.randn(size.batch, size.kv_len) if biased else torch.rand(size.batch, size.kv_len) < 0.7
     blocks = {"q_block": size.q_block, "kv_block": size.kv_block, "scale": size.scale, "key_mask": keys}
     out, lse, mass = dk.attention_with_mass(q, k, v, **blocks, backend="triton")
     want = dk.attention_with_mass(*(x.double() for x in (q, k, v)), **blocks, backend="reference")
     torch.testing.assert_close(mass.double(), want[2], rtol=0.02, atol=0.02)
-    assert_attention((out, lse), (q, k, v), keys[:, None, None].expand(*q.shape[:3], -1), size.scale)
+    whole = size.allowed(torch.ones(size.blocks, dtype=torch.bool), keys)
+    assert_attention((out, lse), (q, k, v), whole, size.scale)
+
+
+@pytest.mark.parametrize("shift", [-1e4, 300.0])
+def test_statistics_of_a_large_bias(shift: float) -> None:
+    """No weight overflows, and none is lost."""
+    size = PADDED[0]
+    (_, k, v), keys = size.qkv(torch.float32), torch.randint(-2, 3, (size.batch, size.kv_len)).float()
+    want = triton.first_order(k, v, size.kv_block, size.scale, keys)
+    got = triton.first_order(k, v, size.kv_block, size.scale, keys + shift)
+    torch.testing.assert_close(got.log_count, want.log_count + shift)
+    for name in ("key", "value", "variance", "spread", "steepness"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), atol=4e-3, rtol=4e-3)
 
 
 @pytest.mark.parametrize(("size", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("by", dk.summaries.SUMMARIES)
-@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize(("folded", "biased"), [(False, False), (True, False), (True, True)])
 def test_summaries_merge_as_they_do_in_plain_torch(
-    size: Size, dtype: torch.dtype, folded: bool, by: dk.Summary, monkeypatch: pytest.MonkeyPatch
+    size: Size, dtype: torch.dtype, folded: bool, biased: bool, by: dk.Summary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the kernel's loop or into the output of any kernel; with padded keys, and where nothing was seen before."""
     monkeypatch.setattr(strips, "_CACHE_BYTES", 1)  # the slopes of one head at a time
@@ -151,6 +205,7 @@ def test_summaries_merge_as_they_do_in_plain_torch(
     q, k, v = size.qkv(dtype)
     q[:, :, ::2] *= 4  # their scores vary so much that the mass they add is cut off
     mask, keys = random_mask(size, 0.4), torch.rand(size.batch, size.kv_len) < 0.7
+    keys = torch.randn(keys.shape).masked_fill(~keys, -torch.inf) if biased else keys
     mask[:, :, 0], mask[:, :, -1] = False, True  # of the first query block all stand for themselves, of the last none
     lists = size.lists(mask)
     exact_ = [x.double() for x in (q, k, v)]
@@ -181,16 +236,17 @@ def test_steps_turn_with_the_sign_of_the_scale() -> None:
     torch.testing.assert_close([x.double() for x in got], list(want), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["not", "bool", "bias"])
 @pytest.mark.parametrize(("size", "dtype"), [*CASES, (SIZES[1], torch.float32)], ids=str)
-def test_statistics(size: Size, dtype: torch.dtype, masked: bool) -> None:
+def test_statistics(size: Size, dtype: torch.dtype, masked: str) -> None:
     """Of values of any strides that have much in common, with masks for each head, and with blocks without keys."""
     _, k, v = size.qkv(torch.float32)
     k, v = ((x + 4).to(dtype) for x in (k, v))
     v = v.transpose(1, 2).contiguous().transpose(1, 2)
-    keys = torch.rand(size.batch, size.heads, size.kv_len) < 0.7 if masked else None
+    keys = torch.rand(size.batch, size.heads, size.kv_len) < 0.7 if masked != "not" else None
     if keys is not None:
         keys[0, 0] = False
+        keys = torch.randn(keys.shape).masked_fill(~keys, -torch.inf) if masked == "bias" else keys
     want = summaries.first_order(k.double(), v.double(), size.kv_block, size.scale, keys)
     low = summaries.first_order(k, v, size.kv_block, size.scale, keys)
     got = triton.first_order(k, v, size.kv_block, size.scale, keys)

@@ -14,7 +14,19 @@ import diffsparse_kernels as dk
 from diffsparse_kernels import functional
 from diffsparse_kernels.backend import cpu
 from support import exact
-from support.cases import MASKS, Size, assert_attention, random_boxes, random_mask, seen, uniform_mask
+from support.cases import (
+    BIASES,
+    MASKS,
+    Size,
+    as_bias,
+    assert_attention,
+    both,
+    random_boxes,
+    random_mask,
+    seen,
+    uneven,
+    uniform_mask,
+)
 from support.places import EXACT, Place, places
 
 PLACES = places("cpu", "reference")
@@ -86,6 +98,54 @@ def test_padded_keys(size: Size, dtype: torch.dtype, place: Place) -> None:
     assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
     whole = torch.ones_like(mask)
     assert_attention(place(dk.attention, *qkv, key_mask=keys), qkv, size.allowed(whole, keys), size.scale)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [Size(), Size(q_len=97, kv_len=95, dim=40), LARGE], ids=str)
+def test_keys_with_a_bias(size: Size, dtype: torch.dtype, kind: str, place: Place) -> None:
+    """Over lists, within boxes and dense, with masses too."""
+    qkv, mask, keys = size.qkv(dtype), random_mask(size, 0.6), BIASES[kind](size)
+    boxes = random_boxes(size)
+    got = place(dk.block_sparse_attention, *qkv, size.lists(mask), key_mask=keys)
+    assert_attention(got, qkv, size.allowed(mask, keys), size.scale)
+    got = place(dk.block_sparse_attention, *qkv, size.lists(mask), key_mask=keys, boxes=boxes)
+    assert_attention(got, qkv, both(size.allowed(mask, keys), seen(boxes)), size.scale)
+    whole = size.allowed(torch.ones_like(mask), keys)
+    assert_attention(place(dk.attention, *qkv, key_mask=keys), qkv, whole, size.scale)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("small", [0, math.inf], ids=["one by one", "together"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("by_head", [False, True])
+def test_a_bias_that_only_hides_is_the_bool_mask(
+    by_head: bool, dtype: torch.dtype, small: float, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit, where the same kernel runs."""
+    monkeypatch.setattr(cpu, "_SMALL", small)
+    size = Size(q_len=97, kv_len=95, dim=40)
+    qkv, lists = size.qkv(dtype), size.lists(random_mask(size, 0.6))
+    keys = torch.rand(size.batch, *((size.heads,) if by_head else ()), size.kv_len) < 0.7
+    keys[0], keys[1, ..., :32] = False, False
+    blocks = {"q_block": 32, "kv_block": 32}
+
+    def found(key_mask: torch.Tensor) -> list[torch.Tensor]:
+        _, lse = place(dk.attention, *qkv, key_mask=key_mask)
+        fused = place(dk.attention_with_mass, *qkv, lse, **blocks, key_mask=key_mask)
+        boxed = place(dk.block_sparse_attention, *qkv, lists, key_mask=key_mask, boxes=boxes)
+        mass = place(dk.block_mass, *qkv[:2], lse, **blocks, key_mask=key_mask)
+        return [*place(dk.block_sparse_attention, *qkv, lists, key_mask=key_mask), *fused, *boxed, mass]
+
+    boxes = random_boxes(size)
+    for bias in (as_bias(keys), as_bias(keys).to(torch.bfloat16), as_bias(keys).double()):
+        for got, want in zip(found(bias), found(keys), strict=True):
+            assert not got.isnan().any()
+            if place.device == "cpu":
+                assert torch.equal(got, want)
+            else:
+                torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -186,35 +246,30 @@ def test_wide_block_numbers_are_the_same_blocks(place: Place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["not", "bool", "bias"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [*SIZES, LARGE], ids=str)
-def test_mass(size: Size, dtype: torch.dtype, masked: bool, place: Place) -> None:
+def test_mass(size: Size, dtype: torch.dtype, masked: str, place: Place) -> None:
     """Both ways to the mass, with an LSE of another step, one of whose rows never had a key."""
     q, k, v = size.qkv(dtype)
-    keys = (torch.rand(size.batch, size.kv_len) < 0.6) if masked else None
+    keys = {"not": None, "bool": torch.rand(size.batch, size.kv_len) < 0.6, "bias": uneven(size)}[masked]
     lse = torch.randn(size.batch, size.heads, size.q_len) + 4
     lse[..., 0] = -torch.inf
-    scores = q.double() @ k.double().mT * size.scale
-    if keys is not None:
-        scores = scores.masked_fill(~keys[:, None, None], -torch.inf)
+    allowed = size.allowed(torch.ones(size.blocks, dtype=torch.bool), keys)
+    scores = exact.masked(q.double() @ k.double().mT * size.scale, allowed)
     weights = (scores - lse.double()[..., None]).exp()
     weights[..., 0, :] = 0
     want = exact.tile_sums(weights, size.q_block, size.kv_block)
-    low = (q @ k.mT * size.scale).double() - lse.double()[..., None]
-    if keys is not None:
-        low = low.masked_fill(~keys[:, None, None], -torch.inf)
+    low = exact.masked(q @ k.mT * size.scale, allowed).float() - lse[..., None]
     rounded = low.exp()
     rounded[..., 0, :] = 0
-    limit = exact.tolerance(want, exact.tile_sums(rounded, size.q_block, size.kv_block).float())
+    limit = exact.tolerance(want, exact.tile_sums(rounded, size.q_block, size.kv_block))
     blocks = {"q_block": size.q_block, "kv_block": size.kv_block, "key_mask": keys}
     out, _, fused = place(dk.attention_with_mass, q, k, v, lse, **blocks)
     for mass in (fused, place(dk.block_mass, q, k, lse, **blocks)):
         assert mass.shape == size.blocks
         assert mass.dtype == torch.float32
         assert (mass.double() - want).abs().max().item() <= limit
-    allowed = torch.ones(size.batch, size.heads, size.q_len, size.kv_len, dtype=torch.bool)
-    allowed = allowed if keys is None else allowed & keys[:, None, None]
     assert (out.double() - exact.softmax_attention(q, k, v, allowed, size.scale)[0]).abs().max().item() <= (
         exact.tolerance(
             exact.softmax_attention(q, k, v, allowed, size.scale)[0], exact.eager(q, k, v, allowed, size.scale)
@@ -328,15 +383,18 @@ def test_rows_are_sampled_evenly() -> None:
         dk.block_mass(q, k, torch.zeros(2, 3, 96), q_block=32, kv_block=32, every=5)
 
 
-@pytest.mark.parametrize("masked", ["not", "by sample", "by head"])
+@pytest.mark.parametrize("masked", ["not", "by sample", "by head", "bias"])
 @pytest.mark.parametrize("parts", [1, 2, 5])
 def test_few_queries_to_keys_in_parts(parts: int, masked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "key_parts", lambda q, k: parts)
     q, k, v = torch.randn(2, 3, 7, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 24)
-    keys = {"not": None, "by sample": torch.rand(2, 40) < 0.5, "by head": torch.rand(2, 3, 40) < 0.5}[masked]
+    keys = {"not": None, "by sample": torch.rand(2, 40) < 0.5, "by head": torch.rand(2, 3, 40) < 0.5}.get(masked)
     if keys is not None:
         keys[0] = False  # without any key
         keys[1, ..., :20] = False
+    elif masked == "bias":
+        keys = torch.randn(2, 40)
+        keys[0], keys[1, :20] = -torch.inf, -torch.inf
     got = dk.attention_of_few(q, k, v, key_mask=keys, scale=0.3)
     want = dk.attention(q.double(), k.double(), v.double(), key_mask=keys, scale=0.3)[0]
     torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-5)

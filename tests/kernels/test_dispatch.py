@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 import diffsparse_kernels as dk
-from diffsparse_kernels import BackendError, KernelInputError, NoKernelError, machine, measured, ops, registry, trials
+from diffsparse_kernels import (
+    BackendError,
+    KernelInputError,
+    NoKernelError,
+    machine,
+    masks,
+    measured,
+    ops,
+    registry,
+    trials,
+)
 from diffsparse_kernels.case import Case, Kind
 from diffsparse_kernels.machine import device_name
 from support.cases import Size, random_boxes
@@ -42,17 +52,17 @@ def lists() -> dk.BlockLists:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
-def test_ops_obey_the_rules_of_custom_ops(dtype: torch.dtype, masked: bool) -> None:
+@pytest.mark.parametrize("masked", ["not", "bool", "bias"])
+def test_ops_obey_the_rules_of_custom_ops(dtype: torch.dtype, masked: str) -> None:
     q, k, v = qkv(dtype)
-    keys = torch.rand(1, 48) < 0.8 if masked else None
+    keys = {"not": None, "bool": torch.rand(1, 48) < 0.8, "bias": torch.randn(1, 48)}[masked]
     lse, blocks = torch.randn(1, 2, 48), lists()
     check = torch.library.opcheck
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     check(ops.attention, (q, k, v, 0.25, keys, "cpu"), test_utils=tests)
     check(ops.attention_with_mass, (q, k, v, lse, 16, 16, 0.25, keys, "cpu"), test_utils=tests)
     check(ops.block_mass, (q, k, lse, 16, 16, 0.25, keys, "cpu"), test_utils=tests)
-    boxes = random_boxes(Size(q_len=48, kv_len=48)) if masked else (None,) * 3
+    boxes = random_boxes(Size(q_len=48, kv_len=48)) if masked == "bool" else (None,) * 3
     arguments = (q, k, v, blocks.idx, blocks.cnt, blocks.ordered().order, blocks.packed(), 16, 16, 0.25, keys)
     made = list(dk.summarise(k, v, 16, scale=0.25, key_mask=keys))
     check(ops.first_order, (k, v, 16, 0.25, keys), test_utils=tests)
@@ -91,6 +101,11 @@ BAD: dict[str, tuple[Any, str]] = {
     "integers": (lambda q, k, v: dk.attention(q.int(), k.int(), v.int()), "one float dtype"),
     "zero heads": (lambda q, k, v: dk.attention(q[:, :0], k[:, :0], v[:, :0]), "at least one sample, head"),
     "key mask": (lambda q, k, v: dk.attention(q, k, v, key_mask=torch.ones(1, 47) > 0), "wanted key_mask"),
+    "bias": (lambda q, k, v: dk.attention(q, k, v, key_mask=torch.ones(1, 47)), r"wanted key_mask .* torch.float32"),
+    "whole numbers": (
+        lambda q, k, v: dk.attention(q, k, v, key_mask=torch.ones(1, 48).long()),
+        r"wanted key_mask bool, or float to be added to the scores, \[1, 48\] or \[1, 2, 48\]; got torch.int64",
+    ),
     "lse": (lambda q, k, v: dk.block_mass(q, k, torch.zeros(1, 2, 47), q_block=16, kv_block=16), "wanted lse"),
     "block": (lambda q, k, v: dk.block_mass(q, k, torch.zeros(1, 2, 48), q_block=0, kv_block=16), "at least 1 token"),
     "length": (lambda q, k, v: dk.block_sparse_attention(q[:, :, 1:], k, v, lists()), "the lists are for 48"),
@@ -194,6 +209,37 @@ def test_a_back_end_is_asked_for_what_it_is_made_for(monkeypatch: pytest.MonkeyP
         for named in ("", "gluon"):
             choice = registry.choose(case, torch.device("cuda"), named)
             assert choice == dk.Choice("gluon" if kind in ("attend", "fused") else "triton")
+
+
+def test_what_takes_no_bias_is_passed_over_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    for name in ("gluon", "triton"):
+        monkeypatch.setattr(registry.load(name), "device_capability", lambda device: None)
+    monkeypatch.setattr(trials, "verdict", lambda *_: "")
+    dk.forget_measurements()
+    case = Case("attend", torch.bfloat16, 64, 64, 128, 64, True)
+    for kind in ("attend", "fused"):
+        for named in ("", "gluon"):
+            assert registry.choose(case._replace(kind=kind), torch.device("cuda"), named).name == "gluon"
+            choice = registry.choose(case._replace(kind=kind, biased=True), torch.device("cuda"), named)
+            assert choice == dk.Choice("triton", ("gluon: it takes no key mask that is added to the scores",))
+
+
+def test_a_key_mask_is_known_by_its_dtype() -> None:
+    q, k, v = qkv(torch.bfloat16)
+    cases = [Case.of("attend", q, k, v, (16, 16), mask) for mask in (None, torch.ones(1, 48) > 0, torch.ones(1, 48))]
+    assert [(case.masked, case.biased) for case in cases] == [(False, False), (True, False), (True, True)]
+    kept = torch.rand(1, 2, 48) < 0.5
+    for mask in (torch.rand(1, 2, 48) < 0.5, torch.randn(1, 2, 48).bfloat16()):
+        hidden = masks.hide(mask, kept)
+        assert hidden.dtype == mask.dtype
+        assert torch.equal(masks.shown(hidden), masks.shown(mask) & kept)
+        assert torch.equal(hidden[kept], mask[kept])
+    lowest = masks.readable(torch.tensor([[torch.finfo(torch.bfloat16).min, -1e4, 1.0]]).bfloat16(), q)
+    assert lowest is not None
+    assert lowest.tolist() == [[-torch.inf, -9984.0, 1.0]]
+    assert lowest.dtype == torch.float32
+    assert masks.readable(kept, q) is kept
 
 
 def test_no_exception_of_a_backend_leaves_the_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def test_on_the_device(precision: str) -> None:
         pytest.skip(f"triton: {reason}")
     if "fp8" in precision and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 wants sm_89 or later")
-    for size, dtype, masked in itertools.product(SIZES, (torch.bfloat16, torch.float16), (False, True)):
+    for size, dtype, masked in itertools.product(SIZES, (torch.bfloat16, torch.float16), ("not", "bool", "bias")):
         assert_no_worse_than_rounding(Place("triton", "cuda"), size, dtype, precision, masked)
     size = SIZES[0]
     qkv, lists = moved(size.qkv(torch.bfloat16), "cuda"), moved(size.lists(random_mask(size)), "cuda")
@@ -66,13 +66,15 @@ def test_on_the_device(precision: str) -> None:
     ],
 )
 def test_ahead_of_time(chip: int, precision: str) -> None:
-    """With a key mask where there is one precision to show it."""
+    """With a key mask where there is one precision to show it, and with one that is added where there is another."""
     scores, values = eight_bits.PRECISIONS[precision]
     tile = eight_bits.tile_for(chip, 128, 128, 128, precision, copyable=True)
     flags = triton.flags_of(sparse=True, ordered=True, masked=precision == "int8", boxes=None, mass=False)
     constants = triton.attend_constants(128, 128, 128, 128, tile) | flags
-    constants |= {"SCALED": True, "VALUES": values, "RAGGED": True, "UPCAST": False}
+    biased = precision == "int8-int8"
+    constants |= {"SCALED": True, "VALUES": values, "RAGGED": True, "UPCAST": False, "BIASED": biased}
     types = {"q_ptr": TYPES[scores], "k_ptr": TYPES[scores], "v_ptr": TYPES[values]}
+    types |= {"key_mask_ptr": "*fp32"} if biased else {}
     kernel = aot.compiled(triton_kernels.attend, chip, constants, tile.warps, tile.stages, **types)
     aot.assert_sound(kernel, chip, INSTRUCTIONS[chip][scores])
     aot.assert_sound(kernel, chip, INSTRUCTIONS[chip][values])

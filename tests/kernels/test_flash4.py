@@ -131,6 +131,7 @@ def test_the_trial_tells_right_from_wrong(case: Case, installed: ModuleType, mon
         ({"kv_block": 128}, None),
         ({"q_block": 64}, "it takes blocks of 128 x 128 or 128 x 64; got 64 x 64"),
         ({"masked": True}, "no boxes and no key mask"),
+        ({"masked": True, "biased": True}, "no boxes and no key mask"),
         ({"dtype": torch.float32}, "bfloat16 and float16; got torch.float32"),
         ({"head_dim": 160}, "at most 128 channels, a multiple of 8; got 160 and 64"),
     ],

@@ -429,6 +429,7 @@ CASE = Case("attend", torch.bfloat16, 128, 128, 128, 64)
         ({"q_block": 64}, "blocks of 128 queries and 64 or 128 keys; got 64 and 64"),
         ({"kv_block": 32}, "got 128 and 32"),
         ({"axes": 1}, "no boxes"),
+        ({"masked": True, "biased": True}, "no key mask that is added to the scores"),
         ({"dtype": torch.float32}, "bfloat16 and float16; got torch.float32"),
         ({"head_dim": 256, "value_dim": 256}, "heads of at most 128 channels"),
         ({"value_dim": 64}, "as many of keys as of values"),

@@ -18,7 +18,7 @@ from diffsparse_kernels import registry, trials
 from diffsparse_kernels.backend import emulated
 from diffsparse_kernels.case import PRECISIONS, Case
 from support import exact
-from support.cases import MASKS, Size
+from support.cases import MASKS, Size, as_bias, uneven
 from support.devices import pretended
 from support.rounded import attention as attention_in_eight_bits
 
@@ -68,11 +68,12 @@ def test_it_multiplies_whole_numbers(size: Size, kind: str) -> None:
                 torch.testing.assert_close(lse[b, h], want_lse)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_more_bits_come_closer_to_the_exact_product(dtype: torch.dtype) -> None:
+def test_more_bits_come_closer_to_the_exact_product(dtype: torch.dtype, biased: bool) -> None:
     size = Size(q_len=83, kv_len=83, dim=20)
     q, k, v = size.qkv(dtype)
-    keys = torch.rand(size.batch, size.kv_len) < 0.8
+    keys = torch.randn(size.batch, size.kv_len) if biased else torch.rand(size.batch, size.kv_len) < 0.8
     mask = MASKS["random"](size)
     want, _ = exact.softmax_attention(q, k, v, size.allowed(mask, keys), size.scale)
     errors = []
@@ -82,6 +83,19 @@ def test_more_bits_come_closer_to_the_exact_product(dtype: torch.dtype) -> None:
         errors.append(float((out.double() - want).square().mean().sqrt()))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.05 * errors[0]
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_bias_hides_as_a_bool_mask_and_moves_the_lse(bits: int, by_head: bool) -> None:
+    size = Size(q_len=83, kv_len=83, dim=20)
+    qkv, lists = size.qkv(torch.float64), size.lists(MASKS["random"](size))
+    keys = torch.rand(size.batch, *((size.heads,) if by_head else ()), size.kv_len) < 0.7
+    few = partial(dk.quantised_attention, *qkv, lists, bits=bits, summary="means")
+    want, hidden = few(key_mask=keys), as_bias(keys)
+    assert all(map(torch.equal, few(key_mask=hidden), want))
+    moved = few(key_mask=hidden - 1.0)
+    torch.testing.assert_close(moved, (want[0], want[1] - 1))
 
 
 @settings(deadline=None, max_examples=50)
@@ -152,13 +166,14 @@ def test_on_the_cpu_it_is_emulated_and_says_so() -> None:
     assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_eight_bits_are_rounded_as_the_kernel_does(size: Size, precision: str) -> None:
+def test_eight_bits_are_rounded_as_the_kernel_does(size: Size, precision: str, biased: bool) -> None:
     """Against the construction that the kernel's own results are held to."""
     q, k, v = size.qkv(torch.float64)
     k = k + 2 * torch.randn(size.dim, dtype=torch.float64)
-    mask, keys = MASKS["random"](size), torch.rand(size.batch, size.kv_len) < 0.8
+    mask, keys = MASKS["random"](size), uneven(size) if biased else torch.rand(size.batch, size.kv_len) < 0.8
     mask[0, 0, 0] = False
     out, lse = dk.block_sparse_attention(q, k, v, size.lists(mask), key_mask=keys, precision=precision)
     kinds = PRECISIONS[precision]

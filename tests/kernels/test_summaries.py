@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -15,8 +16,9 @@ import diffsparse_kernels as dk
 from diffsparse_kernels import strips, summaries
 from diffsparse_kernels.backend import cpu
 from diffsparse_kernels.catalog import BACKENDS
+from diffsparse_kernels.masks import readable
 from support import exact
-from support.cases import MASKS, Size, random_boxes, random_mask, seen
+from support.cases import MASKS, Size, as_bias, both, random_boxes, random_mask, seen
 from support.places import Place, places
 
 PLACES = places("cpu", "reference")
@@ -29,6 +31,7 @@ SIZES = [
     Size(dim=64, value_dim=24),
     Size(batch=1, heads=2, q_len=517, kv_len=517, dim=64, q_block=64, kv_block=64),
 ]
+MASKED = pytest.mark.parametrize("masked", ["not", "bool", "bias"])
 BOTH = pytest.mark.parametrize("by", summaries.SUMMARIES)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -36,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 class Block(NamedTuple):
     """What is known of the keys of one block of one head."""
 
-    count: int
+    count: float
     key: Tensor
     value: Tensor
     variance: Tensor
@@ -44,18 +47,21 @@ class Block(NamedTuple):
     slope: Tensor
 
 
-def described(k: Tensor, v: Tensor, real: Tensor, scale: float) -> Block:
-    """k [n, D], v [n, D_v] and which of them are real, in the dtype of the inputs."""
-    k, v = k[real], v[real]
-    n = max(len(k), 1)
-    key, value = k.sum(0) / n, v.sum(0) / n
-    slope = scale / n * (k - key).mT @ (v - value)
-    variance = scale**2 * ((k - key) ** 2).sum() / (n * k.shape[1])
-    return Block(len(k), key, value, variance, (((v - value) ** 2).sum() / n).sqrt(), slope)
+def described(k: Tensor, v: Tensor, keys: Tensor, scale: float) -> Block:
+    """k [n, D], v [n, D_v] and which of them are real, or the logs of their weights, in the dtype of the inputs."""
+    real = keys if keys.dtype == torch.bool else keys > -torch.inf
+    weights = torch.ones(len(k)) if keys.dtype == torch.bool else keys.exp()
+    k, v, w = k[real], v[real], weights[real, None].to(k.dtype)
+    count = w.double().sum().item()
+    n = count or 1
+    key, value = (w * k).sum(0) / n, (w * v).sum(0) / n
+    slope = scale / n * (w * (k - key)).mT @ (v - value)
+    variance = scale**2 * (w * (k - key) ** 2).sum() / (n * k.shape[1])
+    return Block(count, key, value, variance, ((w * (v - value) ** 2).sum() / n).sqrt(), slope)
 
 
-def blocks_of(k: Tensor, v: Tensor, real: Tensor, size: Size) -> list[Block]:
-    parts = (x.split(size.kv_block) for x in (k, v, real))
+def blocks_of(k: Tensor, v: Tensor, keys: Tensor, size: Size) -> list[Block]:
+    parts = (x.split(size.kv_block) for x in (k, v, keys))
     return [described(*part, size.scale) for part in zip(*parts, strict=True)]
 
 
@@ -87,9 +93,8 @@ def written_out(
     by: dk.Summary = "means",
     visible: Tensor | bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """softmax over kept keys and the summaries of dropped blocks; in the dtype of the inputs. keys: bool [B, H, N]."""
-    allowed = exact.element_mask(mask, size.q_block, size.kv_block, size.q_len, size.kv_len) & keys[:, :, None]
-    kept = (q @ k.mT * size.scale).masked_fill(~(allowed & visible), -torch.inf)
+    """softmax over kept keys and the summaries of dropped blocks; in the dtype of the inputs. keys: [B, H, N]."""
+    kept = exact.masked(q @ k.mT * size.scale, both(size.allowed(mask, keys), torch.as_tensor(visible)))
     out, lse = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype), torch.zeros(q.shape[:3], dtype=q.dtype)
     for b in range(len(q)):
         for h in range(q.shape[1]):
@@ -106,26 +111,38 @@ def written_out(
     return out, lse
 
 
+def some_keys(size: Size, masked: str, by_head: bool = False) -> Tensor | None:
+    """A key mask, bool or a bias; of the first sample all keys are hidden, of the last a whole block."""
+    keys = torch.rand(size.batch, *((size.heads,) if by_head else ()), size.kv_len) < 0.7
+    keys[0] = False
+    keys[-1, ..., : size.kv_block] = size.batch == 1
+    bias = torch.randn(keys.shape).masked_fill(~keys, -torch.inf)
+    return {"not": None, "bool": keys, "bias": bias}[masked]
+
+
+def of_all_heads(size: Size, keys: Tensor | None) -> Tensor:
+    if keys is None:
+        return all_keys(size)
+    return keys if keys.ndim == 3 else keys[:, None].expand(-1, size.heads, -1)
+
+
 def all_keys(size: Size) -> Tensor:
     return torch.ones(size.batch, size.heads, size.kv_len, dtype=torch.bool)
 
 
 @BOTH
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("masked", [False, True])
+@MASKED
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["random", "full", "empty"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_dropped_blocks_stand_as_their_summaries(
-    size: Size, kind: str, dtype: torch.dtype, masked: bool, place: Place, by: dk.Summary
+    size: Size, kind: str, dtype: torch.dtype, masked: str, place: Place, by: dk.Summary
 ) -> None:
-    qkv, mask = size.qkv(dtype), MASKS[kind](size)
-    keys = torch.rand(size.batch, size.kv_len) < (0.7 if masked else 1.1)
-    if masked:
-        keys[0] = False  # a sample without any key gets 0 and -inf
-        keys[-1, : size.kv_block] = size.batch == 1  # and a block without any counts for nothing
-    out, lse = place(dk.block_sparse_attention, *qkv, size.lists(mask), summary=by, key_mask=keys if masked else None)
-    each = keys[:, None].expand(-1, size.heads, -1)
+    """A sample without any key gets 0 and -inf, and a block without any counts for nothing."""
+    qkv, mask, keys = size.qkv(dtype), MASKS[kind](size), some_keys(size, masked)
+    out, lse = place(dk.block_sparse_attention, *qkv, size.lists(mask), summary=by, key_mask=keys)
+    each = of_all_heads(size, keys)
     want, want_lse = written_out(*(x.double() for x in qkv), size, mask, each, by)
     low, low_lse = written_out(*qkv, size, mask, each, by)
     assert (out.double() - want).abs().max().item() <= exact.tolerance(want, low)
@@ -138,7 +155,7 @@ def test_dropped_blocks_stand_as_their_summaries(
 
 @BOTH
 @pytest.mark.parametrize("small", [0, math.inf], ids=["one by one", "together"])
-@pytest.mark.parametrize("masked", [False, True])
+@MASKED
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize(("heads", "dim", "tokens"), [(3, 40, 95), (2, 128, 200), (1, 64, 131)])
 def test_the_cpu_takes_them_into_its_softmax(
@@ -146,7 +163,7 @@ def test_the_cpu_takes_them_into_its_softmax(
     dim: int,
     tokens: int,
     dtype: torch.dtype,
-    masked: bool,
+    masked: str,
     small: float,
     by: dk.Summary,
     monkeypatch: pytest.MonkeyPatch,
@@ -159,10 +176,10 @@ def test_the_cpu_takes_them_into_its_softmax(
     qkv, boxes = size.qkv(dtype), random_boxes(size)
     mask = random_mask(size)[:1]
     mask[:, 0, 0], mask[:, 0, 1] = True, False
-    keys = (torch.rand(2, tokens) < 0.7) if masked else None
+    keys = readable(some_keys(size, masked), qkv[0])
     lists, made = size.lists(mask), dk.summarise(*qkv[1:], 32, key_mask=keys, by=by)
     others = summaries.stand_ins(*qkv, lists, size.scale, keys, made)
-    each = all_keys(size) if keys is None else keys[:, None].expand(-1, heads, -1)
+    each = of_all_heads(size, keys)
     for hidden in (None, boxes):
         rest = lists, size.scale, keys, hidden
         got = cpu.block_sparse_attention(*qkv, *rest, others)
@@ -176,15 +193,19 @@ def test_the_cpu_takes_them_into_its_softmax(
                 torch.testing.assert_close(result, want)
                 continue
             for one, exactly, rounded in zip(result, want, low, strict=True):
-                assert (one.double() - exactly).abs().max().item() <= exact.tolerance(exactly, rounded)
+                alive = exactly.isfinite()
+                assert torch.equal(one.isfinite(), alive)
+                limit = exact.tolerance(exactly[alive], rounded[alive])
+                assert (one.double() - exactly)[alive].abs().max().item() <= limit
 
 
 @BOTH
+@pytest.mark.parametrize("masked", ["bool", "bias"])
 @pytest.mark.parametrize("place", PLACES)
-def test_keys_that_each_head_has_of_its_own(place: Place, by: dk.Summary) -> None:
+def test_keys_that_each_head_has_of_its_own(place: Place, masked: str, by: dk.Summary) -> None:
     size = Size(q_len=95, kv_len=95)
-    qkv, mask, keys = size.qkv(torch.float64), MASKS["random"](size), torch.rand(2, 3, 95) < 0.6
-    keys[0, 1, :40] = False  # a whole block
+    qkv, mask, keys = size.qkv(torch.float64), MASKS["random"](size), some_keys(size, masked, by_head=True)
+    assert keys is not None
     qkv[0][:, :, ::2] *= 4  # their scores vary so much that the mass they add is cut off
     want = written_out(*qkv, size, mask, keys, by)
     for summary in (by, dk.summarise(*qkv[1:], 32, key_mask=keys, by=by)):
@@ -207,6 +228,22 @@ def test_scores_that_are_all_zero_or_turned_round(place: Place, scale: float, by
     for summary in (by, dk.summarise(*qkv[1:], 32, scale=scale, by=by)):
         got = place(dk.block_sparse_attention, *qkv, lists, summary=summary, scale=scale)
         torch.testing.assert_close([x.double() for x in got], list(want), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [40, 45])
+@pytest.mark.parametrize("masked", [False, True])
+def test_means_and_spread_by_weights(tokens: int, masked: bool) -> None:
+    x, weights = (3 + torch.randn(2, 2, tokens, 16)).bfloat16(), torch.rand(2, tokens)
+    weights[0, 8:16] = not masked
+    spread, means = (function(x, 8, weights.log()) for function in (dk.spread, dk.block_means))
+    for number, block in enumerate(torch.arange(tokens).split(8)):
+        rows, each = x[:, :, block].double(), weights[:, None, block, None].double()
+        total = each.sum(2).clamp(min=1e-9)
+        mean = (each * rows).sum(2) / total
+        distances = (rows - mean[:, :, None]).square().sum(-1, keepdim=True)
+        want = ((each * distances).sum(2) / total).sqrt()[..., 0]
+        torch.testing.assert_close(spread[:, :, number].double(), want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(means[:, :, number], mean.bfloat16())
 
 
 @pytest.mark.parametrize("tokens", [40, 45])
@@ -285,43 +322,40 @@ def test_summaries_made_before_and_one_slope_for_all_blocks(place: Place) -> Non
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("masked", [False, True])
+@MASKED
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_what_is_known_of_a_block(size: Size, dtype: torch.dtype, masked: bool, offset: float) -> None:
+def test_what_is_known_of_a_block(size: Size, dtype: torch.dtype, masked: str, offset: float) -> None:
     """Also of keys and values that have much in common: their products must not cancel."""
     _, k, v = size.qkv(torch.float32)
     k, v = ((x + offset * torch.randn(1, size.heads, 1, x.shape[3])).to(dtype) for x in (k, v))
-    keys = torch.rand(size.batch, size.heads, size.kv_len) < (0.7 if masked else 1.1)
-    keys[0, 0, : size.kv_block] &= not masked  # a whole block
-    made = dk.summarise(k, v, size.kv_block, scale=size.scale, key_mask=keys if masked else None)
+    keys = some_keys(size, masked, by_head=True)
+    made, each = dk.summarise(k, v, size.kv_block, scale=size.scale, key_mask=keys), of_all_heads(size, keys)
     for b in range(size.batch):
         for h in range(size.heads):
-            whole = blocks_of(k[b, h].double(), v[b, h].double(), keys[b, h], size)
+            whole = blocks_of(k[b, h].double(), v[b, h].double(), each[b, h], size)
             for number, want in enumerate(whole):
                 got = Block(0, *(x[b, h, number].double() for x in (made[0], made[1], *made[3:5], made.slope)))
                 for one, other in zip(got[1:], want[1:], strict=True):
                     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, offset))
                 count = made.log_count.expand(size.batch, size.heads, -1)[b, h, number].exp()
-                assert count.item() == pytest.approx(want.count)
+                assert count.item() == pytest.approx(want.count, rel=1e-5)
                 steepness = want.slope.norm().item() / size.dim**0.5
                 assert made.steepness[b, h, number].item() == pytest.approx(steepness, rel=1e-3, abs=1e-5 * offset)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@MASKED
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_estimated_error(size: Size, dtype: torch.dtype, masked: bool) -> None:
+def test_the_estimated_error(size: Size, dtype: torch.dtype, masked: str) -> None:
     q, k, v = size.qkv(dtype)
-    keys = torch.rand(size.batch, size.heads, size.kv_len) < (0.7 if masked else 1.1)
-    if masked:
-        keys[0, 0], keys[-1, -1, : size.kv_block] = False, False
-    made = dk.summarise(k, v, size.kv_block, scale=size.scale, key_mask=keys if masked else None)
+    keys = some_keys(size, masked, by_head=True)
+    made, each = dk.summarise(k, v, size.kv_block, scale=size.scale, key_mask=keys), of_all_heads(size, keys)
     got = dk.summary_error(q, made, q_block=size.q_block, scale=size.scale)
     assert tuple(got.shape) == size.blocks
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     for b in range(size.batch):
         for h in range(size.heads):
-            blocks = blocks_of(k[b, h].double(), v[b, h].double(), keys[b, h], size)
+            blocks = blocks_of(k[b, h].double(), v[b, h].double(), each[b, h], size)
             shares = stands_in(q[b, h].double(), blocks, size.scale, False)[0].softmax(-1).nan_to_num(0)
             squares = q[b, h].double().square().sum(-1)
             for number, one in enumerate(blocks):
@@ -350,6 +384,38 @@ def test_heads_in_groups_and_slopes_that_are_not_kept(monkeypatch: pytest.Monkey
             for summary in (by, made):
                 got = dk.block_sparse_attention(*qkv, size.lists(mask), summary=summary, key_mask=keys)
                 torch.testing.assert_close(got, want)
+
+
+@BOTH
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("shift", [-1e4, 300.0])
+def test_a_bias_of_all_keys_moves_the_lse_alone(shift: float, place: Place, by: dk.Summary) -> None:
+    """However large: no weight of a key overflows, and none is lost."""
+    size = Size(q_len=95, kv_len=95)
+    qkv, lists, keys = size.qkv(torch.float64), size.lists(random_mask(size)), some_keys(size, "bias")
+    assert keys is not None
+    for summary in (None, by):
+        out, lse = place(dk.block_sparse_attention, *qkv, lists, summary=summary, key_mask=keys.double())
+        moved = place(dk.block_sparse_attention, *qkv, lists, summary=summary, key_mask=keys.double() + shift)
+        torch.testing.assert_close(moved, (out, lse + shift))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bias_that_only_hides_is_the_bool_mask(dtype: torch.dtype, by: dk.Summary) -> None:
+    size = Size(q_len=95, kv_len=95)
+    qkv, lists, keys = size.qkv(dtype), size.lists(random_mask(size)), some_keys(size, "bool", by_head=True)
+    assert keys is not None
+    same = partial(torch.testing.assert_close, atol=0, rtol=0) if dtype == torch.float32 else torch.testing.assert_close
+    for want, got in zip(
+        *(dk.summarise(*qkv[1:], 32, key_mask=mask, by=by) for mask in (keys, as_bias(keys))), strict=True
+    ):
+        same(got, want)
+    for want, got in zip(
+        *(dk.block_sparse_attention(*qkv, lists, key_mask=mask, summary=by) for mask in (keys, as_bias(keys))),
+        strict=True,
+    ):
+        same(got, want)
 
 
 @BOTH

@@ -23,6 +23,7 @@ from diffsparse_kernels import child, select, summaries, trials
 from diffsparse_kernels.backend import cpu, emulated, reference
 from diffsparse_kernels.backend import selftest as proof
 from diffsparse_kernels.case import PRECISIONS, SELECTION, Case, Summary
+from diffsparse_kernels.masks import is_bias
 from support import trial
 
 SCRIPT = str(Path(trial.__file__))
@@ -359,14 +360,29 @@ def test_a_cache_that_cannot_be_read_or_written_stops_nobody(a_machine: Path, mo
 
 
 @pytest.mark.parametrize("kind", ["attend", "mass", "fused", "summaries", "errors", "statistics"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("masked", "biased"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("copyable", [False, True])
-def test_the_proof_passes_what_is_right(kind: str, masked: bool, copyable: bool) -> None:
-    case = Case(kind, torch.bfloat16, 24, 24, 16, 32, masked, 0, copyable)  # type: ignore[arg-type]
+def test_the_proof_passes_what_is_right(kind: str, masked: bool, biased: bool, copyable: bool) -> None:
+    case = Case(kind, torch.bfloat16, 24, 24, 16, 32, masked, 0, copyable, biased=biased)  # type: ignore[arg-type]
     kernel = SimpleNamespace(**{**vars(summaries), **vars(cpu)})
     for sample in proof.samples(case, CPU):
         assert proof.examine(case, kernel, sample).problem == ""
         assert (sample.key_mask is not None) == masked
+        assert is_bias(sample.key_mask) == biased
+
+
+@pytest.mark.parametrize("kind", ["attend", "mass", "fused", "statistics"])
+def test_the_proof_sees_a_bias_that_is_left_away(kind: str) -> None:
+    case = Case(kind, torch.bfloat16, 24, 24, 16, 32, True, biased=True)  # type: ignore[arg-type]
+
+    def without(function: Any) -> Any:
+        return lambda *call: function(*(x > -torch.inf if x is mask else x for x in call))
+
+    right = {**vars(summaries), **vars(cpu)}
+    blind = SimpleNamespace(**{name: without(function) for name, function in right.items() if callable(function)})
+    for sample in proof.samples(case, CPU, long=False):
+        mask = sample.key_mask
+        assert proof.examine(case, blind, sample).problem.startswith("wrong: the")
 
 
 @pytest.mark.parametrize("summary", summaries.SUMMARIES)
@@ -503,8 +519,11 @@ def test_the_cases_are_read_as_they_were_written() -> None:
         Case("summaries", torch.float16, 64, 72, 128, 64, True, 3, False),
         CASE._replace(precision="int8-int8"),
         CASE._replace(summary="first-order"),
+        CASE._replace(masked=True, biased=True),
     ):
         assert Case.read(case.words()) == case
+    assert len(CASE.words()) == 11, "as verdicts and rows were kept"
+    assert "attend, bfloat16, D=16, blocks of 16x16, added key mask" in str(CASE._replace(masked=True, biased=True))
 
 
 def test_the_real_child_runs_the_real_kernels(capsys: pytest.CaptureFixture[str]) -> None:

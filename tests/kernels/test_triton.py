@@ -36,12 +36,16 @@ VARIANTS = {
     "masked": {**SPARSE, "MASKED": True},
     "boxes": {**SPARSE, "AXES": 3},
     "masked boxes": {**SPARSE, "MASKED": True, "AXES": 1},
+    "biased": {**SPARSE, "BIASED": True},
+    "biased boxes": {**SPARSE, "BIASED": True, "AXES": 1},
     "dense": DENSE,
     "fused": {**DENSE, "MASS": True},
     "masked fused": {**DENSE, "MASKED": True, "MASS": True},
     "means": {**SPARSE, "SUMMARISED": True},
     "first order": FIRST_ORDER,
     "masked first order": {**FIRST_ORDER, "MASKED": True},
+    "biased fused": {**DENSE, "BIASED": True, "MASS": True},
+    "biased first order": {**FIRST_ORDER, "BIASED": True},
 }
 # variant, head size, edge of the blocks
 SHOWN = [
@@ -51,6 +55,9 @@ SHOWN = [
     ("masked", 128, 128),
     ("masked", 64, 64),
     ("masked boxes", 128, 64),
+    ("biased", 128, 128),
+    ("biased", 64, 64),
+    ("biased boxes", 128, 64),
     ("dense", 128, 128),
     ("fused", 128, 128),
     ("masked fused", 64, 128),
@@ -58,6 +65,8 @@ SHOWN = [
     ("first order", 128, 128),
     ("first order", 72, 64),
     ("masked first order", 128, 128),
+    ("biased fused", 128, 128),
+    ("biased first order", 128, 128),
 ]
 
 
@@ -87,7 +96,8 @@ def rows_of_the_table() -> list[tuple[int, int, int, Tile]]:
 def attend(chip: int, head_dim: int, q_block: int, kv_block: int, tile: Tile, flags: dict[str, Any]) -> aot.Compiled:
     constants = triton.attend_constants(head_dim, head_dim, q_block, kv_block, tile)
     constants |= {**flags, "RAGGED": True, "UPCAST": False, "BLOCK_S": triton.stand_ins_width(chip, 2)}
-    return aot.compiled(triton_kernels.attend, chip, constants, tile.warps, tile.stages)
+    types = {"key_mask_ptr": "*fp32"} if flags["BIASED"] else {}
+    return aot.compiled(triton_kernels.attend, chip, constants, tile.warps, tile.stages, **types)
 
 
 def assert_copies(kernel: aot.Compiled, tile: Tile) -> None:
@@ -131,28 +141,33 @@ def test_every_variant(chip: int, variant: str, head_dim: int, block: int) -> No
 def test_masked_weights_stay_in_registers(chip: int) -> None:
     """A branch on the scores would have them go through shared memory, where `mma.sync` is what multiplies."""
     tile = tiles.tiles_for(chip, 128, 128, 128)[0]
-    plain, masked = (attend(chip, 128, 128, 128, tile, VARIANTS[variant]) for variant in ("sparse", "masked"))
-    assert masked.shared == plain.shared
+    plain, masked, biased = (
+        attend(chip, 128, 128, 128, tile, VARIANTS[variant]).shared for variant in ("sparse", "masked", "biased")
+    )
+    assert masked == plain
+    assert biased - plain <= 4 * tile.keys * tile.stages  # one float a key, asked for ahead, and no weights
 
 
 @aot.compiles
-@pytest.mark.parametrize("q_block", [16, 128])
+@pytest.mark.parametrize(("q_block", "biased"), [(16, False), (128, False), (128, True)])
 @pytest.mark.parametrize("chip", CHIPS)
-def test_mass(chip: int, q_block: int) -> None:
+def test_mass(chip: int, q_block: int, biased: bool) -> None:
     tile = triton.measure_tile(chip, 128, 2, copyable=True)
     constants = triton.measure_constants(128, q_block, 128, tile)
-    constants |= {"MASKED": q_block == 16, "RAGGED": True, "UPCAST": False}
-    kernel = aot.compiled(triton_kernels.measure, chip, constants, tile.warps, tile.stages)
+    constants |= {"MASKED": q_block == 16, "BIASED": biased, "RAGGED": True, "UPCAST": False}
+    types = {"key_mask_ptr": "*fp32"} if biased else {}
+    kernel = aot.compiled(triton_kernels.measure, chip, constants, tile.warps, tile.stages, **types)
     aot.assert_sound(kernel, chip)
     assert_copies(kernel, tile)
 
 
-def first_order(chip: int, dtype: str, head_dim: int, kv_block: int) -> aot.Compiled:
+def first_order(chip: int, dtype: str, head_dim: int, kv_block: int, biased: bool = False) -> aot.Compiled:
     tile = triton.first_order_tile(4 if dtype == "fp32" else 2, head_dim)
     constants = triton.first_order_constants(head_dim, head_dim, kv_block, tile)
-    constants |= {"MASKED": True, "SLOPED": True, "UPCAST": False}
+    constants |= {"MASKED": not biased, "BIASED": biased, "SLOPED": True, "UPCAST": False}
     types = dict.fromkeys(("k_ptr", "v_ptr", "slope_ptr"), f"*{dtype}") | {"scale": "fp32"}
     types |= {f"{name}_ptr": "*fp32" for name in Summaries._fields if name != "slope"}
+    types |= {"key_mask_ptr": "*fp32"} if biased else {}
     return aot.compiled(triton_kernels.first_order, chip, constants, tile.warps, tile.stages, **types)
 
 
@@ -171,6 +186,7 @@ def test_mixing(chip: int, head_dim: int) -> None:
 @pytest.mark.parametrize("chip", [89, *CHIPS])
 def test_statistics(chip: int, head_dim: int, kv_block: int) -> None:
     aot.assert_sound(first_order(chip, "bf16", head_dim, kv_block), chip)
+    aot.assert_sound(first_order(chip, "bf16", head_dim, kv_block, biased=True), chip)
     if head_dim == 128:  # float32 need not be fast, but must fit
         assert first_order(chip, "fp32", head_dim, kv_block).shared <= aot.CHIPS[chip][1]
 

@@ -45,8 +45,16 @@ class Size:
         )
 
     def allowed(self, mask: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Token by token what is seen, bool; or what is added to the scores, if keys are a bias."""
         tokens = exact.element_mask(mask, self.q_block, self.kv_block, self.q_len, self.kv_len)
-        return tokens if keys is None else tokens & (keys[:, None, None] if keys.ndim == 2 else keys[:, :, None])
+        return tokens if keys is None else both(keys[:, None, None] if keys.ndim == 2 else keys[:, :, None], tokens)
+
+
+def both(keys: Tensor, seen: Tensor) -> Tensor:
+    """Keys, bool or a bias, of which only those that are seen remain."""
+    if keys.dtype == torch.bool:
+        return keys & seen
+    return torch.where(seen & (keys > -1e29), keys.double(), -torch.inf)
 
 
 def random_boxes(size: Size, axes: int = 2) -> dk.Boxes:
@@ -105,6 +113,27 @@ KEY_MASKS = {
 }
 
 
+def as_bias(keys: Tensor) -> Tensor:
+    """What is added to the scores where a bool mask hides keys."""
+    return torch.zeros(keys.shape).masked_fill(~keys, -torch.inf)
+
+
+def uneven(size: Size) -> Tensor:
+    """Keys that count more or less than once, some of them never; of a sample after the first none but one."""
+    keys = (2 * torch.randn(size.batch, size.kv_len)).masked_fill(torch.rand(size.batch, size.kv_len) < 0.2, -torch.inf)
+    keys[1:, 1:] = -torch.inf
+    return keys
+
+
+BIASES = {
+    "uneven": uneven,
+    "zero or one": lambda size: (torch.rand(size.batch, size.kv_len) < 0.8).float(),  # as Chroma has it
+    "deep": lambda size: torch.where(holes(size), 30.0, -1e4),  # a row may see deep ones only
+    "lowest": lambda size: torch.where(holes(size), 0.5, torch.finfo(torch.bfloat16).min),
+    "nothing": lambda size: torch.full((size.batch, size.kv_len), -torch.inf),
+}
+
+
 def assert_attention(got: tuple[Tensor, Tensor], qkv: tuple[Tensor, ...], allowed: Tensor, scale: float) -> None:
     q, k, v = qkv
     out, lse = got
@@ -116,7 +145,7 @@ def assert_attention(got: tuple[Tensor, Tensor], qkv: tuple[Tensor, ...], allowe
     dead = want_lse.isneginf()
     assert torch.equal(lse.isneginf(), dead)
     assert (out[dead] == 0).all()
-    scores = (q @ k.mT * scale).masked_fill(~allowed, -torch.inf).logsumexp(-1)
+    scores = exact.masked(q @ k.mT * scale, allowed).logsumexp(-1)
     alive = ~dead
     if alive.any():
         limit = exact.tolerance(want_lse[alive], scores[alive])

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+def masked(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Scores with what hides keys, bool, or with what is added to them, in their dtype."""
+    if allowed.dtype == torch.bool:
+        return scores.masked_fill(~allowed, -torch.inf)
+    return (scores + allowed).to(scores.dtype)
+
+
 def element_mask(blocks: Tensor, q_block: int, kv_block: int, q_len: int, kv_len: int) -> Tensor:
     """Block mask [B, H, nQ, nK] -> token mask [B, H, N_q, N_kv]."""
     return blocks.repeat_interleave(q_block, 2).repeat_interleave(kv_block, 3)[:, :, :q_len, :kv_len]
@@ -13,7 +20,7 @@ def element_mask(blocks: Tensor, q_block: int, kv_block: int, q_len: int, kv_len
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output and LSE in float64; rows without any allowed key give 0 and -inf."""
-    scores = (q.double() @ k.double().mT * scale).masked_fill(~allowed, -torch.inf)
+    scores = masked(q.double() @ k.double().mT * scale, allowed)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse.isneginf(), 0)[..., None]).exp()
     return weights @ v.double(), lse
@@ -21,7 +28,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: f
 
 def eager(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
     """The same in the inputs' own number format, every step rounded: what a tolerance is made of."""
-    scores = (q @ k.mT * scale).masked_fill(~allowed, -torch.inf)
+    scores = masked(q @ k.mT * scale, allowed)
     weights = scores.softmax(-1).nan_to_num(0.0)
     return weights @ v
 

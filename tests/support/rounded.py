@@ -8,7 +8,7 @@ from torch import Tensor
 import diffsparse_kernels as dk
 from diffsparse_kernels.case import PRECISIONS
 from support import exact
-from support.cases import Size, random_mask
+from support.cases import Size, random_mask, uneven
 from support.places import Place
 
 SIZES = [
@@ -44,7 +44,7 @@ def attention(
     q, k, v = q.double(), k.double(), v.double()
     mean = k.mean(2, keepdim=True)
     scores = by_block(q, scores_in, blocks[0]) @ by_block(k - mean, scores_in, blocks[1]).mT + q @ mean.mT
-    scores = (scores * scale).masked_fill(~allowed, -torch.inf)
+    scores = exact.masked(scores * scale, allowed)
     top = scores.amax(-1, keepdim=True)
     weights = (scores - top.masked_fill(top.isneginf(), 0)).exp()
     total = weights.sum(-1, keepdim=True)
@@ -62,11 +62,11 @@ def inputs(size: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return q, k + 2 * torch.randn(size.dim).to(dtype), v
 
 
-def assert_no_worse_than_rounding(place: Place, size: Size, dtype: torch.dtype, precision: str, masked: bool) -> None:
+def assert_no_worse_than_rounding(place: Place, size: Size, dtype: torch.dtype, precision: str, masked: str) -> None:
     """The error against float64 is that of rounded inputs and weights, and of what it is stored in."""
     qkv, mask = inputs(size, dtype), random_mask(size)
     mask[0, 0, 0] = False
-    keys = torch.rand(size.batch, size.kv_len) < 0.7 if masked else None
+    keys = {"not": None, "bool": torch.rand(size.batch, size.kv_len) < 0.7, "bias": uneven(size)}[masked]
     out, lse = place(dk.block_sparse_attention, *qkv, size.lists(mask), key_mask=keys, precision=precision)
     allowed = size.allowed(mask, keys)
     want, want_lse = exact.softmax_attention(*qkv, allowed, size.scale)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists, mask_of
-from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.masks import Boxes, is_bias
 from diffsparse_kernels.strips import strips
 from diffsparse_kernels.summaries import MOST_BIAS, StandIns
 
@@ -518,7 +518,9 @@ def _computable(x: Tensor) -> Tensor:
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `mask` is True, and elsewhere what outweighs every score."""
+    """What to add to scores: 0 where `mask` is True, elsewhere what outweighs every score; or a mask that says it."""
+    if is_bias(mask):
+        return mask.to(dtype).clamp(min=-_NEVER)
     bias: Tensor = mask.to(dtype).sub_(1).mul_(_NEVER)
     return bias
 

@@ -17,7 +17,7 @@ from diffsparse_kernels.case import FORMATS, PRECISIONS
 from diffsparse_kernels.catalog import load
 from diffsparse_kernels.checks import check_bits
 from diffsparse_kernels.lists import BlockLists
-from diffsparse_kernels.masks import each_head
+from diffsparse_kernels.masks import masked
 from diffsparse_kernels.strips import joined, strips
 
 _STRIP_BYTES = 256 * 2**20  # scores of one strip of query rows
@@ -57,7 +57,7 @@ def incoherence(x: Tensor, block: int) -> Tensor:
 def quantised_attention(
     q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float, key_mask: Tensor | None, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the listed blocks in whole numbers -> out, lse; the key mask is bool [B, N_kv] or [B, H, N_kv].
+    """Attention over the listed blocks in whole numbers -> out, lse; the key mask is [B, N_kv] or [B, H, N_kv].
 
     Queries, keys and values have a scale for each block; the softmax weights, taken against the maximum of their row,
     have one for each tile.
@@ -100,10 +100,9 @@ def _attend(
     mask, parts = lists.to_mask(), []
     row_bytes = q.shape[0] * q.shape[1] * k.shape[2] * 8
     for rows in strips(q.shape[2], row_bytes, _STRIP_BYTES, lists.q_block):
-        seen = lists.to_token_mask(rows, mask)
-        seen = seen if key_mask is None else seen & each_head(key_mask)[:, :, None]
         scores = q[:, :, rows] @ k.mT  # [B, H, rows, N_kv]
-        scores = scores.masked_fill(~seen, -torch.inf)
+        scores = scores.masked_fill(~lists.to_token_mask(rows, mask), -torch.inf)
+        scores = scores if key_mask is None else masked(scores, key_mask)
         top = scores.amax(-1, keepdim=True)
         weights = (scores - top.masked_fill(top.isneginf(), 0)).exp()
         total = weights.sum(-1, keepdim=True)

@@ -19,7 +19,7 @@ from diffsparse_kernels.case import Case
 from diffsparse_kernels.catalog import load
 from diffsparse_kernels.errors import KernelInputError
 from diffsparse_kernels.lists import BlockLists
-from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.masks import Boxes, is_bias
 
 
 def capability(device: torch.device, case: Case | None = None) -> str | None:
@@ -85,9 +85,11 @@ def _flex(
 
 
 def _hides(key_mask: Tensor | None) -> Callable[..., Tensor] | None:
-    """A score modifier that gives hidden keys -inf."""
+    """A score modifier that gives hidden keys -inf, or adds their bias."""
     if key_mask is None:
         return None
+    if is_bias(key_mask):
+        return lambda score, b, h, q, kv: score + key_mask[b, kv]
     return lambda score, b, h, q, kv: torch.where(key_mask[b, kv], score, -torch.inf)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.lists import BlockLists, blocks_of
-from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.masks import Boxes, masked
 from diffsparse_kernels.strips import joined, strips
 from diffsparse_kernels.summaries import MOST_BIAS, StandIns
 
@@ -118,7 +118,7 @@ def _strips(q: Tensor, k: Tensor, multiple: int = 1) -> Iterator[slice]:
 def _scores(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
     exact = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(exact) @ k.to(exact).transpose(-1, -2) * scale  # [B, H, rows, N_kv]
-    return scores if key_mask is None else scores.masked_fill(~key_mask[:, None, None], -torch.inf)
+    return scores if key_mask is None else masked(scores, key_mask)
 
 
 def _softmax(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from diffsparse_kernels.case import PRECISIONS, Case, Summary
 from diffsparse_kernels.catalog import load
 from diffsparse_kernels.child import follow_parent, requests, say
 from diffsparse_kernels.lists import BlockLists, blocks_of
-from diffsparse_kernels.masks import Boxes
+from diffsparse_kernels.masks import Boxes, is_bias, masked, shown
 from diffsparse_kernels.rows import Correction
 from diffsparse_kernels.summaries import StandIns, Summaries
 
@@ -94,7 +94,7 @@ class Sample(NamedTuple):
         if self.lists is not None:
             rows = self.lists.to_mask().repeat_interleave(self.lists.q_block, 2)[:, :, :n_q]
             seen = rows.repeat_interleave(self.lists.kv_block, 3)[..., :n_kv]
-        seen = seen if self.key_mask is None else seen & self.key_mask[:, None, None]
+        seen = seen if self.key_mask is None else seen & shown(self.key_mask)[:, None, None]
         return seen if self.boxes is None else seen & self.boxes.visible()
 
 
@@ -159,7 +159,7 @@ class _Draw:
         sizes = {"q_block": case.q_block, "kv_block": case.kv_block, "q_len": n_q, "kv_len": n_kv}
         lists = None if mask is None else BlockLists.from_mask(mask.to(self._device), **sizes)
         boxes = _boxes(case.axes, n_q, n_kv, self._generator, self._device) if case.axes else None
-        return Sample(name, q, k, v, lists, keys.to(self._device) if case.masked else None, boxes)
+        return Sample(name, q, k, v, lists, self._mask(keys) if case.masked else None, boxes)
 
     def errors(self, name: str, shape: tuple[int, int, int, int], text: int | None) -> Sample:
         """A selection among errors of which some are equal and some aren't finite. text: of these blocks each."""
@@ -171,6 +171,12 @@ class _Draw:
             rows, columns = (torch.arange(size) % text == 0 for size in shape[2:])
             always = (rows[:, None] | columns).to(self._device)
         return Sample(name, errors, errors, errors, key_mask=always)
+
+    def _mask(self, keys: Tensor) -> Tensor:
+        """Of these keys, bool; or what is added to their scores."""
+        if self._case.biased:
+            keys = torch.randn(keys.shape, generator=self._generator).masked_fill(~keys, -torch.inf)
+        return keys.to(self._device)
 
     def _normal(self, length: int, dim: int, token_major: bool) -> Tensor:
         shape = (2, length, 2, dim) if token_major else (2, 2, length, dim)
@@ -320,8 +326,10 @@ def _rounded_error(q: Tensor, made: Summaries, *rest: Any) -> Tensor:
 def rounded_attention(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
     """Scores and output in plain torch, every step rounded to the inputs' dtype; the LSE in float32, as kernels do."""
     wide, hidden = torch.promote_types(sample.q.dtype, torch.float32), ~sample.seen()
-    scores = (sample.q @ sample.k.mT * sample.scale).masked_fill(hidden, -torch.inf)
-    whole = (sample.q.to(wide) @ sample.k.to(wide).mT * sample.scale).masked_fill(hidden, -torch.inf)
+    products = sample.q @ sample.k.mT * sample.scale, sample.q.to(wide) @ sample.k.to(wide).mT * sample.scale
+    if is_bias(sample.key_mask):
+        products = masked(products[0], sample.key_mask), masked(products[1], sample.key_mask)
+    scores, whole = (x.masked_fill(hidden, -torch.inf) for x in products)
     return scores, scores.softmax(-1).nan_to_num(0.0) @ sample.v, whole.logsumexp(-1)
 
 

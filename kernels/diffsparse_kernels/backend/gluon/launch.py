@@ -1,7 +1,7 @@
 """Attention on Hopper (sm_90) in Gluon. The kernel is in `kernels.py`; what it can't do, the triton backend does.
 
 It takes bfloat16 and float16 [B, H, N, D] whose rows are dense and whose addresses and strides are multiples of 16
-bytes, D at most 128, blocks of 128 queries and 64 or 128 keys, any key mask, no boxes; over lists with or without
+bytes, D at most 128, blocks of 128 queries and 64 or 128 keys, any bool key mask, no boxes; over lists with or without
 summaries of the other blocks, and dense with or without the block mass. All else is the triton backend's, and so is
 everything where the kernel was wrong in its trial on the device. Scores, softmax and LSE are float32, and the error
 against float64 stays below twice that of plain attention in the same dtype.
@@ -56,6 +56,8 @@ def case_capability(case: Case) -> str | None:
     """What the kernel can't do of a case, which the triton backend then does; None if it can do all."""
     if case.axes:
         return "it takes no boxes"
+    if case.biased:
+        return "it takes no key mask that is added to the scores"
     if case.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16; got {case.dtype}"
     if case.head_dim != case.value_dim or case.head_dim > HEAD_DIMS[-1]:

@@ -121,9 +121,12 @@ def add_weighted(weights, v, acc, shrink, VALUES: tl.constexpr, UPCAST: tl.const
 @triton.jit
 def hide_keys(
     scores, columns, start, key_mask_ptr, clear, place_ptr, low_ptr, high_ptr, rows, n_q, n_kv,
-    BLOCK_N: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, AXES: tl.constexpr, BRANCH: tl.constexpr,
+    BLOCK_N: tl.constexpr, RAGGED: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, AXES: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """-inf for keys beyond the last, for padded keys, and for those outside the query's box.
+
+    BIASED: key_mask_ptr is what to add to the scores, which are in base 2 then.
 
     BRANCH: tiles before `clear` are let through. Where a second product by `mma.sync` follows, a branch on the scores
     would hide it from the compiler, which then sends the weights through shared memory: there only the mask's bytes,
@@ -140,6 +143,8 @@ def hide_keys(
             if start + BLOCK_N > clear:
                 allowed = tl.load(key_mask_ptr + columns, mask=there, other=0) != 0
             scores = tl.where(allowed[None, :], scores, -float("inf"))
+    elif BIASED:
+        scores += tl.load(key_mask_ptr + columns, mask=there, other=-float("inf"))[None, :]
     elif RAGGED:
         scores = tl.where(there[None, :], scores, -float("inf"))
     if AXES > 0:
@@ -277,8 +282,8 @@ def attend(
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-    SPARSE: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr, AXES: tl.constexpr, MASS: tl.constexpr,
-    SCALED: tl.constexpr, VALUES: tl.constexpr,
+    SPARSE: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, AXES: tl.constexpr,
+    MASS: tl.constexpr, SCALED: tl.constexpr, VALUES: tl.constexpr,
     SUMMARISED: tl.constexpr, VARIED: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr,
     RAGGED: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -287,10 +292,11 @@ def attend(
     q_ptr [B, H, N_q, D], k_ptr [B, H, N_kv, D], v_ptr [B, H, N_kv, D_V] with the strides `q_b` to `v_d`; out_ptr
     [B, H, N_q, D_V], lse_ptr, cached_ptr float32 [B, H, N_q], mass_ptr float32 [B, H, nQ, nK], all contiguous.
     idx_ptr int16 or int32 [B|1, H, nQ, width], cnt_ptr [B|1, H, nQ], order_ptr [listed]: of `BlockLists`. key_mask_ptr
-    uint8 [B, N_kv], clear_ptr int32 [B]: of `mask_pointers`; place_ptr int32 [AXES, N_kv], low_ptr, high_ptr [AXES,
-    N_q]: of `Boxes`. A pointer that its flag leaves unread may be any. SCALED: q and k are eight bits, to be multiplied
-    by q_scale_ptr float32 [B, H, nQ] and k_scale_ptr [B, H, nK]. VALUES: "plain", or "int8" or "fp8": v_ptr is then
-    [B, H, D_V, N_kv], rows `v_n` apart, to be multiplied by v_scale_ptr float32 [B, H, D_V].
+    [B, N_kv], uint8 if MASKED, float32 if BIASED, clear_ptr int32 [B]: of `mask_pointers`; place_ptr int32
+    [AXES, N_kv], low_ptr, high_ptr [AXES, N_q]: of `Boxes`. A pointer that its flag leaves unread may be any. SCALED: q
+    and k are eight bits, to be multiplied by q_scale_ptr float32 [B, H, nQ] and k_scale_ptr [B, H, nK]. VALUES:
+    "plain", or "int8" or "fp8": v_ptr is then [B, H, D_V, N_kv], rows `v_n` apart, to be multiplied by v_scale_ptr
+    float32 [B, H, D_V].
 
     SUMMARISED: what stands for the blocks outside the lists takes part, `StandIns` in contiguous tensors: bits_ptr
     uint8 [B|1, H, nQ, nK / 8], key_ptr [B, H, nK, D] and value_ptr [B, H, nK, D_V] of q's dtype, log_count_ptr float32
@@ -350,6 +356,8 @@ def attend(
         scores = tl.dot(q, k.T, input_precision="ieee").to(tl.float32)  # [M, N]
         if SCALED:
             scale = scale_of_q * tl.load(k_scale_ptr + (b * heads + h) * kv_blocks + block)
+        if BIASED:
+            scores *= scale
         scores = hide_keys(
             scores,
             columns,
@@ -365,10 +373,11 @@ def attend(
             BLOCK_N,
             RAGGED,
             MASKED,
+            BIASED,
             AXES,
             TMA and not SCALED,  # sm_100 has no other instruction for int8, either
         )
-        weights, base, highest, shrink = softmax_step(scores, scale, highest)
+        weights, base, highest, shrink = softmax_step(scores, 1.0 if BIASED else scale, highest)
         part_sum = tl.sum(weights, 1)
         total = total * shrink + part_sum
         acc = add_weighted(weights, v, acc, shrink, VALUES, UPCAST)
@@ -402,11 +411,19 @@ def attend(
 
 
 @triton.jit
-def centred_rows(x, there, count):
-    """Mean of the rows that are there, [D], and each one's distance to it, float32 [N, D], 0 for all others."""
+def centred_rows(x, there, roots, count, BIASED: tl.constexpr):
+    """Mean of the rows that are there, [D], and each one's distance to it, float32 [N, D], 0 for all others.
+
+    BIASED: rows count as often as the squares of roots [N] say, and distances are multiplied by these.
+    """
     x = tl.where(there[:, None], x.to(tl.float32), 0.0)
-    mean = tl.sum(x, 0) / count
-    return mean, tl.where(there[:, None], x - mean[None, :], 0.0)
+    if BIASED:
+        mean = tl.sum(x * (roots * roots)[:, None], 0) / count
+        distances = tl.where(there[:, None], (x - mean[None, :]) * roots[:, None], 0.0)
+    else:
+        mean = tl.sum(x, 0) / count
+        distances = tl.where(there[:, None], x - mean[None, :], 0.0)
+    return mean, distances
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -415,11 +432,13 @@ def first_order(
     scale, n_kv, heads, mask_b, mask_h,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d,
     D: tl.constexpr, D_V: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    KV_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, SLOPED: tl.constexpr, UPCAST: tl.constexpr,
+    KV_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr, SLOPED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What `Summaries` hold of one key block, BLOCK_V channels of the values at a time.
 
-    k [B, H, N_kv, D], v [B, H, N_kv, D_V] by their strides; key_mask_ptr uint8 [B|1, H|1, N_kv] by its own. key
+    k [B, H, N_kv, D], v [B, H, N_kv, D_V] by their strides; key_mask_ptr [B|1, H|1, N_kv] by its own, uint8 if MASKED,
+    if BIASED float32 in base 2. key
     [B, H, nK, D], value [B, H, nK, D_V] and, if SLOPED, slope [B, H, nK, D, D_V] have the dtype that was allocated,
     the others float32 [B, H, nK], all contiguous. Keys and values are centred in float32, and rounded to the
     inputs' dtype for their product, which is float32. Ours.
@@ -433,11 +452,23 @@ def first_order(
     there = columns < n_kv
     if MASKED:
         there = tl.load(key_mask_ptr + b * mask_b + h * mask_h + columns, mask=there, other=0) != 0
-    found = tl.sum(there.to(tl.float32), 0)
+    if BIASED:
+        bias = tl.load(key_mask_ptr + b * mask_b + h * mask_h + columns, mask=there, other=-float("inf"))
+        there = bias > -float("inf")
+        most = tl.max(bias, 0)  # which weights are taken against, so that none overflows
+        most = tl.where(most > -float("inf"), most, 0.0)
+        roots = tl.math.exp2((bias - most) / 2)  # of the weights
+        found = tl.sum(roots * roots, 0)
+    else:
+        roots = there  # unread
+        found = tl.sum(there.to(tl.float32), 0)
     count = tl.maximum(found, 1.0)
-    tl.store(log_count_ptr + at, tl.where(found > 0, tl.math.log2(count) * LN2, -float("inf")))
+    if BIASED:
+        tl.store(log_count_ptr + at, tl.where(found > 0, (tl.math.log2(count) + most) * LN2, -float("inf")))
+    else:
+        tl.store(log_count_ptr + at, tl.where(found > 0, tl.math.log2(count) * LN2, -float("inf")))
     k = load_rows(k_ptr + b * k_b + h * k_h, start, n_kv, k_n, k_d, KV_BLOCK, D, D_PAD, True, False, UPCAST)
-    key, keys = centred_rows(k, there, count)
+    key, keys = centred_rows(k, there, roots, count, BIASED)
     dims = tl.arange(0, D_PAD)
     tl.store(key_ptr + at * D + dims, key, mask=dims < D)
     tl.store(variance_ptr + at, tl.sum(keys * keys) * (scale * scale / D) / count)
@@ -448,7 +479,7 @@ def first_order(
         v = load_rows(
             values_at, start, n_kv, v_n, v_d, KV_BLOCK, D_V - part * BLOCK_V, BLOCK_V, True, False, UPCAST
         )  # fmt: skip
-        value, values = centred_rows(v, there, count)
+        value, values = centred_rows(v, there, roots, count, BIASED)
         squares += tl.sum(values * values)
         slope = tl.dot(rounded, values.to(v.dtype), input_precision="ieee") * (scale / count)  # [D, BLOCK_V]
         steepness += tl.sum(slope * slope)
@@ -601,7 +632,7 @@ def measure(
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d,
     D: tl.constexpr, D_PAD: tl.constexpr,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    MASKED: tl.constexpr, BIASED: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Mass of all key blocks in BLOCK_M query rows: of one query block, or of several small ones.
 
@@ -635,11 +666,13 @@ def measure(
         columns = start + tl.arange(0, BLOCK_N)
         k = load_rows(keys, start, n_kv, k_n, k_d, BLOCK_N, D, D_PAD, RAGGED, TMA, UPCAST)  # [N, D]
         scores = tl.dot(q, k.T, input_precision="ieee")  # [M, N]
+        if BIASED:
+            scores *= scale_log2
         scores = hide_keys(
             scores, columns, start, key_mask_ptr + b * n_kv, clear, q_ptr, q_ptr, q_ptr, rows, n_q, n_kv,
-            BLOCK_N, RAGGED, MASKED, 0, True,
+            BLOCK_N, RAGGED, MASKED, BIASED, 0, True,
         )  # fmt: skip
-        weights = tl.math.exp2(scores * scale_log2 - cached[:, None])
+        weights = tl.math.exp2(scores * (1.0 if BIASED else scale_log2) - cached[:, None])
         held = tl.where(turn % PARTS == 0, 0.0, held) + tl.sum(weights, 1)
         found = tl.sum(tl.reshape(held, [BLOCKS, Q_BLOCK]), 1)  # the last part of a block has it all
         tl.store(mass_at + turn // PARTS, found, mask=row_blocks < q_blocks)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffsparse_kernels import trials
-from diffsparse_kernels.backend.nvidia import LOG2E, chip, mask_pointers, positive
+from diffsparse_kernels.backend.nvidia import LOG2E, chip, in_base_two, mask_pointers, positive
 from diffsparse_kernels.backend.triton import kernels
 from diffsparse_kernels.backend.triton.fit import fit_rows as fit_rows
 from diffsparse_kernels.backend.triton.host import INTERPRETED, launch, padded, strides, upcast
@@ -31,7 +31,7 @@ from diffsparse_kernels.backend.triton.selection import lists_of_largest as list
 from diffsparse_kernels.case import DENSE_BLOCKS, PRECISIONS, Case
 from diffsparse_kernels.errors import NoKernelError
 from diffsparse_kernels.lists import BlockLists, blocks_of
-from diffsparse_kernels.masks import Boxes, each_head
+from diffsparse_kernels.masks import Boxes, each_head, is_bias
 from diffsparse_kernels.measured import HEAD_DIMS, Copy, Tile, tiles_for
 from diffsparse_kernels.merge import merge_attention
 from diffsparse_kernels.summaries import REACH, StandIns, Summaries, keeps_slopes, kept_dtype, parts_of
@@ -46,6 +46,7 @@ class Flags(TypedDict):
     SPARSE: bool
     ORDERED: bool
     MASKED: bool
+    BIASED: bool
     AXES: int
     MASS: bool
     SCALED: bool
@@ -254,7 +255,7 @@ def _first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tenso
     slope = empty(*blocks, head_dim, value_dim) if sloped else None
     moments = (k.new_empty(blocks, dtype=torch.float32) for _ in range(4))
     made = Summaries._make((empty(*blocks, head_dim), empty(*blocks, value_dim), *moments, slope))
-    mask = None if key_mask is None else each_head(key_mask).contiguous().view(torch.uint8).expand(k.shape[:3])
+    mask = None if key_mask is None else _readable(each_head(key_mask)).expand(k.shape[:3])
     launch(
         kernels.first_order,
         math.prod(blocks),
@@ -271,11 +272,22 @@ def _first_order(k: Tensor, v: Tensor, block: int, scale: float, key_mask: Tenso
         mask_h=0 if mask is None else mask.stride(1),
         **strides(k=k, v=v),
         **first_order_constants(head_dim, value_dim, block, tile),
-        MASKED=mask is not None,
+        **mask_flags(key_mask),
         SLOPED=sloped,
         UPCAST=upcast(k),
     )
     return made
+
+
+def _readable(key_mask: Tensor) -> Tensor:
+    """A key mask's bytes, or its bias in base 2."""
+    return in_base_two(key_mask) if is_bias(key_mask) else key_mask.contiguous().view(torch.uint8)
+
+
+def mask_flags(key_mask: Tensor | None) -> dict[str, bool]:
+    """How kernels read a key mask."""
+    biased = is_bias(key_mask)
+    return {"MASKED": key_mask is not None and not biased, "BIASED": biased}
 
 
 def first_order_tile(itemsize: int, value_dim: int) -> Tile:
@@ -363,7 +375,7 @@ def block_mass(
         heads=heads,
         **strides(q=q, k=k),
         **constants,
-        MASKED=key_mask is not None,
+        **mask_flags(key_mask),
         RAGGED=n_kv % kv_block != 0,
         UPCAST=upcast(q),
     )
@@ -457,7 +469,8 @@ def _flags(
     stand_ins: StandIns | None,
 ) -> Flags:
     ordered = lists is not None and lists.order is not None
-    flags = flags_of(lists is not None, ordered, key_mask is not None, boxes, cached is not None)
+    flags = flags_of(lists is not None, ordered, False, boxes, cached is not None)
+    flags["MASKED"], flags["BIASED"] = mask_flags(key_mask).values()
     if rounded is not None:
         flags["SCALED"], flags["VALUES"] = True, rounded.values
     if stand_ins is not None:
@@ -467,11 +480,12 @@ def _flags(
 
 
 def flags_of(sparse: bool, ordered: bool, masked: bool, boxes: Boxes | None, mass: bool) -> Flags:
-    """The flags of inputs that are not rounded, without summaries."""
+    """The flags of inputs that are not rounded, without summaries and with no bias."""
     return Flags(
         SPARSE=sparse,
         ORDERED=ordered,
         MASKED=masked,
+        BIASED=False,
         AXES=0 if boxes is None else boxes.place.shape[0],
         MASS=mass,
         SCALED=False,
