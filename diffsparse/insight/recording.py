@@ -46,7 +46,7 @@ class RecordedCall:
     all_heads: how many the layer has.
     scale: of the scores; None is 1/sqrt(D).
     q, k, v: bfloat16 [1, H, N, D] after rotary embedding, tokens in raster order, on the CPU.
-    key_mask: bool [1, N], True = attend; None: every token may be attended to.
+    key_mask: bool [1, N], True = attend, or float32, added to scores; None: every token may be attended to.
     """
 
     place: Place
@@ -65,8 +65,9 @@ class RecordedCall:
             if x.shape[:-1] != shape or x.dtype != DTYPE:
                 raise ValueError(f"wanted q, k, v as {DTYPE} of {shape} and channels; got {x.dtype} of {(*x.shape,)}")
         mask = self.key_mask
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != (1, shape[2])):
-            raise ValueError(f"wanted a key mask as bool of {(1, shape[2])}; got {mask.dtype} of {(*mask.shape,)}")
+        kinds = torch.bool, torch.float32
+        if mask is not None and (mask.dtype not in kinds or mask.shape != (1, shape[2])):
+            raise ValueError(f"wanted a key mask as bool or float32 of {(1, shape[2])}; got {mask.dtype} of {(*mask.shape,)}")
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -259,6 +260,7 @@ class Recorder(Wrapper):
         own, first, count = list(self._heads(q, site)), site.shard.rank * q.shape[1], q.shape[1] * site.shard.degree
         q, k, v = (x[-1:, own].to("cpu", DTYPE).contiguous() for x in (q, k, v))
         mask = None if site.key_mask is None else site.key_mask[-1:].cpu().clone(memory_format=torch.contiguous_format)
+        mask = mask.float() if is_bias(mask) else mask
         place = Place(layout=site.layout, **{name: getattr(site, name) for name in _PLACE})
         return RecordedCall(place, number, tuple(first + head for head in own), count, site.scale, q, k, v, mask)
 

@@ -125,8 +125,11 @@ def _tensors(call: RecordedCall, device: str | torch.device, dtype: torch.dtype)
 def _dense(call: RecordedCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense attention by torch, with the scale of the call, over the keys that may be attended to."""
     if call.key_mask is not None:  # one sample: without these keys no mask is wanted, which backends may not take
-        kept = call.key_mask[0].to(k.device)
+        kept = shown(call.key_mask[0]).to(k.device)
         k, v = k[:, :, kept], v[:, :, kept]
+        if is_bias(call.key_mask):
+            bias = call.key_mask[:, None, None].to(k.device, k.dtype)[..., kept]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=call.scale)
     return F.scaled_dot_product_attention(q, k, v, scale=call.scale)
 
 

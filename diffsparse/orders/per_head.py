@@ -11,7 +11,7 @@ from torch import Tensor
 import diffsparse_kernels as kernels
 from diffsparse.orders.layout import Layout, kept
 from diffsparse.orders.named import permutation, permutation_on
-from diffsparse_kernels.masks import each_head
+from diffsparse_kernels.masks import each_head, hide
 
 
 class HeadOrders(NamedTuple):
@@ -91,7 +91,7 @@ class HeadOrders(NamedTuple):
             forward = self.forward
             forward = forward.expand(len(mask), *forward.shape[1:])
             moved = each_head(mask).expand(-1, forward.shape[1], -1).gather(2, forward)
-        return moved if self.filled is None else moved & self.filled
+        return moved if self.filled is None else hide(moved, self.filled)
 
 
 @lru_cache(maxsize=4)

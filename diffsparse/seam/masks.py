@@ -16,7 +16,8 @@ from diffsparse.seam.call import Call, unexpanded
 from diffsparse.site.timing import Reading
 
 _MASKED = -1e4  # an additive mask at or below this is what models mean by "never"
-_OBSTACLES = None, "an additive mask that is more than padding", "a mask that differs between video rows"
+_KINDS = "padding", "a bias of keys", "a mask that differs between video rows"
+_ROWS = 2  # the kind that no kernel takes
 _CHANGED = (
     "an attention mask changed its kind between the steps of a run, from {} to {}, and was noticed a few calls late: "
     "what was computed meanwhile may be wrong"
@@ -27,7 +28,7 @@ _CHANGED = (
 class KeyMask:
     """A mask over keys.
 
-    keys: bool [B, N], True = attend: what every video row sees.
+    keys: what every video row sees: bool [B, N], True = attend; or float, what is added to scores.
     by_row: text rows have mask rows of their own.
     """
 
@@ -54,7 +55,7 @@ class Masks:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[Hashable, str | None]] = {}  # by place: form and obstacle of the last mask
+        self._known: dict[Hashable, tuple[Hashable, int]] = {}  # by place: form and kind of the last mask
         self._readings: dict[Hashable, tuple[StorageWeakRef, Reading]] = {}  # by tensor, in this step
         self._pending: list[tuple[Hashable, Hashable, Reading]] = []
         self._moment: Hashable = ()
@@ -78,15 +79,17 @@ class Masks:
         mask = unexpanded(mask)
         if mask.shape[1] != 1:
             return None, "a mask that differs by head"
-        by_row = mask.shape[2] != 1
+        by_row, kind = mask.shape[2] != 1, 0
         if by_row or mask.dtype != torch.bool:  # else it can be nothing but padding
-            obstacle = self._obstacle(mask, layout, place, moment)
-            if obstacle:
-                return None, obstacle
+            kind = self._kind(mask, layout, place, moment)
+            if kind == _ROWS:
+                return None, _KINDS[kind]
         keys = mask[:, 0, layout.text_before if by_row else 0].expand(batch, -1)
-        return KeyMask(keys if keys.dtype == torch.bool else keys > _MASKED, by_row), None
+        if keys.dtype == torch.bool:
+            return KeyMask(keys, by_row), None
+        return KeyMask(keys.masked_fill(keys <= _MASKED, -torch.inf) if kind else keys > _MASKED, by_row), None
 
-    def _obstacle(self, mask: Tensor, layout: Layout, place: Hashable, moment: Hashable) -> str | None:
+    def _kind(self, mask: Tensor, layout: Layout, place: Hashable, moment: Hashable) -> int:
         self._collect()
         reading, form = self._reading(mask, layout, moment), (layout, mask.shape, mask.dtype)
         kind = reading.value()
@@ -95,7 +98,7 @@ class Masks:
         if kind is None:
             self._pending.append((place, form, reading))
         else:
-            self._known[place] = form, _OBSTACLES[int(kind)]
+            self._known[place] = form, int(kind)
         return self._known[place][1]
 
     def _reading(self, mask: Tensor, layout: Layout, moment: Hashable) -> Reading:
@@ -112,16 +115,16 @@ class Masks:
         """Take in the readings that have arrived, in order."""
         while self._pending and (kind := self._pending[0][2].value()) is not None:
             place, form, _ = self._pending.pop(0)
-            (known, before), now = self._known[place], _OBSTACLES[int(kind)]
+            (known, before), now = self._known[place], int(kind)
             if known == form and before != now:
                 self._known[place] = form, now
-                warnings.warn(_CHANGED.format(before or "padding", now or "padding"), UserWarning, stacklevel=2)
+                warnings.warn(_CHANGED.format(_KINDS[before], _KINDS[now]), UserWarning, stacklevel=2)
 
 
 def _kind(mask: Tensor, layout: Layout) -> Tensor:
-    """Which of `_OBSTACLES` a mask [B|1, 1, N|1, N] is: 0-dim, where the mask is."""
+    """Which of `_KINDS` a mask [B|1, 1, N|1, N] is: 0-dim, where the mask is."""
     rows = mask[:, 0, layout.span] if mask.shape[2] != 1 else mask[:, 0]
-    differs = (rows != rows[:, :1]).any() * 2
+    differs = (rows != rows[:, :1]).any()
     if mask.dtype == torch.bool:
-        return differs
-    return torch.where(((mask != 0) & (mask > _MASKED)).any(), 1, differs)
+        return differs * _ROWS
+    return torch.where(differs, _ROWS, ((rows != 0) & (rows > _MASKED)).any().int())

@@ -198,7 +198,7 @@ def _tiles(video: _Video, block: int, scale: float | None) -> Iterator[tuple[Ten
         rows = slice(int(part[0]), int(part[-1]) + 1)
         weights = ((q[:, :, rows].float() * scale) @ k.float().mT - lse[:, :, rows, None]).exp()
         if keys is not None:
-            weights *= each_head(keys)[:, :, None]
+            weights *= (each_head(keys).exp() if is_bias(keys) else each_head(keys))[:, :, None]
         yield _cut(weights, block), _cut(torch.ones_like(weights[0, 0], dtype=torch.bool), block)
 
 

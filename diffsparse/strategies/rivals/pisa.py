@@ -66,7 +66,7 @@ def _slope_of_all(k: Tensor, v: Tensor, each: Summaries, block: int, site: Site)
     """scale * H / N over the real keys, [B, H, 1, D, D_v]."""
     apart = k - each.key.repeat_interleave(block, 2)[:, :, : k.shape[2]]
     if site.key_mask is not None:
-        apart = apart.masked_fill(~each_head(site.key_mask)[..., None], 0)
+        apart = apart.masked_fill(~each_head(shown(site.key_mask))[..., None], 0)
     tokens = each.log_count.exp().sum(-1).clamp(min=1)[..., None, None]  # [B|1, H|1, 1, 1]
     slope: Tensor = apart.mT @ v.to(apart.dtype) * (site.scale_of(k) / tokens)
     return slope[:, :, None]

@@ -67,7 +67,7 @@ def centroid_errors(q: Tensor, k: Tensor, v: Tensor, means: Summaries, block: in
 
     Up to a factor for each row: the exponentials are those of the scores less the row's largest.
     """
-    real = k.new_ones(k.shape[:3], dtype=torch.bool) if key_mask is None else each_head(key_mask).expand(k.shape[:3])
+    real = k.new_ones(k.shape[:3], dtype=torch.bool) if key_mask is None else each_head(shown(key_mask)).expand(k.shape[:3])
     count = means.log_count.exp().clamp(min=1).expand(means.key.shape[:3])[:, :, None]
     heads = zip(*(x.unbind(1) for x in (q, k, v, means.key, means.value, real)), strict=True)
     return torch.stack([_errors(block, *head) for head in heads], 1) / count  # one by one: each makes nQ N numbers
@@ -103,7 +103,7 @@ def clusters(x: Tensor, block: int, layout: Layout, key_mask: Tensor | None = No
     """
     video = x[:, :, layout.span].to(torch.promote_types(x.dtype, torch.float32))
     if key_mask is not None:
-        video = video.masked_fill(~each_head(key_mask)[:, :, layout.span, None], 0)
+        video = video.masked_fill(~each_head(shown(key_mask))[:, :, layout.span, None], 0)
     place = torch.arange(layout.video, device=x.device).expand(video.shape[:3])
     before = layout.text_before % block  # tokens that share the first block
     for part, averages in _halvings(layout.video, block, before, x.device):
