@@ -164,10 +164,8 @@ def short() -> str:
     """What README.md says."""
     states = [state(name) for name in classes()]
     rest = ", ".join(f"{states.count(kind)} {what}" for kind, what in _REST if states.count(kind))
-    return (
-        f"  {states.count('sparse')} classes are proven sparse, and bit-identical with the identity strategy, offline and with "
-        f"small random\n  weights; {rest}: [every class](docs/models.md)."
-    )
+    proven = f"{states.count('sparse')} classes are proven sparse, and bit-identical with the identity strategy"
+    return f"  {proven}, offline and with small\n  random weights; {rest}: [every class](docs/models.md)."
 
 
 _REST = (
