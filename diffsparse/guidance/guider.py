@@ -99,8 +99,8 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
         perturbing = _Pass(self.preset, heads, lambda: self.cleanup_models(denoiser))
         attach(DEFAULT_NAME, denoiser, perturbing, None)
         run = perturbing.run
-        now = run.clock.now or Moment(0, 0, None, "#0")
-        run.extra_pass = now._replace(step=self._step, steps=self._num_inference_steps, branch="#0+perturbed")
+        now = run.clock.now or Moment(0, 0, None, "cond")
+        run.extra_pass = now._replace(step=self._step, steps=self._num_inference_steps, branch="cond+perturbed")
         self._pass = perturbing, before
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:

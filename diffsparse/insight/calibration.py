@@ -96,4 +96,4 @@ class _Progress:
     def restore(self, values: Values, tensors: dict[str, Tensor]) -> None:
         """Take over what an earlier attempt has kept."""
         layout = values["layout"]
-        self.done, self.sums = values["done"], Sums(tensors, None if layout is None else Layout(**layout))
+        self.done, self.sums = values["done"], Sums(tensors, None if layout is None else Layout.of(layout))

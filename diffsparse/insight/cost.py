@@ -137,11 +137,11 @@ def _crosses(name: str) -> bool:
 
 def _width(module: Attention) -> int:
     """Heads times head size of the queries."""
-    if width := getattr(module, "inner_dim", None):
-        return int(width)
-    if size := getattr(module, "head_dim", None):
-        return _heads(module) * int(size)
-    return int((getattr(module, "to_query", None) or module.to_q).out_features)
+    width = getattr(module, "inner_dim", None)
+    size = getattr(module, "head_dim", None)
+    if width is None and size is None:
+        return int((getattr(module, "to_query", None) or module.to_q).out_features)
+    return int(width) if width else _heads(module) * int(size or 0)
 
 
 def _heads(module: Attention) -> int:

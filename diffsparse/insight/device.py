@@ -105,7 +105,7 @@ H100_UNFUSED = Device(
     selection_of_a_pair=Rate(0.112, "ns", f"{_DAY}: speed | hunyuan-video 720p | torch | select by head | 0.00"),
     lists_of_a_pair=Rate(0.0479, "ns", f"{_DAY}: speed | hunyuan-video 720p | torch | lists from a mask | 0.00"),
     fit=Rate(0.3, "ms", assumed="two launches; 128 dependent steps for each head and penalty"),
-    residual_directions=Rate(20, "ms", assumed="batched eigenvectors of 128 x 128, in dense steps that teach"),
+    residual_directions=Rate(1, "ms", assumed="109 launches, products of 128 x 128, in dense steps that teach"),
     host_of_blocks=Rate(1.137, "ms", f"{_DAY}: step | wan 14b 720p | adaspa, sparse"),
     host_of_compensated=Rate(2.160, "ms", f"{_DAY}: step | wan 14b 720p | digest, sparse"),
     processors=Rate(132, "", assumed="the maker's data sheet"),

@@ -83,7 +83,7 @@ class RecordedCall:
     @classmethod
     def of(cls, header: Values, tensors: dict[str, Tensor]) -> Self:
         """What `header` and `tensors` say; LookupError, TypeError or ValueError where they make no sense."""
-        place = Place(layout=Layout(**header["layout"]), **header["place"])
+        place = Place(layout=Layout.of(header["layout"]), **header["place"])
         number, heads, count, scale = (header[name] for name in ("number", "heads", "all_heads", "scale"))
         return cls(place, number, tuple(heads), count, scale, *(tensors.pop(x) for x in "qkv"), **tensors)
 

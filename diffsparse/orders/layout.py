@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -26,14 +26,46 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
     return made
 
 
+Size = tuple[int, int, int]  # frames, height, width
+Kind = Literal["text", "audio", "condition", "reference"]
+_EXACT_ROWS = ("text", "audio")
+_EXACT_KEYS = ("text", "audio", "condition")
+
+
+class Span(NamedTuple):
+    """A run of tokens beside the output's grid.
+
+    start: its first token, in the sequence.
+    tokens: how many.
+    kind: rows and keys of "text" and "audio" are always computed; of a "condition" the keys are, a sink for attention;
+        a "reference" is an image or a video as the output is, and competes with it.
+    grid: its frames, height and width, if they are known.
+    """
+
+    start: int
+    tokens: int
+    kind: Kind
+    grid: Size | None = None
+
+    @property
+    def stop(self) -> int:
+        """The token behind it."""
+        return self.start + self.tokens
+
+
 @dataclass(frozen=True)
 class Layout:
-    """A sequence of `frames x height x width` video tokens in raster order, with text before or after them.
+    """A sequence of `frames x height x width` tokens of the output in raster order, with others before or after them.
 
-    All counts are in tokens (after patching), not in pixels or latents. An image has one frame. "Text" is every
-    token that is not on the grid: prompt rows, registers, padding, history, and next to the video `plain_before` and
-    `plain_after` tokens of reference images or conditions, which are pixels too: no sink for attention. `references`
-    are frames, height and width of what the latter make up, one behind the other, if that is known.
+    All counts are in tokens (after patching), not in pixels or latents. An image has one frame. What lies beside the
+    grid is text, or is treated as such (registers, padding, history), unless one of `spans` says otherwise.
+
+    frames, height, width: of the output's grid.
+    text_before: tokens before the grid.
+    text_after: tokens after it.
+    spans: those of them that are no text, in order.
+    asked: runs of tokens, first and last + 1, whose queries are asked for, where these are not all: the keys of the
+        others were kept from an earlier step, or come from another stream.
     """
 
     frames: int
@@ -41,12 +73,23 @@ class Layout:
     width: int
     text_before: int = 0
     text_after: int = 0
-    plain_before: int = 0
-    plain_after: int = 0
-    references: tuple[tuple[int, int, int], ...] = ()
+    spans: tuple[Span, ...] = ()
+    asked: tuple[tuple[int, int], ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "references", tuple(map(tuple, self.references)))  # JSON makes lists of them
+    def __post_init__(self) -> None:  # JSON makes lists of tuples
+        spans = (Span(start, n, kind, grid and tuple(grid)) for start, n, kind, grid in self.spans)  # type: ignore[arg-type]
+        object.__setattr__(self, "spans", tuple(spans))
+        object.__setattr__(self, "asked", tuple((first, last) for first, last in self.asked))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Layout:
+        """What `asdict` made these values of, in this or an earlier release; TypeError or ValueError if nothing."""
+        values = dict(values)
+        before, after = values.pop("plain_before", 0), values.pop("plain_after", 0)
+        values.pop("references", None)  # they were of the tokens `plain_after`
+        found = cls(**values)
+        spans = (Span(found.text_before - before, before, "reference"), Span(found.span.stop, after, "reference"))
+        return replace(found, spans=tuple(span for span in spans if span.tokens)) if before or after else found
 
     @property
     def video(self) -> int:
@@ -69,41 +112,100 @@ class Layout:
         return Layout(self.frames, self.height, self.width)
 
     def text_last(self) -> Layout:
-        """The same tokens with all text behind the video, as `HeadOrders` puts them."""
-        return replace(self.grid, text_after=self.tokens - self.video)
+        """The same tokens with all that are not on the grid behind it, as text, as `HeadOrders` puts them."""
+        asked = sorted(run for first, last in self.asked for run in self._moved(first, last))
+        return replace(self.grid, text_after=self.tokens - self.video, asked=_merged(asked))
+
+    def _moved(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Where the tokens of a run stand in `text_last`, as runs."""
+        first, last = _ends(self.span)
+        parts = (0, first, self.video), (first, last, -first), (last, self.tokens, 0)
+        found = ((max(start, first), min(stop, last), by) for first, last, by in parts)
+        return [(first + by, last + by) for first, last, by in found if first < last]
+
+    @property
+    def queries(self) -> int:
+        """How many tokens ask: all but those of whom only keys are there."""
+        return sum(last - first for first, last in self.asked) if self.asked else self.tokens
+
+    def gathered(self, x: torch.Tensor) -> torch.Tensor:
+        """Of x [B, H, N, D] the rows that are asked for; no copy where they are one run."""
+        parts = [x[:, :, first:last] for first, last in self.asked] or [x]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def scattered(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows that are asked for, [B, H, queries, D], among zeros: [B, H, N, D]."""
+        out, done = x.new_zeros(*x.shape[:2], self.tokens, x.shape[3]), 0
+        for first, last in self.asked or ((0, self.tokens),):
+            out[:, :, first:last] = x[:, :, done : done + last - first]
+            done += last - first
+        return out
+
+    def asked_by(self, queries: int) -> Layout | None:
+        """The same tokens where only so many ask: those on the grid, those from there on, or all but images beside it.
+
+        None if they can be none of these.
+        """
+        runs: list[tuple[int, int]] = []
+        first = 0
+        for span in self.spans:
+            if span.kind not in _EXACT_ROWS:
+                runs, first = [*runs, (first, span.start)], span.stop
+        for asked in ([_ends(self.span)], [*runs, (first, self.tokens)], [(self.text_before, self.tokens)]):
+            found = replace(self, asked=_merged(asked))
+            if found.queries == queries:
+                return found
+        return None
 
     @property
     def has_text(self) -> bool:
         """Whether any token is off the grid."""
         return self.text_before + self.text_after > 0
 
+    @property
+    def references(self) -> tuple[Span, ...]:
+        """Images or videos that compete with the output, and whose grids are known."""
+        return tuple(span for span in self.spans if span.kind == "reference" and span.grid)
+
     def cells(self) -> torch.Tensor:
         """int64 [frames, height, width]: which token lies where, -1 where none does.
 
         References are further frames, each from the first row and column on, as positions are counted.
         """
-        sizes = [(self.frames, self.height, self.width), *self.references]
-        frames, heights, widths = zip(*sizes, strict=True)
-        cells = torch.full((sum(frames), max(heights), max(widths)), -1, device="cpu")
-        token, frame = self.text_before, 0
-        for f, h, w in sizes:
+        ours = self.text_before, (self.frames, self.height, self.width)
+        grids = [ours, *((span.start, span.grid) for span in self.references if span.grid)]
+        frames, heights, widths = zip(*(grid for _, grid in grids), strict=True)
+        cells, frame = torch.full((sum(frames), max(heights), max(widths)), -1, device="cpu"), 0
+        for token, (f, h, w) in grids:
             cells[frame : frame + f, :h, :w] = torch.arange(token, token + f * h * w, device="cpu").view(f, h, w)
-            token, frame = token + f * h * w, frame + f
+            frame += f
         return cells
 
     def blocks(self, block: int) -> int:
         """Number of blocks of `block` tokens; the last one may be ragged."""
         return -(-self.tokens // block)
 
-    def text_blocks(self, block: int) -> torch.Tensor:
-        """bool [blocks]: the blocks that hold at least one text token that is not plain."""
-        return _text_blocks(self, block)
+    def exact_rows(self, block: int) -> torch.Tensor:
+        """bool [blocks]: those with a token whose row is always computed, where it is asked for."""
+        return _exact(self, block, _EXACT_ROWS) & self.asked_blocks(block)
 
-    def text_sink(self, block: Block, device: torch.device | str = "cpu") -> torch.Tensor | None:
-        """bool [nQ, nK]: rows and columns that hold text and so are never dropped (None without text)."""
-        if self.text_before + self.text_after == self.plain_before + self.plain_after:
+    def exact_keys(self, block: int) -> torch.Tensor:
+        """bool [blocks]: those with a token whose key is never dropped."""
+        return _exact(self, block, _EXACT_KEYS)
+
+    def asked_blocks(self, block: int) -> torch.Tensor:
+        """bool [blocks]: those with a token that asks."""
+        return _holding(self, block, self.asked or ((0, self.tokens),))
+
+    def asks(self) -> torch.Tensor:
+        """bool [N]: the tokens whose queries are asked for."""
+        return _holding(self, 1, self.asked or ((0, self.tokens),))
+
+    def sink(self, block: Block, device: torch.device | str = "cpu") -> torch.Tensor | None:
+        """bool [nQ, nK]: what is never dropped, rows and columns; None if there is none."""
+        if not _runs(self, _EXACT_KEYS):
             return None
-        return _text_sink(self, block, torch.device(device))
+        return _sink(self, block, torch.device(device))
 
     def __str__(self) -> str:
         text = f" + {self.text_before}|{self.text_after} text" if self.has_text else ""
@@ -112,15 +214,45 @@ class Layout:
 
 @lru_cache(maxsize=8)
 @kept
-def _text_sink(layout: Layout, block: Block, device: torch.device) -> torch.Tensor:
-    rows, columns = (layout.text_blocks(edge) for edge in edges(block))
-    return (rows[:, None] | columns).to(device)
+def _sink(layout: Layout, block: Block, device: torch.device) -> torch.Tensor:
+    q_block, kv_block = edges(block)
+    return (layout.exact_rows(q_block)[:, None] | layout.exact_keys(kv_block)).to(device)
+
+
+def _exact(layout: Layout, block: int, kinds: tuple[str, ...]) -> torch.Tensor:
+    return _holding(layout, block, _runs(layout, kinds))
+
+
+def _runs(layout: Layout, kinds: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """The tokens beside the grid that are of these kinds, text among them, as runs."""
+    others = [(span.start, span.stop) for span in layout.spans if span.kind not in kinds]
+    starts = [0, *(stop for _, stop in sorted([*others, _ends(layout.span)]))]
+    stops = [*(start for start, _ in sorted([*others, _ends(layout.span)])), layout.tokens]
+    return tuple((start, stop) for start, stop in zip(starts, stops, strict=True) if start < stop)
+
+
+def _ends(span: slice) -> tuple[int, int]:
+    return span.start, span.stop
+
+
+def _merged(runs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Neighbours as one, and none that is empty."""
+    found: list[tuple[int, int]] = []
+    for start, stop in runs:
+        if found and found[-1][1] == start:
+            found[-1] = found[-1][0], stop
+        elif start < stop:
+            found.append((start, stop))
+    return tuple(found)
 
 
 @lru_cache(maxsize=64)
 @kept
-def _text_blocks(layout: Layout, block: int) -> torch.Tensor:
+def _holding(layout: Layout, block: int, runs: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """bool [blocks]: those that hold a token of one of the runs."""
     first = torch.arange(layout.blocks(block), device="cpu") * block
-    last = (first + block).clamp(max=layout.tokens) - 1
-    end = layout.tokens - layout.text_after + layout.plain_after
-    return (first < layout.text_before - layout.plain_before) | (last >= end)
+    last = (first + block).clamp(max=layout.tokens)
+    found = torch.zeros_like(first, dtype=torch.bool)
+    for start, stop in runs:
+        found |= (first < stop) & (last > start)
+    return found

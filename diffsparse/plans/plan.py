@@ -107,8 +107,8 @@ class Plan:
         if header.keys() != {"strategy", "models", "settings"} or not isinstance(layout, dict):
             raise PlanError(f"{path} is no plan; {REMEDY}")
         try:
-            return cls(layout=Layout(**layout), tensors=tensors, **header)
-        except TypeError as error:
+            return cls(layout=Layout.of(layout), tensors=tensors, **header)
+        except (TypeError, ValueError) as error:
             raise PlanError(f"{path}: the plan's layout makes no sense ({error}); {REMEDY}") from error
 
     def check_models(self, models: Mapping[str, torch.nn.Module]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
+
+from diffsparse.orders.layout import Layout
 
 # Computed at import: some releases of torch can't trace the call.
 _AUTOCAST = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
@@ -62,6 +64,17 @@ class Call:
         key, value = (x.repeat_interleave(groups, 1) for x in (self.key, self.value))
         return replace(self, key=key, value=value, enable_gqa=False)
 
+    def of_all(self, layout: Layout) -> Call | None:
+        """The same product as one of all tokens with themselves, if queries are of a part of these.
+
+        None if the mask doesn't allow it: its rows are those of the queries that are there.
+        """
+        mask = None if self.attn_mask is None else unexpanded(self.attn_mask)
+        if mask is not None and mask.shape[2] != 1:
+            return None
+        rest = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _Widened(**rest | {"query": layout.scattered(self.query), "attn_mask": mask}, layout=layout)
+
     def dense(self, backend: AttentionBackendName) -> Tensor:
         """The product on one of Diffusers' backends; NATIVE is torch's SDPA, or what the user put in its place.
 
@@ -79,9 +92,30 @@ class Call:
         return out.transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class _Widened(Call):
+    """A product that has rows of zeros for the queries that are not there: dense attention leaves them out."""
+
+    layout: Layout = field(kw_only=True)
+
+    def dense(self, backend: AttentionBackendName) -> Tensor:
+        if self.query.shape[2] != self.layout.tokens:  # of some rows
+            return super().dense(backend)
+        part = {field.name: getattr(self, field.name) for field in fields(Call)}
+        out = Call(**part | {"query": self.layout.gathered(self.query)}).dense(backend)
+        return self.layout.scattered(out)
+
+
 def autocasts(device: str) -> bool:
     """Whether `torch.autocast` is on for this kind of device."""
     return device in _AUTOCAST and torch.is_autocast_enabled(device)
+
+
+def unexpanded(mask: Tensor) -> Tensor:
+    """A mask as [B|1, H|1, N|1, N]: without the repetitions that `expand` made."""
+    mask = mask[(None,) * (4 - mask.ndim)]
+    heads, rows = (slice(None) if mask.stride(axis) else slice(1) for axis in (1, 2))
+    return mask[:, heads, rows]
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -77,8 +77,8 @@ class Context(StateManager):  # type: ignore[misc]
 
     @property
     def name(self) -> str | None:
-        """Its name; None outside of any context."""
-        return None if self.current is None else str(getattr(self.current, "name", self.current))
+        """Its name, without what the guiders of modular pipelines put before it; None outside of any context."""
+        return None if self.current is None else str(getattr(self.current, "name", self.current)).removeprefix("pred_")
 
 
 def calling_pipeline() -> DiffusionPipeline | None:
@@ -121,8 +121,8 @@ class Clock:
     of the schedule, or the first position that was read.
 
     A new run shows in another pipeline, in `scheduler.timesteps`, a fresh tensor for each `set_timesteps`, and in a
-    step that goes back. The branch is the name of the `cache_context`, or else `#0`, `#1`, ... by the order of forward
-    passes within a step.
+    step that goes back. The branch is the name of the `cache_context`, or what the guider of a modular pipeline counts,
+    or else `#0`, `#1`, ... by the order of forward passes within a step.
     """
 
     def __init__(self, pipe: DiffusionPipeline | None, context: Context) -> None:
@@ -221,9 +221,21 @@ class Clock:
         step = count if step is None else step
         if self._moment is None or step != self._moment.step:
             self._at_step.clear()
-        branch = name if name is not None else f"{UNNAMED}{self._at_step[None] if self._was_read else 0}"
+        branch = name or self._guided() or f"{UNNAMED}{self._at_step[None] if self._was_read else 0}"
         self._at_step[name] += 1
         return Moment(self._run, step, steps if steps is None or step < steps else None, branch)
+
+    def _guided(self) -> str | None:
+        """The branch for which the guider of a modular pipeline has prepared the model; None if there is no such.
+
+        It counts the passes of each step. What it counted last may be of an earlier schedule.
+        """
+        guider = getattr(self._caller(), "guider", None)
+        count, timestep = (getattr(guider, name, 0) for name in ("_count_prepared", "_timestep"))
+        if not _share(timestep, self._timesteps):
+            return None
+        has_uncond = getattr(guider, "_is_cfg_enabled", lambda: True)()
+        return "cond" if count == 1 else "uncond" if count == 2 and has_uncond else None
 
     def _is_new_run(self, step: int | None) -> bool:
         """Whether the step went back, or a loop has left the scheduler, which stands still."""
@@ -326,12 +338,19 @@ def _differ(before: tuple[object, ...], after: tuple[object, ...]) -> bool:
     return any(a is not b for a, b in zip(before, after, strict=True))
 
 
+def _share(a: object, b: object) -> bool:
+    """Whether both are tensors of one storage."""
+    if not (torch.is_tensor(a) and torch.is_tensor(b)):
+        return False
+    return bool(a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr())
+
+
 def _place(timestep: object, timesteps: object) -> tuple[int, int] | None:
     """Index of `timestep` among those of its storage and their number; None if its storage holds no other."""
     if not (torch.is_tensor(timestep) and torch.is_tensor(timesteps)):
         return None
     storage = timestep.untyped_storage()
-    if storage.data_ptr() == timesteps.untyped_storage().data_ptr():
+    if _share(timestep, timesteps):
         offset = timestep.storage_offset() - timesteps.storage_offset()
         return offset // max(timesteps.stride(0), 1), len(timesteps)
     rows = storage.nbytes() // max(timestep.numel() * timestep.itemsize, 1)

@@ -72,8 +72,9 @@ def untraced(method: Callable[P, R]) -> Callable[P, R]:
 
 def begin(handle: Tensor, geometry: Geometry) -> Tensor:
     """`Receiver.begin` when the graph runs; gives `begun`."""
-    facts = (geometry.places, geometry.sizes, geometry.tokens, geometry.coordinates, geometry.text_after)
-    begun: Tensor = torch.ops.diffsparse.begin(handle, *facts, geometry.axes, geometry.channels)
+    facts = (geometry.sizes, geometry.tokens, geometry.places, geometry.coordinates, geometry.text_after)
+    more = geometry.axes, geometry.channels, geometry.parts, geometry.last
+    begun: Tensor = torch.ops.diffsparse.begin(handle, *facts, *more)
     return begun
 
 
@@ -105,15 +106,17 @@ def miss(handle: Tensor, begun: Tensor) -> Tensor:
 @torch.library.custom_op("diffsparse::begin", mutates_args=(), tags=_TAGS)
 def _begin(
     handle: Tensor,
-    places: Tensor | None,
     sizes: list[int],
     tokens: int | None,
+    places: list[Tensor],
     coordinates: bool,
     text_after: int,
     axes: list[int],
     channels: list[int],
+    parts: list[Tensor],
+    last: bool,
 ) -> Tensor:
-    _RECEIVERS[int(handle)].begin(Geometry(sizes, tokens, places, coordinates, text_after, axes, channels))
+    _RECEIVERS[int(handle)].begin(Geometry(sizes, tokens, places, coordinates, text_after, axes, channels, parts, last))
     return _zero()
 
 

@@ -7,49 +7,66 @@ pass runs.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-Size = tuple[int, int, int]  # frames, height, width
+from diffsparse.orders.layout import Size
+
+Part = Literal["image", "text", "audio"]  # what a run of tokens is made of
+_PARTS: tuple[Part, ...] = ("image", "text", "audio")
+T = TypeVar("T")
+
+
+class Beside(NamedTuple):
+    """A run of tokens beside the grid, as the arguments tell it."""
+
+    tokens: int
+    part: Part = "image"
+    grid: Size | None = None
 
 
 class Grid(NamedTuple):
     """Token grid of one forward pass.
 
-    frames: of the video; 1 for an image.
+    frames: of the output; 1 for an image.
     height: rows of tokens.
     width: tokens in a row; the length of the sequence if the grid is not `known`.
-    before: tokens before the grid that are not text: reference images and conditions.
-    after: the same after the grid.
-    text_after: text tokens after all these, in models whose text stands on both sides.
-    references: frames, height and width of the grids that the `after` tokens form, in order, if known.
+    before: what stands before the grid, in order, besides text of which the arguments say nothing.
+    after: the same after it.
     known: False if the sequence has a grid whose shape is not known.
     """
 
     frames: int
     height: int
     width: int
-    before: int = 0
-    after: int = 0
-    text_after: int = 0
-    references: tuple[Size, ...] = ()
+    before: tuple[Beside, ...] = ()
+    after: tuple[Beside, ...] = ()
     known: bool = True
+
+    @property
+    def size(self) -> Size:
+        """Of the output."""
+        return self.frames, self.height, self.width
 
     @property
     def note(self) -> str:
         """What the report says about the grid; empty for most."""
         if not self.known:
             return f"the grid of {self.width} tokens is not known: they are taken as one line"
-        others = self.before + self.after
-        if not others:
+        counts: dict[str, int] = {}
+        for run in (*self.before, *self.after):
+            if run.part != "text":
+                name = "audio" if run.part == "audio" else "references or conditions"
+                counts[name] = counts.get(name, 0) + run.tokens
+        if not counts:
             return ""
-        return f"{others} tokens of references or conditions lie beside the grid of {'x'.join(map(str, self[:3]))}"
+        others = " and ".join(f"{tokens} tokens of {name}" for name, tokens in counts.items())
+        return f"{others} lie beside the grid of {'x'.join(map(str, self.size))}"
 
 
 @dataclass(frozen=True)
@@ -58,61 +75,119 @@ class Geometry:
 
     sizes: frames, height and width of latents whose tokens follow each other, that of the output first; flat.
     tokens: length of the whole sequence, if it may hold other tokens too.
-    places: frame, row and column of each token, [N, 3 or more] or [B, N, 3 or more].
+    places: frame, row and column of each token, [N, 3 or more] or [B, N, 3 or more]; of several tensors one by one.
     coordinates: `places` are a video's coordinates instead, [B, 3, N] or [B, 3, N, 2].
     text_after: text tokens after the grid, in models whose text stands on both sides.
     axes: lengths of the latents' axes after the batch's.
     channels: how many channels the latents may have. The grid is read only if the first of `axes`, and no other, has
         such a length: else it isn't certain which axis is which.
+    last: the output is the last image of a sequence.
+    parts: which of the tokens are text and which are audio, int [n] each; the output is then the last image.
     """
 
     sizes: Sequence[int] = ()
     tokens: int | None = None
-    places: Tensor | None = None
+    places: Sequence[Tensor] = ()
     coordinates: bool = False
     text_after: int = 0
     axes: Sequence[int] = ()
     channels: Sequence[int] = ()
+    parts: Sequence[Tensor] = ()
+    last: bool = False
 
     def grid(self) -> Grid | None:
         """The token grid; None if there is none. Reads `places` once for a tensor, which waits for its device."""
         if self.axes and [i for i, length in enumerate(self.axes) if length in self.channels] != [0]:
             return None
+        if self.parts:
+            text, audio = self.parts
+            return _once((*self.places, text, audio), lambda: _arranged(_flat(self.places[0]), text, audio))
         sizes = list(zip(*(self.sizes[axis::3] for axis in range(3)), strict=True))
         if self.tokens is None:
-            return Grid(*sizes[0])._replace(text_after=self.text_after) if sizes else None
+            return self._with_text(Grid(*sizes[0])) if sizes else None
         if sum(f * h * w for f, h, w in sizes) == self.tokens:
-            rasters = _joined([(0, f, h, w, 0.0, 0.0) for f, h, w in sizes])
+            rasters = _joined([(0, f, h, w, 0.0, 0.0, place) for place, (f, h, w) in enumerate(sizes)])
         else:
-            rasters = [] if self.places is None else _rasters_of(self.places, self.tokens, self.coordinates)
+            rasters = self._rasters(self.tokens) if self.places else []
         return self._among(rasters, self.tokens) if rasters else Grid(1, 1, self.tokens, known=False)
 
     def _among(self, rasters: list[_Raster], tokens: int) -> Grid:
-        """The output's grid among the rasters of a sequence: images come first, videos are the largest."""
-        ours = max(rasters, key=_cells) if self.coordinates else rasters[0]
-        after = tokens - ours[0] - _cells(ours)
-        others = rasters[rasters.index(ours) + 1 :]
-        references = tuple(raster[1:] for raster in others) if sum(map(_cells, others)) == after else ()
-        return Grid(*ours[1:], before=ours[0], after=after, references=references)
+        """The output's grid among the rasters of a sequence: images come first or last, videos are the largest."""
+        ours = max(rasters, key=_cells) if self.coordinates else rasters[-1 if self.last else 0]
+        place, end = rasters.index(ours), ours[0] + _cells(ours)
+        before, after = _covering(rasters[:place], ours[0]), _covering(rasters[place + 1 :], tokens - end)
+        return self._with_text(Grid(*ours[1:], before=before, after=after))
+
+    def _with_text(self, grid: Grid) -> Grid:
+        """With the text that stands after all else."""
+        return grid._replace(after=(*grid.after, Beside(self.text_after, "text"))) if self.text_after else grid
+
+    def _rasters(self, tokens: int) -> list[_Raster]:
+        """Of the last `tokens` places."""
+
+        def read() -> list[_Raster]:
+            found: list[_Raster] = []
+            start = 0
+            for x in self.places:
+                places = _flat(_tokens_last(x) if self.coordinates else x)[-tokens:]
+                found += [(start + first, f, h, w) for first, f, h, w in _rasters(places)]
+                start += len(places)
+            return found
+
+        return _once(self.places, read, tokens)
+
+
+def _covering(rasters: list[_Raster], tokens: int) -> tuple[Beside, ...]:
+    """So many tokens as these rasters; as one run whose grid isn't known, if these aren't all; as text without any."""
+    if not rasters and tokens:
+        return (Beside(tokens, "text"),)
+    if sum(map(_cells, rasters)) == tokens:
+        return tuple(Beside(_cells(raster), grid=raster[1:]) for raster in rasters)
+    return (Beside(tokens),)
 
 
 _Raster = tuple[int, int, int, int]  # first token, frames, height, width
-_Plane = tuple[int, int, int, int, float, float]  # a raster, and its first row and column
-_Key = tuple[StorageWeakRef, Hashable, torch.Size, int]  # storage, offset and shape of a tensor, and tokens
-_RASTERS: dict[_Key, list[_Raster]] = {}
+_Plane = tuple[int, int, int, int, float, float, float]  # a raster, and its first row, column and frame
+_KEPT: dict[tuple[tuple[StorageWeakRef, Hashable], ...], Any] = {}
 
 
-def _rasters_of(places: Tensor, tokens: int, coordinates: bool) -> list[_Raster]:
-    """`_rasters` of the last `tokens` places, remembered for as long as their storage lives."""
-    key: _Key = StorageWeakRef(places.untyped_storage()), places.storage_offset(), places.shape, tokens
-    if key not in _RASTERS:
-        for old in [old for old in _RASTERS if old[0].expired()]:
-            del _RASTERS[old]
-        flat = places[0] if places.ndim > 2 else places
-        if coordinates:
-            flat = (flat[..., 0] if flat.ndim == 3 else flat).T
-        _RASTERS[key] = _rasters(flat[-tokens:, :3].detach().double().cpu())
-    return _RASTERS[key]
+def _once(tensors: Sequence[Tensor], read: Callable[[], T], *more: Hashable) -> T:
+    """`read()`, remembered for as long as the storages of the tensors that it reads live: it waits for their device."""
+    key = tuple((StorageWeakRef(x.untyped_storage()), (x.storage_offset(), x.shape, more)) for x in tensors)
+    if key not in _KEPT:
+        for old in [old for old in _KEPT if any(storage.expired() for storage, _ in old)]:
+            del _KEPT[old]
+        _KEPT[key] = read()
+    found: T = _KEPT[key]
+    return found
+
+
+def _tokens_last(places: Tensor) -> Tensor:
+    """Coordinates [B, 3, N] or [B, 3, N, 2] as places [N, 3]: where each token begins, in the first sample."""
+    flat = places[0]
+    return (flat[..., 0] if flat.ndim == 3 else flat).T
+
+
+def _flat(places: Tensor) -> Tensor:
+    """Frame, row and column [N, 3] of tokens, of the first sample."""
+    return (places[0] if places.ndim > 2 else places)[:, :3].detach().double().cpu()
+
+
+def _arranged(places: Tensor, text: Tensor, audio: Tensor) -> Grid:
+    """The grid of a sequence of many parts, of which the last image is the output."""
+    which = torch.zeros(len(places), dtype=torch.int64, device="cpu")
+    which[text.detach().cpu()], which[audio.detach().cpu()] = 1, 2
+    starts = _starts(which[1:] != which[:-1]).tolist()
+    runs: list[Beside] = []
+    for start, stop in zip(starts, [*starts[1:], len(places)], strict=True):
+        part = _PARTS[int(which[start])]
+        rasters = _rasters(places[start:stop]) if part == "image" else []
+        runs += _covering(rasters, stop - start) if rasters else (Beside(stop - start, part),)
+    last = max((place for place, run in enumerate(runs) if run.grid), default=None)
+    size = None if last is None else runs[last].grid
+    if last is None or size is None:
+        return Grid(1, 1, len(places), known=False)
+    return Grid(*size, before=tuple(runs[:last]), after=tuple(runs[last + 1 :]))
 
 
 def _rasters(places: Tensor) -> list[_Raster]:
@@ -127,8 +202,10 @@ def _rasters(places: Tensor) -> list[_Raster]:
     f, r, c = frame[rows], row[rows], column[rows]
     planes = _starts((f[1:] != f[:-1]) | (r[1:] <= r[:-1]) | (width[1:] != width[:-1]) | (c[1:] != c[:-1]))
     height = torch.diff(planes, append=planes.new_tensor([len(rows)]))
-    of = [x[planes].tolist() for x in (rows, width, r, c)]
-    found = [(start, 1, h, w, y, x) for h, (start, w, y, x) in zip(height.tolist(), zip(*of, strict=True), strict=True)]
+    of = (x[planes].tolist() for x in (rows, width, r, c, f))
+    found = [
+        (start, 1, h, w, y, x, t) for h, (start, w, y, x, t) in zip(height.tolist(), zip(*of, strict=True), strict=True)
+    ]
     return [raster for raster in _joined(found) if raster[2] * raster[3] > 1]
 
 
@@ -138,9 +215,15 @@ def _starts(breaks: Tensor) -> Tensor:
 
 
 def _joined(planes: list[_Plane]) -> list[_Raster]:
-    """Neighbours that differ only in their number of frames, as one."""
-    groups = (list(group) for _, group in itertools.groupby(planes, key=lambda plane: plane[2:]))
-    return [(group[0][0], sum(plane[1] for plane in group), *group[0][2:4]) for group in groups]
+    """Neighbours that differ only in their number of frames, as one, unless time goes back between them."""
+    found: list[_Raster] = []
+    for before, (start, frames, *rest) in zip([None, *planes], planes, strict=False):
+        if before is not None and before[2:6] == tuple(rest[:4]) and before[6] < rest[4]:
+            first, count, h, w = found[-1]
+            found[-1] = first, count + frames, h, w
+        else:
+            found.append((start, frames, int(rest[0]), int(rest[1])))
+    return found
 
 
 def _cells(raster: _Raster) -> int:

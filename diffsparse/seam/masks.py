@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffsparse.orders.layout import Layout
-from diffsparse.seam.call import Call
+from diffsparse.seam.call import Call, unexpanded
 from diffsparse.site.timing import Reading
 
 _MASKED = -1e4  # an additive mask at or below this is what models mean by "never"
@@ -75,7 +75,7 @@ class Masks:
             place: of the call in the model, the same in all steps.
             moment: a tensor that lives on may change from one to the next, and not within one.
         """
-        mask = mask[(None,) * (4 - mask.ndim)]  # [B|1, H|1, N|1, N]
+        mask = unexpanded(mask)
         if mask.shape[1] != 1:
             return None, "a mask that differs by head"
         by_row = mask.shape[2] != 1

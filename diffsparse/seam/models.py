@@ -8,14 +8,15 @@ name: the side of its text, and which of the readers below (or a new one) fits t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from diffsparse.orders.layout import Layout
-from diffsparse.seam.geometry import Geometry, Grid
+from diffsparse.orders.layout import Kind, Layout, Span
+from diffsparse.seam.geometry import Beside, Geometry, Grid
 
 Inputs = Mapping[str, Any]  # the arguments of a model's `forward`, by name
 
@@ -33,6 +34,7 @@ class Patch(NamedTuple):
     channels: frozenset[int] = frozenset()
 
 
+_SINK = 4  # images beside the output that are a quarter of it or less are a sink for attention
 GridReader = Callable[[Patch, Inputs], Geometry]
 
 
@@ -42,14 +44,18 @@ class ModelSpec:
 
     text: the side of the sequence on which tokens stand that are not on the grid; "none" if self-attention has no such
         tokens.
+    ahead: what they are, where it is no text that stands before the grid.
     grid: reads the token grid from the arguments of `forward`.
     cond_first: in a batch for classifier-free guidance, the conditional half is the first.
+    partial: the queries of an attention may be of a part of its keys' tokens: those on the grid, or all but references.
     skip: parts of the names of attention modules that stay as they are (text refiners, audio, attention along time).
     """
 
     text: Literal["none", "before", "after"] = "none"
+    ahead: Kind = "text"
     grid: GridReader = lambda patch, inputs: latent_grid(patch, inputs)
     cond_first: bool = False
+    partial: bool = False
     skip: tuple[str, ...] = (
         "context_embedder",
         "context_refiner",
@@ -60,27 +66,71 @@ class ModelSpec:
         "temporal_",
     )
 
-    def layout(self, grid: Grid | None, tokens: int) -> Layout | None:
-        """Layout of a self-attention over `tokens` tokens, or None if it can't be one over `grid`."""
-        if grid is None:
+    def layout(self, grid: Grid | None, tokens: int, queries: int | None = None) -> Layout | None:
+        """Layout of a self-attention over `tokens` tokens, or None if it can't be one over `grid`.
+
+        queries: how many of them ask, where these may be fewer.
+        """
+        found = None if grid is None else self._layout(grid, tokens)
+        if found is None or queries in (None, tokens):
+            return found
+        if not self.partial or not queries:
             return None
-        frames, height, width, before, after, text_after, references, _ = grid
-        cells = frames * height * width
+        kept = tokens - queries
+        if self.text == "before" and not found.spans and found.video < queries:  # keys of references, of another step
+            span = Span(queries - found.video, kept, _kind(kept, found.video))
+            found = replace(found, spans=(span,)) if span.stop == found.text_before else found
+        return found.asked_by(queries)
+
+    def _layout(self, grid: Grid, tokens: int) -> Layout | None:
+        cells = math.prod(grid.size)
         if tokens == cells:
-            return Layout(frames, height, width)
-        if tokens == height * width and self.text == "none":  # attention within each frame: frames are in the batch
-            return Layout(1, height, width)
-        text = tokens - cells - before - after - text_after
+            return Layout(*grid.size)
+        if tokens == grid.height * grid.width and self.text == "none":  # within each frame: frames are in the batch
+            return Layout(1, grid.height, grid.width)
+        before, after = (sum(run.tokens for run in runs) for runs in (grid.before, grid.after))
+        text = tokens - cells - before - after
         if text < 0 or (text > 0 and self.text == "none"):
-            return None
+            return _alone(grid, tokens)
         ahead = text if self.text == "before" else 0
-        rest = after + text_after + text - ahead
-        return Layout(frames, height, width, ahead + before, rest, before, after, references)
+        first = ahead + before
+        history = (Span(0, ahead, self.ahead),) if self.ahead != "text" and ahead else ()
+        images = sum(run.tokens for run in (*grid.before, *grid.after) if run.part == "image")
+        kind = _kind(images, cells)
+        spans = (*history, *_spans(grid.before, ahead, kind), *_spans(grid.after, first + cells, kind))
+        return Layout(*grid.size, first, after + text - ahead, spans)
+
+
+def _kind(images: int, cells: int) -> Kind:
+    """Of images beside a grid of so many cells, from their tokens in all.
+
+    Small ones are a sink for attention. Larger ones compete: a sink of more keys than are to be computed would leave
+    nothing to choose.
+    """
+    return "condition" if images * _SINK <= cells else "reference"
+
+
+def _spans(runs: tuple[Beside, ...], start: int, kind: Kind) -> Iterator[Span]:
+    """Runs beside the grid from the token `start` on; images are of that kind."""
+    for run in runs:
+        if run.part != "text":
+            yield Span(start, run.tokens, kind if run.part == "image" else run.part, run.grid)
+        start += run.tokens
+
+
+def _alone(grid: Grid, tokens: int) -> Layout | None:
+    """Layout of an attention within references alone."""
+    for runs in (grid.before, grid.after):
+        first, *rest = [run for run in runs if run.grid] or [Beside(0)]
+        if first.grid and tokens == sum(run.tokens for run in (first, *rest)):
+            cells = math.prod(first.grid)
+            return Layout(*first.grid, 0, tokens - cells, tuple(_spans(tuple(rest), cells, "reference")))
+    return None
 
 
 def latent_grid(patch: Patch, inputs: Inputs) -> Geometry:
     """Latents [B, C, F, H, W] or [B, C, H, W]; packed video [B, N, C] with its size or coordinates beside it."""
-    latents = inputs.get("hidden_states")
+    latents = inputs.get("hidden_states", inputs.get("latents"))
     if not torch.is_tensor(latents):
         return Geometry()
     if latents.ndim == 5:
@@ -92,7 +142,7 @@ def latent_grid(patch: Patch, inputs: Inputs) -> Geometry:
     known = len(edges) == len(size)
     if latents.ndim != 3 or not (known or torch.is_tensor(places)):
         return Geometry()
-    return Geometry(edges if known else (), latents.shape[1], places, coordinates=True)
+    return Geometry(edges if known else (), latents.shape[1], _tensors(places), coordinates=True)
 
 
 def unlisted_grid(patch: Patch, inputs: Inputs) -> Geometry:
@@ -129,17 +179,63 @@ def list_grid(patch: Patch, inputs: Inputs) -> Geometry:
 def packed_grid(patch: Patch, inputs: Inputs) -> Geometry:
     """Packed image tokens [B, N, C] whose size stands in `img_shapes`, in `img_ids` or in `position_ids` [N, 3 or 4].
 
-    Reference images follow the one that the model makes.
+    Reference images follow the one that the model makes, or come first where `num_ref_tokens` counts them.
     """
-    places = inputs.get("img_ids", inputs.get("position_ids"))
-    places = places if torch.is_tensor(places) else None
-    return Geometry(_listed_sizes(inputs.get("img_shapes")), inputs["hidden_states"].shape[1], places)
+    places = _tensors(inputs.get("img_ids", inputs.get("position_ids")))
+    sizes = _listed_sizes(inputs.get("img_shapes", inputs.get("shape_list")))
+    return Geometry(sizes, inputs["hidden_states"].shape[1], places, last=bool(inputs.get("num_ref_tokens")))
+
+
+def understood_grid(patch: Patch, inputs: Inputs) -> Geometry:
+    """Videos in patches of known sizes, with text before them and sound or actions after: Cosmos 3."""
+    sizes = tuple(edge for size in inputs["vision_token_shapes"] for edge in size)
+    cells = sum(f * h * w for f, h, w in zip(*(sizes[axis::3] for axis in range(3)), strict=True))
+    return Geometry(sizes, cells, text_after=inputs["sequence_length"] - inputs["und_len"] - cells)
+
+
+def gist_grid(patch: Patch, inputs: Inputs) -> Geometry:
+    """Latents [B, C, H, W] and those of images to edit, after tokens made of the text: Bria Fibo 2.
+
+    In a batch of prompts of several lengths the order isn't certain.
+    """
+    if inputs.get("encoder_attention_mask") is not None and inputs["hidden_states"].shape[0] > 1:
+        return Geometry()
+    images = (inputs["hidden_states"], *(inputs.get("context_latents") or ()))
+    sizes = tuple(edge for x in images for edge in (1, x.shape[2] // patch.space, x.shape[3] // patch.space))
+    return Geometry(sizes, sum(h * w for h, w in zip(sizes[1::3], sizes[2::3], strict=True)))
+
+
+def tail_grid(patch: Patch, inputs: Inputs) -> Geometry:
+    """A sequence of text and then an image, with the places of all of its tokens in `position_ids`."""
+    return Geometry(tokens=inputs["hidden_states"].shape[1], places=_tensors(inputs.get("position_ids")), last=True)
+
+
+def target_grid(patch: Patch, inputs: Inputs) -> Geometry:
+    """Packed images of which the last of `img_shapes` is the model's; those before it stand among the text."""
+    return Geometry(_listed_sizes(inputs.get("img_shapes"))[-3:])
+
+
+def modes_grid(patch: Patch, inputs: Inputs) -> Geometry:
+    """Packed image tokens [B, N, C], and references in a tensor of their own that stand behind them: Flux 3."""
+    names = ("hidden_states", "image_cond_hidden_states")
+    tokens = sum(x.shape[1] for name in names if (x := inputs.get(name)) is not None)
+    return Geometry(tokens=tokens, places=_tensors(inputs.get("img_ids"), inputs.get("image_cond_ids")))
+
+
+def parts_grid(patch: Patch, inputs: Inputs) -> Geometry:
+    """One sequence of text, conditions, references, audio and video, whose rows the arguments list: MiniMax-H3."""
+    parts = _tensors(inputs.get("text_indices"), inputs.get("audio_indices"))
+    return Geometry(places=_tensors(inputs.get("position_ids")), parts=parts)
 
 
 def history_grid(patch: Patch, inputs: Inputs) -> Geometry:
     """Latents [B, C, F, H, W] between history tokens and text: FramePack."""
     text = sum(x.shape[1] for name in ("encoder_hidden_states", "image_embeds") if (x := inputs.get(name)) is not None)
     return Geometry(latent_grid(patch, inputs).sizes, text_after=text)
+
+
+def _tensors(*values: object) -> tuple[torch.Tensor, ...]:
+    return tuple(value for value in values if torch.is_tensor(value))
 
 
 def _geometry(patch: Patch, frames: int, height: int, width: int) -> Geometry:
@@ -159,34 +255,43 @@ def _listed_sizes(shapes: object) -> tuple[int, ...]:
 _NONE = ModelSpec()
 _BEFORE = ModelSpec("before")
 _AFTER = ModelSpec("after")
-_BEFORE_PACKED = ModelSpec("before", packed_grid)
+_BEFORE_PACKED = ModelSpec("before", grid=packed_grid)
 
 SPECS: dict[str, ModelSpec] = {
     "AllegroTransformer3DModel": _NONE,
     "AnyFlowTransformer3DModel": ModelSpec(grid=frames_first_grid),
     "AuraFlowTransformer2DModel": _BEFORE,
+    "BriaFibo2Transformer2DModel": ModelSpec("before", grid=gist_grid),
     "BriaFiboTransformer2DModel": _BEFORE_PACKED,
     "BriaTransformer2DModel": _BEFORE_PACKED,
     "ChromaTransformer2DModel": _BEFORE_PACKED,
     "ChronoEditTransformer3DModel": _NONE,
-    "CogVideoXTransformer3DModel": ModelSpec("before", frames_first_grid),
+    "CogVideoXTransformer3DModel": ModelSpec("before", grid=frames_first_grid),
     "CogView3PlusTransformer2DModel": _BEFORE,
     "CogView4Transformer2DModel": _BEFORE,
-    "ConsisIDTransformer3DModel": ModelSpec("before", frames_first_grid),
+    "ConsisIDTransformer3DModel": ModelSpec("before", grid=frames_first_grid),
+    "Cosmos3OmniTransformer": ModelSpec("before", grid=understood_grid, partial=True),
+    "CosmosControlNetModel": _NONE,
     "CosmosTransformer3DModel": _NONE,
     "DiTTransformer2DModel": _NONE,
+    "DreamLiteTransformer2DModel": _NONE,
     "EasyAnimateTransformer3DModel": _BEFORE,
     "ErnieImageTransformer2DModel": _AFTER,
-    "Flux2Transformer2DModel": _BEFORE_PACKED,
+    "Flux2Transformer2DModel": ModelSpec("before", grid=packed_grid, partial=True),
+    "Flux3Transformer2DModel": ModelSpec("before", grid=modes_grid, skip=(*ModelSpec.skip, "txt_mode_blocks")),
+    "FluxControlNetModel": _BEFORE_PACKED,
     "FluxTransformer2DModel": _BEFORE_PACKED,
     "GlmImageTransformer2DModel": _BEFORE,
-    "HeliosTransformer3DModel": _BEFORE,
+    "HeliosTransformer3DModel": ModelSpec("before", ahead="condition"),
     "HiDreamImageTransformer2DModel": _AFTER,
+    "HunyuanDiT2DControlNetModel": _NONE,
     "HunyuanDiT2DModel": _NONE,
     "HunyuanImageTransformer2DModel": _AFTER,
     "HunyuanVideo15Transformer3DModel": _AFTER,
-    "HunyuanVideoFramepackTransformer3DModel": ModelSpec("before", history_grid),
+    "HunyuanVideoFramepackTransformer3DModel": ModelSpec("before", grid=history_grid, ahead="condition"),
     "HunyuanVideoTransformer3DModel": _AFTER,
+    "Ideogram4Transformer2DModel": ModelSpec("before", grid=tail_grid),
+    "JoyImageEditPlusTransformer3DModel": ModelSpec("after", grid=packed_grid),
     "JoyImageEditTransformer3DModel": _AFTER,
     "Kandinsky5Transformer3DModel": ModelSpec(grid=channels_last_grid),
     "Kandinsky6Transformer3DModel": ModelSpec(grid=channels_last_grid),
@@ -197,21 +302,27 @@ SPECS: dict[str, ModelSpec] = {
     "LTXVideoTransformer3DModel": _NONE,
     "Lumina2Transformer2DModel": _BEFORE,
     "LuminaNextDiT2DModel": _NONE,
+    "MiniMaxH3Transformer3DModel": ModelSpec("before", grid=parts_grid),
     "MochiTransformer3DModel": _AFTER,
     "MotifVideoTransformer3DModel": _AFTER,
-    "NucleusMoEImageTransformer2DModel": ModelSpec("after", packed_grid),
+    "NucleusMoEImageTransformer2DModel": ModelSpec("after", grid=packed_grid, partial=True),
     "OmniGenTransformer2DModel": _BEFORE,
     "OvisImageTransformer2DModel": _BEFORE_PACKED,
     "PixArtTransformer2DModel": _NONE,
-    "PRXTransformer2DModel": _BEFORE,
+    "PRXTransformer2DModel": ModelSpec("before", partial=True),
+    "QwenImage21Transformer2DModel": ModelSpec("before", grid=target_grid, partial=True),
+    "QwenImageControlNetModel": _BEFORE_PACKED,
     "QwenImageTransformer2DModel": _BEFORE_PACKED,
+    "SD3ControlNetModel": _AFTER,
     "SD3Transformer2DModel": _AFTER,
     "SkyReelsV2Transformer3DModel": _NONE,
     "Transformer2DModel": _NONE,
+    "WanAnimate2Transformer3DModel": ModelSpec(grid=list_grid),
     "WanAnimateTransformer3DModel": _NONE,
     "WanTransformer3DModel": _NONE,
     "WanVACETransformer3DModel": _NONE,
-    "ZImageTransformer2DModel": ModelSpec("after", list_grid, cond_first=True),
+    "ZImageControlNetModel": ModelSpec("after", grid=list_grid, cond_first=True),
+    "ZImageTransformer2DModel": ModelSpec("after", grid=list_grid, cond_first=True),
 }
 
 # Classes whose attention modules look like any other, and have no softmax.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch.nn import Module
 
-from diffsparse.errors import ConfigError
+from diffsparse.errors import ConfigError, DiffsparseError
 from diffsparse.schedule import Schedule
 from diffsparse.seam.hooks import install, run_of, uninstall
 from diffsparse.seam.models import spec_of
 from diffsparse.seam.parallel import shard_of
 from diffsparse.seam.run import Addition, Perturber, Run
-from diffsparse.seam.targets import models_of, notes_on
+from diffsparse.seam.targets import controlnets_of, models_of, notes_on
 from diffsparse.site.report import Report
 from diffsparse.strategies.base import Attending, Strategy, as_strategy
 from diffsparse.strategies.dense import Dense
@@ -44,13 +45,14 @@ class Handle:
         self._notes = (*self._notes, text)
 
     def also(self, put_on: Callable[[Module], Addition]) -> None:
-        """Put something more on each transformer, such as a step cache; it goes with the handle.
+        """Put something more on each transformer but controlnets, such as a step cache; it goes with the handle.
 
         If that fails, the handle is removed.
         """
         try:
-            for model, run in zip(self._models.values(), self._runs, strict=True):
-                run.added = put_on(model)
+            for (name, model), run in zip(self._models.items(), self._runs, strict=True):
+                if "controlnet" not in name:
+                    run.added = put_on(model)
         except BaseException:
             self.remove()
             raise
@@ -91,7 +93,8 @@ def apply(
     """Run the self-attention of `target` by `strategy` until the handle is removed. Applying again replaces.
 
     Args:
-        target: a Diffusers pipeline (all its transformers are taken), or a transformer.
+        target: a Diffusers pipeline (all its transformers are taken, and controlnets made of such blocks), or a
+            transformer.
         strategy: any object with `attend(q, k, v, site)`, such as `AdaSpa(sparsity=0.8)`.
         schedule: steps and layers that stay dense; by default the first fifth of the steps.
         strict: raise `DenseFallbackError` where a call that should be sparse would have to run dense.
@@ -105,9 +108,10 @@ def apply(
         raise ConfigError(f"schedule wants a Schedule, such as Schedule(dense_first=0.2); got {schedule!r}")
     pipe = None if isinstance(target, Module) else target
     models = models_of(target)
+    asked.check(models)
+    models |= _served(asked, controlnets_of(target))
     for model in models.values():
         shard_of(model, spec_of(model), not isinstance(strategy, Dense))
-    asked.check(models)
     schedule = Schedule() if schedule is None else schedule
     runs = []
     for name, model in models.items():
@@ -118,9 +122,19 @@ def apply(
     return Handle(strategy, models, runs, tuple(notes_on(target)))
 
 
+def _served(strategy: Strategy, controlnets: dict[str, Module]) -> dict[str, Module]:
+    """The controlnets that a strategy is for: a plan may have been made without them."""
+    found = {}
+    for name, model in controlnets.items():
+        with suppress(DiffsparseError):
+            strategy.check({name: model})
+            found[name] = model
+    return found
+
+
 def remove(target: DiffusionPipeline | Module) -> None:
     """Undo `apply` and `guide` on a pipeline or transformer; one that was never touched stays as it is."""
-    for model in models_of(target).values():
+    for model in (models_of(target) | controlnets_of(target)).values():
         guidance = guidance_of(model)
         if guidance is not None:
             guidance.unhook()

@@ -113,6 +113,7 @@ def _redirecting(cls: type) -> Callable[..., object]:
 def _encoder_tokens(inputs: Inputs) -> int | None:
     """How many tokens a processor was given beside those of its queries; None: no such."""
     others = inputs.get("encoder_hidden_states")
+    others = others[0] if isinstance(others, tuple) else others  # of an image too
     return None if others is None or others is inputs.get("hidden_states") else others.shape[1]
 
 

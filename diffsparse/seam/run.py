@@ -111,7 +111,14 @@ class Layer:
         if encoder_tokens is not None and keys != queries and (keys < queries or keys == encoder_tokens):
             return call.dense(self.user_backend())  # cross-attention
         layout, obstacle = self._layout(call)
-        return self.run.attend(self, call, layout, number, obstacle)
+        if self.run.spec.partial and (obstacle or call.is_causal):
+            return call.dense(self.user_backend())  # among the keys alone
+        if obstacle or queries == keys:
+            return self.run.attend(self, call, layout, number, obstacle)
+        whole = None if call.needs_grad else call.of_all(layout)
+        if whole is None:
+            return self.run.attend(self, call, layout, number, "queries of a part of the tokens have rows of a mask")
+        return layout.gathered(self.run.attend(self, whole, layout, number))
 
     def note_unseen(self) -> None:
         """`report_unseen` in eager mode, or when a compiled graph runs."""
@@ -119,12 +126,13 @@ class Layer:
 
     def _layout(self, call: Call) -> tuple[Layout, str | None]:
         """The layout of the tokens; if it isn't known, that of one line of tokens, and why."""
-        spec, tokens = self.run.spec, call.query.shape[2]
-        line = Layout(1, 1, tokens)
-        if tokens != call.key.shape[2]:
-            return line, "queries are not of the same tokens as the keys"
-        layout = spec.layout(self.run.grid, tokens)
-        return (line, "the order of the tokens is not known") if layout is None else (layout, None)
+        spec, queries, keys = self.run.spec, call.query.shape[2], call.key.shape[2]
+        layout, line = spec.layout(self.run.grid, keys, queries), Layout(1, 1, queries)
+        if layout is not None:
+            return layout, None
+        if queries == keys:
+            return line, "the order of the tokens is not known"
+        return line, "queries are not of the same tokens as the keys"
 
     def user_backend(self) -> AttentionBackendName:
         """The backend that would run this layer if it were untouched."""

@@ -12,7 +12,7 @@ from torch.nn import Module
 
 from diffsparse.errors import UnsupportedModelError
 from diffsparse.seam.copies import ORIGINAL
-from diffsparse.seam.models import LINEAR_ATTENTION
+from diffsparse.seam.models import LINEAR_ATTENTION, SPECS
 from diffsparse.wrappers import class_of, plain_path, unwrapped
 
 if TYPE_CHECKING:
@@ -41,6 +41,12 @@ def models_of(target: DiffusionPipeline | Module) -> dict[str, Module]:
             + (f", nor {', '.join(refused)}, which runs on one backend only" if refused else "")
         )
     return found
+
+
+def controlnets_of(target: DiffusionPipeline | Module) -> dict[str, Module]:
+    """The controlnets of a pipeline that are made of transformer blocks, by name; of several each its own."""
+    found = ((name, module) for name, module in _controlnets(target) if class_of(module).__name__ in SPECS)
+    return {name: module for name, module in found if _is_adoptable(module)}
 
 
 def entrances_of(target: DiffusionPipeline | Module) -> dict[str, Module]:
@@ -86,9 +92,20 @@ def bound_processors(model: Module) -> list[str]:
 
 def notes_on(target: DiffusionPipeline | Module) -> Iterator[str]:
     """What of a pipeline's attention `apply` doesn't adopt, though a user may expect it."""
+    for name, module in _controlnets(target):
+        if class_of(module).__name__ not in SPECS and any(all_attentions(module)):
+            yield f"{name} ({class_of(module).__name__}) runs dense: the order of its tokens is not known"
+
+
+def _controlnets(target: DiffusionPipeline | Module) -> Iterator[tuple[str, Module]]:
     for name, module in _modules(target).items() if not isinstance(target, Module) else ():
-        if "controlnet" in name and any(all_attentions(unwrapped(module))):
-            yield f"{name} ({class_of(unwrapped(module)).__name__}) runs dense: only transformers are made sparse"
+        if "controlnet" in name:
+            module = unwrapped(module)
+            nets = getattr(module, "nets", None)
+            if nets is None:
+                yield name, module
+            else:
+                yield from ((f"{name}.nets.{place}", unwrapped(net)) for place, net in enumerate(nets))
 
 
 def _modules(pipe: DiffusionPipeline) -> dict[str, Module]:

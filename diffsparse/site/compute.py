@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import diffsparse_kernels as kernels
@@ -177,24 +178,31 @@ class Site(Place):
         with self._heard():
             return kernels.summary_error(q, summaries, q_block=q_block, scale=self.scale)
 
+    def free_blocks(self, block: kernels.Block) -> int:
+        """Key blocks that may be dropped, at least 1 for the sake of those who divide by it."""
+        return max(int((~self.layout.exact_keys(kernels.edges(block)[1])).sum()), 1)
+
     def largest(self, error: Tensor, share: float, block: kernels.Block) -> kernels.BlockLists:
         """Lists of the blocks with the largest errors [B, H, nQ, nK], by one budget for the heads of all ranks.
 
         share: of all blocks, the best of each row among them; blocks with text are listed beside it.
         """
-        heads, rank, text = error.shape[1], self.shard.rank, self.layout.text_sink(block, error.device)
+        heads, rank, text = error.shape[1], self.shard.rank, self.layout.sink(block, error.device)
         own = heads * rank, heads * (rank + 1)
+        if self.layout.asked:
+            asks = self.layout.asked_blocks(kernels.edges(block)[0])
+            error = error.masked_fill(~asks.to(error.device, non_blocking=True)[:, None], 0.0)
+            share *= float(asks.float().mean())
         with self._heard():
             return kernels.lists_of_largest(
                 self.shard.all_heads(error), share, **self._sizes(block), always=text, heads=own
             )
 
     def best_of_rows(self, mass: Tensor, keep: int | Tensor, block: kernels.Block) -> kernels.BlockLists:
-        """Lists of so many blocks of each query row, an int or [B, H], with the most mass; those with text first."""
+        """Lists of the blocks of each row with the most mass: so many, an int or [B, H], beside those never dropped."""
+        keep = keep + mass.shape[-1] - self.free_blocks(block)
         with self._heard():
-            return kernels.lists_of_rows(
-                mass, keep, **self._sizes(block), always=self.layout.text_sink(block, mass.device)
-            )
+            return kernels.lists_of_rows(mass, keep, **self._sizes(block), always=self.layout.sink(block, mass.device))
 
     def unpacked(self, bits: Tensor, block: kernels.Block) -> kernels.BlockLists:
         """Lists of the blocks of an earlier step, as `BlockLists.packed` gave them."""
@@ -220,6 +228,8 @@ class Site(Place):
         """Block-sparse attention [B, H, N, D]; dense, with the reason reported, where that is faster."""
         blocks = Blocks(blocks) if isinstance(blocks, kernels.BlockLists) else blocks
         blocks = replace(blocks, summary=blocks.summary or self.summary)
+        if self.layout.asked:
+            blocks = replace(blocks, lists=self._asked(blocks))
         known, limit = self._known_density(blocks, q), self._break_even(q, blocks.lists)
         if blocks.bits == 16 and known is not None and known > limit:
             return self.fall_back(q, k, v, f"density above the break-even of {limit:.2f}")
@@ -228,6 +238,24 @@ class Site(Place):
             return here._sparse(q, k, v, blocks)
 
         return product(q, k, v, self) if blocks.orders is None else self.in_order(blocks.orders, product, q, k, v)
+
+    def _asked(self, blocks: Blocks) -> kernels.BlockLists:
+        """The lists without the rows that nobody asks for; made once for the lists of several steps."""
+        kept: _Asked | None = self.memory.get("asked")
+        if kept is None or kept.of() is not blocks.lists:
+            lists = blocks.lists
+            asks = self._asking(blocks).to(lists.cnt.device, non_blocking=True)
+            kept = _Asked(weakref.ref(lists), replace(lists, cnt=lists.cnt * asks))
+            self.memory["asked"] = kept
+        return kept.lists
+
+    def _asking(self, blocks: Blocks) -> Tensor:
+        """bool [nQ] or [B|1, H|1, nQ]: the query blocks, as the lists count them, with a token that asks."""
+        asks, block = self.layout.asks(), blocks.lists.q_block
+        if blocks.orders is not None:
+            asks = asks.to(blocks.orders.orders.device)[blocks.orders.forward]
+        found: Tensor = F.pad(asks, (0, -asks.shape[-1] % block)).unflatten(-1, (-1, block)).any(-1)
+        return found
 
     def compare(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
         """What `sparse` would give, for comparison: never dense, and counted as work beside the call's."""
@@ -251,7 +279,7 @@ class Site(Place):
         """
         of_keys = orders if keys is None else keys
         here = replace(self, key_mask=of_keys.keys(self.key_mask), pending=[])
-        if self.key_mask is not None:
+        if self.key_mask is not None or self.layout.asked:
             here = replace(here, dense_backend=self.dense_backend._replace(attend=_moved_back(orders, of_keys, self)))
         with self._heard():
             q, k, v = orders.apply(q, k, v) if keys is None else (*orders.apply(q), *keys.apply(k, v))
@@ -304,7 +332,8 @@ class Site(Place):
         if known is not None and known.of() is blocks.lists and known.by == by:
             return known.share
         lists, tokens = blocks.lists, self.layout.tokens
-        count, whole = lists.cnt.mean(dtype=torch.float32), lists.q_len * lists.kv_len / tokens**2
+        whole = lists.q_len * lists.kv_len / (tokens * self.layout.queries)
+        count = lists.cnt.mean(dtype=torch.float32)
         if by is None:
             return count / (lists.kv_blocks / whole)
         work = partial(summary_work, by, block=(lists.q_block, lists.kv_block), tokens=tokens)
@@ -323,6 +352,13 @@ class Site(Place):
         here = _Density(weakref.ref(blocks.lists), _kind(blocks.summary)[0], share, Reading(share), before)
         self.memory["density"] = here
         return here.number()
+
+
+class _Asked(NamedTuple):
+    """Some lists without the rows that nobody asks for."""
+
+    of: weakref.ref[kernels.BlockLists]
+    lists: kernels.BlockLists
 
 
 class _Density(NamedTuple):

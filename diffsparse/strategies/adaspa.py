@@ -61,11 +61,12 @@ class AdaSpa(OnlineSearch):
 
     def choose(self, mass: Tensor, q: Tensor, k: Tensor, v: Tensor, site: Site) -> BlockLists:
         """The blocks of each row with the most mass."""
-        lists = site.best_of_rows(mass, keep_count(self.sparsity, mass.shape[-1]), self.block)
+        blocks = site.free_blocks(self.block)
+        lists = site.best_of_rows(mass, keep_count(self.sparsity, blocks), self.block)
         if not self.head_adaptive:
             return lists
         recall = site.shard.all_heads(recall_of(mass, lists))
-        return site.best_of_rows(mass, site.shard.own(self._keep_by_head(recall, mass.shape[-1]), 1), self.block)
+        return site.best_of_rows(mass, site.shard.own(self._keep_by_head(recall, blocks), 1), self.block)
 
     def _keep_by_head(self, recall: Tensor, blocks: int) -> Tensor:
         """Blocks a row for each head, int64 [B, H], from the recall [B, H] at uniform sparsity (section 4.3)."""

@@ -66,32 +66,33 @@ def keep_count(sparsity: float | Fraction, blocks: int) -> int:
 
 
 def row_density(sparsity: float, block: Block, layout: Layout | None) -> float:
-    """Share of blocks computed if each row keeps `keep_count` of them, those with text first, and rows of text all."""
+    """Share of blocks computed if each row keeps `keep_count` of those that may be dropped, and exact rows all."""
     if layout is None:
         return 1 - sparsity
-    (rows, text_rows), (columns, text_columns) = (_counts(layout, edge) for edge in edges(block))
-    kept = max(keep_count(sparsity, columns), text_columns)
-    return (text_rows * columns + (rows - text_rows) * kept) / (rows * columns)
+    rows, (columns, sinks) = _rows(layout, block), _columns(layout, block)
+    return rows + (1 - rows) * min(sinks + keep_count(sparsity, columns - sinks), columns) / columns
 
 
 def with_text(density: float, block: Block, layout: Layout | None) -> float:
-    """Share of blocks computed where a share `density` is chosen without regard to text, whose blocks are kept too."""
+    """Share of blocks computed if it is `density` of those that may be dropped; exact rows and keys are beside it."""
     if layout is None:
         return density
-    rows, columns = (_text(layout, edge) for edge in edges(block))
-    return 1 - (1 - density) * (1 - rows) * (1 - columns)
+    rows, (columns, sinks) = _rows(layout, block), _columns(layout, block)
+    return 1 - (1 - density) * (1 - rows) * (1 - sinks / columns)
 
 
 def rows_of_text(block: Block, layout: Layout) -> float:
-    """Share of the query blocks that hold text."""
-    return _text(layout, edges(block)[0])
+    """Share of the query blocks that are computed whole."""
+    return _rows(layout, block)
 
 
-def _text(layout: Layout, edge: int) -> float:
-    blocks, text = _counts(layout, edge)
-    return text / blocks
+def _rows(layout: Layout, block: Block) -> float:
+    """Share of the query blocks asked for that are computed whole."""
+    q_block = edges(block)[0]
+    return int(layout.exact_rows(q_block).sum()) / int(layout.asked_blocks(q_block).sum())
 
 
-def _counts(layout: Layout, edge: int) -> tuple[int, int]:
-    """Blocks of `edge` tokens, and those of them that hold text."""
-    return layout.blocks(edge), int(layout.text_blocks(edge).sum())
+def _columns(layout: Layout, block: Block) -> tuple[int, int]:
+    """Key blocks, and those of them that are never dropped."""
+    kv_block = edges(block)[1]
+    return layout.blocks(kv_block), int(layout.exact_keys(kv_block).sum())

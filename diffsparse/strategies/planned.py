@@ -196,5 +196,5 @@ def group_of(step: int, steps: int | None, groups: int) -> int:
 
 
 def _heads_of(attention: torch.nn.Module | None) -> int | None:
-    counts = (getattr(attention, name, None) for name in ("heads", "num_heads", "n_heads"))
+    counts = (getattr(attention, name, None) for name in ("heads", "num_heads", "n_heads", "num_attention_heads"))
     return next((count for count in counts if type(count) is int), None)

@@ -42,8 +42,8 @@ class Rows(NamedTuple):
 @lru_cache(maxsize=16)
 @kept
 def mended_rows(layout: Layout, q_block: int, count: int, device: torch.device) -> Rows:
-    """All rows but those in blocks that hold text, which are computed whole; no probes where there are no others."""
-    others = ~layout.text_blocks(q_block).repeat_interleave(q_block)[: layout.tokens]
+    """All rows but those in blocks that are computed whole, as of text, or not at all; no probes if there are none."""
+    others = (layout.asked_blocks(q_block) & ~layout.exact_rows(q_block)).repeat_interleave(q_block)[: layout.tokens]
     places = others.nonzero()[:, 0]
     probes = places[torch.linspace(0, len(places) - 1, min(count, len(places))).long()]
     return Rows(probes.to(device), None if others.all() else others[:, None].to(device))

@@ -57,5 +57,7 @@ class Random(Strategy):
             1, q.shape[1] * site.shard.degree, rows, columns, generator=generator
         )  # of all ranks, so that each
         scores = site.shard.own(scores, 1).to(q.device)  # head gets its own, [1, H, nQ, nK]
-        mask = select_rows(scores, keep_count(self.sparsity, columns), site.layout.text_sink(self.block, q.device))
+        free = site.free_blocks(self.block)
+        keep = keep_count(self.sparsity, free) + columns - free
+        mask = select_rows(scores, keep, site.layout.sink(self.block, q.device))
         return BlockLists.from_mask(mask, q_block=q_block, kv_block=kv_block, q_len=tokens, kv_len=tokens)

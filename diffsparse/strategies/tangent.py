@@ -146,7 +146,7 @@ class Tangent(Strategy):
         kv_block, tokens = edges(self.block)[1], layout.tokens
         summaries = summary_work(self._summary(tokens, dim), 1.0, self.block, tokens, dim)
         rest = summaries + self._beside(tokens, dim, rank)
-        share = (1 - self.sparsity - rest) / (1 - 1 / kv_block)
+        share = (with_text(1 - self.sparsity, self.block, layout) - rest) / (1 - 1 / kv_block)
         return max(share - with_text(0.0, self.block, layout), 0.0)
 
     def _beside(self, tokens: int, dim: int, rank: int) -> float:

@@ -15,7 +15,7 @@ class Findings(TypedDict):
 
     devices: their names and the backends that run there by default.
     backends: "available", or why not.
-    trials: verdicts of the trials of kernels, each in a process of its own.
+    trials: verdicts of the trials of kernels, in a process of their own.
     measured: what the break-even on each device rests on.
     """
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
 Message = dict[str, Any]  # as JSON has it
@@ -22,12 +22,105 @@ _PATIENCE = 5.0  # seconds for a killed process to end; one stuck in a driver ne
 class Ending(NamedTuple):
     """How a child ended.
 
-    how: "done" or "crash"; "hang" or "late" where it was killed.
+    how: "done" or "crash"; "hang" or "late" where it is to be killed; "heard" where it goes on.
     why: what is known of the reason.
     """
 
     how: str
     why: str = ""
+
+
+class Child:
+    """`python arguments` on this process's paths, started at once.
+
+    Args:
+        arguments: of the Python interpreter.
+        environment: what differs from this process's.
+
+    Raises:
+        OSError: it can't be started.
+    """
+
+    def __init__(self, arguments: list[str], environment: Mapping[str, str] | None = None) -> None:
+        # The child must find the packages where this process did, and nothing else in the folder that it starts in.
+        paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
+        with contextlib.ExitStack() as opened:
+            self._errors = opened.enter_context(tempfile.TemporaryFile())
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", *arguments],
+                stdin=subprocess.PIPE,  # closed when this process is gone, which `follow_parent` notices
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                errors="replace",
+                env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **(environment or {})},
+                start_new_session=True,
+            )
+            opened.pop_all()  # `kill` closes it
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=_forward, args=(self._process.stdout, self._lines), daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    def tell(self, **message: object) -> None:
+        """Send one message; where the child has ended, `listen` tells how."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+
+    def listen(self, hear: Callable[[Message], object], *, start: float, silence: float, seconds: float) -> Ending:
+        """Pass each JSON line of its output to `hear` as it comes, until it ends, or `hear` returns True.
+
+        Args:
+            hear: called with each message.
+            start: seconds to the first line.
+            silence: seconds without a line, from then on, after which it counts as hanging.
+            seconds: that it may take in all.
+        """
+        end, patience = time.monotonic() + seconds, start
+        while True:
+            left = min(patience, end - time.monotonic())
+            try:
+                line = self._lines.get(timeout=max(left, 0.0))
+            except queue.Empty:
+                if left < patience:
+                    return Ending("late", "killed when its time was over")
+                return Ending("hang", f"killed after {patience:.0f} s without a sign")
+            if line is None:
+                self._lines.put(None)  # for who listens again
+                return self._ended()
+            with contextlib.suppress(ValueError):  # libraries print, too
+                message = json.loads(line)
+                if isinstance(message, dict):
+                    patience = silence
+                    if hear(message) is True:
+                        return Ending("heard")
+
+    def kill(self) -> None:
+        """End it, and whatever it started."""
+        # One that has ended was not waited for, but by `listen` just now: its number is no other process's yet.
+        with contextlib.suppress(OSError):
+            if hasattr(os, "killpg"):
+                os.killpg(self.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_PATIENCE)
+        self._errors.close()
+        with contextlib.suppress(OSError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+
+    def _ended(self) -> Ending:
+        try:
+            code = self._process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            return Ending("hang", "it closed its output and did not end")
+        return Ending("done") if code == 0 else Ending("crash", _reason(code, self._errors))
 
 
 def run_child(
@@ -39,38 +132,16 @@ def run_child(
     seconds: float,
     environment: Mapping[str, str] | None = None,
 ) -> Ending:
-    """Run `python arguments` on this process's paths, and pass each JSON line of its output to `hear` as it comes.
-
-    Args:
-        arguments: of the Python interpreter.
-        hear: called with each message.
-        start: seconds to its first line.
-        silence: seconds without a line, from then on, after which it counts as hanging.
-        seconds: that it may take in all.
-        environment: what differs from this process's.
+    """Run a `Child` to its end, and `listen` to it.
 
     Raises:
         OSError: it can't be started.
     """
-    # The child must find the packages where this process did, and nothing else in the folder that it starts in.
-    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
-    world = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **(environment or {})}
-    end = time.monotonic() + seconds
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-P", *arguments],
-            stdin=subprocess.PIPE,  # closed when this process is gone, which `follow_parent` notices
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            errors="replace",
-            env=world,
-            start_new_session=True,
-        )
-        try:
-            return _listen(process, errors, hear, (start, silence, end))
-        finally:
-            _kill(process)
+    child = Child(arguments, environment)
+    try:
+        return child.listen(hear, start=start, silence=silence, seconds=seconds)
+    finally:
+        child.kill()
 
 
 def say(**message: object) -> None:
@@ -79,46 +150,27 @@ def say(**message: object) -> None:
     sys.stdout.flush()
 
 
-def follow_parent() -> None:
-    """Called in a child: it ends when the process that runs it does, however that ended."""
+def follow_parent(hear: Callable[[str], object] = lambda line: None) -> None:
+    """Called in a child: it ends when the process that runs it does, however that ended.
+
+    hear: called with each line from that process, in a thread.
+    """
 
     def wait() -> None:
-        sys.stdin.read()
+        for line in sys.stdin:
+            hear(line)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _listen(
-    process: subprocess.Popen[str],
-    errors: IO[bytes],
-    hear: Callable[[Message], None],
-    limits: tuple[float, float, float],
-) -> Ending:
-    patience, silence, end = limits
-    assert process.stdout is not None
-    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
-    while True:
-        left = min(patience, end - time.monotonic())
-        try:
-            line = lines.get(timeout=max(left, 0.0))
-        except queue.Empty:
-            if left < patience:
-                return Ending("late", "killed when its time was over")
-            return Ending("hang", f"killed after {patience:.0f} s without a sign")
-        if line is None:
-            break
-        with contextlib.suppress(ValueError):  # libraries print, too
-            message = json.loads(line)
-            if isinstance(message, dict):
-                patience = silence
-                hear(message)
-    try:
-        code = process.wait(_PATIENCE)
-    except subprocess.TimeoutExpired:
-        return Ending("hang", "it closed its output and did not end")
-    return Ending("done") if code == 0 else Ending("crash", _reason(code, errors))
+def requests(idle: float) -> Iterator[Message]:
+    """Called in a child: what `Child.tell` sends, until nothing comes for `idle` seconds; follows the parent."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    follow_parent(lines.put)
+    with contextlib.suppress(queue.Empty):
+        while True:
+            yield json.loads(lines.get(timeout=idle))
 
 
 def _forward(output: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
@@ -126,19 +178,6 @@ def _forward(output: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
         for line in output:
             lines.put(line)
     lines.put(None)
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    """The child and whatever it started."""
-    if process.stdin is not None:
-        process.stdin.close()
-    with contextlib.suppress(OSError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_PATIENCE)
 
 
 def _reason(code: int, errors: IO[bytes]) -> str:

@@ -1,11 +1,13 @@
 """A young kernel is tried in a process of its own before it is used, once for each device, driver and version.
 
 A compiler that is new to a chip can make a kernel that is wrong, raises, takes the process down or never ends. None of
-that may happen to the caller: `backend/selftest.py` runs in a child, and the verdict is kept in the cache folder.
+that may happen to the caller: `backend/selftest.py` runs in a child, and the verdict is kept in the cache folder. The
+child takes case after case as long as kernels are right: to start it takes longer than to try a kernel.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
@@ -22,7 +24,7 @@ from pathlib import Path
 import torch
 
 from diffsparse_kernels.case import Case
-from diffsparse_kernels.child import Ending, Message, run_child
+from diffsparse_kernels.child import Child, Ending, Message
 from diffsparse_kernels.machine import cache_folder, device_name, driver
 
 RIGHT = "right"
@@ -35,6 +37,7 @@ _TRIED_ON = ("cuda",)  # kinds of device; on others tests show whether a kernel 
 _LOG = logging.getLogger(__name__)
 _lock = threading.RLock()
 _verdicts: dict[tuple[str, Case, str], str] = {}
+_children: dict[tuple[int, str], Child] = {}  # of the process that started each (one may fork), and the device
 
 
 def verdict(kernel: str, case: Case, device: torch.device) -> str:
@@ -67,6 +70,13 @@ def forget() -> None:
         _verdicts.clear()
 
 
+@atexit.register
+def end() -> None:
+    """End the processes that wait for cases of this one; the next trial starts another."""
+    for key in [key for key in _children if key[0] == os.getpid()]:
+        _children.pop(key).kill()
+
+
 def _kept(kernel: str, case: Case, device: torch.device) -> str:
     """A verdict of the cache folder; empty if there is none."""
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -75,17 +85,15 @@ def _kept(kernel: str, case: Case, device: torch.device) -> str:
 
 
 def _tried(kernel: str, case: Case, device: torch.device) -> str:
-    """Run the child -> "right", or what is wrong."""
-    _LOG.warning("trying the kernel %s (%s) on %s, once, in a process of its own", kernel, case, device_name(device))
+    """Try it in the child -> "right", or what is wrong."""
     if os.environ.get(_MARK) or getattr(sys, "frozen", False):  # an application's executable would start it once more
         return "it could not be tried: this process has no Python of its own to try it in"
-    messages: list[Message] = []
-    command, limits = _command(kernel, case, device), {"start": _START, "silence": SECONDS, "seconds": _LONGEST}
+    _announce(device)
+    _LOG.info("trying the kernel %s (%s)", kernel, case)
     try:
-        ending = run_child(command, messages.append, environment={_MARK: "1"}, **limits)
+        result, final = _result(*_asked(kernel, case, device))
     except (OSError, TypeError, ValueError) as error:
         return f"it could not be tried: {error}"
-    result, final = _result(ending, messages)
     if final:
         _keep(kernel, case, device, result)
         if result != RIGHT:
@@ -93,19 +101,57 @@ def _tried(kernel: str, case: Case, device: torch.device) -> str:
     return result
 
 
+@cache
+def _announce(device: torch.device) -> None:
+    """Told once, whatever is tried after it."""
+    _LOG.warning(
+        "kernels are tried on %s before their first use, once on this machine, in a process of their own; "
+        "in all this may take about a minute",
+        device_name(device),
+    )
+
+
+def _asked(kernel: str, case: Case, device: torch.device) -> tuple[Ending, list[Message]]:
+    """How the trial of one case ended, and what was said of it."""
+    key = os.getpid(), str(device)
+    while True:
+        warm, messages = _children.pop(key, None), list[Message]()
+        child = warm or Child(_command(device), {_MARK: "1"})
+        try:
+            ending = _heard(child, messages, {"kernel": kernel, "case": case.words()}, SECONDS if warm else _START)
+        finally:
+            if right := bool(messages) and messages[-1].get("verdict") == RIGHT:
+                _children[key] = child
+            else:
+                child.kill()  # who knows what a kernel that was wrong has left in its memory
+        if right or warm is None:  # else an earlier kernel may be the cause, or the child had just ended, idle
+            return ending, messages
+
+
+def _heard(child: Child, messages: list[Message], request: Message, start: float) -> Ending:
+    """Ask for one trial, and collect what is said of it. start: seconds to the first message."""
+
+    def hear(message: Message) -> bool:
+        messages.append(message)
+        return "verdict" in message or "untried" in message
+
+    child.tell(**request)
+    return child.listen(hear, start=start, silence=SECONDS, seconds=_LONGEST)
+
+
 def _result(ending: Ending, messages: list[Message]) -> tuple[str, bool]:
-    """What a child's end says of the kernel, and whether it is final; if not, the next process tries again."""
+    """What the end of a trial says of the kernel, and whether it is final; if not, the next process tries again."""
     last = messages[-1] if messages else {}
     killed = ending.why.endswith("SIGKILL")  # by the system, which ran out of memory
     if "untried" in last or not messages or ending.how == "late" or killed:
         return f"it could not be tried: {last.get('untried') or ending.why or ending.how}", False
-    if ending.how == "done":
+    if ending.how in ("heard", "done"):
         return str(last.get("verdict", "its trial ended early")), True
     return f"{ending.how} in its trial ({last.get('trying', 'start')}): {ending.why}", True
 
 
-def _command(kernel: str, case: Case, device: torch.device) -> list[str]:
-    return ["-m", "diffsparse_kernels.backend.selftest", str(device), kernel, *case.words()]
+def _command(device: torch.device) -> list[str]:
+    return ["-m", "diffsparse_kernels.backend.selftest", str(device)]
 
 
 def _keep(kernel: str, case: Case, device: torch.device, result: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ from support import trial
 SCRIPT = str(Path(trial.__file__))
 CPU = torch.device("cpu")
 CASE = Case("attend", torch.bfloat16, 16, 16, 16, 16)
+MASSES = CASE._replace(kind="fused")
 LIMITS = {"start": 60.0, "silence": 60.0, "seconds": 60.0}
 OUTCOMES = {
     "raise": "raised RuntimeError: out of resource: shared memory",
@@ -39,84 +42,105 @@ OUTCOMES = {
 
 
 @pytest.fixture(autouse=True)
-def a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The CPU as if it were a device where kernels are young, with a cache folder of its own."""
     monkeypatch.setenv("DIFFSPARSE_CACHE", str(tmp_path))
     monkeypatch.setattr(trials, "_TRIED_ON", ("cpu",))
     monkeypatch.setattr(trials, "SECONDS", 8.0)
     trials.forget()
-    return tmp_path / "trials"
+    yield tmp_path / "trials"
+    trials.end()
 
 
 def behave(monkeypatch: pytest.MonkeyPatch, mode: str) -> list[str]:
-    """Trials run a kernel that does so -> the kernels that were tried."""
-    tried: list[str] = []
+    """In trials the kernel gluon does so, and others what they are called -> what was tried in a process of its own."""
+    started: list[str] = []
 
-    def command(kernel: str, case: Case, device: torch.device) -> list[str]:
-        tried.append(kernel)
-        return [SCRIPT, mode, str(device), kernel, *case.words()]
+    def command(device: torch.device) -> list[str]:
+        started.append(str(device))
+        return [SCRIPT, mode, str(device)]
 
     monkeypatch.setattr(trials, "_command", command)
-    return tried
+    return started
 
 
 @pytest.mark.parametrize("mode", OUTCOMES)
 def test_whatever_a_kernel_does_the_caller_goes_on(mode: str, a_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = behave(monkeypatch, mode)
+    started = behave(monkeypatch, mode)
     with pytest.warns(UserWarning, match="the kernel gluon is not used on"):
         told = trials.verdict("gluon", CASE, CPU)
     assert re.match(OUTCOMES[mode], told), told
     assert trials.verdict("gluon", CASE, CPU) == told
     trials.forget()  # as another process would begin
     assert trials.verdict("gluon", CASE, CPU) == told
-    assert tried == ["gluon"]
+    assert started == ["cpu"]
     (row,) = trials.found(CPU)
     assert row["verdict"] == told
     assert row["torch"] == torch.__version__
     assert len(list(a_machine.iterdir())) == 1
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, *messages: child.Message) -> list[list[str]]:
-    """Children say this, and end well -> their arguments."""
-    ran: list[list[str]] = []
+DONE = child.Ending("done")
 
-    def run(arguments: list[str], hear: Callable[[child.Message], None], **_: Any) -> child.Ending:
-        ran.append(arguments)
-        for message in messages:
-            hear(message)
-        return child.Ending("done")
 
-    monkeypatch.setattr(trials, "run_child", run)
-    return ran
+class Pretended:
+    """Children that say this of each case, and end so where nobody had enough of it."""
+
+    def __init__(self, *messages: child.Message, ending: child.Ending = DONE) -> None:
+        self.messages, self.ending = messages, ending
+        self.started: list[list[str]] = []
+        self.asked: list[child.Message] = []
+
+    def start(self, arguments: list[str], environment: dict[str, str]) -> Pretended:
+        assert environment == {"DIFFSPARSE_TRIAL": "1"}
+        self.started.append(arguments)
+        return self
+
+    def tell(self, **request: Any) -> None:
+        self.asked.append(request)
+
+    def listen(self, hear: Callable[[child.Message], object], **_: Any) -> child.Ending:
+        enough = any(hear(message) is True for message in self.messages)
+        return child.Ending("heard") if enough else self.ending
+
+    def kill(self) -> None:
+        """There is nothing to end."""
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, children: Pretended) -> Pretended:
+    monkeypatch.setattr(trials, "Child", children.start)
+    return children
 
 
 RIGHT = {"verdict": "right"}
 
 
 def test_the_right_one_is_tried_once_for_each_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = pretend(monkeypatch, RIGHT)
+    children = pretend(monkeypatch, Pretended(RIGHT))
     threads = [threading.Thread(target=trials.verdict, args=("gluon", CASE, CPU)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert trials.verdict("gluon", CASE, CPU) == ""
-    assert ran == [["-m", "diffsparse_kernels.backend.selftest", "cpu", "gluon", *CASE.words()]]
+    assert children.started == [["-m", "diffsparse_kernels.backend.selftest", "cpu"]]
+    assert children.asked == [{"kernel": "gluon", "case": CASE.words()}]
     assert trials.verdict("gluon", CASE._replace(masked=True), CPU) == ""
-    assert len(ran) == 2
+    assert len(children.asked) == 2
     for count, name in enumerate(("driver", "_version"), 3):  # of the packages that kernels are borrowed from, too
         monkeypatch.setattr(trials, name, lambda *_: "another")
         trials.forget()
         trials.verdict("gluon", CASE, CPU)
-        assert len(ran) == count
+        assert len(children.asked) == count
+    assert len(children.started) == 1
 
 
 def test_a_full_device_says_nothing_of_the_kernel(a_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process does without the kernel, the next one tries again."""
-    tried = behave(monkeypatch, "full")
+    started = behave(monkeypatch, "full")
     for _ in range(2):
         assert trials.verdict("gluon", CASE, CPU).startswith("it could not be tried: OutOfMemoryError")
-    assert tried == ["gluon"]
+    assert started == ["cpu"]
     assert not a_machine.exists()
     for number, executable in enumerate(("/nowhere/python", None)):
         monkeypatch.setattr(sys, "executable", executable)
@@ -133,27 +157,161 @@ def test_what_passes_is_no_verdict(
         raise RuntimeError(told)
 
     monkeypatch.setattr(proof, "_verdict", fails)
-    proof.main(["cpu", "gluon", *CASE.words()])
+    proof.attempt("cpu", "gluon", CASE.words())
     assert told in json.loads(capsys.readouterr().out.splitlines()[-1])["untried"]
 
 
 def test_a_trial_killed_from_outside_is_no_verdict(a_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(arguments: list[str], hear: Callable[[child.Message], None], **_: Any) -> child.Ending:
-        hear({"trying": "lists"})
-        return child.Ending("crash", "ended by SIGKILL")
-
-    monkeypatch.setattr(trials, "run_child", run)
+    pretend(monkeypatch, Pretended({"trying": "lists"}, ending=child.Ending("crash", "ended by SIGKILL")))
     assert trials.verdict("gluon", CASE, CPU) == "it could not be tried: ended by SIGKILL"
     assert not a_machine.exists()
 
 
 def test_no_trial_within_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "run_child", lambda *_, **__: pytest.fail("no child of a child"))
+    monkeypatch.setattr(trials, "Child", lambda *_, **__: pytest.fail("no child of a child"))
     monkeypatch.setenv("DIFFSPARSE_TRIAL", "1")
     assert "no Python of its own" in trials.verdict("gluon", CASE, CPU)
     monkeypatch.delenv("DIFFSPARSE_TRIAL")
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     assert "no Python of its own" in trials.verdict("gluon", CASE._replace(masked=True), CPU)
+
+
+def numbers() -> list[int]:
+    """Of the processes that wait for cases."""
+    return [child.pid for child in trials._children.values()]
+
+
+def is_alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(holds: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 60
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.1)
+    return holds()
+
+
+def test_poison_is_cheap() -> None:
+    """Torch's own switch imports a compiler, which takes as long as all else that a trial starts with."""
+    code = """
+import sys
+import torch
+from diffsparse_kernels.backend import selftest
+from diffsparse_kernels.child import say
+before = set(sys.modules)
+selftest.poison()
+say(more=len(set(sys.modules) - before), poisoned=bool(torch.empty(3).isnan().all()))
+"""
+    heard: list[child.Message] = []
+    assert child.run_child(["-c", code], heard.append, **LIMITS) == ("done", "")
+    assert heard == [{"more": 0, "poisoned": True}]
+
+
+def test_one_process_tries_case_after_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = behave(monkeypatch, "right")
+    assert trials.verdict("gluon", CASE, CPU) == ""
+    (first,) = numbers()
+    for kernel, case in (("gluon", CASE._replace(masked=True)), ("triton", CASE), ("triton", MASSES)):
+        assert trials.verdict(kernel, case, CPU) == ""
+    assert numbers() == [first]
+    assert started == ["cpu"]
+    trials.end()
+    assert not is_alive(first)
+
+
+@pytest.mark.parametrize("mode", ["wrong", "hang", "crash"])
+def test_after_a_failure_another_process_goes_on(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others were tried before, they may have been the cause: the verdict is that of a process without any."""
+    started = behave(monkeypatch, mode)
+    assert trials.verdict("triton", CASE, CPU) == ""
+    (first,) = numbers()
+    with pytest.warns(UserWarning, match="the kernel gluon is not used on"):
+        assert re.match(OUTCOMES[mode], trials.verdict("gluon", CASE, CPU))
+    assert numbers() == []
+    assert not is_alive(first)
+    assert trials.verdict("triton", MASSES, CPU) == ""
+    assert len(numbers()) == 1
+    assert started == ["cpu"] * 3
+
+
+def test_a_process_that_has_ended_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = behave(monkeypatch, "right")
+    assert trials.verdict("triton", CASE, CPU) == ""
+    (first,) = numbers()
+    os.kill(first, signal.SIGKILL)
+    assert wait_until(lambda: not is_alive(first))
+    assert trials.verdict("gluon", CASE, CPU) == ""
+    assert numbers() != [first]
+    assert started == ["cpu"] * 2
+
+
+def test_a_fork_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves that of its parent alone."""
+    children = pretend(monkeypatch, Pretended(RIGHT))
+    assert trials.verdict("gluon", CASE, CPU) == ""
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    trials.end()
+    assert len(trials._children) == 1
+    assert trials.verdict("triton", CASE, CPU) == ""
+    assert len(children.started) == len(trials._children) == 2
+    trials.end()
+
+
+def test_who_waits_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pretend(monkeypatch, Pretended(RIGHT))
+    trials._announce.cache_clear()
+    with caplog.at_level("INFO", logger=trials.__name__):
+        for kernel in ("gluon", "triton"):
+            trials.verdict(kernel, CASE, CPU)
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [level for level, _ in told] == ["WARNING", "INFO", "INFO"]
+    assert "once on this machine" in told[0][1]
+    assert "about a minute" in told[0][1]
+    assert told[2][1] == f"trying the kernel triton ({CASE})"
+
+
+ANSWERS = """
+from diffsparse_kernels.child import requests, say
+for request in requests({idle}):
+    say(answer=request["number"])
+say(idle=True)
+"""
+
+
+def test_a_child_answers_until_it_is_idle() -> None:
+    waiting, heard = child.Child(["-c", ANSWERS.format(idle=2)]), list[child.Message]()
+    try:
+        for number in range(2):
+            waiting.tell(number=number)
+            assert waiting.listen(lambda message: heard.append(message) or True, **LIMITS) == ("heard", "")
+        assert waiting.listen(heard.append, **LIMITS) == ("done", "")
+        assert heard == [{"answer": 0}, {"answer": 1}, {"idle": True}]
+        waiting.tell(number=2)  # nobody is there to hear it
+        assert waiting.listen(heard.append, **LIMITS) == ("done", "")
+    finally:
+        waiting.kill()
+
+
+@pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGKILL)", "sys.exit()"])
+def test_the_process_that_tries_ends_with_its_parent(how: str, tmp_path: Path) -> None:
+    parent = f"""
+import os, signal, sys
+import torch
+from diffsparse_kernels import trials
+from diffsparse_kernels.case import Case
+from diffsparse_kernels.child import say
+trials._TRIED_ON, trials._command = ("cpu",), lambda device: [{SCRIPT!r}, "right", str(device)]
+say(told=trials.verdict("gluon", Case.read({CASE.words()!r}), torch.device("cpu")))
+say(pids=[child.pid for child in trials._children.values()])
+{how}
+"""
+    heard: list[child.Message] = []
+    child.run_child(["-c", parent], heard.append, **LIMITS, environment={"DIFFSPARSE_CACHE": str(tmp_path)})
+    assert heard[0] == {"told": ""}
+    (pid,) = heard[1]["pids"]
+    assert wait_until(lambda: not is_alive(pid))
 
 
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
@@ -181,22 +339,22 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
 
 
 def test_a_child_that_never_spoke_says_nothing_either(a_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch)
+    pretend(monkeypatch, Pretended())
     assert trials.verdict("gluon", CASE, CPU) == "it could not be tried: done"
     assert not a_machine.exists()
 
 
 def test_a_cache_that_cannot_be_read_or_written_stops_nobody(a_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = pretend(monkeypatch, RIGHT)
+    children = pretend(monkeypatch, Pretended(RIGHT))
     trials._path("gluon", CASE, CPU).parent.mkdir()
     trials._path("gluon", CASE, CPU).write_text("half a fi")
     assert trials.verdict("gluon", CASE, CPU) == ""
-    assert len(ran) == 1
+    assert len(children.asked) == 1
     a_machine.rename(a_machine.with_name("moved"))
     a_machine.write_text("a file in the folder's place")
     trials.forget()
     assert trials.verdict("gluon", CASE, CPU) == ""
-    assert len(ran) == 2
+    assert len(children.asked) == 2
     assert trials.found(CPU) == []
 
 
@@ -351,12 +509,12 @@ def test_the_cases_are_read_as_they_were_written() -> None:
 
 def test_the_real_child_runs_the_real_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     """On the CPU the triton backend wants the interpreter: told as what it is."""
-    proof.main(["cpu", "triton", *CASE.words()])
+    proof.attempt("cpu", "triton", CASE.words())
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["verdict"].startswith("raised ")
-    proof.main(["nowhere", "triton", *CASE.words()])
+    proof.attempt("nowhere", "triton", CASE.words())
     assert "untried" in json.loads(capsys.readouterr().out.splitlines()[-1])
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 def test_a_child_is_heard_and_killed_with_all_that_it_started(tmp_path: Path) -> None:

@@ -75,9 +75,10 @@ def keep_of(sparsity, n):
 
 def head_masks(masses, knobs, layout):
     """Section 4.3: recall at uniform sparsity decides each head's own."""
-    s, n, heads = knobs.sparsity, masses[0].shape[1], len(masses)
-    sink = text_sink(layout, knobs.block)
-    masks = [best_rows(mass, keep_of(s, n), sink) for mass in masses]
+    s, heads, sink = knobs.sparsity, len(masses), text_sink(layout, knobs.block)
+    always = min(sum(row) for row in sink)  # columns of text: sparsity is of the others
+    n = max(masses[0].shape[1] - always, 1)
+    masks = [best_rows(mass, always + keep_of(s, n), sink) for mass in masses]
     if not knobs.head_adaptive:
         return masks
     recall = [float((m * mask).sum() / m.sum()) for m, mask in zip(masses, masks, strict=True)]
@@ -89,7 +90,7 @@ def head_masks(masses, knobs, layout):
     up = max(s, min(up, 1 - Fraction(1, n)))  # a block is left
     for h, other in zip(order[:high], order[heads - high :], strict=True):
         sparsities[h], sparsities[other] = up, 2 * s - up
-    return [best_rows(m, keep_of(x, n), sink) for m, x in zip(masses, sparsities, strict=True)]
+    return [best_rows(m, always + keep_of(x, n), sink) for m, x in zip(masses, sparsities, strict=True)]
 
 
 def by_token(mask, block, n):

@@ -147,6 +147,16 @@ def test_a_bare_transformer_is_told_by_its_context() -> None:
     assert {s.steps for s in spy.seen} == {9}
 
 
+def test_a_context_goes_by_what_the_guiders_of_modular_pipelines_call_it() -> None:
+    """They say `pred_uncond`; without the first word the branch is known as unconditional."""
+    model, spy = build("WanTransformer3DModel"), Spy()
+    with diffsparse.apply(model, spy, schedule=ALWAYS):
+        for name in ("pred_cond", "pred_uncond"):
+            with model.cache_context(name):
+                tensors(model, inputs("WanTransformer3DModel"))
+    assert {s.branch for s in spy.seen} == {"cond", "uncond"}
+
+
 def test_a_bare_transformer_counts_its_passes_until_it_is_reset() -> None:
     model, spy = build("WanTransformer3DModel"), Spy()
     kwargs = inputs("WanTransformer3DModel")

@@ -14,7 +14,8 @@ from torch import Tensor
 import diffsparse
 from diffsparse import AdaSpa, Digest, Layout, Schedule, Tangent
 from diffsparse.errors import ConfigError
-from diffsparse.strategies.residual import LowRank
+from diffsparse.strategies.blocks import with_text
+from diffsparse.strategies.residual import LowRank, strongest
 from diffsparse.strategies.work import Outline
 from diffsparse_eval import metrics
 from diffsparse_pipelines import tiny
@@ -66,6 +67,41 @@ def test_the_nearest_of_a_rank_in_eight_bits(rank: int) -> None:
     torch.testing.assert_close(kept.basis @ kept.basis.mT, torch.eye(rank).expand(2, 3, -1, -1), atol=1e-5, rtol=0)
 
 
+STRENGTHS = {  # of the directions of some rows
+    "falling": torch.arange(1, 49) ** -1.0,
+    "steep": 0.1 ** torch.arange(48),
+    "equal": torch.ones(48),
+    "nearly equal": 0.999 ** torch.arange(48),
+    "four a little stronger": 1 + 0.02 * (torch.arange(48) < 4),
+    "one": (torch.arange(48) < 1).float(),
+    "two": torch.cat([torch.tensor([1, 1e-5]), torch.zeros(46)]),
+    "none": torch.zeros(48),
+}
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("name", STRENGTHS)
+def test_the_strongest_directions_hold_what_eigenvectors_hold(name: str, size: float) -> None:
+    into, out = (torch.linalg.qr(torch.randn(2, 3, n, 48))[0] for n in (60, 48))
+    rows = size * (into * STRENGTHS[name].sqrt()) @ out.mT
+    found = strongest(rows.mT @ rows, 4)
+    assert torch.equal(found, strongest(rows.mT @ rows, 4))
+    if name == "none":
+        assert not found.any()
+        return
+    torch.testing.assert_close(found @ found.mT, torch.eye(4).expand(2, 3, -1, -1), atol=1e-5, rtol=0)
+    held = (rows.double() @ found.double().mT).square().sum((2, 3))
+    most = torch.linalg.svdvals(rows.double())[..., :4].square().sum(-1)
+    assert (held >= 0.995 * most).all()
+    assert (held <= 1.0001 * most).all()
+
+
+def test_what_is_not_finite_has_no_direction() -> None:
+    gram = torch.eye(8).expand(1, 2, -1, -1).clone()
+    gram[0, 0, 2, 3], gram[0, 1, 1, 1] = torch.nan, torch.inf
+    assert strongest(gram, 4).isfinite().all()
+
+
 def test_rows_that_are_lost_are_not_kept() -> None:
     residual = torch.randn(1, 2, 50, 8)
     lost = residual.clone()
@@ -90,7 +126,8 @@ def test_the_dense_step_is_dense_and_its_residual_mends_the_same_call(layout: La
     strategy, here = Digest(0.6, BLOCK, probes=False), site(layout, 2, 15, memory)
     torch.testing.assert_close(strategy.observe(q, k, v, here).double(), dense(q, k, v), atol=1e-5, rtol=1e-4)
     assert (here.record.kind, here.record.planned) == ("dense", True)
-    assert float(here.record.beside) == pytest.approx(0.4, abs=0.05), "what is only compared counts"
+    share = with_text(0.4, BLOCK, layout)
+    assert float(here.record.beside) == pytest.approx(share, abs=0.05), "what is only compared counts"
     plain = Tangent(0.6, BLOCK, probes=False).attend(q, k, v, site(layout))
     want = plain + nearest(dense(q, k, v) - plain, 4)
     got = strategy.attend(q, k, v, site(layout, 3, 15, memory))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from typing import Any
 
@@ -16,6 +17,7 @@ import diffsparse
 from diffsparse import GNA, Layout, Schedule
 from diffsparse.errors import ConfigError
 from diffsparse.insight.cost import end_to_end
+from diffsparse.orders.layout import Span
 from diffsparse.strategies import parse
 from diffsparse.strategies.gna.bounds import bounds_of
 from diffsparse.strategies.gna.strategy import _tiled
@@ -159,7 +161,9 @@ def test_references_are_further_frames(name: str, window: tuple[int, int, int]) 
     """The windows of a grid that holds all images, without the cells that none of them has."""
     sizes, gna = REFERENCES[name], GNA(window, (1, 1, 1), block=8)
     count = sum(f * h * w for f, h, w in sizes)
-    layout = Layout(1, 12, 14, 5, count + 3, 0, count, sizes)
+    starts = itertools.accumulate((f * h * w for f, h, w in sizes), initial=5 + 12 * 14)
+    spans = (Span(start, math.prod(size), "reference", size) for start, size in zip(starts, sizes, strict=False))
+    layout = Layout(1, 12, 14, 5, count + 3, tuple(spans))
     cells = layout.cells()
     there = cells.flatten() >= 0
     allowed = torch.ones(layout.tokens, layout.tokens, dtype=torch.bool)

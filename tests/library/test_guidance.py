@@ -582,7 +582,7 @@ def test_the_guider_beside_sparse_attention(modular: Any) -> None:
     with diffsparse.apply(modular, Random(0.5, block=8), schedule=Schedule(1)) as handle:
         sparse = run_modular(modular, guider)
         branches = {call.branch for call in handle.report().calls}
-        assert branches == {"#0", "#1", "#0+perturbed"}
+        assert branches == {"cond", "uncond", "cond+perturbed"}
         assert {call.step for call in handle.report().calls} == {0, 1, 2, 3}
     assert not torch.allclose(sparse, dense)
     assert torch.equal(run_modular(modular, guider), dense)

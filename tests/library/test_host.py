@@ -1,4 +1,4 @@
-"""What a sparse call asks of a GPU: counted without one."""
+"""What a sparse call, and a dense one that teaches, ask of a GPU: counted without one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from support.sites import site
 LAYOUT = Layout(8, 32, 32)
 TEXT = Layout(8, 32, 32, 0, 100)
 MOST = 19  # launches of a sparse call
+TEACHING = 150  # of a dense call that teaches
 AROUND = ["move", "judge", "combine", "restore"]  # what there is beside summaries, blocks and attention
 CALLS = {  # strategy, steps of the run, tokens
     "Digest": (Digest(0.8, (128, 64)), 10, LAYOUT),
@@ -61,3 +62,17 @@ def test_launches_of_a_sparse_call(
     assert names.count("index_select") == (1 if strategy.probes else 0), "the queries of the probes"
     assert names.count("_local_scalar_dense") == 0, "nothing waits for the device"
     assert len(names) <= MOST, f"{len(names)}: {' '.join(names)}"
+
+
+def test_launches_of_a_call_that_teaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an order that is given: to choose one takes a few hundred more, once a run."""
+    monkeypatch.setenv("DIFFSPARSE_BACKEND", "triton")
+    strategy = Digest(0.8, (128, 64), order="FHW")
+    with Launches(monkeypatch) as launches:
+        qkv = [OnDevice(torch.randn(1, LAYOUT.tokens, 2, 128).bfloat16()).transpose(1, 2) for _ in range(3)]
+        launches.names.clear()
+        in_order(strategy, strategy.observe, tuple(qkv), place(LAYOUT, 1, 10, {}))
+    names = [name for name in launches.names if name != "_unsafe_view"]
+    assert "_linalg_eigh" not in names, "which alone is thousands"
+    assert names.count("_local_scalar_dense") == 0, "nothing waits for the device"
+    assert len(names) <= TEACHING, f"{len(names)}: {' '.join(names)}"

@@ -17,16 +17,16 @@ from support import tiny_transformers
 from support.oracle import ALWAYS, LEFT_ALONE, left_as_it_was, processors, same
 from support.tiny_pipelines import BUILDERS, run
 from support.tiny_transformers import CASES, OTHER, Shape, build, case_of, inputs, tensors
-from support.walk import PENDING
 
-# Classes that stay dense, and what each of their calls is told; what is pending may be told anything.
-UNTOUCHED: dict[str, str] = {"LuminaNextDiT2DModel": "a mask that differs by head"}
-KNOWN = [name for name in CASES if name not in PENDING]
+# Classes that stay dense, and what each of their calls is told.
+UNTOUCHED: dict[str, str] = {
+    "WanAnimate2Transformer3DModel": "the processor computes attention without scaled_dot_product_attention",
+}
 FIXED_SIZE = {"HunyuanDiT2DModel", "LatteTransformer3DModel", "LuminaNextDiT2DModel"}
 
 
 @pytest.mark.filterwarnings("ignore:.*none of its attention was recognised")
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", CASES)
 def test_transformers(name: str) -> None:
     """`test_walk.py` compares one model with itself; here is a second one of its class beside it."""
     model, twin = build(name), build(name)
@@ -58,7 +58,7 @@ def watch(name: str, kwargs: dict[str, Any]) -> dict[str, tuple[Any, Tensor]]:
 
 
 @pytest.mark.parametrize("shape", [Shape(), OTHER], ids=["small", "large"])
-@pytest.mark.parametrize("name", [name for name in KNOWN if CASES[name].layout])
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].layout])
 def test_layouts(name: str, shape: Shape) -> None:
     """Joint layers are read as the table of this test has it; other layers see the same grid without text."""
     shape = Shape() if name in FIXED_SIZE else shape
@@ -73,7 +73,7 @@ def test_layouts(name: str, shape: Shape) -> None:
 # Mochi pools its text into the modulation of all tokens: there the words are everywhere.
 JOINT = [
     name
-    for name in KNOWN
+    for name in CASES
     if (layout := CASES[name].layout) and sum(layout(Shape())[3:]) and name != "MochiTransformer3DModel"
 ]
 
@@ -115,7 +115,7 @@ def test_nothing_to_adopt_is_an_error_that_lists_what_is_supported() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*none of its attention was recognised")
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", CASES)
 def test_no_call_is_dense_or_unseen_without_a_reason(name: str) -> None:
     model = build(name)
     with diffsparse.apply(model, Random(0.5, block=8), schedule=ALWAYS) as handle:
@@ -127,7 +127,7 @@ def test_no_call_is_dense_or_unseen_without_a_reason(name: str) -> None:
     assert report.sparse_calls + sum(report.fallbacks.values()) == len(report.calls) > 0
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", CASES)
 def test_strict_raises_for_each_call_that_would_be_dense(name: str) -> None:
     model = build(name)
     with diffsparse.apply(model, Random(0.5, block=8), schedule=ALWAYS, strict=True) as handle:
@@ -141,15 +141,18 @@ def test_strict_raises_for_each_call_that_would_be_dense(name: str) -> None:
 
 @pytest.mark.skipif(not hasattr(diffusers, "BriaFibo2Transformer2DModel"), reason="a later Diffusers has it")
 def test_layers_of_no_known_order_are_counted() -> None:
-    """Bria Fibo 2: before or after the image stand tokens that it makes of the text, and it says nowhere how many."""
+    """Bria Fibo 2: before or after the image stand tokens that it makes of texts, and it says nowhere where."""
     name = "BriaFibo2Transformer2DModel"
     model, kwargs = build(name), inputs(name)
+    text = kwargs["encoder_hidden_states"]
+    kwargs |= {key: torch.cat([kwargs[key]] * 2) for key in ("hidden_states", "timestep", "encoder_hidden_states")}
+    kwargs["encoder_attention_mask"] = torch.ones(2, text.shape[2], dtype=torch.bool)
     with diffsparse.apply(model, Random(0.5, block=8), schedule=ALWAYS) as handle:
-        tensors(model, kwargs)
+        with pytest.warns(UserWarning, match="none of its attention was recognised"):
+            tensors(model, kwargs)
         report = handle.report()
-    assert report.fallbacks == {"the order of the tokens is not known": 2}
-    assert {c.layer for c in report.calls if c.kind == "dense"} == {"layers.0.attention", "layers.1.attention"}
-    assert report.sparse_calls == 1, "the refiner of the image"
+    assert report.fallbacks == {"the order of the tokens is not known": 3}
+    assert {c.layer for c in report.calls} == {"noise_refiner.0.attention", "layers.0.attention", "layers.1.attention"}
     with diffsparse.apply(model, Random(0.5, block=8), schedule=ALWAYS, strict=True), pytest.raises(DenseFallbackError):
         tensors(model, kwargs)
 
@@ -231,20 +234,47 @@ def test_processors_that_insist_on_a_backend_are_left_alone() -> None:
     assert processors(model) == before
 
 
-def test_controlnets_are_named() -> None:
-    """They run dense beside the transformer."""
+@pytest.mark.parametrize("several", [False, True])
+def test_controlnets_run_by_the_strategy_too(several: bool) -> None:
+    """They have a run of their own beside the transformer's, and are given back with it."""
     name = "SD3Transformer2DModel"
-    model = build(name)
-    controlnet = diffusers.SD3ControlNetModel.from_transformer(model, num_layers=1)
+    model, kwargs = build(name), inputs(name)
+    nets = [diffusers.SD3ControlNetModel.from_transformer(model, num_layers=1).eval() for _ in range(1 + several)]
+    controlnet = diffusers.SD3MultiControlNetModel(nets) if several else nets[0]
 
     class Pipe:
         components: ClassVar[dict[str, Any]] = {"transformer": model, "controlnet": controlnet, "tokenizer": None}
 
-    pipe = Pipe()
-    with diffsparse.apply(pipe, Random(0.5, block=8), schedule=ALWAYS) as handle:
-        tensors(model, inputs(name))
+    def run() -> list[Tensor]:
+        cond = [kwargs["hidden_states"]] * len(nets) if several else kwargs["hidden_states"]
+        more = {"controlnet_cond": cond, "conditioning_scale": [1.0] * len(nets) if several else 1.0}
+        return [*tensors(controlnet, {**kwargs, **more}), *tensors(model, kwargs)]
+
+    before = processors(controlnet)
+    want = run()
+    with diffsparse.apply(Pipe(), Dense(), schedule=ALWAYS):
+        assert same(run(), want)
+    with diffsparse.apply(Pipe(), Random(0.5, block=8), schedule=ALWAYS, strict=True) as handle:
+        assert not same(run(), want)
+        assert handle.report().sparse_calls == 2 + len(nets)
+        assert handle.report().notes == []
+    assert same(run(), want), "after removal"
+    assert processors(controlnet) == before
+
+
+def test_controlnets_of_other_kinds_are_named() -> None:
+    """They run dense beside the transformer."""
+    blocks = {"block_out_channels": (8, 16), "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    sizes = {"layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 16}
+    controlnet = diffusers.ControlNetModel(**blocks, **sizes)
+    model = build("SD3Transformer2DModel")
+
+    class Pipe:
+        components: ClassVar[dict[str, Any]] = {"transformer": model, "controlnet": controlnet}
+
+    with diffsparse.apply(Pipe(), Random(0.5, block=8), schedule=ALWAYS) as handle:
         assert handle.report().notes == [
-            "controlnet (SD3ControlNetModel) runs dense: only transformers are made sparse"
+            "controlnet (ControlNetModel) runs dense: the order of its tokens is not known"
         ]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -11,10 +12,10 @@ from hypothesis import strategies as st
 import diffsparse
 from diffsparse import GNA, AdaSpa, Schedule
 from diffsparse.errors import DenseFallbackError
-from diffsparse.orders.layout import Layout
+from diffsparse.orders.layout import Layout, Span
 from diffsparse.orders.named import permutation, permutation_on
 from diffsparse.seam import geometry
-from diffsparse.seam.geometry import Geometry, Grid
+from diffsparse.seam.geometry import Beside, Geometry, Grid
 from diffsparse.seam.models import (
     SPECS,
     ModelSpec,
@@ -30,32 +31,95 @@ from diffsparse.seam.models import (
 )
 from support.tiny_transformers import Shape, build, inputs, tensors
 
+KINDS = ("text", "audio", "condition", "reference")
+
+
+def _parts(draw, least=0):
+    """Runs of tokens beside the grid, as (kind, tokens, grid)."""
+    sizes = st.tuples(*(st.integers(1, 3) for _ in range(3)))
+    parts = draw(st.lists(st.tuples(st.sampled_from(KINDS), sizes, st.booleans()), max_size=3))
+    return [(kind, math.prod(size), size if known else None) for kind, size, known in parts]
+
 
 @st.composite
-def layouts(draw):
-    edges = [draw(st.integers(1, 5)) for _ in range(3)]
-    before, after = draw(st.integers(0, 9)), draw(st.integers(0, 9))
-    return Layout(*edges, before, after, draw(st.integers(0, before)), draw(st.integers(0, after)))
+def layouts(draw, partial=True):
+    size, before, after = [draw(st.integers(1, 5)) for _ in range(3)], _parts(draw), _parts(draw)
+    first, start, spans = sum(n for _, n, _ in before), 0, []
+    for kind, n, grid in (*before, ("grid", math.prod(size), None), *after):
+        if kind not in ("grid", "text"):
+            spans.append(Span(start, n, kind, grid))
+        start += n
+    layout = Layout(*size, first, sum(n for _, n, _ in after), tuple(spans))
+    runs = draw(st.lists(st.integers(0, layout.tokens), max_size=4, unique=True)) if partial else []
+    runs = sorted(runs)[: len(runs) // 2 * 2]
+    return replace(layout, asked=tuple(zip(runs[::2], runs[1::2], strict=True)))
+
+
+def kinds_of(layout):
+    """What each token is."""
+    kinds = ["text"] * layout.tokens
+    for start, stop, kind in (
+        (layout.text_before, layout.text_before + layout.video, "grid"),
+        *((span.start, span.stop, span.kind) for span in layout.spans),
+    ):
+        kinds[start:stop] = [kind] * (stop - start)
+    return kinds
+
+
+def asking(layout):
+    runs = layout.asked or ((0, layout.tokens),)
+    return [any(first <= token < last for first, last in runs) for token in range(layout.tokens)]
 
 
 LAYOUTS = layouts()
+WORDS, IMAGE = (Beside(7, "text"),), (Beside(12),)
 
 
 @given(LAYOUTS, st.integers(1, 12), st.integers(1, 12))
-def test_text_sink_covers_exactly_the_blocks_with_text(layout, rows, columns):
-    first, last = layout.text_before - layout.plain_before, layout.tokens - layout.text_after + layout.plain_after
-    text = [not first <= t < last for t in range(layout.tokens)]
-    by_row, by_column = (
-        [any(text[start : start + block]) for start in range(0, layout.tokens, block)] for block in (rows, columns)
-    )
-    assert layout.text_blocks(rows).tolist() == by_row
-    assert layout.blocks(rows) == len(by_row)
-    sink, square = layout.text_sink((rows, columns)), layout.text_sink(rows)
-    if not any(text):
-        assert sink is square is None
-    else:
-        assert sink.tolist() == [[a or b for b in by_column] for a in by_row]
-        assert square.tolist() == [[a or b for b in by_row] for a in by_row]
+def test_the_sink_covers_exactly_the_blocks_that_are_never_dropped(layout, rows, columns):
+    kinds, asks = kinds_of(layout), asking(layout)
+
+    def blocks(tokens, block):
+        return [any(tokens[start : start + block]) for start in range(0, layout.tokens, block)]
+
+    asked = blocks(asks, rows)
+    by_row = [a and b for a, b in zip(blocks([kind in ("text", "audio") for kind in kinds], rows), asked, strict=True)]
+    by_column = blocks([kind in ("text", "audio", "condition") for kind in kinds], columns)
+    assert layout.asked_blocks(rows).tolist() == asked
+    assert layout.exact_rows(rows).tolist() == by_row
+    assert layout.exact_keys(columns).tolist() == by_column
+    assert layout.asks().tolist() == asks
+    assert layout.queries == sum(asks)
+    sink = layout.sink((rows, columns))
+    assert (sink is None) == (not any(by_column))
+    assert sink is None or sink.tolist() == [[a or b for b in by_column] for a in by_row]
+
+
+@given(LAYOUTS)
+def test_rows_are_gathered_and_scattered(layout):
+    x = torch.arange(1.0, layout.tokens + 1)[None, None, :, None]
+    some = layout.gathered(x)
+    asks = torch.tensor(asking(layout))
+    assert torch.equal(some[0, 0, :, 0], x[0, 0, asks, 0])
+    assert torch.equal(layout.scattered(some)[0, 0, :, 0], x[0, 0, :, 0] * asks)
+
+
+@given(LAYOUTS)
+def test_all_beside_the_grid_can_stand_behind_it(layout):
+    behind = layout.text_last()
+    order = [*range(*layout.span.indices(layout.tokens)), *(t for t, k in enumerate(kinds_of(layout)) if k != "grid")]
+    assert (behind.tokens, behind.video, behind.text_before) == (layout.tokens, layout.video, 0)
+    assert asking(behind) == [asking(layout)[token] for token in order]
+
+
+@given(layouts(partial=False))
+def test_a_part_of_the_tokens_asks(layout):
+    kinds = kinds_of(layout)
+    images = sum(kind in ("condition", "reference") for kind in kinds)
+    assert layout.asked_by(layout.video).gathered(torch.ones(1, 1, layout.tokens, 1)).shape[2] == layout.video
+    found = layout.asked_by(layout.tokens - images)
+    assert found.queries == layout.tokens - images
+    assert layout.asked_by(layout.tokens + 1) is None
 
 
 @given(LAYOUTS)
@@ -74,12 +138,15 @@ def test_counts(layout):
         (ModelSpec(), None, 60, None),
         (ModelSpec("before"), Grid(3, 4, 5), 67, Layout(3, 4, 5, 7)),
         (ModelSpec("after"), Grid(3, 4, 5), 67, Layout(3, 4, 5, 0, 7)),
-        (ModelSpec("before"), Grid(3, 4, 5, text_after=7), 77, Layout(3, 4, 5, 10, 7)),
-        (ModelSpec("before"), Grid(3, 4, 5, text_after=7), 62, None),
-        (ModelSpec("before"), Grid(1, 4, 5, after=12), 39, Layout(1, 4, 5, 7, 12, 0, 12)),
-        (ModelSpec("after"), Grid(3, 4, 5, before=8), 75, Layout(3, 4, 5, 8, 7, 8, 0)),
-        (ModelSpec(), Grid(3, 4, 5, before=8), 68, Layout(3, 4, 5, 8, 0, 8, 0)),
-        (ModelSpec("before"), Grid(1, 4, 5, after=12), 20, Layout(1, 4, 5)),  # the image alone attends to itself
+        (ModelSpec("before"), Grid(3, 4, 5, after=WORDS), 77, Layout(3, 4, 5, 10, 7)),
+        (ModelSpec("before"), Grid(3, 4, 5, after=WORDS), 62, None),
+        (ModelSpec("before"), Grid(1, 4, 5, after=IMAGE), 39, Layout(1, 4, 5, 7, 12, (Span(27, 12, "reference"),))),
+        (ModelSpec("before"), Grid(3, 4, 5, after=IMAGE), 79, Layout(3, 4, 5, 7, 12, (Span(67, 12, "condition"),))),
+        (ModelSpec("after"), Grid(3, 4, 5, before=IMAGE), 79, Layout(3, 4, 5, 12, 7, (Span(0, 12, "condition"),))),
+        (ModelSpec(), Grid(3, 4, 5, before=IMAGE), 72, Layout(3, 4, 5, 12, 0, (Span(0, 12, "condition"),))),
+        (ModelSpec("before", ahead="condition"), Grid(3, 4, 5), 67, Layout(3, 4, 5, 7, 0, (Span(0, 7, "condition"),))),
+        (ModelSpec("before"), Grid(1, 4, 5, after=IMAGE), 20, Layout(1, 4, 5)),  # the image alone attends to itself
+        (ModelSpec("before"), Grid(1, 4, 5, after=(Beside(12, grid=(1, 3, 4)),)), 12, Layout(1, 3, 4)),  # another does
         (ModelSpec("after"), Grid(3, 4, 5), 20, None),  # as many words as a frame has tokens: no frame
     ],
     ids=[
@@ -94,8 +161,11 @@ def test_counts(layout):
         "too-short",
         "references",
         "conditions",
+        "conditions-text-after",
         "conditions-no-text",
+        "history",
         "alone",
+        "reference-alone",
         "refiner",
     ],
 )
@@ -173,10 +243,10 @@ def test_packed_grid_reads_ids_and_shapes():
     [
         ([(4, 5, 1)], Grid(2, 4, 5)),  # as large: another frame
         ([(4, 5, 10), (4, 5, 20)], Grid(3, 4, 5)),
-        ([(3, 5, 1)], Grid(1, 4, 5, after=15, references=((1, 3, 5),))),
-        ([(8, 9, 1)], Grid(1, 4, 5, after=72, references=((1, 8, 9),))),
-        ([(2, 10, 0)], Grid(1, 4, 5, after=20, references=((1, 2, 10),))),  # as many tokens
-        ([(4, 5, 1), (3, 5, 1)], Grid(2, 4, 5, after=15, references=((1, 3, 5),))),
+        ([(3, 5, 1)], Grid(1, 4, 5, after=(Beside(15, grid=(1, 3, 5)),))),
+        ([(8, 9, 1)], Grid(1, 4, 5, after=(Beside(72, grid=(1, 8, 9)),))),
+        ([(2, 10, 0)], Grid(1, 4, 5, after=(Beside(20, grid=(1, 2, 10)),))),  # as many tokens
+        ([(4, 5, 1), (3, 5, 1)], Grid(2, 4, 5, after=(Beside(15, grid=(1, 3, 5)),))),
     ],
 )
 def test_references_follow_the_image(parts, expected):
@@ -190,15 +260,27 @@ def test_references_follow_the_image(parts, expected):
 
 @given(LAYOUTS, st.lists(st.tuples(*(st.integers(1, 3) for _ in range(3))), max_size=2))
 def test_cells_hold_each_token_of_an_image_once(layout, sizes):
-    count = sum(f * h * w for f, h, w in sizes)
-    layout = replace(layout, text_after=layout.text_after + count, plain_after=count, references=tuple(sizes))
+    start, spans = layout.tokens, list(layout.spans)
+    for size in sizes:
+        spans.append(Span(start, math.prod(size), "reference", size))
+        start += spans[-1].tokens
+    layout = replace(layout, text_after=layout.text_after + start - layout.tokens, spans=tuple(spans))
     cells = layout.cells()
-    start = layout.text_before
-    assert cells[cells >= 0].tolist() == list(range(start, start + layout.video + count))
+    ours = [*range(*layout.span.indices(layout.tokens))]
+    for span in layout.spans:
+        ours += range(span.start, span.stop) if span.kind == "reference" and span.grid else ()
+    assert cells[cells >= 0].tolist() == ours
     assert torch.equal(
         cells[: layout.frames, : layout.height, : layout.width].flatten(), torch.arange(layout.tokens)[layout.span]
     )
-    assert Layout(**json.loads(json.dumps(asdict(layout)))) == layout
+    assert Layout.of(json.loads(json.dumps(asdict(layout)))) == layout
+
+
+def test_a_layout_of_an_earlier_release():
+    old = {"frames": 1, "height": 2, "width": 3, "text_before": 5, "text_after": 7}
+    assert Layout.of({**old, "plain_before": 0, "plain_after": 0, "references": []}) == Layout(1, 2, 3, 5, 7)
+    found = Layout.of({**old, "plain_before": 2, "plain_after": 6, "references": [[1, 2, 3]]})
+    assert found == Layout(1, 2, 3, 5, 7, (Span(3, 2, "reference"), Span(11, 6, "reference")))
 
 
 def test_no_geometry_is_told():
@@ -213,9 +295,10 @@ def test_no_geometry_is_told():
     ("ahead", "behind", "expected"),
     [
         ([], [], Grid(3, 4, 5)),
-        ([(2, 3)], [], Grid(3, 4, 5, before=6)),  # LTX
-        ([], [(2, 3)], Grid(3, 4, 5, after=6, references=((1, 2, 3),))),  # LTX 2
-        ([(4, 5)], [], Grid(4, 4, 5)),  # a keyframe of the video's own size
+        ([(2, 3)], [], Grid(3, 4, 5, before=(Beside(6, grid=(1, 2, 3)),))),  # LTX
+        ([], [(2, 3)], Grid(3, 4, 5, after=(Beside(6, grid=(1, 2, 3)),))),  # LTX 2
+        ([(4, 5)], [], Grid(3, 4, 5, before=(Beside(20, grid=(1, 4, 5)),))),  # a keyframe of the video's own size
+        ([], [(4, 5)], Grid(4, 4, 5)),  # of a later time
     ],
 )
 def test_conditions_of_a_video(ahead, behind, expected):
@@ -235,18 +318,18 @@ def test_packed_grid_follows_a_new_tensor():
 
 
 def test_places_are_read_once_and_not_kept_alive():
-    before = set(geometry._RASTERS)
+    before = set(geometry._KEPT)
     ids = rows(4, 5)
     with torch.inference_mode():
         made = rows(4, 5)
         for places in (ids, ids.view(20, 3), made, made[:]):
             assert packed(places) == Grid(1, 4, 5)
-    ours = set(geometry._RASTERS) - before
+    ours = set(geometry._KEPT) - before
     assert len(ours) == 2
     del ids, places, made
-    assert all(key[0].expired() for key in ours)
+    assert all(storage.expired() for key in ours for storage, _ in key)
     packed(rows(2, 3))
-    assert not ours & set(geometry._RASTERS)
+    assert not ours & set(geometry._KEPT)
 
 
 def test_geometry_of_nothing():
@@ -257,7 +340,7 @@ def test_tables_made_under_inference_mode_serve_everywhere():
     layout = Layout(2, 3, 7, 5)
     with torch.inference_mode():
         tables = [*permutation("hilbert", layout), *permutation_on("FWH", layout, torch.device("cpu"))]
-        tables.append(layout.text_blocks(4))
+        tables.append(layout.exact_keys(4))
     assert not any(table.is_inference() for table in tables)
 
 

@@ -117,7 +117,7 @@ def test_a_search_that_an_earlier_release_has_begun_goes_on(tmp_path: Path) -> N
     values, tensors = sealed.read(partial, "search", "")
     settings = [repr(search), fingerprints(models_of(pipe)), ["a", "b"]]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    assert values == {"key": key, "done": 1, "layout": vars(want.layout) | {"references": []}}
+    assert values == {"key": key, "done": 1, "layout": vars(want.layout) | {"spans": [], "asked": []}}
     sealed.write(partial, values, tensors)
     assert calibrate(pipe, search, calls, ["a", "b"], out, seen.append) == want
     assert seen[0] == 1

@@ -17,13 +17,11 @@ import diffsparse_kernels as dk
 from diffsparse_kernels import measured as cached
 from diffsparse_kernels import registry, trials
 from diffsparse_kernels.backend.gluon import launch as gluon
-from diffsparse_kernels.case import Case
 from support import tiny_transformers, trial
 
 
-def command(kernel: str, case: Case, device: torch.device) -> list[str]:
-    behaves = sys.argv[1] if kernel == "gluon" else "right"
-    return [trial.__file__, behaves, str(device), kernel, *case.words()]
+def command(device: torch.device) -> list[str]:
+    return [trial.__file__, sys.argv[1], str(device)]
 
 
 def pretend() -> None:

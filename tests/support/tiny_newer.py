@@ -534,6 +534,25 @@ def joy_plus_inputs(s: Shape, reference: tuple[int, int] | None = REFERENCE) -> 
     }
 
 
+# --- controlnets of transformer blocks -----------------------------------------------------------------------------
+
+
+def _control(s: Shape, latents: torch.Tensor) -> Inputs:
+    return {"hidden_states": latents, "controlnet_cond": torch.randn_like(latents), "encoder_hidden_states": words(s)}
+
+
+def _cosmos_control(s: Shape) -> Inputs:
+    do_without_torchvision("controlnets.controlnet_cosmos")
+    return {
+        "controls_latents": video(s),
+        "latents": video(s),
+        "timestep": now(),
+        "encoder_hidden_states": words(s),
+        "condition_mask": torch.ones(1, 1, s.frames, s.height, s.width),
+        "padding_mask": torch.zeros(1, 1, s.height, s.width),
+    }
+
+
 CASES: dict[str, Case] = {
     "MiniMaxH3Transformer3DModel": Case(H3, h3_inputs),
     "Flux3Transformer2DModel": Case(FLUX3, flux3_inputs),
@@ -565,6 +584,71 @@ CASES: dict[str, Case] = {
         },
         lambda s: {"hidden_states": image(s), "encoder_hidden_states": words(s)},
         lambda s: (1, s.height, s.width, 0, 0),
+    ),
+    "CosmosControlNetModel": Case(
+        {
+            "n_controlnet_blocks": 1,
+            "in_channels": 6,
+            "latent_channels": 6,
+            "model_channels": 48,
+            "num_attention_heads": 2,
+            "attention_head_dim": 24,
+            "mlp_ratio": 1.0,
+            "text_embed_dim": 16,
+            "adaln_lora_dim": 4,
+        },
+        _cosmos_control,
+    ),
+    "FluxControlNetModel": Case(
+        {
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "pooled_projection_dim": 8,
+            "axes_dims_rope": [4, 4, 8],
+        },
+        lambda s: {
+            **_control(s, packed(s, 16)),
+            "pooled_projections": n(1, 8),
+            "timestep": soon(),
+            "img_ids": grid_ids(s),
+            "txt_ids": torch.zeros(s.text, 3),
+        },
+    ),
+    "QwenImageControlNetModel": Case(
+        {
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": (8, 4, 4),
+        },
+        lambda s: {
+            **_control(s, packed(s, 16)),
+            "encoder_hidden_states_mask": torch.ones(1, s.text, dtype=torch.int64),
+            "timestep": soon(),
+            "img_shapes": [(1, s.height // 2, s.width // 2)],
+        },
+    ),
+    "SD3ControlNetModel": Case(
+        {
+            "sample_size": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "caption_projection_dim": 16,
+            "pooled_projection_dim": 8,
+            "pos_embed_max_size": 24,
+        },
+        lambda s: {**_control(s, image(s)), "pooled_projections": n(1, 8), "timestep": now()},
     ),
 }
 

@@ -25,22 +25,16 @@ from support.tiny_transformers import CASES
 
 _SOUND = "makes sound, whose sequences are short"
 _LINEAR = "linear attention, without a softmax to make sparse"
-_BESIDE = "runs beside a transformer, with a few layers; its pipeline's report says that it is dense"
 # Classes that stay dense, and why. `test_walk.py` holds that each is refused, or dense with its reason told.
 EXCEPTIONS: dict[str, str] = {
     "AceStepTransformer1DModel": _SOUND,
     "AnyFlowFARTransformer3DModel": "causal attention over chunks, on FlexAttention alone",
-    "CosmosControlNetModel": _BESIDE,
-    "FluxControlNetModel": _BESIDE,
     "Kandinsky6SRTransformer3DModel": "block-sparse attention of its own (NABLA), on FlexAttention alone",
     "LongCatAudioDiTTransformer": _SOUND,
-    "LuminaNextDiT2DModel": "a mask that differs by head",
     "MiniMaxMusic3RVQDepthDecoder": f"{_SOUND}, and causal",
     "MiniMaxMusic3Transformer1DModel": _SOUND,
     "PriorTransformer": "makes an embedding of one token, behind a causal mask",
-    "QwenImageControlNetModel": _BESIDE,
     "RFD4ProteinaTransformer": "makes proteins, with a bias for each pair and head",
-    "SD3ControlNetModel": _BESIDE,
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,
     "SanaWMLTX2RefinerTransformer3DModel": "a window that slides over keys of its past; its arguments tell no grid",
@@ -48,36 +42,11 @@ EXCEPTIONS: dict[str, str] = {
     "StableAudio3DiTModel": _SOUND,
     "StableAudioDiTModel": _SOUND,
     "T5FilmDecoder": _SOUND,
+    "WanAnimate2Transformer3DModel": "FlexAttention alone, with a mask of its own, but for the pass over the driving video",
     "TransformerTemporalModel": "attention along time alone, within UNets",
 }
 # Classes and modes that the seam has still to learn, and what it lacks: a row goes when it has learned it.
-PENDING: dict[str, str] = {
-    "BriaFibo2Transformer2DModel": "how many tokens are made of the text",
-    "Bria Fibo 2 with a reference": "how many tokens are made of the text",
-    "Cosmos3OmniTransformer": "queries that are not all of the keys",
-    "Cosmos 3 with a given frame, actions and sound": "queries that are not all of the keys",
-    "Cosmos 2.5": "a tuple of tensors as text",
-    "Flux 2 reading its cache": "queries that are not all of the keys",
-    "Flux 2 writing its cache": "queries that are not all of the keys",
-    "Flux3Transformer2DModel": "the order of the tokens",
-    "Flux 3 with a reference": "the order of the tokens",
-    "Flux 3, distilled": "the order of the tokens",
-    "Ideogram4Transformer2DModel": "the order of the tokens",
-    "JoyImage Edit Plus without a reference": "the order of the tokens",
-    "JoyImageEditPlusTransformer3DModel": "the order of the tokens",
-    "MiniMax H3, a key frame without sound": "the order of the tokens",
-    "MiniMax H3, text alone": "the order of the tokens",
-    "MiniMax H3, two key frames": "the order of the tokens",
-    "MiniMaxH3Transformer3DModel": "the order of the tokens",
-    "NucleusMoEImageTransformer2DModel": "queries that are not all of the keys",
-    "PRXTransformer2DModel": "queries that are not all of the keys",
-    "Qwen Image 2.1 reading its cache": "queries that are not all of the keys",
-    "Qwen Image 2.1 with two conditions": "queries that are not all of the keys",
-    "Qwen Image 2.1 writing its cache": "queries that are not all of the keys",
-    "QwenImage21Transformer2DModel": "queries that are not all of the keys",
-    "Wan Animate 2 writing its cache": "the order of the tokens",
-    "WanAnimate2Transformer3DModel": "FlexAttention with a mask of its own",
-}
+PENDING: dict[str, str] = {}
 _CONTROLNETS = ("controlnet_cosmos", "controlnet_flux", "controlnet_qwenimage", "controlnet_sd3")
 
 
@@ -165,7 +134,7 @@ def short() -> str:
     states = [state(name) for name in classes()]
     rest = ", ".join(f"{states.count(kind)} {what}" for kind, what in _REST if states.count(kind))
     proven = f"{states.count('sparse')} classes are proven sparse, and bit-identical with the identity strategy"
-    return f"  {proven}, offline and with small\n  random weights; {rest}: [every class](docs/models.md)."
+    return f"  {proven}, offline and with small random\n  weights; {rest}: [every class](docs/models.md)."
 
 
 _REST = (

@@ -111,7 +111,7 @@ class PARO(Planned):
         video = unpack(masks, layout.grid.blocks(block))
         rest = layout.blocks(block) - video.shape[-1]
         mask = F.pad(video, (0, rest, 0, rest), value=True)[None]
-        sink = layout.text_sink(block)
+        sink = layout.sink(block)
         mask = mask if sink is None else mask | sink
         sizes = {"q_block": block, "kv_block": block, "q_len": layout.tokens, "kv_len": layout.tokens}
         return BlockLists.from_mask(mask, **sizes).to(device)  # made where its width is known without waiting

@@ -97,6 +97,6 @@ class DiTFastAttn(Strategy):
         """The key blocks nearest to each query block, text first."""
         place, n = torch.arange(layout.blocks(self.block), device=q.device), layout.tokens
         near = -(place[:, None] - place).abs().float()
-        mask = select_rows(near, keep_count(1 - self.share, len(place)), layout.text_sink(self.block, q.device))
+        mask = select_rows(near, keep_count(1 - self.share, len(place)), layout.sink(self.block, q.device))
         mask = mask.expand(1, q.shape[1], -1, -1)
         return BlockLists.from_mask(mask, q_block=self.block, kv_block=self.block, q_len=n, kv_len=n)

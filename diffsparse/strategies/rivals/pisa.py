@@ -39,7 +39,7 @@ class PISA(Routed):
         each = summarise(k, v, self.block, scale=site.scale, key_mask=site.key_mask)
         scores = mean_scores(q, each, self.block, site) + (_norms(each, site.scale_of(q)) + _LEAST_NORM).log()
         keep = keep_count(1 - self.share(self.routing(tokens), dim / tokens), scores.shape[-1])
-        mask = select_rows(scores, keep, site.layout.text_sink(self.block, q.device))
+        mask = select_rows(scores, keep, site.layout.sink(self.block, q.device))
         site.record.beside += self.routing(tokens)
         one = each._replace(
             variance=None, spread=None, steepness=None, slope=_slope_of_all(k, v, each, self.block, site)

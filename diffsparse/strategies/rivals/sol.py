@@ -77,7 +77,7 @@ class SolAttn(Routed):
     def _always(self, layout: Layout, device: torch.device | str) -> Tensor:
         """Near the diagonal, and text: bool [nQ, nK]."""
         place = torch.arange(layout.blocks(self.block), device=device)
-        near, sink = (place[:, None] - place).abs() <= 1, layout.text_sink(self.block, device)
+        near, sink = (place[:, None] - place).abs() <= 1, layout.sink(self.block, device)
         return near if sink is None else near | sink
 
 

@@ -58,7 +58,7 @@ class SVGEAR(Routed):
         middle = block_means(q.to(means.key.dtype), self.block, rows) * site.scale_of(q)
         errors = centroid_errors(middle, k, v, means, self.block, site.key_mask)
         keep = keep_count(1 - self.share(self.routing(q.shape[2])), errors.shape[-1])
-        mask = select_rows(errors, keep, site.layout.text_sink(self.block, q.device))
+        mask = select_rows(errors, keep, site.layout.sink(self.block, q.device))
         return site.sparse(q, k, v, Blocks(self.lists(mask, site), summary=means))
 
 

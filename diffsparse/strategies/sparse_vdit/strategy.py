@@ -102,7 +102,7 @@ class SparseVDiT(Planned):
         sparsity, block = self.plan.settings["sparsity"], self.plan.settings["block"]
         blocks = layout.grid.blocks(block)
         kept = with_text(keep_count(sparsity, blocks) / blocks, block, layout)
-        text = int(layout.text_blocks(block).sum()) / layout.blocks(block)
+        text = int(layout.exact_keys(block).sum()) / layout.blocks(block)
         shares = {FULL: 1.0, SKIP: text}  # rows that hold text are dense in skipped heads too
         return sum(shares.get(mode, kept) for mode in modes) / len(modes)
 
@@ -153,7 +153,7 @@ def head_lists(
     stripes = select_rows(_resampled(columns, blocks), keep)  # [H, 1, n]
     video = torch.where(modes == STRIPE, stripes, nearest) & (modes != SKIP)  # [H, n, n]
     missing = layout.blocks(block) - blocks
-    text = layout.text_blocks(block).to(device, non_blocking=True)
+    text = layout.exact_keys(block).to(device, non_blocking=True)
     mask = F.pad(video, (0, missing, 0, missing)) | text[:, None] | (text & (modes != SKIP))
     sizes = {"q_block": block, "kv_block": block, "q_len": layout.tokens, "kv_len": layout.tokens}
     # Rows of text list every block; without them the width is known, and no device is asked for it.

@@ -176,7 +176,7 @@ def launch(kernel: str, case: Case, options: Options) -> None:
 
 
 def _first_use(options: Options, channel: Channel) -> None:
-    """The trials that a user's first run makes, each in a process of its own."""
+    """The trials that a user's first run makes, in a process of their own."""
     plain = [case for case in registry.USUAL if not case.masked and case != SELECTION]
     embedded = [case._replace(head_dim=64, value_dim=64, q_block=64, kv_block=64) for case in plain]
     for case in dict.fromkeys((*registry.USUAL, *embedded)):

@@ -1,6 +1,7 @@
-"""A kernel beside the reference in float64 on this device: `python -m diffsparse_kernels.backend.selftest`.
+"""A kernel beside the reference in float64 on this device: `python -m diffsparse_kernels.backend.selftest DEVICE`.
 
-Run by `trials.py` in a process of its own, since what it tries may hang or crash. Tolerances come from the data: twice
+Run by `trials.py` in a process of its own, since what it tries may hang or crash. It is told the cases on its standard
+input; or one case in its arguments. Tolerances come from the data: twice
 the error of the same computation in plain torch with every step rounded to the inputs' dtype, or to eight bits where
 the case says so.
 """
@@ -21,7 +22,7 @@ from diffsparse_kernels import fit, rows, select, summaries
 from diffsparse_kernels.backend import emulated, reference
 from diffsparse_kernels.case import PRECISIONS, Case, Summary
 from diffsparse_kernels.catalog import load
-from diffsparse_kernels.child import follow_parent, say
+from diffsparse_kernels.child import follow_parent, requests, say
 from diffsparse_kernels.lists import BlockLists, blocks_of
 from diffsparse_kernels.masks import Boxes
 from diffsparse_kernels.rows import Correction
@@ -32,6 +33,7 @@ _MANY = 40_000  # keys: more than 16 bits count
 _PASSING = ("out of memory", "ALLOC_FAILED", "No space left", "C compiler", "busy or unavailable")
 _SUMS = 1e-3  # relative: sums of products in float32, in whatever order, are better than that
 _FAST = 2.0**-18  # what a GPU's fast exponent and logarithm may be off by, relatively
+IDLE = 20.0  # seconds without a case, after which it ends: it holds memory of the device
 REPEATS = 3  # there are no atomics, so a difference between two runs is a race
 Kernel = ModuleType | SimpleNamespace  # whatever has the functions of a back end
 KERNELS = {  # name -> back end, and which of its kernels, where there are several
@@ -416,8 +418,19 @@ def spot_check(out: Tensor, sample: Sample) -> tuple[float, float]:
 
 
 def main(arguments: list[str]) -> None:
+    """Try the one case of the arguments, kernel and words, or those that are asked for."""
+    place, *one = arguments
+    if one:
+        follow_parent()
+        return attempt(place, one[0], one[1:])
+    for request in requests(IDLE):
+        attempt(place, request["kernel"], request["case"])
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the caller goes on, and may want all of the device
+
+
+def attempt(place: str, name: str, words: list[str]) -> None:
     """Try one kernel with one case: a message before each call, the verdict last."""
-    place, name, words = arguments[0], arguments[1], arguments[2:]
     try:
         device = torch.zeros(1, device=place).device
     except Exception as error:  # of a device that is full or busy, not of the kernel
@@ -464,7 +477,7 @@ def kernel_of(name: str) -> Kernel:
 
 def poison() -> None:
     """From now on `torch.empty` gives NaN: memory that no kernel wrote must not pass for a result."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` takes seconds to import a compiler
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
@@ -474,5 +487,4 @@ def _line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    follow_parent()
     main(sys.argv[1:])
