@@ -15,7 +15,7 @@ SECOND_TRITON := $(BIN)/python -m pip install --quiet --disable-pip-version-chec
 
 # Another Diffusers, ahead of the environment's own: DIFFUSERS=0.40.0, or the newest that pip offers.
 WALK := .walk/$(or $(DIFFUSERS),newest)
-WALKED := tests/library/test_walk.py tests/library/test_identity.py
+WALKED ?= tests/library/test_walk.py tests/library/test_identity.py
 
 # A machine with a GPU may have no network and no environment of ours: its own Python, our folders, wheels if carried.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
@@ -85,8 +85,9 @@ gpu-tables: $(VENV)/.user
 walk: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(WALK) \
 		diffusers$(if $(DIFFUSERS),==$(DIFFUSERS))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(WALK) httpx  # older ones want it
 	PYTHONPATH=$(WALK):.:kernels:pipelines:eval:tests $(BIN)/python -m support.walk --print
-	PYTHONPATH=$(WALK) $(BIN)/pytest $(WALKED)
+	PYTHONPATH=$(WALK) $(BIN)/pytest -rs $(WALKED)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy

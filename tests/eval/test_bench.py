@@ -293,6 +293,7 @@ def test_flex_on_the_cpu_is_what_torch_compiles(monkeypatch: pytest.MonkeyPatch)
         return function
 
     monkeypatch.setattr(torch, "compile", kept_eager)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._WARNINGS_SHOWN", set(), raising=False)  # once a process
     troubles = bench.Troubles()
     with pytest.warns(UserWarning, match="flex_attention called without torch.compile"):
         rows = bench.measure(CASE, "cpu", ["flex"], 1, troubles)

@@ -133,6 +133,22 @@ def test_exceptions(name: str) -> None:
         assert same(tensors(model, inputs(name)), want)
 
 
+def test_a_new_class_is_found() -> None:
+    assert walk.state("SomethingNewTransformer3DModel") == "new"
+    assert len(CLASSES) >= 60
+    assert not [name for name in CLASSES if "Multi" in name and "ControlNet" in name]
+
+
+def test_calls_are_read_off_the_pipelines() -> None:
+    found = walk.guidance_styles(CLASSES)
+    assert found["CogVideoXTransformer3DModel"] == ["a batch in `cond_uncond`"]
+    assert found["HiDreamImageTransformer2DModel"] == ["a batch"]
+    assert found["Lumina2Transformer2DModel"] == ["two calls"]
+    assert found["OvisImageTransformer2DModel"] == ["two calls in `cond`, `uncond`"]
+    assert "a guider's batches" in found["WanTransformer3DModel"]
+    assert found["TransformerTemporalModel"] == []
+
+
 def test_the_pages_are_of_this_walk() -> None:
     text = walk.PAGE.read_text()
     if f"from Diffusers {diffusers.__version__}" not in text:
