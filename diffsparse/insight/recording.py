@@ -18,6 +18,7 @@ from diffsparse.schedule import evenly_spread
 from diffsparse.site.compute import Method, Site
 from diffsparse.site.place import Place
 from diffsparse.strategies.base import Attending, Strategy, Wrapper, as_strategy, in_order
+from diffsparse_kernels.masks import is_bias
 
 FORMAT = 1  # of recordings; counts up when what is written changes so that an earlier release would misread it
 DTYPE = torch.bfloat16
@@ -67,7 +68,9 @@ class RecordedCall:
         mask = self.key_mask
         kinds = torch.bool, torch.float32
         if mask is not None and (mask.dtype not in kinds or mask.shape != (1, shape[2])):
-            raise ValueError(f"wanted a key mask as bool or float32 of {(1, shape[2])}; got {mask.dtype} of {(*mask.shape,)}")
+            raise ValueError(
+                f"wanted a key mask as bool or float32 of {(1, shape[2])}; got {mask.dtype} of {(*mask.shape,)}"
+            )
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from diffsparse.site.compute import DenseBackend, Site
 from diffsparse.site.record import CallRecord
 from diffsparse.strategies.base import Strategy, in_order
 from diffsparse_kernels import edges
+from diffsparse_kernels.masks import is_bias, shown
 
 RANKS = (1, 2, 4, 8, 16)
 _LEAST_BLOCKS = 8  # in a row: fewer can't show what a tenth of them gives

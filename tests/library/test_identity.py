@@ -160,16 +160,22 @@ def test_layers_of_no_known_order_are_counted() -> None:
         tensors(model, kwargs)
 
 
-def test_an_additive_mask_of_ones_is_named() -> None:
-    """Chroma's pipeline makes its mask in the model's dtype: to SDPA that is a bias of 0 or 1."""
+def test_a_mask_of_ones_is_added() -> None:
+    """Chroma's pipeline makes its mask in the model's dtype: to SDPA that is a bias of 0 or 1, by row and column."""
     name = "ChromaTransformer2DModel"
     model, kwargs = build(name), inputs(name)
     mask = torch.ones(1, kwargs["txt_ids"].shape[0] + kwargs["hidden_states"].shape[1])
     mask[:, 4] = 0
-    want = tensors(model, {**kwargs, "attention_mask": mask})
-    with diffsparse.apply(model, Random(0.5, block=8), schedule=ALWAYS) as handle:
-        assert same(tensors(model, {**kwargs, "attention_mask": mask}), want)
-        assert set(handle.report().fallbacks) == {"an additive mask that is more than padding"}
+    kwargs["attention_mask"] = mask
+    want = tensors(model, kwargs)
+    with diffsparse.apply(model, Dense(), schedule=ALWAYS):
+        assert same(tensors(model, kwargs), want)
+    with diffsparse.apply(model, Random(0.0, block=8), schedule=ALWAYS, strict=True) as handle:
+        for x, y in zip(tensors(model, kwargs), want, strict=True):
+            torch.testing.assert_close(x, y)
+        assert handle.report().sparse_calls == len(handle.report().calls) > 0
+        kwargs["attention_mask"] = None
+        assert not torch.allclose(tensors(model, kwargs)[0], want[0], rtol=1e-3, atol=1e-3), "the mask matters"
 
 
 def test_attention_that_goes_another_way_is_counted() -> None:
@@ -262,7 +268,7 @@ def test_controlnets_run_by_the_strategy_too(several: bool) -> None:
         assert same(run(), want)
     with diffsparse.apply(Pipe(), Random(0.5, block=8), schedule=ALWAYS, strict=True) as handle:
         assert not same(run(), want)
-        assert handle.report().sparse_calls == 2 + len(nets)
+        assert handle.report().sparse_calls == len(handle.report().calls) == 3 + 2 * len(nets)
         assert handle.report().notes == []
     assert same(run(), want), "after removal"
     assert processors(controlnet) == before

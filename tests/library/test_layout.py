@@ -211,7 +211,7 @@ def test_axes_are_not_guessed():
     ):
         assert grid(unlisted_grid, patch, hidden_states=torch.empty(1, *shape)) == expected, shape
     assert grid(frames_first_grid, patch, hidden_states=torch.empty(1, 16, 16, 8, 6)) == Grid(16, 4, 3)
-    assert SPECS["Kandinsky6Transformer3DModel"].grid is channels_last_grid
+    assert SPECS["Kandinsky5Transformer3DModel"].grid is channels_last_grid
     assert grid(channels_last_grid, patch, hidden_states=torch.empty(1, 32, 16, 24, 33)) == Grid(32, 8, 12)
 
 

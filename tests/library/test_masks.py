@@ -51,12 +51,14 @@ def test_nothing_dropped_is_dense(name: str, limit: float, monkeypatch: pytest.M
     monkeypatch.setattr("diffsparse_kernels.break_even", lambda *_: limit)
 
     @settings(deadline=None, max_examples=8, derandomize=True)
-    @given(edges, edges, edges, texts, texts, st.integers(0, 2**16), st.sampled_from((0.3, 0.8, 1.1)))
-    def holds(f: int, h: int, w: int, before: int, after: int, seed: int, share: float) -> None:
+    @given(edges, edges, edges, texts, texts, st.integers(0, 2**16), st.sampled_from((0.3, 0.8, 1.1)), st.booleans())
+    def holds(f: int, h: int, w: int, before: int, after: int, seed: int, share: float, added: bool) -> None:
         layout, lot = Layout(f, h, w, before, after), torch.Generator().manual_seed(seed)
         q, k, v = torch.randn(3, 2, HEADS, layout.tokens, DIM, generator=lot)
         keys = torch.rand(2, layout.tokens, generator=lot) < share
         keys[:, seed % layout.tokens] = True
+        if added:
+            keys = torch.randn(keys.shape, generator=lot).masked_fill(~keys, -torch.inf)
         want, _ = exact.softmax_attention(q, k, v, keys[:, None, None], DIM**-0.5)
         bound = 2 * exact.tolerance(want, exact.eager(q, k, v, keys[:, None, None], DIM**-0.5))
         for step, out in enumerate(run(every(layout, 0.0)[name], (q, k, v), layout, keys)):
@@ -238,8 +240,12 @@ def test_a_mask_is_looked_at_anew(inference: bool) -> None:
         assert none is None
         assert keys is not None
         assert torch.equal(keys.keys, PADDING[:, 0, 0])
-        assert obstacle(0, 3, PADDING.float()) == "an additive mask that is more than padding"
-        assert obstacle(0, 3, PADDING.expand(-1, 2, -1, -1)) == "a mask that differs by head"
+        keys, none = masks.read(PADDING.float(), 2, LAYOUT, (0, 0, "cond"), (0, 4, "cond"))
+        assert none is None
+        assert keys is not None
+        assert torch.equal(keys.keys, PADDING[:, 0, 0].float()), "ones are added, zeros hide nothing"
+        assert obstacle(0, 4, PADDING.repeat(1, 2, 1, 1)) == "a mask that differs by head"
+        assert obstacle(0, 4, PADDING.expand(-1, 2, -1, -1)) is None
 
 
 def test_no_step_but_the_first_waits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,6 @@ EXPECTED: dict[str, Expected] = {
 PENDING: dict[tuple[str, str], str] = {
     ("sparse", "wan_animate2"): "its processor calls flex attention, with a padded block mask",
     ("sparse", "skyreels_df_causal"): "a mask that differs between video rows",
-    ("memory", "wan_animate2"): "no strategy is asked",
     ("memory", "skyreels_df_causal"): "no strategy is asked",
 }
 
@@ -181,7 +180,7 @@ GRIDS: dict[str, set[tuple[int, ...]]] = {
     "skyreels_df": {(3, 2, 3, 0)},
     "ltx_condition": {(3, 8, 16, 128)},
     "ltx2_condition": {(3, 2, 3, 0)},
-    "framepack": {(3, 6, 4, 59)},
+    "framepack": {(3, 6, 4, 62)},
     "kandinsky6": {(3, 4, 6, 0)},
     "kandinsky6_image": {(3, 4, 6, 0)},
     "qwen_image_edit": {(1, 8, 10, 9), (1, 8, 10, 7)},

@@ -214,7 +214,7 @@ def another_dtype(values: Any, tensors: Any) -> None:
 
 
 def numbered_mask(values: Any, tensors: Any) -> None:
-    tensors["0.key_mask"] = torch.ones(1, 9)
+    tensors["0.key_mask"] = torch.ones(1, 9, dtype=torch.int32)
 
 
 def without_heads(values: Any, tensors: Any) -> None:

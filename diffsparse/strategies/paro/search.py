@@ -24,7 +24,7 @@ from diffsparse.strategies.planned import group_of
 from diffsparse.strategies.search import Watcher, is_sampled, sums_of
 from diffsparse_kernels import block_mass, default_block, incoherence, select_heads
 from diffsparse_kernels.lists import blocks_of
-from diffsparse_kernels.masks import each_head
+from diffsparse_kernels.masks import each_head, is_bias
 
 _SMALL, _SPARSE = 1e-3, 0.9  # epsilon and sigma of section 4.1
 _STRIP = 512  # query rows of the attention map that exist at a time

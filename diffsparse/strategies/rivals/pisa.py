@@ -11,7 +11,7 @@ from diffsparse.strategies.blocks import keep_count
 from diffsparse.strategies.rivals.routed import Routed, mean_scores
 from diffsparse.strategies.work import Outline
 from diffsparse_kernels import Summaries, select_rows, summarise
-from diffsparse_kernels.masks import each_head
+from diffsparse_kernels.masks import each_head, shown
 
 _LEAST_NORM = 1e-5  # added to |H|, as in their code
 

@@ -15,7 +15,7 @@ from diffsparse.site.compute import Blocks, Site
 from diffsparse.strategies.blocks import keep_count
 from diffsparse.strategies.rivals.routed import Routed
 from diffsparse_kernels import Summaries, block_means, select_rows, summarise
-from diffsparse_kernels.masks import each_head
+from diffsparse_kernels.masks import each_head, shown
 
 _ROUNDS = 2  # of 2-means for each halving
 
@@ -67,7 +67,11 @@ def centroid_errors(q: Tensor, k: Tensor, v: Tensor, means: Summaries, block: in
 
     Up to a factor for each row: the exponentials are those of the scores less the row's largest.
     """
-    real = k.new_ones(k.shape[:3], dtype=torch.bool) if key_mask is None else each_head(shown(key_mask)).expand(k.shape[:3])
+    real = (
+        k.new_ones(k.shape[:3], dtype=torch.bool)
+        if key_mask is None
+        else each_head(shown(key_mask)).expand(k.shape[:3])
+    )
     count = means.log_count.exp().clamp(min=1).expand(means.key.shape[:3])[:, :, None]
     heads = zip(*(x.unbind(1) for x in (q, k, v, means.key, means.value, real)), strict=True)
     return torch.stack([_errors(block, *head) for head in heads], 1) / count  # one by one: each makes nQ N numbers
