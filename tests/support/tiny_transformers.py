@@ -176,6 +176,20 @@ def helios_inputs(s: Shape) -> Inputs:
     return {**wan_inputs(s), **past, **places, "indices_hidden_states": torch.arange(s.frames)[None].float()}
 
 
+def ideogram_inputs(s: Shape) -> Inputs:
+    """[two tokens of padding | text | image], with places that are apart from those of the text."""
+    places = torch.cat([torch.zeros(2, 3), torch.arange(s.text)[:, None].expand(-1, 3), grid_ids(s) + 65536])
+    tokens = len(places)
+    return {
+        "hidden_states": n(1, tokens, 16),
+        "encoder_hidden_states": n(1, tokens, 24),
+        "timestep": soon(),
+        "position_ids": places.long()[None],
+        "segment_ids": torch.tensor([[-1] * 2 + [1] * (tokens - 2)]),
+        "indicator": torch.tensor([[0] * 2 + [3] * s.text + [2] * (tokens - 2 - s.text)]),
+    }
+
+
 CASES: dict[str, Case] = {
     "AllegroTransformer3DModel": Case(
         {
@@ -780,14 +794,8 @@ CASES: dict[str, Case] = {
             "llm_features_dim": 24,
             "mrope_section": (2, 1, 1),
         },
-        lambda s: {
-            "hidden_states": n(1, 8 * s.text, 16),
-            "encoder_hidden_states": n(1, 8 * s.text, 24),
-            "timestep": soon(),
-            "position_ids": torch.arange(8 * s.text)[None, :, None].expand(1, -1, 3),
-            "segment_ids": torch.ones(1, 8 * s.text, dtype=torch.int64),
-            "indicator": torch.tensor([[3] * s.text + [2] * 7 * s.text]),
-        },
+        ideogram_inputs,
+        lambda s: (1, s.height // 2, s.width // 2, s.text + 2, 0),
     ),
     **tiny_newer.CASES,
 }
