@@ -19,6 +19,7 @@ from .insight.calibration import calibrate as calibrate
 from .insight.inspection import Inspector as Inspector
 from .insight.recording import Recorder as Recorder, Recording as Recording
 from .orders.layout import Layout as Layout
+from .orders.layout import Span as Span
 from .schedule import Schedule as Schedule
 from .seam.accelerate import accelerate as accelerate
 from .seam.patch import Handle as Handle, apply as apply, remove as remove
