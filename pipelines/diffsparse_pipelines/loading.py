@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import diffusers.utils.logging as diffusers_logging
 import torch
 import transformers.utils.logging as transformers_logging
+
+from diffsparse_pipelines.known import Adapter
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -25,6 +27,28 @@ def from_pretrained(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
         return cls.from_pretrained(source, torch_dtype=dtype, **options)
+
+
+def modular(source: str, dtype: torch.dtype, workflow: str | None = None) -> DiffusionPipeline:
+    """A pipeline that Diffusers has as blocks, its components loaded; of those blocks that a workflow takes."""
+    import diffusers
+
+    cut = {} if workflow is None else {"workflow": workflow}
+    pipe = diffusers.ModularPipeline.from_pretrained(source, **cut)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+        pipe.load_components(torch_dtype=dtype)
+    if absent := sorted({*pipe.null_component_names} & {*pipe.pretrained_component_names}):
+        raise OSError(f"its {', '.join(absent)} can't be read.")  # Diffusers only warns
+    return pipe
+
+
+def adapted(pipe: DiffusionPipeline, adapters: Iterable[Adapter]) -> DiffusionPipeline:
+    """The pipeline with those LoRAs on it."""
+    for adapter in adapters:
+        second = {"load_into_transformer_2": True} if adapter.second else {}
+        pipe.load_lora_weights(adapter.hub, weight_name=adapter.file, **second)
+    return pipe
 
 
 @contextmanager
