@@ -221,8 +221,11 @@ def _pretrained(source: str, family: Family, dtype: torch.dtype, with_image: boo
         raise InputFileError(f"{source} holds no model_index.json; wanted a folder written by save_pretrained")
     try:
         if family.modular or _index(source).startswith("modular"):
-            return _blocks(source, family, dtype, with_image)
-        return _classical(source, family, dtype, with_image)
+            pipe = _blocks(source, family, dtype, with_image)
+        else:
+            pipe = _classical(source, family, dtype, with_image)
+        _adapt(pipe, family)
+        return pipe
     except MemoryError:
         raise
     except Exception as error:  # broken files raise errors of any kind
@@ -242,17 +245,17 @@ def _index(source: str) -> str:
 
 
 def _blocks(source: str, family: Family, dtype: torch.dtype, with_image: bool) -> DiffusionPipeline:
-    from diffsparse_pipelines.loading import adapted, modular
+    from diffsparse_pipelines.loading import modular
 
     workflow = family.workflows[with_image] if family.workflows else None
-    return adapted(modular(source, dtype, workflow), family.adapters)
+    return modular(source, dtype, workflow)
 
 
 def _classical(source: str, family: Family, dtype: torch.dtype, with_image: bool) -> DiffusionPipeline:
     import diffusers
     import torch
 
-    from diffsparse_pipelines.loading import adapted, from_pretrained
+    from diffsparse_pipelines.loading import from_pretrained
 
     parts: dict[str, ModelMixin] = {}
     named = family.image_class if with_image else family.text_class
@@ -262,7 +265,14 @@ def _classical(source: str, family: Family, dtype: torch.dtype, with_image: bool
     options = {"revision": family.revision} if family.revision and not Path(source).is_dir() else {}
     if family.float32_vae:
         parts["vae"] = from_pretrained(diffusers.AutoencoderKLWan, source, torch.float32, subfolder="vae", **options)
-    return adapted(from_pretrained(cls, source, dtype, **parts, **options), family.adapters)
+    return from_pretrained(cls, source, dtype, **parts, **options)
+
+
+def _adapt(pipe: DiffusionPipeline, family: Family) -> None:
+    """Put the LoRAs on that go with the model."""
+    for adapter in family.adapters:
+        second = {"load_into_transformer_2": True} if adapter.second else {}
+        pipe.load_lora_weights(adapter.hub, weight_name=adapter.file, **second)
 
 
 def _tile(pipe: DiffusionPipeline) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import diffusers.utils.logging as diffusers_logging
 import torch
 import transformers.utils.logging as transformers_logging
-
-from diffsparse_pipelines.known import Adapter
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -40,14 +38,6 @@ def modular(source: str, dtype: torch.dtype, workflow: str | None = None) -> Dif
         pipe.load_components(torch_dtype=dtype)
     if absent := sorted({*pipe.null_component_names} & {*pipe.pretrained_component_names}):
         raise OSError(f"its {', '.join(absent)} can't be read.")  # Diffusers only warns
-    return pipe
-
-
-def adapted(pipe: DiffusionPipeline, adapters: Iterable[Adapter]) -> DiffusionPipeline:
-    """The pipeline with those LoRAs on it."""
-    for adapter in adapters:
-        second = {"load_into_transformer_2": True} if adapter.second else {}
-        pipe.load_lora_weights(adapter.hub, weight_name=adapter.file, **second)
     return pipe
 
 
