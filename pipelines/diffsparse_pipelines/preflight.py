@@ -15,7 +15,7 @@ from diffsparse.schedule import Schedule
 from diffsparse.seam.added import prepare
 from diffsparse.seam.caches import Outlook, Passes, outlook
 from diffsparse.seam.geometry import Grid
-from diffsparse.seam.models import packed_grid, patch_of, spec_of
+from diffsparse.seam.models import modes_grid, packed_grid, patch_of, spec_of, understood_grid
 from diffsparse.seam.targets import attentions, models_of
 from diffsparse.site.report import Report
 from diffsparse.wrappers import class_of
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from diffsparse.strategies import Strategy
 
+PACKED = (packed_grid, modes_grid)  # readers of classes whose pipelines pack 2 x 2 cells
 _SMALLER = "lower --height, --width or --frames"
 _PIXEL = 24  # bytes: three channels in float32, as the VAE gives them and as an array
 _ACTIVATIONS = 6  # as large as the hidden states, alive together in an attention: input, normed, q, k, v, output
@@ -76,8 +77,10 @@ class Compression(NamedTuple):
 def grid(model: ModelMixin, latent: tuple[int, int, int]) -> Grid:
     """The token grid that `model` makes of a latent of frames x height x width cells."""
     patch = patch_of(model)
-    space = 2 if spec_of(model).grid is packed_grid else patch.space  # pipelines of packed images pack 2 x 2 cells
-    frames, height, width = latent
+    reader, (frames, height, width) = spec_of(model).grid, latent
+    if reader is understood_grid:  # whose last cells are filled up
+        return Grid(frames, -(-height // 2), -(-width // 2))
+    space = 2 if reader in PACKED else patch.space
     return Grid(-(-frames // patch.time), height // space, width // space)
 
 
