@@ -54,7 +54,11 @@ class Architecture:
         with torch.random.fork_rng(devices=[]), _default(dtype), torch.device(device):
             torch.manual_seed(0)
             model: nn.Module = cls(**self.cut(layers)).eval().requires_grad_(False)
-        kept = getattr(model, "_keep_in_fp32_modules", None) or ()  # as `from_pretrained` has it
+        stored = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in stored and buffer.is_floating_point():
+                buffer.data = buffer.data.to(dtype)  # as `from_pretrained` has it, and what follows
+        kept = getattr(model, "_keep_in_fp32_modules", None) or ()
         for name, parameter in model.named_parameters():
             if any(part in name.split(".") for part in kept):
                 parameter.data = parameter.data.float()
@@ -281,7 +285,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bria-fibo2": Architecture("BriaFibo2Transformer2DModel", {}, _BY_8, 512),
     "prx": Architecture("PRXTransformer2DModel", {}, _BY_8, 256),
     "nucleus-moe": Architecture("NucleusMoEImageTransformer2DModel", {}, _BY_8, 512),
-    "lumina-next": Architecture("LuminaNextDiT2DModel", {"num_layers": 24, "num_kv_heads": 8}, _BY_8, 256),
 }
 
 
@@ -306,7 +309,8 @@ def architecture(name: str) -> Architecture:
 def heads_of(model: ModelMixin) -> int:
     """Heads of the queries of a transformer's first attention module."""
     _, module = next(attentions(model))
-    return int(getattr(module, "heads", None) or module.num_heads)
+    found = (getattr(module, name, None) for name in ("heads", "num_heads", "num_attention_heads"))
+    return int(next(filter(None, found)))
 
 
 class MinimalPipeline:

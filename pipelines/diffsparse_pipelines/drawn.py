@@ -218,18 +218,6 @@ def _fibo2(d: _Draw) -> Inputs:
     }
 
 
-def _lumina(d: _Draw) -> Inputs:
-    dim = d.config.hidden_size // d.config.num_attention_heads // 2
-    edge = 384  # of the table of angles that the pipeline makes
-    angles = torch.rand(edge, edge, dim, device=d.device)
-    return {
-        **_image(d, d.config.cross_attention_dim),
-        "encoder_mask": torch.ones(1, d.text, device=d.device),
-        "image_rotary_emb": torch.polar(torch.ones_like(angles), angles),
-        "cross_attention_kwargs": {},
-    }
-
-
 def _omnigen(d: _Draw) -> Inputs:
     _, height, width = d.size
     before, cells = d.text + 1, height // 2 * (width // 2)  # the words, the time
@@ -347,7 +335,6 @@ _INPUTS: dict[str, Callable[[_Draw], Inputs]] = {
     "Kandinsky6Transformer3DModel": _kandinsky6,
     "LTX2VideoTransformer3DModel": _ltx2,
     "LTXVideoTransformer3DModel": _ltx,
-    "LuminaNextDiT2DModel": _lumina,
     "MiniMaxH3Transformer3DModel": _minimax_h3,
     "MochiTransformer3DModel": _mochi,
     "NucleusMoEImageTransformer2DModel": _nucleus,

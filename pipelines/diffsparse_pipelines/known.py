@@ -417,10 +417,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "prx": _image("Photoroom/prx-512-t2i-sft", _call(512, 512, None, 28, 4.0)),
     "nucleus-moe": _image("NucleusAI/NucleusMoE-Image", _call(1024, 1024, None, 50, 4.0)),
-    "lumina-next": _image("Alpha-VLLM/Lumina-Next-SFT-diffusers", _call(1024, 1024, None, 30, 4.0)),
 }
 
 # Known, and of no use here: name -> why.
 LEFT_OUT: dict[str, str] = {
+    "lumina-next": "each of its heads has a mask of its own, with which it stays dense",
     "dreamlite": "it is a UNet, whose self-attention sees 1024 tokens of an image of 1024 pixels squared",
 }

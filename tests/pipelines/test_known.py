@@ -74,7 +74,6 @@ PIPELINES: dict[str, tuple[str, set[str]]] = {
     "joyimage-edit-plus": ("JoyImageEditPlusPipeline", set()),
     "prx": ("PRXPipeline", set()),
     "nucleus-moe": ("NucleusMoEImagePipeline", set()),
-    "lumina-next": ("LuminaPipeline", set()),
 }
 
 
