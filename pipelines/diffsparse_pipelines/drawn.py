@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from diffsparse.errors import ConfigError
-from diffsparse.seam.models import spec_of
-from diffsparse_pipelines.preflight import PACKED
+from diffsparse.seam.models import modes_grid, packed_grid, spec_of
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
     from diffusers.configuration_utils import FrozenDict
 
+PACKED = (packed_grid, modes_grid)  # readers of classes whose pipelines pack 2 x 2 cells
 Inputs = dict[str, object]
 _H3_TEXT, _H3_SOUND, _H3_VIDEO = 1, 2, 0  # tags of MiniMax-H3's tokens
 

@@ -15,11 +15,12 @@ from diffsparse.schedule import Schedule
 from diffsparse.seam.added import prepare
 from diffsparse.seam.caches import Outlook, Passes, outlook
 from diffsparse.seam.geometry import Grid
-from diffsparse.seam.models import modes_grid, packed_grid, patch_of, spec_of, understood_grid
+from diffsparse.seam.models import patch_of, spec_of, understood_grid
 from diffsparse.seam.targets import attentions, models_of
 from diffsparse.site.report import Report
 from diffsparse.wrappers import class_of
 from diffsparse_pipelines import families, machine
+from diffsparse_pipelines.drawn import PACKED
 from diffsparse_pipelines.generation import parameters
 from diffsparse_pipelines.known import chunked
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from diffsparse.strategies import Strategy
 
-PACKED = (packed_grid, modes_grid)  # readers of classes whose pipelines pack 2 x 2 cells
 _SMALLER = "lower --height, --width or --frames"
 _PIXEL = 24  # bytes: three channels in float32, as the VAE gives them and as an array
 _ACTIVATIONS = 6  # as large as the hidden states, alive together in an attention: input, normed, q, k, v, output

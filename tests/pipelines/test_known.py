@@ -342,6 +342,16 @@ def test_a_pipeline_of_blocks_is_called_like_any_other() -> None:
     assert np.array_equal(generation(pipe, call, 0).frames, dense.frames)
 
 
+def test_tokens_of_a_pipeline_of_blocks_are_counted_by_its_chunks() -> None:
+    if not hasattr(diffusers, "MiniMaxH3Blocks"):
+        pytest.skip(f"Diffusers {diffusers.__version__} has no MiniMax-H3")
+    from support.new_pipelines import h3_text
+
+    pipe, call = h3_text()
+    assert preflight.tokens(pipe, call) == (37 * 2 * 3, 0)
+    assert preflight.preflight(pipe, call, Digest(0.8, 16), diffsparse.Schedule()) is not None
+
+
 class Blocks:
     """Stands in for a pipeline of blocks that is loaded."""
 
