@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "diffsparse_eval.commands.inspect:inspect",
         "Draw attention, chosen blocks, orders and recall by head.",
     ),
+    "models": ("diffsparse_pipelines.commands.models:models", "List the known models, with their sizes and steps."),
     "bench": ("diffsparse_eval.commands.bench:bench", "Time the attention kernels beside torch's, in one process."),
     "doctor": ("diffsparse_eval.commands.doctor:doctor", "Show versions, devices, and which backends run here."),
 }

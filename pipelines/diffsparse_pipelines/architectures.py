@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffsparse.errors import ConfigError, UnknownNameError, closest
-from diffsparse.seam.models import packed_grid, spec_of
+from diffsparse.errors import UnknownNameError, closest
+from diffsparse.seam.targets import attentions
+from diffsparse_pipelines.drawn import Inputs
+from diffsparse_pipelines.drawn import inputs as inputs
 from diffsparse_pipelines.preflight import Compression
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
-    from diffusers.configuration_utils import FrozenDict
 
-Inputs = dict[str, object]
-_COUNTS = ("num_layers", "num_single_layers")
+_COUNTS = ("num_layers", "num_single_layers", "n_layers", "depth", "num_hidden_layers", "num_visual_blocks")
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Architecture:
     """A transformer without weights.
 
     transformer: class of Diffusers.
-    config: what differs from the defaults of that class.
+    config: what differs from the defaults of that class, which for the newer ones are those of the released model.
     compression: of the VAE.
-    text: tokens of a padded prompt.
+    text: tokens of a prompt, as long as the pipeline pads it, or as a long one where it doesn't.
     guided: two passes a step, with and without the prompt.
     masked: a key mask hides the padding of the prompt in self-attention.
     """
@@ -54,7 +54,11 @@ class Architecture:
         with torch.random.fork_rng(devices=[]), _default(dtype), torch.device(device):
             torch.manual_seed(0)
             model: nn.Module = cls(**self.cut(layers)).eval().requires_grad_(False)
-        kept = getattr(model, "_keep_in_fp32_modules", None) or ()  # as `from_pretrained` has it
+        stored = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in stored and buffer.is_floating_point():
+                buffer.data = buffer.data.to(dtype)  # as `from_pretrained` has it, and what follows
+        kept = getattr(model, "_keep_in_fp32_modules", None) or ()
         for name, parameter in model.named_parameters():
             if any(part in name.split(".") for part in kept):
                 parameter.data = parameter.data.float()
@@ -79,7 +83,20 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
 
 
 _WAN = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
-_BY_8_AND_4 = Compression(time=4, space=8)
+_WAN_5B = {
+    **_WAN,
+    "num_attention_heads": 24,
+    "ffn_dim": 14336,
+    "num_layers": 30,
+    "in_channels": 48,
+    "out_channels": 48,
+}
+_COSMOS = {"concat_padding_mask": False}  # one channel that costs next to nothing, and wants torchvision
+_BY_8, _BY_8_AND_4, _BY_16_AND_4 = (
+    Compression(time=1, space=8),
+    Compression(time=4, space=8),
+    Compression(time=4, space=16),
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "wan2.1-1.3b": Architecture(
@@ -92,17 +109,68 @@ ARCHITECTURES: dict[str, Architecture] = {
     "wan2.2-a14b": Architecture("WanTransformer3DModel", _WAN, _BY_8_AND_4, 512),  # each of its two experts
     "wan2.2-5b": Architecture(
         "WanTransformer3DModel",
-        {
-            **_WAN,
-            "num_attention_heads": 24,
-            "ffn_dim": 14336,
-            "num_layers": 30,
-            "in_channels": 48,
-            "out_channels": 48,
-        },
-        Compression(time=4, space=16),
+        _WAN_5B,
+        _BY_16_AND_4,
         512,
     ),
+    "wan2.2-lightning": Architecture("WanTransformer3DModel", _WAN, _BY_8_AND_4, 512, guided=False),
+    "fastwan2.2-5b": Architecture("WanTransformer3DModel", _WAN_5B, _BY_16_AND_4, 512, guided=False),
+    "skyreels-v2-df": Architecture("SkyReelsV2Transformer3DModel", _WAN, _BY_8_AND_4, 512),
+    "minimax-h3": Architecture("MiniMaxH3Transformer3DModel", {}, Compression(4, 16, (17, 5)), 512, guided=False),
+    "minimax-h3-turbo": Architecture("MiniMaxH3Transformer3DModel", {}, Compression(4, 16, (17, 5)), 512, guided=False),
+    "framepack": Architecture(
+        "HunyuanVideoFramepackTransformer3DModel",
+        {"has_image_proj": True, "has_clean_x_embedder": True},
+        _BY_8_AND_4,
+        256,
+        guided=False,
+        masked=True,
+    ),
+    "ltx-condition": Architecture(
+        "LTXVideoTransformer3DModel",
+        {"num_attention_heads": 32, "attention_head_dim": 64, "num_layers": 28},
+        Compression(time=8, space=32),
+        256,
+    ),
+    "ltx-distilled": Architecture(
+        "LTXVideoTransformer3DModel",
+        {"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48},
+        Compression(time=8, space=32),
+        256,
+        guided=False,
+    ),
+    "ltx2": Architecture("LTX2VideoTransformer3DModel", {}, Compression(time=8, space=32), 1024),
+    "ltx2-distilled": Architecture(
+        "LTX2VideoTransformer3DModel", {}, Compression(time=8, space=32), 1024, guided=False
+    ),
+    "cosmos1-7b": Architecture("CosmosTransformer3DModel", _COSMOS, Compression(time=8, space=8), 512),
+    "cosmos2-2b": Architecture(
+        "CosmosTransformer3DModel",
+        {**_COSMOS, "in_channels": 17, "num_attention_heads": 16, "extra_pos_embed_type": None},
+        _BY_8_AND_4,
+        512,
+    ),
+    "cosmos2-2b-image": Architecture(
+        "CosmosTransformer3DModel",
+        {**_COSMOS, "num_attention_heads": 16, "extra_pos_embed_type": None},
+        Compression(time=1, space=8),
+        512,
+    ),
+    "cosmos2.5-2b": Architecture(
+        "CosmosTransformer3DModel",
+        {
+            **_COSMOS,
+            "in_channels": 17,
+            "num_attention_heads": 16,
+            "extra_pos_embed_type": None,
+            "use_crossattn_projection": True,
+            "crossattn_proj_in_channels": 100352,
+        },
+        _BY_8_AND_4,
+        512,
+    ),
+    "cosmos3-nano": Architecture("Cosmos3OmniTransformer", {}, _BY_16_AND_4, 512),
+    "kandinsky6-pro-distilled": Architecture("Kandinsky6Transformer3DModel", {}, _BY_8_AND_4, 1024, guided=False),
     "hunyuan-video": Architecture(
         "HunyuanVideoTransformer3DModel",
         {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 20, "num_single_layers": 40},
@@ -143,6 +211,42 @@ ARCHITECTURES: dict[str, Architecture] = {
         512,
         guided=False,
     ),
+    "flux-schnell": Architecture(
+        "FluxTransformer2DModel",
+        {"num_attention_heads": 24, "num_layers": 19, "num_single_layers": 38},
+        _BY_8,
+        256,
+        guided=False,
+    ),
+    "flux2": Architecture("Flux2Transformer2DModel", {}, _BY_8, 512, guided=False),
+    "flux2-klein-4b": Architecture(
+        "Flux2Transformer2DModel",
+        {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        _BY_8,
+        512,
+        guided=False,
+    ),
+    "flux2-klein-9b-kv": Architecture(
+        "Flux2Transformer2DModel",
+        {
+            "num_layers": 8,
+            "num_single_layers": 24,
+            "num_attention_heads": 32,
+            "joint_attention_dim": 12288,
+            "guidance_embeds": False,
+        },
+        _BY_8,
+        512,
+        guided=False,
+    ),
+    "flux3-klein": Architecture("Flux3Transformer2DModel", {}, _BY_8, 512, guided=False),
+    "flux3-klein-base": Architecture("Flux3Transformer2DModel", {}, _BY_8, 512),
     "sd3.5": Architecture(
         "SD3Transformer2DModel",
         {
@@ -162,6 +266,25 @@ ARCHITECTURES: dict[str, Architecture] = {
         512,
         masked=True,
     ),
+    "qwen-image-edit": Architecture("QwenImageTransformer2DModel", {}, _BY_8, 512, masked=True),
+    "qwen-image-2.1": Architecture("QwenImage21Transformer2DModel", {}, Compression(1, 16), 512, guided=False),
+    "z-image-turbo": Architecture("ZImageTransformer2DModel", {}, _BY_8, 512, guided=False),
+    "hunyuan-image": Architecture(
+        "HunyuanImageTransformer2DModel", {}, Compression(time=1, space=32), 1000, masked=True
+    ),
+    "hunyuan-image-distilled": Architecture(
+        "HunyuanImageTransformer2DModel", {}, Compression(time=1, space=32), 1000, guided=False, masked=True
+    ),
+    "omnigen": Architecture(
+        "OmniGenTransformer2DModel",
+        {"rope_scaling": {"short_factor": [1.0] * 48, "long_factor": [1.0] * 48}},  # cost is the same for any
+        _BY_8,
+        128,
+        masked=True,
+    ),
+    "bria-fibo2": Architecture("BriaFibo2Transformer2DModel", {}, _BY_8, 512),
+    "prx": Architecture("PRXTransformer2DModel", {}, _BY_8, 256),
+    "nucleus-moe": Architecture("NucleusMoEImageTransformer2DModel", {}, _BY_8, 512),
 }
 
 
@@ -183,160 +306,11 @@ def architecture(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-# --- inputs -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """Random inputs for one model.
-
-    config: of the model.
-    size: the latent's frames, height and width.
-    text: the prompt's tokens.
-    dtype, device: of the inputs.
-    """
-
-    config: FrozenDict
-    size: tuple[int, int, int]
-    text: int
-    dtype: torch.dtype
-    device: str
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(1, *shape, dtype=self.dtype, device=self.device)
-
-    def video(self) -> Tensor:
-        """[1, C, F, H, W]."""
-        return self.normal(self.config.in_channels, *self.size)
-
-    def packed(self) -> Tensor:
-        """[1, N, C]: an image whose cells were packed 2 x 2."""
-        _, height, width = self.size
-        return self.normal(height // 2 * (width // 2), self.config.in_channels)
-
-    def words(self, width: int) -> Tensor:
-        return self.normal(self.text, width)
-
-    def full(self, value: float) -> Tensor:
-        return torch.full((1,), value, dtype=self.dtype, device=self.device)
-
-    def mask(self) -> Tensor:
-        return torch.ones(1, self.text, dtype=torch.bool, device=self.device)
-
-
-def _wan(d: _Draw) -> Inputs:
-    return {"hidden_states": d.video(), "timestep": d.full(500), "encoder_hidden_states": d.words(d.config.text_dim)}
-
-
-def _hunyuan(d: _Draw) -> Inputs:
-    return {
-        "hidden_states": d.video(),
-        "timestep": d.full(500),
-        "encoder_hidden_states": d.words(d.config.text_embed_dim),
-        "encoder_attention_mask": d.mask(),
-        "pooled_projections": d.normal(d.config.pooled_projection_dim),
-        "guidance": d.full(6000),
-    }
-
-
-def _cogvideox(d: _Draw) -> Inputs:
-    frames, height, width = d.size
-    time = d.config.patch_size_t or 1
-    frames += -frames % time  # the pipeline pads in front and cuts off afterwards
-    tokens = frames // time * (height // 2) * (width // 2)
-    angles = torch.rand(tokens, d.config.attention_head_dim, dtype=torch.float32, device=d.device)
-    return {
-        "hidden_states": d.normal(frames, d.config.in_channels, height, width),
-        "timestep": d.full(500),
-        "encoder_hidden_states": d.words(d.config.text_embed_dim),
-        "image_rotary_emb": (angles.cos(), angles.sin()),
-    }
-
-
-def _ltx(d: _Draw) -> Inputs:
-    frames, height, width = d.size
-    return {
-        "hidden_states": d.normal(frames * height * width, d.config.in_channels),
-        "timestep": d.full(500),
-        "encoder_hidden_states": d.words(d.config.caption_channels),
-        "encoder_attention_mask": d.mask(),
-        "num_frames": frames,
-        "height": height,
-        "width": width,
-    }
-
-
-def _mochi(d: _Draw) -> Inputs:
-    return {
-        "hidden_states": d.video(),
-        "timestep": d.full(500),
-        "encoder_hidden_states": d.words(d.config.text_embed_dim),
-        "encoder_attention_mask": d.mask(),
-    }
-
-
-def _flux(d: _Draw) -> Inputs:
-    _, height, width = d.size
-    ids = torch.zeros(height // 2, width // 2, 3, device=d.device)
-    ids[..., 1] = torch.arange(height // 2, device=d.device)[:, None]
-    ids[..., 2] = torch.arange(width // 2, device=d.device)
-    return {
-        "hidden_states": d.packed(),
-        "timestep": d.full(0.5),
-        "encoder_hidden_states": d.words(d.config.joint_attention_dim),
-        "pooled_projections": d.normal(d.config.pooled_projection_dim),
-        "guidance": d.full(3.5),
-        "img_ids": ids.flatten(0, 1),
-        "txt_ids": torch.zeros(d.text, 3, device=d.device),
-    }
-
-
-def _sd3(d: _Draw) -> Inputs:
-    return {
-        "hidden_states": d.video()[:, :, 0],
-        "timestep": d.full(500),
-        "encoder_hidden_states": d.words(d.config.joint_attention_dim),
-        "pooled_projections": d.normal(d.config.pooled_projection_dim),
-    }
-
-
-def _qwen(d: _Draw) -> Inputs:
-    _, height, width = d.size
-    return {
-        "hidden_states": d.packed(),
-        "timestep": d.full(0.5),
-        "encoder_hidden_states": d.words(d.config.joint_attention_dim),
-        "encoder_hidden_states_mask": d.mask(),
-        "img_shapes": [(1, height // 2, width // 2)],
-    }
-
-
-_INPUTS: dict[str, Callable[[_Draw], Inputs]] = {
-    "CogVideoXTransformer3DModel": _cogvideox,
-    "FluxTransformer2DModel": _flux,
-    "HunyuanVideoTransformer3DModel": _hunyuan,
-    "LTXVideoTransformer3DModel": _ltx,
-    "MochiTransformer3DModel": _mochi,
-    "QwenImageTransformer2DModel": _qwen,
-    "SD3Transformer2DModel": _sd3,
-    "WanTransformer3DModel": _wan,
-}
-
-
-def inputs(model: ModelMixin, size: tuple[int, int, int], text: int) -> Inputs:
-    """Random arguments of one forward pass of one sample, on the model's device.
-
-    Args:
-        model: one that `Architecture.build` has made.
-        size: latent cells along frames, height and width.
-        text: tokens of the prompt; all of them count, none is padding.
-    """
-    if spec_of(model).grid is packed_grid and (size[1] % 2 or size[2] % 2):
-        raise ConfigError(f"this model packs 2 x 2 latent cells; wanted an even height and width, got {size[1:]}")
-    draw = _Draw(model.config, size, text, model.dtype, str(model.device))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return _INPUTS[type(model).__name__](draw)
+def heads_of(model: ModelMixin) -> int:
+    """Heads of the queries of a transformer's first attention module."""
+    _, module = next(attentions(model))
+    found = (getattr(module, name, None) for name in ("heads", "num_heads", "num_attention_heads"))
+    return int(next(filter(None, found)))
 
 
 class MinimalPipeline:

@@ -1,150 +1,40 @@
-"""Known models: where they live on the hub, and the call arguments that their authors recommend."""
+"""Models by name: what is known of them, whether they can do what is asked, and how they are loaded."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from diffsparse.cli.table import missing
 from diffsparse.errors import ConfigError, InputFileError, UnknownNameError, closest
+from diffsparse.schedule import Schedule
 from diffsparse_pipelines import machine
+from diffsparse_pipelines.known import FAMILIES as FAMILIES
+from diffsparse_pipelines.known import LEFT_OUT
+from diffsparse_pipelines.known import Call as Call
+from diffsparse_pipelines.known import Family as Family
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline, ModelMixin
-    from PIL.Image import Image
 
 Offload = Literal["none", "model", "sequential", "group"]
 OFFLOADS: tuple[str, ...] = ("none", "model", "sequential", "group")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Most steps of a run -> sparsity, of models that were distilled to few; see docs/few-steps.md.
+_MILD = {5: 0.6, 9: 0.7}
 
 
-class Call(TypedDict, total=False):
-    """Arguments of a pipeline call, by the names that Diffusers has for them."""
+class FewSteps(NamedTuple):
+    """What serves a run of few steps.
 
-    prompt: str
-    negative_prompt: str
-    image: Image
-    height: int
-    width: int
-    num_frames: int
-    num_inference_steps: int
-    guidance_scale: float
-    true_cfg_scale: float
-    max_sequence_length: int
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model that can be loaded by name.
-
-    hub: checkpoint for text input.
-    defaults: call arguments.
-    image_hub: checkpoint for image input.
-    image_class: its pipeline class, if not the one that the checkpoint names.
-    fps: frames in a second.
-    dtype: number format of the weights on a GPU.
-    output: what it makes.
-    flow_shift: of the scheduler, where it depends on the size.
-    float32_vae: keep the VAE in float32, as the model's authors do.
-    token: frames, rows and columns of pixels that one token stands for.
-    multiple: pixels of which height and width are multiples; 0 if that is the token's.
+    dense: steps at the start that stay dense.
+    sparsity: of the others.
     """
 
-    hub: str
-    defaults: Call = field(default_factory=Call)
-    image_hub: str = ""
-    image_class: str = ""
-    fps: int = 16
-    dtype: str = "bfloat16"
-    output: Literal["video", "image"] = "video"
-    flow_shift: float | None = None
-    float32_vae: bool = False
-    token: tuple[int, int, int] = (4, 16, 16)
-    multiple: int = 0
-
-
-def _call(height: int, width: int, frames: int | None, steps: int, guidance: float | None) -> Call:
-    call = Call(height=height, width=width)
-    if frames is not None:
-        call["num_frames"] = frames
-    call["num_inference_steps"] = steps
-    if guidance is not None:
-        call["guidance_scale"] = guidance
-    return call
-
-
-FAMILIES: dict[str, Family] = {
-    "tiny": Family("", fps=8, dtype="float32", token=(1, 4, 4), multiple=16),
-    "tiny-twin": Family("", fps=8, dtype="float32", token=(1, 4, 4), multiple=16),
-    "wan2.1-1.3b": Family(
-        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", _call(480, 832, 81, 50, 5.0), flow_shift=3.0, fps=16, float32_vae=True
-    ),
-    "wan2.1-14b": Family(
-        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-        _call(720, 1280, 81, 50, 5.0),
-        image_hub="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
-        flow_shift=5.0,
-        fps=16,
-        float32_vae=True,
-    ),
-    "wan2.2-a14b": Family(
-        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-        _call(720, 1280, 81, 40, 4.0),
-        image_hub="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
-        fps=16,
-        float32_vae=True,
-    ),
-    "wan2.2-5b": Family(
-        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-        _call(704, 1280, 121, 50, 5.0),
-        image_hub="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-        image_class="WanImageToVideoPipeline",
-        fps=24,
-        float32_vae=True,
-        token=(4, 32, 32),
-    ),
-    "hunyuan-video": Family(
-        "hunyuanvideo-community/HunyuanVideo",
-        _call(720, 1280, 129, 50, 6.0),
-        image_hub="hunyuanvideo-community/HunyuanVideo-I2V",
-        fps=24,
-    ),
-    "hunyuan-video-1.5": Family(
-        "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v",
-        _call(480, 832, 121, 50, None),
-        image_hub="hunyuanvideo-community/HunyuanVideo-1.5-480p_i2v",
-        fps=24,
-    ),
-    "cogvideox1.5-5b": Family(
-        "THUDM/CogVideoX1.5-5B",
-        _call(768, 1360, 81, 50, 6.0),
-        image_hub="THUDM/CogVideoX1.5-5B-I2V",
-        fps=16,
-        token=(8, 16, 16),
-    ),
-    "ltx-video": Family(
-        "Lightricks/LTX-Video",
-        _call(480, 704, 161, 50, 3.0),
-        image_hub="Lightricks/LTX-Video",
-        image_class="LTXImageToVideoPipeline",
-        fps=24,
-        token=(8, 32, 32),
-    ),
-    "mochi": Family("genmo/mochi-1-preview", _call(480, 848, 85, 64, 4.5), fps=30, token=(6, 16, 16)),
-    "flux": Family("black-forest-labs/FLUX.1-dev", _call(1024, 1024, None, 28, 3.5), output="image", token=(1, 16, 16)),
-    "sd3.5": Family(
-        "stabilityai/stable-diffusion-3.5-large", _call(1024, 1024, None, 28, 4.5), output="image", token=(1, 16, 16)
-    ),
-    "qwen-image": Family(
-        "Qwen/Qwen-Image",
-        {**_call(1024, 1024, None, 50, None), "true_cfg_scale": 4.0},
-        output="image",
-        token=(1, 16, 16),
-    ),
-}
+    dense: int
+    sparsity: float
 
 
 def resolve(name: str, with_image: bool = False) -> tuple[str, Family]:
@@ -160,6 +50,8 @@ def resolve(name: str, with_image: bool = False) -> tuple[str, Family]:
             able = ", ".join(key for key, row in FAMILIES.items() if row.image_hub)
             raise ConfigError(f"model {name!r} takes no input image; those that do: {able}")
         return (family.image_hub if with_image else family.hub), family
+    if name in LEFT_OUT:
+        raise ConfigError(f"model {name!r} is left out: {LEFT_OUT[name]}. Known: {closest(name, FAMILIES)}")
     if variant(name):  # a saved embedded model
         return name, FAMILIES["tiny"]
     if Path(name).is_dir():
@@ -169,6 +61,30 @@ def resolve(name: str, with_image: bool = False) -> tuple[str, Family]:
     raise UnknownNameError(
         f"no model is called {name!r}, and it is no folder of a saved pipeline; known: {closest(name, FAMILIES)}"
     )
+
+
+def check_inputs(name: str, with_image: bool = False) -> None:
+    """Refuse a known model that wants what it is not given.
+
+    Raises:
+        ConfigError: what it wants, and the remedy.
+    """
+    family = FAMILIES.get(name)
+    if family is not None and family.by_hand:
+        raise ConfigError(
+            f"model {name!r} wants {family.by_hand}, which no option gives: pipelines/{family.script} shows the call"
+        )
+    if family is not None and family.wants_image and not with_image:
+        raise ConfigError(f"model {name!r} wants an input image: generate --image FILE")
+
+
+def few_steps(name: str, steps: int | None) -> FewSteps | None:
+    """What serves a run of `steps` steps of a model that was distilled to few; None for others, and for longer runs."""
+    family = FAMILIES.get(name)
+    if family is None or not family.distilled or not steps:
+        return None
+    sparsity = next((share for most, share in _MILD.items() if steps <= most), None)
+    return None if sparsity is None else FewSteps(Schedule().bounds(steps)[0], sparsity)
 
 
 def load(
@@ -194,8 +110,9 @@ def load(
         UnknownNameError, ConfigError: a name or option that doesn't exist. InputFileError: weights that can't be read.
     """
     source, family = resolve(name, with_image)
+    check_inputs(name, with_image)
     device, number_format = target(name, device, dtype, offload)
-    pipe = _tiny(name, number_format) if not source else _pretrained(source, family, number_format)
+    pipe = _tiny(name, number_format) if not source else _pretrained(source, family, number_format, with_image)
     if family.flow_shift is not None:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=family.flow_shift)
     if vae_tiling:
@@ -240,8 +157,8 @@ def grid(name: str, size: Call) -> tuple[int, int, int]:
     family = FAMILIES[name]
     check_size(name, size)
     pixels: Call = {"num_frames": 1, **defaults(name), **size}
-    frames, rows, columns = family.token
-    return -(-(pixels["num_frames"] - 1) // frames) + 1, pixels["height"] // rows, pixels["width"] // columns
+    _, rows, columns = family.token
+    return family.frames_of_tokens(pixels["num_frames"]), -(-pixels["height"] // rows), -(-pixels["width"] // columns)
 
 
 def check_size(name: str, size: Call) -> None:
@@ -299,24 +216,16 @@ def _dtype(asked: str, family: Family, device: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[asked]
 
 
-def _pretrained(source: str, family: Family, dtype: torch.dtype) -> DiffusionPipeline:
-    import diffusers
-    import torch
-
-    from diffsparse_pipelines.loading import from_pretrained
-
-    parts: dict[str, ModelMixin] = {}
-    cls = getattr(diffusers, family.image_class) if family.image_class and source == family.image_hub else None
-    if variant(source):
-        from diffsparse_pipelines.tiny import TinyPipeline as cls  # noqa: N813 - Diffusers doesn't know it by name
-    cls = cls or diffusers.DiffusionPipeline
-    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
+def _pretrained(source: str, family: Family, dtype: torch.dtype, with_image: bool) -> DiffusionPipeline:
+    if Path(source).is_dir() and not _index(source):
         raise InputFileError(f"{source} holds no model_index.json; wanted a folder written by save_pretrained")
     try:
-        if family.float32_vae:
-            vae = diffusers.AutoencoderKLWan
-            parts["vae"] = from_pretrained(vae, source, torch.float32, subfolder="vae")
-        return from_pretrained(cls, source, dtype, **parts)
+        if family.modular or _index(source).startswith("modular"):
+            pipe = _blocks(source, family, dtype, with_image)
+        else:
+            pipe = _classical(source, family, dtype, with_image)
+        _adapt(pipe, family)
+        return pipe
     except MemoryError:
         raise
     except Exception as error:  # broken files raise errors of any kind
@@ -329,6 +238,43 @@ def _pretrained(source: str, family: Family, dtype: torch.dtype) -> DiffusionPip
         ) from error
 
 
+def _index(source: str) -> str:
+    """Name of the index that a folder has; empty for a hub id, and where there is none."""
+    names = ("model_index.json", "modular_model_index.json")
+    return next((name for name in names if (Path(source) / name).is_file()), "")
+
+
+def _blocks(source: str, family: Family, dtype: torch.dtype, with_image: bool) -> DiffusionPipeline:
+    from diffsparse_pipelines.loading import modular
+
+    workflow = family.workflows[with_image] if family.workflows else None
+    return modular(source, dtype, workflow)
+
+
+def _classical(source: str, family: Family, dtype: torch.dtype, with_image: bool) -> DiffusionPipeline:
+    import diffusers
+    import torch
+
+    from diffsparse_pipelines.loading import from_pretrained
+
+    parts: dict[str, ModelMixin] = {}
+    named = family.image_class if with_image else family.text_class
+    cls = getattr(diffusers, named or "DiffusionPipeline")
+    if variant(source):
+        from diffsparse_pipelines.tiny import TinyPipeline as cls  # noqa: N813 - Diffusers doesn't know it by name
+    options = {"revision": family.revision} if family.revision and not Path(source).is_dir() else {}
+    if family.float32_vae:
+        parts["vae"] = from_pretrained(diffusers.AutoencoderKLWan, source, torch.float32, subfolder="vae", **options)
+    return from_pretrained(cls, source, dtype, **parts, **options)
+
+
+def _adapt(pipe: DiffusionPipeline, family: Family) -> None:
+    """Put the LoRAs on that go with the model."""
+    for adapter in family.adapters:
+        second = {"load_into_transformer_2": True} if adapter.second else {}
+        pipe.load_lora_weights(adapter.hub, weight_name=adapter.file, **second)
+
+
 def _tile(pipe: DiffusionPipeline) -> None:
     enable = getattr(getattr(pipe, "vae", None), "enable_tiling", None)
     if enable is None:
@@ -337,11 +283,21 @@ def _tile(pipe: DiffusionPipeline) -> None:
 
 
 def _place(pipe: DiffusionPipeline, device: str, offload: str) -> None:
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    elif offload == "group":
-        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=True)
-    else:
+    if offload == "none":
         pipe.to(device)
+        return
+    ways: dict[str, tuple[str, dict[str, object]]] = {
+        "model": ("enable_model_cpu_offload", {"device": device}),
+        "sequential": ("enable_sequential_cpu_offload", {"device": device}),
+        "group": (
+            "enable_group_offload",
+            {"onload_device": device, "offload_type": "leaf_level", "use_stream": True},
+        ),
+    }
+    method, arguments = ways[offload]
+    if not hasattr(pipe, method):
+        raise ConfigError(
+            f"{type(pipe).__name__} has no offload {offload!r}: leave it at 'none', or give its blocks a "
+            "ComponentsManager in Python"
+        )
+    getattr(pipe, method)(**arguments)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from diffusers.utils import BaseOutput
     from rich.progress import Progress
 
+_LEVELS = ("sigmas", "timesteps")
+_MADE = ("frames", "videos", "images")  # what pipelines call what they make
 Tensors = dict[str, Tensor]
 AfterStep = Callable[["DiffusionPipeline", int, int, Tensors], Tensors]
 
@@ -38,19 +40,34 @@ class Generation(NamedTuple):
     cpu_seconds: float = math.nan
 
 
+def parameters(pipe: DiffusionPipeline) -> dict[str, object]:
+    """Arguments that a call of `pipe` takes, by name, with their defaults; None where there is none."""
+    if blocks := getattr(pipe, "blocks", None):
+        return {each.name: each.default for each in blocks.inputs if each.name}
+    found = inspect.signature(type(pipe).__call__).parameters
+    return {name: None if each.default is each.empty else each.default for name, each in found.items()}
+
+
 def call_arguments(
     pipe: DiffusionPipeline, defaults: Mapping[str, object], chosen: Mapping[str, object]
 ) -> dict[str, object]:
     """What to call `pipe` with: defaults that it knows, overruled by what was chosen.
 
+    An image goes to pipelines that take several, too. Steps that were chosen go without the defaults' own noise levels.
+
     Raises:
         ConfigError: something was chosen that this pipeline doesn't take.
     """
-    known = set(inspect.signature(type(pipe).__call__).parameters)
-    unknown = sorted(name for name in chosen if name not in known and name not in ("height", "width"))
+    known = set(parameters(pipe))
+    given = {**chosen}
+    if "image" in given and "image" not in known and "images" in known:
+        given["images"] = [given.pop("image")]
+    unknown = sorted(name for name in given if name not in known and name not in ("height", "width"))
     if unknown:
         raise ConfigError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave it out")
-    return {name: value for name, value in {**defaults, **chosen}.items() if name in known}
+    levels = _LEVELS if "num_inference_steps" in given else ()
+    kept = {name: value for name, value in defaults.items() if name not in levels}
+    return {name: value for name, value in {**kept, **given}.items() if name in known}
 
 
 def generation(
@@ -107,7 +124,7 @@ def _call(
     generator: torch.Generator | list[torch.Generator],
     after_step: AfterStep | None,
 ) -> BaseOutput:
-    watches = after_step and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+    watches = after_step and "callback_on_step_end" in parameters(pipe)
     watched = {"callback_on_step_end": after_step} if watches else {}
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -120,6 +137,8 @@ def _call(
 
 def _clips(out: BaseOutput) -> list[np.ndarray]:
     """Frames [F, H, W, C] of each sample; an image has one frame."""
-    if hasattr(out, "frames"):
-        return [np.asarray(frames, dtype=np.float32) for frames in out.frames]
-    return [np.asarray(image, dtype=np.float32)[None] for image in out.images]
+    name = next((name for name in _MADE if getattr(out, name, None) is not None), None)
+    if name is None:  # Cosmos 3 makes one
+        return [np.asarray(out.video, dtype=np.float32)]
+    made = [np.asarray(sample, dtype=np.float32) for sample in getattr(out, name)]
+    return [sample[None] for sample in made] if name == "images" else made

@@ -27,6 +27,20 @@ def from_pretrained(
         return cls.from_pretrained(source, torch_dtype=dtype, **options)
 
 
+def modular(source: str, dtype: torch.dtype, workflow: str | None = None) -> DiffusionPipeline:
+    """A pipeline that Diffusers has as blocks, its components loaded; of those blocks that a workflow takes."""
+    import diffusers
+
+    cut = {} if workflow is None else {"workflow": workflow}
+    pipe = diffusers.ModularPipeline.from_pretrained(source, **cut)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+        pipe.load_components(torch_dtype=dtype)
+    if absent := sorted({*pipe.null_component_names} & {*pipe.pretrained_component_names}):
+        raise OSError(f"its {', '.join(absent)} can't be read.")  # Diffusers only warns
+    return pipe
+
+
 @contextmanager
 def no_bars() -> Iterator[None]:
     """Within: loading shows no progress bars, for models that load in no time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,11 +15,14 @@ from diffsparse.schedule import Schedule
 from diffsparse.seam.added import prepare
 from diffsparse.seam.caches import Outlook, Passes, outlook
 from diffsparse.seam.geometry import Grid
-from diffsparse.seam.models import packed_grid, patch_of, spec_of
+from diffsparse.seam.models import patch_of, spec_of, understood_grid
 from diffsparse.seam.targets import attentions, models_of
 from diffsparse.site.report import Report
 from diffsparse.wrappers import class_of
 from diffsparse_pipelines import families, machine
+from diffsparse_pipelines.drawn import PACKED
+from diffsparse_pipelines.generation import parameters
+from diffsparse_pipelines.known import chunked
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -31,6 +33,7 @@ _SMALLER = "lower --height, --width or --frames"
 _PIXEL = 24  # bytes: three channels in float32, as the VAE gives them and as an array
 _ACTIVATIONS = 6  # as large as the hidden states, alive together in an attention: input, normed, q, k, v, output
 _SPACE = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor", "vae_scale_factor")
+_CHUNK = ("vae_frames_per_chunk", "vae_latents_per_chunk")
 _TIME = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 
 
@@ -50,28 +53,34 @@ class Compression(NamedTuple):
 
     time: along frames.
     space: along height and width.
+    chunk: as `Family.chunk`.
     """
 
     time: int
     space: int
+    chunk: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline) -> Compression | None:
         """As the pipeline's VAE has it; None if it doesn't say."""
         space = next((getattr(pipe, name) for name in _SPACE if getattr(pipe, name, None)), None)
         time = next((getattr(pipe, name) for name in _TIME if getattr(pipe, name, None)), 1)
-        return None if space is None else cls(time, space)
+        chunk = tuple(getattr(pipe, name, None) or 0 for name in _CHUNK)
+        return None if space is None else cls(time, space, (chunk[0], chunk[1]) if all(chunk) else None)
 
     def latent(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Latent cells of a video of so many frames and pixels; the first frame has a cell of its own."""
-        return (frames - 1) // self.time + 1, height // self.space, width // self.space
+        along = (frames - 1) // self.time + 1 if self.chunk is None else chunked(frames, *self.chunk)
+        return along, height // self.space, width // self.space
 
 
 def grid(model: ModelMixin, latent: tuple[int, int, int]) -> Grid:
     """The token grid that `model` makes of a latent of frames x height x width cells."""
     patch = patch_of(model)
-    space = 2 if spec_of(model).grid is packed_grid else patch.space  # pipelines of packed images pack 2 x 2 cells
-    frames, height, width = latent
+    reader, (frames, height, width) = spec_of(model).grid, latent
+    if reader is understood_grid:  # whose last cells are filled up
+        return Grid(frames, -(-height // 2), -(-width // 2))
+    space = 2 if reader in PACKED else patch.space
     return Grid(-(-frames // patch.time), height // space, width // space)
 
 
@@ -206,8 +215,7 @@ def _check_sides(model: ModelMixin, made: Grid) -> None:
 
 def argument(pipe: DiffusionPipeline, arguments: Mapping[str, object], name: str) -> int | None:
     """A whole number that `pipe` is called with: the one given, or else its own default; None if it has none."""
-    known = inspect.signature(type(pipe).__call__).parameters
-    value = arguments.get(name, known[name].default if name in known else None)
+    value = arguments.get(name, parameters(pipe).get(name))
     return value if isinstance(value, int) else None
 
 

@@ -93,7 +93,8 @@ def evaluate(
     --frames.
     """
     knobs = replace(knobs, strategy=strategy)
-    shares = [None] if sparsity is None else values.shares(sparsity, "--sparsity")
+    own = knobs.mild(model.name, sampling.arguments()).sparsity
+    shares = [own] if sparsity is None else values.shares(sparsity, "--sparsity")
     compared = knobs.stacks(shares)
     if layers is not None and not random_weights:
         raise ConfigError("--layers goes together with --random-weights: with its own weights a model runs whole")

@@ -14,7 +14,7 @@ from diffsparse.schedule import Schedule
 from diffsparse.strategies import STRATEGIES, Strategy, Tangent, name_of, parse
 from diffsparse_kernels import Block, edges
 from diffsparse_pipelines import families
-from diffsparse_pipelines.architectures import architecture
+from diffsparse_pipelines.architectures import architecture, heads_of
 from diffsparse_pipelines.families import Call as Arguments
 from diffsparse_pipelines.preflight import grid_tokens, layout
 
@@ -86,7 +86,7 @@ def foretell(
     seen, count = layout(model, latent, built.text), flops(model, grid_tokens(model, latent), built.text)
     if seen is None or count.head_dim is None:
         raise ConfigError(f"of {name!r} it is not known what its attention sees; name another model")
-    heads = model.config["num_attention_heads"]
+    heads = heads_of(model)
     call = Call(device, seen.tokens, heads, count.head_dim, edges(device.block), built.masked)
     found = []
     for strategy in strategies:

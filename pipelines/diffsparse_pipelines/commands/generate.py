@@ -87,8 +87,9 @@ def generate(
     from diffsparse_pipelines.preflight import check
 
     call, schedule, preset = sampling.arguments(), sparsity.schedule, guidance.preset()
-    put_on = _stack(sparsity) if speed is None else _speed(speed, sparsity)
     family = _check_files(model.name, call, out, image, compare, preset)
+    sparsity = sparsity.mild(model.name, call)
+    put_on = _stack(sparsity) if speed is None else _speed(speed, sparsity)
     if image is not None:
         from diffsparse_pipelines.media import read_image
 
@@ -146,6 +147,7 @@ def _check_files(
     if compare is not None and compare.suffix.lower() != ".png":
         raise ConfigError(f"--compare wants a .png file; got {compare.name!r}")
     _, family = families.resolve(model, image is not None)
+    families.check_inputs(model, image is not None)
     known = family.hub or families.variant(model)
     several = family.output == "video" and call.get("num_frames") != 1
     media.check_suffix(out, None if not known else 2 if several else 1)

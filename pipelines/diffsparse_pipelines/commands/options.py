@@ -8,8 +8,8 @@ command that wants other defaults, or not all of the options, subclasses: a fiel
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Self, cast
 
 import typer
 
@@ -61,7 +61,7 @@ Sparsity = Annotated[
     float | None,
     typer.Option(
         help="Share of attention to drop, in [0, 1).",
-        show_default="0.8",
+        show_default="0.8; of distilled models less",
         rich_help_panel=_SPARSE,
         callback=checks.number(below=1),
     ),
@@ -101,7 +101,7 @@ class ModelOptions:
         str,
         typer.Option(
             "--model",
-            help="A known name, a folder of a saved pipeline, or a hub id.",
+            help="A known name (diffsparse models), a folder of a saved pipeline, or a hub id.",
             rich_help_panel=_MODEL,
             callback=checks.text,
         ),
@@ -285,6 +285,22 @@ class SparsityOptions:
             "stride": values.cells(self.stride, "--stride", 1),
             "dilation": values.cells(self.dilation, "--dilation", 1),
         }
+
+    def mild(self, model: str, call: Call) -> Self:
+        """With the sparsity of a run of few steps, if it is one (`families.few_steps`) and none was given."""
+        from diffsparse_pipelines import families
+
+        steps = {**families.defaults(model), **call}.get("num_inference_steps")
+        few = families.few_steps(model, steps if isinstance(steps, int) else None)
+        if few is None or self.sparsity is not None or not self._takes_sparsity():
+            return self
+        return replace(self, sparsity=few.sparsity)
+
+    def _takes_sparsity(self) -> bool:
+        from diffsparse.strategies import STRATEGIES, knobs_of
+
+        known = (STRATEGIES.get(name.rpartition("/")[2].partition("+")[0]) for name in values.names(self.named))
+        return self.window is None and any(cls is not None and "sparsity" in knobs_of(cls) for cls in known)
 
     def strategies(self, sparsities: Sequence[float | None] = ()) -> list[Strategy]:
         """Each named strategy at each sparsity, with those of the knobs that it has; none twice.

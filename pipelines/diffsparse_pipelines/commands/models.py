@@ -1,0 +1,81 @@
+"""`diffsparse models`: the known names, with what is known of each."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from diffsparse.errors import UnknownNameError, closest
+from diffsparse_pipelines.commands import checks
+
+Row = dict[str, object]
+
+# key of a row -> heading
+_COLUMNS = {
+    "model": "model",
+    "makes": "makes",
+    "size": "size",
+    "steps": "steps",
+    "guidance": "guidance",
+    "sparsity": "sparsity",
+    "dense_first": "dense first",
+    "image": "image",
+    "checkpoint": "checkpoint",
+}
+
+
+def models(
+    model: Annotated[str | None, typer.Option(help="A known name.", show_default="all", callback=checks.text)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the known models: their checkpoints, sizes and steps, and what is sparse of a run by default.
+
+    Args:
+        model: one of them.
+        as_json: print JSON.
+
+    Raises:
+        UnknownNameError: no such model.
+    """
+    from diffsparse_pipelines.families import FAMILIES
+    from diffsparse_pipelines.progress import show_table
+
+    if model is not None and model not in FAMILIES:
+        raise UnknownNameError(f"no known model is called {model!r}; known: {closest(model, FAMILIES)}")
+    rows = [row(name) for name in FAMILIES if model in (None, name)]
+    if as_json:
+        print(json.dumps({"rows": rows}, indent=2))
+    else:
+        lines = [["-" if each[key] is None else str(each[key]) for key in _COLUMNS] for each in rows]
+        show_table(lines, "lllrrrrll", list(_COLUMNS.values()), wrap=True)
+
+
+def row(name: str) -> Row:
+    """What is known of a model; None where that is nothing.
+
+    Keys: those of `_COLUMNS`, "adapters", "architecture" (whether `--random-weights` knows it) and "by_hand".
+    """
+    from diffsparse.schedule import Schedule
+    from diffsparse_pipelines import families
+    from diffsparse_pipelines.architectures import ARCHITECTURES
+
+    family, call = families.FAMILIES[name], families.defaults(name)
+    steps = call.get("num_inference_steps")
+    few = families.few_steps(name, steps)
+    edges = [call.get("width"), call.get("height"), call.get("num_frames")]
+    return {
+        "model": name,
+        "makes": family.output,
+        "size": "x".join(str(edge) for edge in edges if edge) or None,
+        "steps": steps,
+        "guidance": call.get("guidance_scale", call.get("true_cfg_scale")),
+        "sparsity": few.sparsity if few else 0.8,
+        "dense_first": Schedule().bounds(steps)[0] if steps else None,
+        "image": "wanted" if family.wants_image else "taken" if family.image_hub else None,
+        "checkpoint": family.hub or "embedded",
+        "adapters": [f"{adapter.hub}/{adapter.file}" for adapter in family.adapters],
+        "architecture": name in ARCHITECTURES or not family.hub,
+        "by_hand": f"pipelines/{family.script}: wants {family.by_hand}" if family.by_hand else None,
+    }

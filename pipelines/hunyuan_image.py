@@ -1,0 +1,31 @@
+"""HunyuanImage 2.1, text to image: plain Diffusers, and the three lines that make it sparse."""
+
+import torch
+import typer
+from diffusers import HunyuanImagePipeline
+
+import diffsparse
+from diffsparse import AdaSpa
+
+
+def main(
+    prompt: str = "A snow leopard rests on a rock ledge.",
+    model: str = "hunyuanvideo-community/HunyuanImage-2.1-Diffusers",
+    sparsity: float = 0.8,
+    height: int = 2048,
+    width: int = 2048,
+    steps: int = 50,
+    out: str = "hunyuan_image.png",
+) -> None:
+    cuda = torch.cuda.is_available()
+    pipe = HunyuanImagePipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if cuda else torch.float32)
+    if cuda:
+        pipe.enable_model_cpu_offload()
+    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+        made = pipe(prompt=prompt, height=height, width=width, num_inference_steps=steps).images[0]
+    print(sparse.report())
+    made.save(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,31 @@
+"""PRX, text to image: plain Diffusers, and the three lines that make it sparse."""
+
+import torch
+import typer
+from diffusers import PRXPipeline
+
+import diffsparse
+from diffsparse import AdaSpa
+
+
+def main(
+    prompt: str = "A glass of water on a sunlit table.",
+    model: str = "Photoroom/prx-512-t2i-sft",
+    sparsity: float = 0.8,
+    height: int = 512,
+    width: int = 512,
+    steps: int = 28,
+    out: str = "prx.png",
+) -> None:
+    cuda = torch.cuda.is_available()
+    pipe = PRXPipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if cuda else torch.float32)
+    if cuda:
+        pipe.enable_model_cpu_offload()
+    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+        made = pipe(prompt=prompt, height=height, width=width, num_inference_steps=steps).images[0]
+    print(sparse.report())
+    made.save(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
