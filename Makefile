@@ -12,6 +12,7 @@ STACKS := digest,tangent$(subst $(EMPTY) ,,$(foreach cache,$(CACHES),$(COMMA)$(c
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # The kernels must compile with what torch 2.11 comes with, too: a second Triton, for the tests alone.
 SECOND_TRITON := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton-3.6
+LOWEST := $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/diffusers-0.40
 
 # Another Diffusers, ahead of the environment's own: DIFFUSERS=0.40.0, or the newest that pip offers.
 WALK := .walk/$(or $(DIFFUSERS),newest)
@@ -44,6 +45,7 @@ $(VENV)/.user: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.user
 	$(INSTALL) --editable ".[dev]"
 	$(SECOND_TRITON) "triton==3.6.0; sys_platform == 'linux'"
+	$(LOWEST) --no-deps diffusers==0.40.0 && $(LOWEST) httpx  # which it wants, and later ones don't
 	@touch $@
 
 demo: $(VENV)/.user
