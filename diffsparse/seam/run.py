@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
@@ -111,14 +112,19 @@ class Layer:
         if encoder_tokens is not None and keys != queries and (keys < queries or keys == encoder_tokens):
             return call.dense(self.user_backend())  # cross-attention
         layout, obstacle = self._layout(call)
-        if self.run.spec.partial and (obstacle or call.is_causal):
-            return call.dense(self.user_backend())  # among the keys alone
+        if self.run.spec.partial and (call.is_causal or (obstacle and self._is_beside(queries, keys))):
+            return call.dense(self.user_backend())
         if obstacle or queries == keys:
             return self.run.attend(self, call, layout, number, obstacle)
         whole = None if call.needs_grad else call.of_all(layout)
         if whole is None:
             return self.run.attend(self, call, layout, number, "queries of a part of the tokens have rows of a mask")
         return layout.gathered(self.run.attend(self, whole, layout))  # the only one of its kind in a processor call
+
+    def _is_beside(self, queries: int, keys: int) -> bool:
+        """Whether this may be attention among texts or references alone, whose keys the output's tokens get too."""
+        grid = self.run.grid
+        return queries != keys or (grid is not None and keys < math.prod(grid.size))
 
     def note_unseen(self) -> None:
         """`report_unseen` in eager mode, or when a compiled graph runs."""
