@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from fractions import Fraction
+from functools import lru_cache
 
 from diffsparse.errors import ConfigError
 from diffsparse.orders.layout import Layout
@@ -86,12 +87,14 @@ def rows_of_text(block: Block, layout: Layout) -> float:
     return _rows(layout, block)
 
 
+@lru_cache(maxsize=64)
 def _rows(layout: Layout, block: Block) -> float:
     """Share of the query blocks asked for that are computed whole."""
     q_block = edges(block)[0]
     return int(layout.exact_rows(q_block).sum()) / int(layout.asked_blocks(q_block).sum())
 
 
+@lru_cache(maxsize=64)
 def _columns(layout: Layout, block: Block) -> tuple[int, int]:
     """Key blocks, and those of them that are never dropped."""
     kv_block = edges(block)[1]

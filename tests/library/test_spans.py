@@ -20,6 +20,7 @@ from diffsparse.strategies.base import in_order
 from diffsparse.strategies.blocks import keep_count
 from support.exact import eager, softmax_attention, tolerance
 from support.sites import site
+from support.strategies import HEADS, NAMES, every
 
 KINDS = ("text", "audio", "condition", "reference")
 BLOCK = 8
@@ -77,7 +78,7 @@ def attended(strategy: Any, case: tuple[Layout, int, int], masked: bool) -> tupl
     """Output, the oracle's, the site after the call, and the tolerance."""
     layout, samples, seed = case
     seeded = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(samples, 2, layout.tokens, 16, generator=seeded) for _ in range(3))
+    q, k, v = (torch.randn(samples, HEADS, layout.tokens, 16, generator=seeded) for _ in range(3))
     q = q * layout.asks()[:, None]
     keys = torch.rand(samples, layout.tokens, generator=seeded) < 0.8 if masked else None
     if keys is not None:
@@ -100,6 +101,16 @@ def attended(strategy: Any, case: tuple[Layout, int, int], masked: bool) -> tupl
 @given(case=sequences(), masked=st.booleans())
 def test_nothing_dropped_is_dense(name: str, case: tuple[Layout, int, int], masked: bool) -> None:
     out, want, _, most = attended(WHOLE[name], case, masked)
+    asks = case[0].asks()
+    torch.testing.assert_close(out[:, :, asks].double(), want[:, :, asks], atol=most, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=6, deadline=None)
+@given(case=sequences(), masked=st.booleans())
+def test_nothing_dropped_is_dense_in_any_strategy(name: str, case: tuple[Layout, int, int], masked: bool) -> None:
+    """Plans, compensated and rounded ones, rivals."""
+    out, want, _, most = attended(every(case[0], 0.0)[name], case, masked)
     asks = case[0].asks()
     torch.testing.assert_close(out[:, :, asks].double(), want[:, :, asks], atol=most, rtol=0)
 
