@@ -44,18 +44,18 @@ class ModelSpec:
 
     text: the side of the sequence on which tokens stand that are not on the grid; "none" if self-attention has no such
         tokens.
-    ahead: what they are, where it is no text that stands before the grid.
     grid: reads the token grid from the arguments of `forward`.
     cond_first: in a batch for classifier-free guidance, the conditional half is the first.
     partial: the queries of an attention may be of a part of its keys' tokens: those on the grid, or all but references.
+    ahead: what they are, where it is no text that stands before the grid.
     skip: parts of the names of attention modules that stay as they are (text refiners, audio, attention along time).
     """
 
     text: Literal["none", "before", "after"] = "none"
-    ahead: Kind = "text"
     grid: GridReader = lambda patch, inputs: latent_grid(patch, inputs)
     cond_first: bool = False
     partial: bool = False
+    ahead: Kind = "text"
     skip: tuple[str, ...] = (
         "context_embedder",
         "context_refiner",
@@ -272,30 +272,30 @@ def _listed_sizes(shapes: object) -> tuple[int, ...]:
 _NONE = ModelSpec()
 _BEFORE = ModelSpec("before")
 _AFTER = ModelSpec("after")
-_BEFORE_PACKED = ModelSpec("before", grid=packed_grid)
+_BEFORE_PACKED = ModelSpec("before", packed_grid)
 
 SPECS: dict[str, ModelSpec] = {
     "AllegroTransformer3DModel": _NONE,
     "AnyFlowTransformer3DModel": ModelSpec(grid=frames_first_grid),
     "AuraFlowTransformer2DModel": _BEFORE,
-    "BriaFibo2Transformer2DModel": ModelSpec("before", grid=gist_grid),
+    "BriaFibo2Transformer2DModel": ModelSpec("before", gist_grid),
     "BriaFiboTransformer2DModel": _BEFORE_PACKED,
     "BriaTransformer2DModel": _BEFORE_PACKED,
     "ChromaTransformer2DModel": _BEFORE_PACKED,
     "ChronoEditTransformer3DModel": _NONE,
-    "CogVideoXTransformer3DModel": ModelSpec("before", grid=frames_first_grid),
+    "CogVideoXTransformer3DModel": ModelSpec("before", frames_first_grid),
     "CogView3PlusTransformer2DModel": _BEFORE,
     "CogView4Transformer2DModel": _BEFORE,
-    "ConsisIDTransformer3DModel": ModelSpec("before", grid=frames_first_grid),
-    "Cosmos3OmniTransformer": ModelSpec("before", grid=understood_grid, partial=True),
+    "ConsisIDTransformer3DModel": ModelSpec("before", frames_first_grid),
+    "Cosmos3OmniTransformer": ModelSpec("before", understood_grid, partial=True),
     "CosmosControlNetModel": _NONE,
     "CosmosTransformer3DModel": _NONE,
     "DiTTransformer2DModel": _NONE,
     "DreamLiteTransformer2DModel": _NONE,
     "EasyAnimateTransformer3DModel": _BEFORE,
     "ErnieImageTransformer2DModel": _AFTER,
-    "Flux2Transformer2DModel": ModelSpec("before", grid=packed_grid, partial=True),
-    "Flux3Transformer2DModel": ModelSpec("before", grid=modes_grid, skip=(*ModelSpec.skip, "txt_mode_blocks")),
+    "Flux2Transformer2DModel": ModelSpec("before", packed_grid, partial=True),
+    "Flux3Transformer2DModel": ModelSpec("before", modes_grid, skip=(*ModelSpec.skip, "txt_mode_blocks")),
     "FluxControlNetModel": _BEFORE_PACKED,
     "FluxTransformer2DModel": _BEFORE_PACKED,
     "GlmImageTransformer2DModel": _BEFORE,
@@ -305,10 +305,10 @@ SPECS: dict[str, ModelSpec] = {
     "HunyuanDiT2DModel": _NONE,
     "HunyuanImageTransformer2DModel": _AFTER,
     "HunyuanVideo15Transformer3DModel": _AFTER,
-    "HunyuanVideoFramepackTransformer3DModel": ModelSpec("after", grid=history_grid),
+    "HunyuanVideoFramepackTransformer3DModel": ModelSpec("after", history_grid),
     "HunyuanVideoTransformer3DModel": _AFTER,
-    "Ideogram4Transformer2DModel": ModelSpec("before", grid=tail_grid),
-    "JoyImageEditPlusTransformer3DModel": ModelSpec("after", grid=packed_grid),
+    "Ideogram4Transformer2DModel": ModelSpec("before", tail_grid),
+    "JoyImageEditPlusTransformer3DModel": ModelSpec("after", packed_grid),
     "JoyImageEditTransformer3DModel": _AFTER,
     "Kandinsky5Transformer3DModel": ModelSpec(grid=channels_last_grid),
     "Kandinsky6Transformer3DModel": ModelSpec(grid=placed_grid),
@@ -319,15 +319,15 @@ SPECS: dict[str, ModelSpec] = {
     "LTXVideoTransformer3DModel": _NONE,
     "Lumina2Transformer2DModel": _BEFORE,
     "LuminaNextDiT2DModel": _NONE,
-    "MiniMaxH3Transformer3DModel": ModelSpec("before", grid=parts_grid),
+    "MiniMaxH3Transformer3DModel": ModelSpec("before", parts_grid),
     "MochiTransformer3DModel": _AFTER,
     "MotifVideoTransformer3DModel": _AFTER,
-    "NucleusMoEImageTransformer2DModel": ModelSpec("after", grid=packed_grid, partial=True),
+    "NucleusMoEImageTransformer2DModel": ModelSpec("after", packed_grid, partial=True),
     "OmniGenTransformer2DModel": _BEFORE,
     "OvisImageTransformer2DModel": _BEFORE_PACKED,
     "PixArtTransformer2DModel": _NONE,
     "PRXTransformer2DModel": ModelSpec("before", partial=True),
-    "QwenImage21Transformer2DModel": ModelSpec("before", grid=target_grid, partial=True),
+    "QwenImage21Transformer2DModel": ModelSpec("before", target_grid, partial=True),
     "QwenImageControlNetModel": _BEFORE_PACKED,
     "QwenImageTransformer2DModel": _BEFORE_PACKED,
     "SD3ControlNetModel": _AFTER,
@@ -338,8 +338,8 @@ SPECS: dict[str, ModelSpec] = {
     "WanAnimateTransformer3DModel": _NONE,
     "WanTransformer3DModel": _NONE,
     "WanVACETransformer3DModel": _NONE,
-    "ZImageControlNetModel": ModelSpec("after", grid=list_grid, cond_first=True),
-    "ZImageTransformer2DModel": ModelSpec("after", grid=list_grid, cond_first=True),
+    "ZImageControlNetModel": ModelSpec("after", list_grid, cond_first=True),
+    "ZImageTransformer2DModel": ModelSpec("after", list_grid, cond_first=True),
 }
 
 # Classes whose attention modules look like any other, and have no softmax.
