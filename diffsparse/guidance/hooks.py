@@ -154,7 +154,8 @@ class Guide:
     def _before(self, model: torch.nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         if self.busy:
             return
-        latents = {**dict(zip(self._names, args, strict=False)), **kwargs}.get(self._names[0])
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        latents = inputs.get("hidden_states", inputs.get("x"))
         latents = latents if isinstance(latents, Tensor | list) else None
         batch = 1 if latents is None else len(latents)
         timesteps = getattr(getattr(self.run.clock.pipe, "scheduler", None), "timesteps", None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffsparse.wrappers import class_of, unwrapped
 from support import tiny_newer, tiny_outside
 from support.tiny_pieces import (
     HEADS,
@@ -841,7 +842,11 @@ def inputs(name: str, shape: Shape = Shape(), seed: int = 0) -> Inputs:  # noqa:
 @torch.no_grad()
 def tensors(model: torch.nn.Module, kwargs: Inputs) -> list[Tensor]:
     """All output tensors of one forward pass."""
-    plain = {"return_dict": False} if "return_dict" in inspect.signature(type(model).forward).parameters else {}
+    plain = (
+        {"return_dict": False}
+        if "return_dict" in inspect.signature(class_of(unwrapped(model)).forward).parameters
+        else {}
+    )
     return list(_flat(model(**kwargs, **plain)))
 
 
