@@ -36,6 +36,7 @@ _ALL = (  # of every kernel that can do them
         {"q_block": 64, "kv_block": 64},
         {"masked": True},
         {"masked": True, "kv_block": 64},
+        {"masked": True, "biased": True},
         {"axes": 3},
         {"axes": 3, "masked": True},
         {"copyable": False},
@@ -50,6 +51,7 @@ _ALL = (  # of every kernel that can do them
         {"summary": "first-order", "dtype": torch.float32},
         {"kind": "summaries"},
         {"kind": "summaries", "masked": True, "head_dim": 72, "value_dim": 72},
+        {"kind": "summaries", "masked": True, "biased": True},
         {"kind": "errors"},
         {"kind": "errors", "masked": True, "q_block": 64, "kv_block": 64, "head_dim": 72, "value_dim": 72},
         {"kind": "errors", "q_block": 16, "dtype": torch.float32},
@@ -120,7 +122,7 @@ def does(kernel: str, case: Case, device: torch.device) -> bool:
     if case.kind in ("mass", *AROUND):
         return case.kind == "mass" and triton.measure_tile(chip(device), case.kv_block, 2, True).copy == kind
     flags = triton.flags_of(True, True, case.masked, None, case.kind == "fused")
-    flags |= {"AXES": case.axes, "SUMMARISED": case.summary is not None}
+    flags |= {"BIASED": case.biased, "AXES": case.axes, "SUMMARISED": case.summary is not None}
     return triton.attend_tile(case, device, flags, cast(Copy, kind)).copy == kind
 
 
