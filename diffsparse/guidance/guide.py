@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from diffsparse.errors import UnsupportedModelError
 from diffsparse.guidance.hooks import Guide
 from diffsparse.guidance.preset import Preset
+from diffsparse.seam.models import UNGUIDED
 from diffsparse.seam.patch import attach, detach, guidance_of
 from diffsparse.seam.targets import entrances_of, models_of
+from diffsparse.wrappers import class_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -70,6 +73,8 @@ def guide(
     preset = Preset.read(heads, **knobs, rescale=rescale, kind=kind, branch=branch, text=text)
     pipe = None if isinstance(target, torch.nn.Module) else target
     models = models_of(target)
+    for name in {class_of(model).__name__ for model in models.values()} & UNGUIDED.keys():
+        raise UnsupportedModelError(f"the heads of {name} can't be guided: {UNGUIDED[name]}")
     chosen, entrances = preset.of(models), entrances_of(target)
     guides = []
     for name, model in models.items():

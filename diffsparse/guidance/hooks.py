@@ -298,7 +298,12 @@ class Guide:
 def _shifted(out: Output, delta: Tensor) -> Output:
     prediction = prediction_of(out)
     repeats = prediction.shape[0] // delta.shape[0]
-    return with_prediction(out, prediction + delta.repeat(repeats, *(1 for _ in delta.shape[1:])))
+    delta = delta.repeat(repeats, *(1 for _ in delta.shape[1:]))
+    if prediction.ndim == 3 and prediction.shape[1] != delta.shape[1]:  # after prompts of other lengths: Qwen-Image 2.1
+        common = min(prediction.shape[1], delta.shape[1])
+        ahead, last = prediction.split([prediction.shape[1] - common, common], 1)
+        return with_prediction(out, torch.cat([ahead, last + delta[:, -common:]], 1))
+    return with_prediction(out, prediction + delta)
 
 
 def _warn_of_order(branch: str) -> None:

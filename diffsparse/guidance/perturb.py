@@ -73,6 +73,9 @@ def _self(call: Call, rows: slice, layout: Layout) -> Tensor:
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * (call.scale or q.shape[-1] ** -0.5)
     if call.attn_mask is not None:
         mask = call.attn_mask[..., rows, :] if call.attn_mask.shape[-2] > 1 else call.attn_mask
+        if not _is_bool(mask):  # what is added to its own key
+            own = mask[..., rows].diagonal(dim1=-2, dim2=-1) if mask.shape[-2] > 1 else mask[..., 0, rows]
+            scores[..., 0] += own
         mask = mask[..., texts]
         bias = mask.new_zeros(mask.shape, dtype=scores.dtype).masked_fill(~mask, -torch.inf) if _is_bool(mask) else mask
         scores[..., 1:] += bias
@@ -91,7 +94,10 @@ def _uniform(call: Call, rows: slice, layout: Layout) -> Tensor:
 
 def _query_mean(call: Call, rows: slice, layout: Layout) -> Tensor:
     """All rows are that of the mean query: SEG with an infinite blur (SoftSEG)."""
-    return _one_row(call, call.query[:, :, rows].mean(2, keepdim=True), rows)
+    queries = call.query[:, :, rows]
+    if layout.asked:  # of the rows that there are
+        queries = queries[:, :, layout.asks()[rows].to(queries.device)]
+    return _one_row(call, queries.mean(2, keepdim=True), rows)
 
 
 def _one_row(call: Call, query: Tensor, rows: slice) -> Tensor:

@@ -105,7 +105,9 @@ def attempt(strategy: Strategy, pair: Pair, dense: Tensor, dtype: torch.dtype) -
         in_order(strategy, strategy.observe, _tensors(pair.first, dense.device, dtype), site)
     site = _site(pair.second, memory, dense.device)
     out = in_order(strategy, strategy.attend, _tensors(pair.second, dense.device, dtype), site)
-    record, residual = site.record, (dense - out.float())[0]
+    layout, record = pair.second.place.layout, site.record
+    dense, out = layout.gathered(dense), layout.gathered(out)
+    residual = (dense - out.float())[0]
     error = residual.double().square().sum() / dense.double().square().sum()
     fallback = record.reason if record.kind == "dense" and not record.planned else ""
     return Attempt(float(error), record.work, fallback, spectrum(residual))

@@ -73,7 +73,7 @@ def untraced(method: Callable[P, R]) -> Callable[P, R]:
 def begin(handle: Tensor, geometry: Geometry) -> Tensor:
     """`Receiver.begin` when the graph runs; gives `begun`."""
     facts = (geometry.sizes, geometry.tokens, geometry.places, geometry.coordinates, geometry.history)
-    more = geometry.text_after, geometry.axes, geometry.channels, geometry.parts, geometry.last
+    more = geometry.text_before, geometry.text_after, geometry.axes, geometry.channels, geometry.parts, geometry.last
     begun: Tensor = torch.ops.diffsparse.begin(handle, *facts, *more)
     return begun
 
@@ -111,6 +111,7 @@ def _begin(
     places: list[Tensor],
     coordinates: bool,
     history: int,
+    text_before: int,
     text_after: int,
     axes: list[int],
     channels: list[int],
@@ -118,7 +119,7 @@ def _begin(
     last: bool,
 ) -> Tensor:
     _RECEIVERS[int(handle)].begin(
-        Geometry(sizes, tokens, places, coordinates, history, text_after, axes, channels, parts, last)
+        Geometry(sizes, tokens, places, coordinates, history, text_before, text_after, axes, channels, parts, last)
     )
     return _zero()
 

@@ -7,6 +7,7 @@ pass runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -54,6 +55,11 @@ class Grid(NamedTuple):
         return self.frames, self.height, self.width
 
     @property
+    def tokens(self) -> int:
+        """Of the output and of all that the arguments tell beside it."""
+        return math.prod(self.size) + sum(run.tokens for run in (*self.before, *self.after))
+
+    @property
     def note(self) -> str:
         """What the report says about the grid; empty for most."""
         if not self.known:
@@ -79,6 +85,7 @@ class Geometry:
         Three tensors of one axis are of a grid of them: frames, rows, columns.
     coordinates: `places` are a video's coordinates instead, [B, 3, N] or [B, 3, N, 2].
     history: tokens of earlier frames before the grid.
+    text_before: text tokens before all else, where the arguments tell how many.
     text_after: text tokens after the grid, in models whose text stands on both sides.
     axes: lengths of the latents' axes after the batch's.
     channels: how many channels the latents may have. The grid is read only if the first of `axes`, and no other, has
@@ -92,6 +99,7 @@ class Geometry:
     places: Sequence[Tensor] = ()
     coordinates: bool = False
     history: int = 0
+    text_before: int = 0
     text_after: int = 0
     axes: Sequence[int] = ()
     channels: Sequence[int] = ()
@@ -123,10 +131,11 @@ class Geometry:
 
     def _with_more(self, grid: Grid) -> Grid:
         """With the history that stands before all else, and the text that stands after it."""
-        before, after = Beside(self.history), Beside(self.text_after, "text")
+        before = (Beside(self.text_before, "text"), Beside(self.history))
+        after = (Beside(self.text_after, "text"),)
         return grid._replace(
-            before=(*((before,) if self.history else ()), *grid.before),
-            after=(*grid.after, *((after,) if self.text_after else ())),
+            before=(*(run for run in before if run.tokens), *grid.before),
+            after=(*grid.after, *(run for run in after if run.tokens)),
         )
 
     def _rasters(self, tokens: int) -> list[_Raster]:

@@ -85,6 +85,8 @@ class ModelSpec:
 
     def _layout(self, grid: Grid, tokens: int) -> Layout | None:
         cells = math.prod(grid.size)
+        if self.partial and self.text == "none" and tokens != grid.tokens:  # of a prefix, however long it is
+            return None
         if tokens == cells:
             return Layout(*grid.size)
         if tokens == grid.height * grid.width and self.text == "none":  # within each frame: frames are in the batch
@@ -220,8 +222,14 @@ def tail_grid(patch: Patch, inputs: Inputs) -> Geometry:
 
 
 def target_grid(patch: Patch, inputs: Inputs) -> Geometry:
-    """Packed images of which the last of `img_shapes` is the model's; those before it stand among the text."""
-    return Geometry(_listed_sizes(inputs.get("img_shapes"))[-3:])
+    """Packed images of which the last of `img_shapes` is the model's; those before it stand among the text.
+
+    `img_mask` has one place for each word, and one for four tokens of an image: Qwen-Image 2.1.
+    """
+    sizes, packed = _listed_sizes(inputs.get("img_shapes"))[-3:], inputs["hidden_states"].shape[1]
+    if len(sizes) != 3 or inputs.get("img_mask") is None:
+        return Geometry()
+    return Geometry(sizes, text_before=inputs["img_mask"].shape[1] - packed // 4 + packed - math.prod(sizes))
 
 
 def modes_grid(patch: Patch, inputs: Inputs) -> Geometry:
@@ -327,7 +335,7 @@ SPECS: dict[str, ModelSpec] = {
     "OvisImageTransformer2DModel": _BEFORE_PACKED,
     "PixArtTransformer2DModel": _NONE,
     "PRXTransformer2DModel": ModelSpec("before", partial=True),
-    "QwenImage21Transformer2DModel": ModelSpec("before", target_grid, partial=True),
+    "QwenImage21Transformer2DModel": ModelSpec("none", target_grid, partial=True),
     "QwenImageControlNetModel": _BEFORE_PACKED,
     "QwenImageTransformer2DModel": _BEFORE_PACKED,
     "SD3ControlNetModel": _AFTER,
@@ -340,6 +348,11 @@ SPECS: dict[str, ModelSpec] = {
     "WanVACETransformer3DModel": _NONE,
     "ZImageControlNetModel": ModelSpec("after", list_grid, cond_first=True),
     "ZImageTransformer2DModel": ModelSpec("after", list_grid, cond_first=True),
+}
+
+# Classes whose heads can't be perturbed, and why.
+UNGUIDED = {
+    "WanAnimate2Transformer3DModel": "the passes that make its video compute attention in FlexAttention alone",
 }
 
 # Classes whose attention modules look like any other, and have no softmax.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
@@ -124,7 +123,7 @@ class Layer:
     def _is_beside(self, queries: int, keys: int) -> bool:
         """Whether this may be attention among texts or references alone, whose keys the output's tokens get too."""
         grid = self.run.grid
-        return queries != keys or (grid is not None and keys < math.prod(grid.size))
+        return queries != keys or (grid is not None and keys < grid.tokens)
 
     def note_unseen(self) -> None:
         """`report_unseen` in eager mode, or when a compiled graph runs."""
