@@ -17,7 +17,7 @@ from diffsparse.strategies.blocks import keep_count
 from diffsparse_kernels.masks import each_head
 from support.exact import eager, softmax_attention, tolerance
 from support.tiny_newer import CASES as NEWER
-from support.tiny_newer import MODES, h3_inputs
+from support.tiny_newer import MODES, h3_inputs, qwen21_inputs
 from support.tiny_transformers import OTHER, Inputs, build, case_of, inputs, made, tensors
 
 ALWAYS, BLOCK = Schedule(dense_first=0), 8
@@ -183,3 +183,20 @@ def test_text_and_audio_of_h3_are_exact(method: str, frames: int, kind: str) -> 
     assert [span.kind for span in layout.spans] == [kind, "audio"]
     if method == "AdaSpa":
         assert float(record.density) == pytest.approx(row_share(layout, 0.6), rel=1e-5)
+
+
+@pytest.mark.parametrize("text", [9, 60])
+@pytest.mark.parametrize("conditions", [0, 1, 2])
+def test_only_the_target_of_qwen_is_over_the_grid(text: int, conditions: int) -> None:
+    """Neither words nor conditions among themselves, be they as many as the image's tokens or more."""
+    name = "QwenImage21Transformer2DModel"
+    shape = OTHER._replace(text=text)
+    torch.manual_seed(0)
+    model, kwargs = build(name), qwen21_inputs(shape, conditions)
+    strategy = Watched(AdaSpa(0.5, block=BLOCK))
+    with diffsparse.apply(model, strategy, schedule=ALWAYS, strict=True) as handle:
+        tensors(model, kwargs)
+        assert len(handle.report().calls) == len(strategy.calls) == 2, "one for each block"
+    for layout, _ in strategy.calls:
+        assert layout.queries == layout.video
+        assert layout.asked == ((layout.text_before, layout.tokens),)

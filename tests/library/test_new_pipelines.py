@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import diffsparse
-from diffsparse import Dense, Random, Report, Schedule, Site
+from diffsparse import Dense, Random, Report, Schedule, Site, UnsupportedModelError
 from support.new_pipelines import BUILDERS, STEPS, run
 from support.spy import Spy
 
@@ -208,3 +208,20 @@ def test_modular_pipelines_come_in_by_all_doors(name: str) -> None:
         assert not torch.equal(run(pipe, call), want)
         assert guided.report().passes == STEPS
     assert torch.equal(run(pipe, call), want)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_guidance_acts_or_refuses(name: str) -> None:
+    pipe, call = BUILDERS[name]()
+    want = run(pipe, call)
+    try:
+        handle = diffsparse.guide(pipe, "0.1", head_scale=2.0)
+    except UnsupportedModelError:
+        assert name == "wan_animate2", "FlexAttention alone"
+        return
+    with handle:
+        out = run(pipe, call)
+        assert handle.report().perturbed > 0
+    assert out.isfinite().all()
+    assert not torch.equal(out, want)
+    assert torch.equal(run(pipe, call), want), "after removal"

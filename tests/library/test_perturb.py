@@ -165,3 +165,27 @@ def test_the_ends_are_exact() -> None:
     ends = [perturbed(dense, call, (0, 1, 2), layout, kind="identity", strength=s) for s in (0.0, 1.0)]
     assert torch.equal(ends[0], dense)
     assert torch.equal(ends[1], call.value)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_token_and_the_text_under_an_added_mask(by_row: bool) -> None:
+    """Kind "self" by the formula: softmax over the token's own key and those of the text, each with what is added."""
+    layout, heads, dim = Layout(1, 2, 3, 3, 1), 2, 8
+    n, seeded = layout.tokens, torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, heads, n, dim, generator=seeded)
+    mask = torch.randn(1, 1, n if by_row else 1, n, generator=seeded)
+    out = perturbed(torch.zeros_like(v), Call(q, k, v, mask), (0, 1), layout, kind="self", strength=1.0)
+    scores = q.double() @ k.double().mT * dim**-0.5 + mask
+    seen = torch.eye(n, dtype=torch.bool)
+    seen[:, :3] = seen[:, -1:] = True
+    want = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.double()
+    torch.testing.assert_close(out[:, :, layout.span].double(), want[:, :, layout.span], atol=1e-5, rtol=1e-5)
+
+
+def test_the_mean_query_is_of_the_queries_that_there_are() -> None:
+    layout = Layout(1, 2, 3, 3, 0, asked=((3, 9),))
+    q, k, v = torch.randn(3, 1, 1, 9, 8, generator=torch.Generator().manual_seed(0))
+    q = q * layout.asks()[:, None]
+    out = perturbed(torch.zeros_like(v), Call(q, k, v), (0,), layout, kind="query-mean", strength=1.0, text=True)
+    mean = q[:, :, 3:].mean(2, keepdim=True)
+    torch.testing.assert_close(out, (mean @ k.mT * 8**-0.5).softmax(-1) @ v.expand(1, 1, 9, 8) + torch.zeros_like(out))
