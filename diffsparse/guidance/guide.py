@@ -72,9 +72,7 @@ def guide(
     knobs = {"head_strength": head_strength, "head_scale": head_scale, "start": start, "stop": stop}
     preset = Preset.read(heads, **knobs, rescale=rescale, kind=kind, branch=branch, text=text)
     pipe = None if isinstance(target, torch.nn.Module) else target
-    models = models_of(target)
-    for name in {class_of(model).__name__ for model in models.values()} & UNGUIDED.keys():
-        raise UnsupportedModelError(f"the heads of {name} can't be guided: {UNGUIDED[name]}")
+    models = _guidable(target)
     chosen, entrances = preset.of(models), entrances_of(target)
     guides = []
     for name, model in models.items():
@@ -84,6 +82,14 @@ def guide(
         guides.append(Guide(preset, model, chosen[name], reuse, entrances[name]))
         attach(name, model, guides[-1], pipe)
     return GuideHandle(preset, models, guides)
+
+
+def _guidable(target: DiffusionPipeline | torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The transformers of `target` by name, if their heads can be perturbed."""
+    models = models_of(target)
+    for name in {class_of(model).__name__ for model in models.values()} & UNGUIDED.keys():
+        raise UnsupportedModelError(f"the heads of {name} can't be guided: {UNGUIDED[name]}")
+    return models
 
 
 @dataclass(frozen=True)
