@@ -1,4 +1,7 @@
-"""Transformers inside other modules: torch.compile's, PEFT's, DDP's and FSDP's wrappers are looked through."""
+"""Transformers inside other modules, and what modules call their parts.
+
+torch.compile's, PEFT's, DDP's and FSDP's wrappers are looked through.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,13 @@ from torch.nn import Module
 
 _CHILDREN = ("_orig_mod", "module", "_fsdp_wrapped_module", "base_model", "model")  # what wrappers call their one
 _STEPS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # within a model: of wrapped blocks
+HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads")  # how attention modules call the number of theirs
+
+
+def heads_of(attention: Module | None) -> int | None:
+    """How many heads an attention module's queries have; None if it doesn't say."""
+    counts = (getattr(attention, name, None) for name in HEADS)
+    return next((count for count in counts if type(count) is int), None)
 
 
 def unwrapped(module: Module) -> Module:

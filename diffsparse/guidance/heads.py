@@ -12,7 +12,7 @@ import torch
 from diffsparse.errors import ConfigError, UnknownNameError, UnsupportedModelError, closest
 from diffsparse.seam.models import spec_of
 from diffsparse.seam.targets import attentions
-from diffsparse.wrappers import class_of
+from diffsparse.wrappers import HEADS, class_of, heads_of
 
 Heads = dict[str, tuple[int, ...]]  # attention module -> its heads, ascending; modules in the model's order
 
@@ -21,7 +21,6 @@ _SHORT = re.compile(rf"(?:(?P<stack>[A-Za-z_]\w*)\.)?(?P<block>{_SPAN})\.(?P<hea
 _LONG = re.compile(rf"(?P<module>[^:]+):(?P<head>{_SPAN})")
 _PATH = re.compile(r"(?P<stack>.+?)\.(?P<block>\d+)\..+")
 _MAIN = ("transformer_blocks", "blocks", "layers")  # the stack that a block number alone means
-_COUNTS = ("heads", "num_heads", "n_heads", "num_attention_heads")
 
 _FORMS = (
     'wanted "5.3" (block 5, head 3), "12.0-7", "7-10.*", "single.4.*" (a stack of blocks by the start of its name) or '
@@ -116,11 +115,10 @@ def _firsts(places: Iterable[Place]) -> Iterator[Place]:
 
 
 def _heads(module: torch.nn.Module) -> int:
-    for name in _COUNTS:
-        count = getattr(module, name, None)
-        if isinstance(count, int):
-            return count
-    raise UnsupportedModelError(f"{type(module).__name__} doesn't say how many heads it has ({', '.join(_COUNTS)})")
+    count = heads_of(module)
+    if count is None:
+        raise UnsupportedModelError(f"{type(module).__name__} doesn't say how many heads it has ({', '.join(HEADS)})")
+    return count
 
 
 def _main(places: list[Place]) -> str:

@@ -18,6 +18,7 @@ from diffsparse.seam.targets import attentions
 from diffsparse.site.report import Report
 from diffsparse.strategies.base import Attending, Strategy, as_strategy
 from diffsparse.strategies.work import Outline
+from diffsparse.wrappers import heads_of
 
 if TYPE_CHECKING:
     from diffusers.models.attention import AttentionModuleMixin as Attention
@@ -96,7 +97,8 @@ def flops(model: nn.Module, video: int, text: int) -> Flops:
             crossed += products * video * text * (2 if image else 1)
         else:
             attention.append(products * (video + (0 if _crosses(name) else joint)) ** 2)
-    head_dim = next((_width(module) // _heads(module) for _, module in attentions(model)), None)
+    counted = ((module, heads_of(module)) for _, module in attentions(model))
+    head_dim = next((_width(module) // heads for module, heads in counted if heads), None)
     return Flops(tuple(attention), crossed + sum(_linear(model, video, text, joint)), head_dim)
 
 
@@ -137,17 +139,12 @@ def _crosses(name: str) -> bool:
 
 def _width(module: Attention) -> int:
     """Heads times head size of the queries."""
-    width = getattr(module, "inner_dim", None)
-    size = getattr(module, "head_dim", None)
-    if width is None and size is None:
+    width, size, heads = getattr(module, "inner_dim", None), getattr(module, "head_dim", None), heads_of(module)
+    if width:
+        return int(width)
+    if size is None or heads is None:
         return int((getattr(module, "to_query", None) or module.to_q).out_features)
-    return int(width) if width else _heads(module) * int(size or 0)
-
-
-def _heads(module: Attention) -> int:
-    """Of the queries."""
-    counts = (getattr(module, name, None) for name in ("heads", "num_heads", "num_attention_heads"))
-    return int(next(count for count in counts if count is not None))
+    return heads * int(size)
 
 
 @dataclass(frozen=True)

@@ -126,17 +126,21 @@ class Layout:
     @property
     def queries(self) -> int:
         """How many tokens ask: all but those of whom only keys are there."""
-        return sum(last - first for first, last in self.asked) if self.asked else self.tokens
+        return sum(last - first for first, last in self._asked)
+
+    @property
+    def _asked(self) -> tuple[tuple[int, int], ...]:
+        return self.asked or ((0, self.tokens),)
 
     def gathered(self, x: torch.Tensor) -> torch.Tensor:
         """Of x [B, H, N, D] the rows that are asked for; no copy where they are one run."""
-        parts = [x[:, :, first:last] for first, last in self.asked] or [x]
+        parts = [x[:, :, first:last] for first, last in self._asked]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def scattered(self, x: torch.Tensor) -> torch.Tensor:
         """Rows that are asked for, [B, H, queries, D], among zeros: [B, H, N, D]."""
         out, done = x.new_zeros(*x.shape[:2], self.tokens, x.shape[3]), 0
-        for first, last in self.asked or ((0, self.tokens),):
+        for first, last in self._asked:
             out[:, :, first:last] = x[:, :, done : done + last - first]
             done += last - first
         return out
@@ -195,11 +199,11 @@ class Layout:
 
     def asked_blocks(self, block: int) -> torch.Tensor:
         """bool [blocks]: those with a token that asks."""
-        return _holding(self, block, self.asked or ((0, self.tokens),))
+        return _holding(self, block, self._asked)
 
     def asks(self) -> torch.Tensor:
         """bool [N]: the tokens whose queries are asked for."""
-        return _holding(self, 1, self.asked or ((0, self.tokens),))
+        return self.asked_blocks(1)
 
     def sink(self, block: Block, device: torch.device | str = "cpu") -> torch.Tensor | None:
         """bool [nQ, nK]: what is never dropped, rows and columns; None if there is none."""

@@ -116,7 +116,7 @@ class Geometry:
         sizes = list(zip(*(self.sizes[axis::3] for axis in range(3)), strict=True))
         if self.tokens is None:
             return self._with_more(Grid(*sizes[0])) if sizes else None
-        if sum(f * h * w for f, h, w in sizes) == self.tokens:
+        if cells_of(self.sizes) == self.tokens:
             rasters = _joined([(0, f, h, w, 0.0, 0.0, place) for place, (f, h, w) in enumerate(sizes)])
         else:
             rasters = self._rasters(self.tokens) if self.places else []
@@ -152,6 +152,11 @@ class Geometry:
             return found
 
         return _once(self.places, read, tokens)
+
+
+def cells_of(sizes: Sequence[int]) -> int:
+    """Tokens of grids whose frames, heights and widths follow each other, flat."""
+    return sum(f * h * w for f, h, w in zip(*(sizes[axis::3] for axis in range(3)), strict=True))
 
 
 def _covering(rasters: list[_Raster], tokens: int) -> tuple[Beside, ...]:

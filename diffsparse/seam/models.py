@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from diffsparse.orders.layout import Kind, Layout, Span
-from diffsparse.seam.geometry import Beside, Geometry, Grid
+from diffsparse.seam.geometry import Beside, Geometry, Grid, cells_of
 
 Inputs = Mapping[str, Any]  # the arguments of a model's `forward`, by name
 
@@ -200,7 +200,7 @@ def packed_grid(patch: Patch, inputs: Inputs) -> Geometry:
 def understood_grid(patch: Patch, inputs: Inputs) -> Geometry:
     """Videos in patches of known sizes, with text before them and sound or actions after: Cosmos 3."""
     sizes = tuple(edge for size in inputs["vision_token_shapes"] for edge in size)
-    cells = sum(f * h * w for f, h, w in zip(*(sizes[axis::3] for axis in range(3)), strict=True))
+    cells = cells_of(sizes)
     return Geometry(sizes, cells, text_after=inputs["sequence_length"] - inputs["und_len"] - cells)
 
 
@@ -213,7 +213,7 @@ def gist_grid(patch: Patch, inputs: Inputs) -> Geometry:
         return Geometry()
     images = (inputs["hidden_states"], *(inputs.get("context_latents") or ()))
     sizes = tuple(edge for x in images for edge in (1, x.shape[2] // patch.space, x.shape[3] // patch.space))
-    return Geometry(sizes, sum(h * w for h, w in zip(sizes[1::3], sizes[2::3], strict=True)))
+    return Geometry(sizes, cells_of(sizes))
 
 
 def tail_grid(patch: Patch, inputs: Inputs) -> Geometry:

@@ -18,7 +18,7 @@ from diffsparse.plans.hub import Shared
 from diffsparse.plans.plan import REMEDY, Plan
 from diffsparse.plans.sealed import Values
 from diffsparse.strategies.base import Models, Strategy
-from diffsparse.wrappers import plain_path
+from diffsparse.wrappers import heads_of, plain_path
 
 FILE = "plan.safetensors"
 Check = Callable[[str, Any], None]  # takes a setting's name and value; raises ConfigError
@@ -163,7 +163,7 @@ class Planned(Strategy, Shared):
         parts = self._parts(self.plan.settings, self.plan.layout)
         for name, tensor in self.plan.tensors.items():
             layer, _, what = name.rpartition(".")
-            have, want = parts[what].heads(tensor), _heads_of(modules.get(layer))
+            have, want = parts[what].heads(tensor), heads_of(modules.get(layer))
             if want is not None and have != want:
                 raise PlanError(f"the plan has {have} heads in {layer!r}, where the model has {want}; {REMEDY}")
 
@@ -193,8 +193,3 @@ class Planned(Strategy, Shared):
 def group_of(step: int, steps: int | None, groups: int) -> int:
     """The group, out of `groups` equal parts of the run, that a step belongs to; the first if `steps` is unknown."""
     return min(step * groups // steps, groups - 1) if steps else 0
-
-
-def _heads_of(attention: torch.nn.Module | None) -> int | None:
-    counts = (getattr(attention, name, None) for name in ("heads", "num_heads", "n_heads", "num_attention_heads"))
-    return next((count for count in counts if type(count) is int), None)

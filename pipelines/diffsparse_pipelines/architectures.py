@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from diffsparse import wrappers
 from diffsparse.errors import UnknownNameError, closest
 from diffsparse.seam.targets import attentions
 from diffsparse_pipelines.drawn import Inputs
@@ -307,10 +308,8 @@ def architecture(name: str) -> Architecture:
 
 
 def heads_of(model: ModelMixin) -> int:
-    """Heads of the queries of a transformer's first attention module."""
-    _, module = next(attentions(model))
-    found = (getattr(module, name, None) for name in ("heads", "num_heads", "num_attention_heads"))
-    return int(next(filter(None, found)))
+    """Heads of the queries of a transformer's first attention module that says how many."""
+    return next(count for _, module in attentions(model) if (count := wrappers.heads_of(module)))
 
 
 class MinimalPipeline:

@@ -13,9 +13,9 @@ import diffsparse
 from diffsparse import GNA, AdaSpa, DiffsparseError, Digest, Layout, Schedule, Strategy
 from diffsparse.site.record import CallRecord
 from diffsparse.strategies.base import Wrapper
-from diffsparse.strategies.blocks import keep_count
 from diffsparse_kernels.masks import each_head
 from support.exact import eager, softmax_attention, tolerance
+from support.sites import row_share
 from support.tiny_newer import CASES as NEWER
 from support.tiny_newer import MODES, h3_inputs, qwen21_inputs
 from support.tiny_transformers import OTHER, Inputs, build, case_of, inputs, made, tensors
@@ -88,25 +88,18 @@ class Watched(Wrapper):
         return self.strategy.attend(q, k, v, site)
 
 
-def row_share(layout: Layout, sparsity: float) -> float:
-    """Share of dense attention: what may not be dropped, and of the rest what isn't, block by block."""
-    columns, sinks = layout.blocks(BLOCK), int(layout.exact_keys(BLOCK).sum())
-    kept = min(sinks + keep_count(sparsity, columns - sinks), columns)
-    rows = zip(layout.exact_rows(BLOCK).tolist(), layout.asked_blocks(BLOCK).tolist(), strict=True)
-    listed = sum(columns if whole else kept for whole, asked in rows if asked)
-    return listed * BLOCK**2 / (layout.queries * layout.tokens) / (columns * BLOCK / layout.tokens) ** 2
+STRATEGIES: dict[str, Strategy] = {
+    "AdaSpa": AdaSpa(0.6, block=BLOCK, head_adaptive=False),
+    "Digest": Digest(0.4, block=BLOCK),
+    "GNA": GNA(sparsity=0.5, block=BLOCK),
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", ["AdaSpa", "Digest", "GNA"])
+@pytest.mark.parametrize("method", STRATEGIES)
 def test_density_is_as_asked(name: str, method: str) -> None:
-    strategies = {
-        "AdaSpa": AdaSpa(0.6, block=BLOCK, head_adaptive=False),
-        "Digest": Digest(0.4, block=BLOCK),
-        "GNA": GNA(sparsity=0.5, block=BLOCK),
-    }
     model, kwargs = model_and_inputs(name)
-    strategy = Watched(strategies[method])
+    strategy = Watched(STRATEGIES[method])
     with diffsparse.apply(model, strategy, schedule=ALWAYS, strict=True):
         for _ in range(2):
             assert all(x.isfinite().all() for x in tensors(model, kwargs))
@@ -114,7 +107,7 @@ def test_density_is_as_asked(name: str, method: str) -> None:
     assert found
     for layout, record in found:
         if method == "AdaSpa":
-            assert float(record.density) == pytest.approx(row_share(layout, 0.6), rel=1e-5)
+            assert float(record.density) == pytest.approx(row_share(layout, 0.6, BLOCK), rel=1e-5)
         assert 0 < float(record.density) <= 1 + BLOCK / layout.tokens * 3
 
 
@@ -156,7 +149,7 @@ class Compared(Watched):
 
 
 @pytest.mark.parametrize(("frames", "kind"), [(6, "condition"), (2, "reference")])
-@pytest.mark.parametrize("method", ["AdaSpa", "Digest", "GNA"])
+@pytest.mark.parametrize("method", STRATEGIES)
 def test_text_and_audio_of_h3_are_exact(method: str, frames: int, kind: str) -> None:
     """Two samples of which one is padded, a key frame, which beside a long video is a sink, and sound."""
     name = "MiniMaxH3Transformer3DModel"
@@ -168,12 +161,7 @@ def test_text_and_audio_of_h3_are_exact(method: str, frames: int, kind: str) -> 
     for block in model.transformer_blocks:  # the model itself takes no mask; processors of one's own may
         block.attn.register_forward_pre_hook(lambda _, args: (*args[:2], seen))
     dense = tensors(model, kwargs)
-    strategies = {
-        "AdaSpa": AdaSpa(0.6, block=BLOCK, head_adaptive=False),
-        "Digest": Digest(0.4, block=BLOCK),
-        "GNA": GNA(sparsity=0.5, block=BLOCK),
-    }
-    strategy = Compared(strategies[method])
+    strategy = Compared(STRATEGIES[method])
     with diffsparse.apply(model, strategy, schedule=ALWAYS, strict=True):
         found = tensors(model, kwargs)
         tensors(model, kwargs)
@@ -182,7 +170,7 @@ def test_text_and_audio_of_h3_are_exact(method: str, frames: int, kind: str) -> 
     layout, record = strategy.calls[-1]
     assert [span.kind for span in layout.spans] == [kind, "audio"]
     if method == "AdaSpa":
-        assert float(record.density) == pytest.approx(row_share(layout, 0.6), rel=1e-5)
+        assert float(record.density) == pytest.approx(row_share(layout, 0.6, BLOCK), rel=1e-5)
 
 
 @pytest.mark.parametrize("text", [9, 60])

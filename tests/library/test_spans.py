@@ -17,9 +17,8 @@ from diffsparse import GNA, AdaSpa, Digest, Layout, Random, Tangent
 from diffsparse.orders.layout import Span
 from diffsparse.site.compute import DenseBackend
 from diffsparse.strategies.base import in_order
-from diffsparse.strategies.blocks import keep_count
 from support.exact import eager, softmax_attention, tolerance
-from support.sites import site
+from support.sites import row_share, site
 from support.strategies import HEADS, NAMES, every
 
 KINDS = ("text", "audio", "condition", "reference")
@@ -133,14 +132,5 @@ def test_density_is_of_what_may_be_dropped(name: str, case: tuple[Layout, int, i
     layout = case[0]
     strategy = AdaSpa(0.6, block=BLOCK, head_adaptive=False) if name == "AdaSpa" else SPARSE[name]
     here = attended(strategy, case, False)[2]
-    columns, sinks = layout.blocks(BLOCK), int(layout.exact_keys(BLOCK).sum())
-    kept = min(sinks + keep_count(0.6, columns - sinks), columns)
-    listed = sum(
-        columns if exact else kept
-        for exact, asked in zip(layout.exact_rows(BLOCK), layout.asked_blocks(BLOCK), strict=True)
-        if asked
-    )
     if here.record.kind == "sparse":
-        want = listed * BLOCK**2 / (layout.queries * layout.tokens)
-        padded = (columns * BLOCK / layout.tokens) ** 2
-        assert float(here.record.density) * padded == pytest.approx(want, rel=1e-5)
+        assert float(here.record.density) == pytest.approx(row_share(layout, 0.6, BLOCK), rel=1e-5)

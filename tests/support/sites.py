@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffsparse import Layout, Site
 from diffsparse.site.compute import DenseBackend
 from diffsparse.site.record import CallRecord
+from diffsparse.strategies.blocks import keep_count
 
 
 def site(
@@ -35,3 +36,12 @@ def site(
         scale=scale,
         key_mask=key_mask,
     )
+
+
+def row_share(layout: Layout, sparsity: float, block: int) -> float:
+    """Share of dense attention: what may not be dropped, and of the rest what isn't, block by block."""
+    columns, sinks = layout.blocks(block), int(layout.exact_keys(block).sum())
+    kept = min(sinks + keep_count(sparsity, columns - sinks), columns)
+    rows = zip(layout.exact_rows(block).tolist(), layout.asked_blocks(block).tolist(), strict=True)
+    listed = sum(columns if whole else kept for whole, asked in rows if asked)
+    return listed * block**2 / (layout.queries * layout.tokens) / (columns * block / layout.tokens) ** 2
