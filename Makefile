@@ -22,11 +22,12 @@ WALKED ?= tests/library/test_walk.py tests/library/test_identity.py
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 FOLDERS := .whl/site:.:kernels:pipelines:eval
 
-.PHONY: help demo test stack stack-tables gpu gpu-wheels gpu-tables walk lint format wheel clean
+.PHONY: help demo test docs stack stack-tables gpu gpu-wheels gpu-tables walk lint format wheel clean
 
 help:
 	@echo "make demo    generate and compare videos of the embedded model: dense, AdaSpa, Digest, random"
 	@echo "make test    format, lint, types and all tests"
+	@echo "make docs    build the manual into out/site, strictly; every figure and table in it is committed"
 	@echo "make stack   measure step caches with and without sparse attention: hours on one core, goes on where it stopped"
 	@echo "make stack-tables  write its tables and its chart into docs/stack.md and eval/results"
 	@echo "make gpu     in some minutes, all that a CUDA device makes of the kernels; GPU_SECONDS=480, OUT=out/gpu"
@@ -56,6 +57,10 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist worksteal
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the manual is in out/site/index.html"
 
 stack: $(VENV)/.user
 	for scale in 1 5; do \

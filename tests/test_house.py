@@ -26,8 +26,8 @@ PACKAGES = {
 }
 AT_THE_TOP = {
     *("diffsparse", "kernels", "pipelines", "eval", "tests", "docs", ".ci"),
-    *("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"),
-    *("Makefile", "pyproject.toml", "constraints.txt", ".pre-commit-config.yaml", ".gitignore"),
+    *("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"),
+    *("Makefile", "pyproject.toml", "constraints.txt", "mkdocs.yml", ".pre-commit-config.yaml", ".gitignore"),
 }
 ROOMS, FLOORS = 12, 6
 ANY, IGNORES = 150, 12

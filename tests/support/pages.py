@@ -1,0 +1,186 @@
+"""The code of the pages: blocks of Python run, command lines are taken by the real parsers.
+
+Checkpoints of a hub stand in as the embedded twin, which takes the arguments that the named pipeline takes, and runs are
+cut to a few steps; all else is as it stands on the page.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import diffusers
+import pytest
+import typer
+from sybil import Document, Example, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+from diffsparse.cli import main
+from diffsparse_pipelines import tiny
+from diffsparse_pipelines.commands.options import ModelOptions
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LANGUAGES = {"python", "sh", "text"}
+STEPS = 4
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# What a person would have at hand, with as much in it as the parsers look at.
+FILES = ("photo.png", "look.png", "prompts.txt", "heads.json", "clips/a.mp4")
+
+
+def document(page: Path) -> Document:
+    """The page, with its blocks as examples in order: Python runs, command lines are checked."""
+    parsers = [PythonCodeBlockParser(), CodeBlockParser("sh", shell)]
+    return Sybil(parsers, patterns=["*.md"], path=str(page.parent)).parse(page)
+
+
+def fences(page: Path) -> list[str]:
+    """The languages of all fenced blocks of a page."""
+    return re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)[::2]
+
+
+# --- a machine with the checkpoints ---------------------------------------------------------------------------------
+
+
+def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Stand-ins for checkpoints and a GPU, short runs, and a folder with what the pages speak of."""
+    monkeypatch.chdir(folder)
+    for name in FILES:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    for name in ("pipelines", "eval", "docs"):
+        Path(name).symlink_to(ROOT / name)
+    original = diffusers.DiffusionPipeline.from_pretrained.__func__
+
+    def pretrained(cls: type, source: str, **options: Any) -> Any:
+        return original(cls, source, **options) if Path(source).exists() else stand_in(cls)
+
+    for owner in (diffusers.DiffusionPipeline, diffusers.ModularPipeline):
+        monkeypatch.setattr(owner, "from_pretrained", classmethod(pretrained))
+    monkeypatch.setattr(diffusers.ModelMixin, "from_pretrained", classmethod(lambda *_, **__: tiny.load("twin").vae))
+    monkeypatch.setattr(tiny.TinyPipeline, "__call__", _shortened(tiny.TinyPipeline.__call__))
+
+
+def _shortened(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def run(self: Any, *args: Any, **options: Any) -> Any:
+        self.set_progress_bar_config(disable=True)
+        return call(self, *args, **{**options, "num_inference_steps": min(STEPS, options["num_inference_steps"])})
+
+    return run
+
+
+def stand_in(cls: type) -> Any:
+    """The embedded twin in place of a checkpoint: called with what `cls` takes, and on any device."""
+    pipe, takes = tiny.load("twin"), inspect.signature(cls.__call__)
+
+    class StandIn(tiny.TinyPipeline):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            if not issubclass(cls, diffusers.ModularPipeline):
+                takes.bind(self, *args, **options)
+            out = super().__call__(tiny.prompts(1)[0], **tiny.defaults("twin"), generator=options.get("generator"))
+            out.images = out.frames[0]
+            return out
+
+        def to(self, *_: Any, **__: Any) -> Any:
+            return self
+
+        def _nothing(self, *_: Any, **__: Any) -> None:
+            """What wants a device, files of weights, or parts that the twin has not."""
+
+        enable_model_cpu_offload = enable_group_offload = enable_sequential_cpu_offload = _nothing
+        load_components = load_lora_weights = fuse_lora = unload_lora_weights = _nothing
+
+    pipe.__class__ = StandIn
+    return pipe
+
+
+# --- command lines --------------------------------------------------------------------------------------------------
+
+
+def shell(example: Example) -> None:
+    """Check each command of a block of shell lines."""
+    for line in str(example.parsed).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            del words[0]
+        if words:
+            known = next((check for name, check in COMMANDS.items() if words[0].endswith(name)), None)
+            assert known is not None, f"no check for: {line}"
+            known(words[1:])
+
+
+class _Ran(Exception):
+    """A command has taken its arguments, and would now begin its work."""
+
+
+def _begins(*_: Any, **__: Any) -> NoReturn:
+    raise _Ran
+
+
+def diffsparse(words: Sequence[str]) -> None:
+    """The command with these arguments, up to where it would load a model or time a kernel."""
+    for word in words:  # plans, by the ending that all of them have
+        for name in re.findall(r"[\w./-]+\.safetensors", word):
+            Path(name).touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelOptions, "load", _begins)
+        patch.setattr("diffsparse_pipelines.preflight.admit", lambda *_, **__: None)  # as if there were a GPU
+        patch.setattr("diffsparse_eval.commands.bench.measure", _begins)
+        patch.setattr("diffsparse_eval.commands.doctor.examine", _begins)
+        try:
+            main(list(words))
+        except _Ran:
+            return
+        except SystemExit as ended:
+            assert not ended.code, f"diffsparse {shlex.join(words)}: exit code {ended.code}"
+
+
+def _make(words: Sequence[str]) -> None:
+    rules = (ROOT / "Makefile").read_text()
+    for target in (word for word in words if "=" not in word):
+        assert re.search(rf"^{re.escape(target)}:", rules, re.MULTILINE), f"no target {target}"
+
+
+def _pip(words: Sequence[str]) -> None:
+    assert words[0] == "install"
+    for extras in re.findall(r"\[(.*?)\]", " ".join(words)):
+        assert set(extras.split(",")) <= PROJECT["optional-dependencies"].keys(), extras
+
+
+def _git(words: Sequence[str]) -> None:
+    assert words == ["clone", PROJECT["urls"]["Repository"]]
+
+
+def _python(words: Sequence[str]) -> None:
+    if words[0] == "-m":
+        assert words[1] in ("venv", "pip") or importlib.util.find_spec(words[1]), words[1]
+        return
+    spec = importlib.util.spec_from_file_location("script", ROOT / words[0])
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    app = typer.Typer()
+    app.command()(script.main)
+    typer.main.get_command(app).make_context("script", list(words[1:]))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "diffsparse": diffsparse,
+    "make": _make,
+    "pip": _pip,
+    "git": _git,
+    "cd": lambda _: None,
+    "source": lambda _: None,
+    "torchrun": lambda _: None,
+    "python": _python,
+    "python3": _python,
+}
