@@ -1,7 +1,7 @@
 """The code of the pages: blocks of Python run, command lines are taken by the real parsers.
 
-Checkpoints of a hub stand in as the embedded twin, which takes the arguments that the named pipeline takes, and runs are
-cut to a few steps; all else is as it stands on the page.
+The embedded twin stands in for the checkpoints of a hub, and takes the arguments that the named pipeline takes; runs
+are cut to a few steps. All else is as it stands on the page.
 """
 
 from __future__ import annotations
@@ -117,12 +117,12 @@ def shell(example: Example) -> None:
             known(words[1:])
 
 
-class _Ran(Exception):
+class _RanError(Exception):
     """A command has taken its arguments, and would now begin its work."""
 
 
 def _begins(*_: Any, **__: Any) -> NoReturn:
-    raise _Ran
+    raise _RanError
 
 
 def diffsparse(words: Sequence[str]) -> None:
@@ -135,12 +135,9 @@ def diffsparse(words: Sequence[str]) -> None:
         patch.setattr("diffsparse_pipelines.preflight.admit", lambda *_, **__: None)  # as if there were a GPU
         patch.setattr("diffsparse_eval.commands.bench.measure", _begins)
         patch.setattr("diffsparse_eval.commands.doctor.examine", _begins)
-        try:
+        with pytest.raises((_RanError, SystemExit)) as ended:
             main(list(words))
-        except _Ran:
-            return
-        except SystemExit as ended:
-            assert not ended.code, f"diffsparse {shlex.join(words)}: exit code {ended.code}"
+    assert not getattr(ended.value, "code", 0), f"diffsparse {shlex.join(words)}: exit code {ended.value}"
 
 
 def _make(words: Sequence[str]) -> None:
