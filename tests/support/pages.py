@@ -18,7 +18,9 @@ from typing import Any, NoReturn
 
 import diffusers
 import pytest
+import torch.distributed as dist
 import typer
+from PIL import Image
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
@@ -55,6 +57,8 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     for name in FILES:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
+        if name.endswith(".png"):
+            Image.new("RGB", (64, 48), "grey").save(name)
     for name in ("pipelines", "eval", "docs"):
         Path(name).symlink_to(ROOT / name)
     original = diffusers.DiffusionPipeline.from_pretrained.__func__
@@ -65,7 +69,11 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     for owner in (diffusers.DiffusionPipeline, diffusers.ModularPipeline):
         monkeypatch.setattr(owner, "from_pretrained", classmethod(pretrained))
     monkeypatch.setattr(diffusers.ModelMixin, "from_pretrained", classmethod(lambda *_, **__: tiny.load("twin").vae))
+    monkeypatch.setattr(diffusers.ModelMixin, "compile_repeated_blocks", lambda *_, **__: None)  # takes minutes
     monkeypatch.setattr(tiny.TinyPipeline, "__call__", _shortened(tiny.TinyPipeline.__call__))
+    join = dist.init_process_group
+    store = f"file://{folder}/store"  # in place of what torchrun sets
+    monkeypatch.setattr(dist, "init_process_group", lambda *_: join("gloo", init_method=store, rank=0, world_size=1))
 
 
 def _shortened(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +95,8 @@ def stand_in(cls: type) -> Any:
                 takes.bind(self, *args, **options)
             out = super().__call__(tiny.prompts(1)[0], **tiny.defaults("twin"), generator=options.get("generator"))
             out.images = out.frames[0]
-            return out
+            named = options.get("output")  # of a modular pipeline
+            return out if named is None else {"videos": out.frames}.get(named, out.images)
 
         def to(self, *_: Any, **__: Any) -> Any:
             return self
