@@ -1,4 +1,4 @@
-"""Wan-Animate 2, a character moved by a video: plain Diffusers, and the three lines that make it sparse."""
+"""Wan-Animate 2, a character moved by a video: plain Diffusers; most of it stays dense, and the report says why."""
 
 import torch
 import typer

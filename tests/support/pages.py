@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import diffusers
 import pytest
 import torch.distributed as dist
+import transformers
 import typer
 from PIL import Image
 from sybil import Document, Example, Sybil
@@ -61,24 +62,22 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
             Image.new("RGB", (64, 48), "grey").save(name)
     for name in ("pipelines", "eval", "docs"):
         Path(name).symlink_to(ROOT / name)
-    original = diffusers.DiffusionPipeline.from_pretrained.__func__
-
-    def pretrained(cls: type, source: str, **options: Any) -> Any:
-        return original(cls, source, **options) if Path(source).exists() else stand_in(cls)
-
-    for owner in (diffusers.DiffusionPipeline, diffusers.ModularPipeline):
-        monkeypatch.setattr(owner, "from_pretrained", classmethod(pretrained))
-    part = diffusers.ModelMixin.from_pretrained.__func__
-
-    def model(cls: type, source: str, **options: Any) -> Any:
-        return part(cls, source, **options) if Path(source).exists() else tiny.load("twin").vae
-
-    monkeypatch.setattr(diffusers.ModelMixin, "from_pretrained", classmethod(model))
+    for owner, make in STAND_INS.items():
+        monkeypatch.setattr(owner, "from_pretrained", classmethod(_local(owner.from_pretrained.__func__, make)))
     monkeypatch.setattr(diffusers.ModelMixin, "compile_repeated_blocks", lambda *_, **__: None)  # takes minutes
     monkeypatch.setattr(tiny.TinyPipeline, "__call__", _shortened(tiny.TinyPipeline.__call__))
     join = dist.init_process_group
     store = f"file://{folder}/store"  # in place of what torchrun sets
     monkeypatch.setattr(dist, "init_process_group", lambda *_: join("gloo", init_method=store, rank=0, world_size=1))
+
+
+def _local(original: Callable[..., Any], make: Callable[[type], Any]) -> Callable[..., Any]:
+    """`from_pretrained` of folders that are there, and a stand-in for a checkpoint of a hub."""
+
+    def pretrained(cls: type, source: str, **options: Any) -> Any:
+        return original(cls, source, **options) if Path(source).exists() else make(cls)
+
+    return pretrained
 
 
 def _shortened(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,6 +113,15 @@ def stand_in(cls: type) -> Any:
 
     pipe.__class__ = StandIn
     return pipe
+
+
+STAND_INS: dict[Any, Callable[[type], Any]] = {
+    diffusers.DiffusionPipeline: stand_in,
+    diffusers.ModularPipeline: stand_in,
+    diffusers.ModelMixin: lambda _: tiny.load("twin").vae,
+    transformers.PreTrainedModel: lambda _: tiny.load("twin").text_encoder,
+    transformers.image_processing_base.ImageProcessingMixin: lambda _: tiny.load("twin").tokenizer,
+}
 
 
 # --- command lines --------------------------------------------------------------------------------------------------

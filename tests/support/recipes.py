@@ -1,7 +1,7 @@
 """The tables of docs/recipes: which script and which settings serve each known model, and what attention is there.
 
-`python -m support.recipes` writes them into the pages; `tests/pipelines/test_recipes.py` holds that no known model and no
-script is left out, and that the pages are current.
+`python -m support.recipes` writes them into the pages; `tests/pipelines/test_recipes.py` holds that no known model and
+no script is left out, and that the pages are current.
 """
 
 from __future__ import annotations
@@ -147,18 +147,19 @@ def index() -> str:
     """The table of docs/recipes/index.md."""
     lines = []
     for file, page in PAGES.items():
+        families = [f"[{page.title}]({file}.md)"]
         for script, names in page.scripts.items():
-            groups: dict[tuple[int, str, str], list[str]] = {}
+            groups: dict[tuple[str, str, str], list[str]] = {}
             for name in names:
-                told = advice(name, LARGER[name]) if name in LARGER else "-"
-                steps = FAMILIES[name].defaults["num_inference_steps"]
-                groups.setdefault((steps, advice(name), told), []).append(f"`{name}`")
-            lines += [
-                (f"[{page.title}]({file}.md)", _linked(script), ", ".join(listed), str(steps), own, larger)
-                for (steps, own, larger), listed in groups.items()
-            ]
-    headings = ("family", "script", "known names", "steps", "put on", "at a larger size")
-    return _table(headings, lines)
+                groups.setdefault(_settings(name), []).append(f"`{name}`")
+            for settings, listed in groups.items():
+                lines.append((families.pop() if families else "", _linked(script), ", ".join(listed), *settings))
+    return _table(("family", "script", "known names", "steps", "put on", "at a larger size"), lines)
+
+
+def _settings(name: str) -> tuple[str, str, str]:
+    larger = advice(name, LARGER[name]) if name in LARGER else "-"
+    return str(FAMILIES[name].defaults["num_inference_steps"]), advice(name), larger
 
 
 def _linked(script: str) -> str:
@@ -219,8 +220,8 @@ def foretold(name: str, size: Call) -> Row | None:
 
 
 def _table(headings: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    """A Markdown table whose columns of numbers, by their last cells, stand at the right."""
-    right = [cell == "-" or cell[0].isdigit() for cell in lines[0]]
+    """A Markdown table whose columns of numbers stand at the right."""
+    right = [all(cell == "-" or cell[0].isdigit() for cell in column) for column in zip(*lines, strict=True)]
     ruled = [headings, tuple("---:" if each else "---" for each in right), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
 
