@@ -1,7 +1,7 @@
 """The code of the pages: blocks of Python run, command lines are taken by the real parsers.
 
 The embedded twin stands in for the checkpoints of a hub, and takes the arguments that the named pipeline takes; runs
-are cut to a few steps. All else is as it stands on the page.
+are cut to a few steps and frames. All else is as it stands on the page.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from diffsparse_pipelines.commands.options import ModelOptions
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "sh", "text"}
-STEPS = 4
+MOST = {"num_inference_steps": 4, "num_frames": 5}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What a person would have at hand, with as much in it as the parsers look at.
 FILES = ("photo.png", "look.png", "prompts.txt", "heads.json", "clips/a.mp4")
@@ -57,22 +57,28 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         Path(name).touch()
     for name in ("pipelines", "eval", "docs"):
         Path(name).symlink_to(ROOT / name)
-    original = diffusers.DiffusionPipeline.from_pretrained.__func__
-
-    def pretrained(cls: type, source: str, **options: Any) -> Any:
-        return original(cls, source, **options) if Path(source).exists() else stand_in(cls)
-
     for owner in (diffusers.DiffusionPipeline, diffusers.ModularPipeline):
-        monkeypatch.setattr(owner, "from_pretrained", classmethod(pretrained))
-    monkeypatch.setattr(diffusers.ModelMixin, "from_pretrained", classmethod(lambda *_, **__: tiny.load("twin").vae))
+        _from_hub(monkeypatch, owner, stand_in)
+    _from_hub(monkeypatch, diffusers.ModelMixin, lambda _: tiny.load("twin").vae)
     monkeypatch.setattr(tiny.TinyPipeline, "__call__", _shortened(tiny.TinyPipeline.__call__))
+
+
+def _from_hub(monkeypatch: pytest.MonkeyPatch, owner: type, made: Callable[[type], Any]) -> None:
+    """`owner.from_pretrained` of a name of the hub gives what is `made` for the class; folders are read as ever."""
+    original = owner.__dict__["from_pretrained"].__func__
+
+    def pretrained(cls: type, source: str | Path, **options: Any) -> Any:
+        return original(cls, source, **options) if Path(source).exists() else made(cls)
+
+    monkeypatch.setattr(owner, "from_pretrained", classmethod(pretrained))
 
 
 def _shortened(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def run(self: Any, *args: Any, **options: Any) -> Any:
         self.set_progress_bar_config(disable=True)
-        return call(self, *args, **{**options, "num_inference_steps": min(STEPS, options["num_inference_steps"])})
+        less = {name: min(most, options[name]) for name, most in MOST.items()}
+        return call(self, *args, **{**options, **less})
 
     return run
 
