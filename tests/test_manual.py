@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -27,6 +28,15 @@ def test_readme_is_read_in_five_minutes() -> None:
 def test_what_readme_links_to_is_there() -> None:
     found = re.findall(r'\]\((?!https?:)([^)#]+)|(?:src|srcset)="([^"]+)"', README)
     assert not [path for pair in found for path in pair if path and not (ROOT / path).exists()]
+
+
+def test_an_index_of_packages_can_follow_every_link() -> None:
+    text = README
+    for rule in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"][
+        "fancy-pypi-readme"
+    ]["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert not re.findall(r'\]\((?!https://)|(?:src|srcset)="(?!https://)', text)
 
 
 def test_the_notebook_is_the_tutorial(tmp_path: Path) -> None:

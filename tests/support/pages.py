@@ -27,7 +27,8 @@ from diffsparse_pipelines import tiny
 from diffsparse_pipelines.commands.options import ModelOptions
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [ROOT / "README.md", CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "sh", "text"}
 MOST = {"num_inference_steps": 4, "num_frames": 5}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -36,8 +37,11 @@ FILES = ("photo.png", "look.png", "prompts.txt", "heads.json", "clips/a.mp4")
 
 
 def document(page: Path) -> Document:
-    """The page, with its blocks as examples in order: Python runs, command lines are checked."""
-    parsers = [PythonCodeBlockParser(), CodeBlockParser("sh", shell)]
+    """The page, with its blocks as examples in order: Python runs, command lines are checked.
+
+    The Python of CONTRIBUTING.md is files, which `tests/test_contributing.py` adds and runs.
+    """
+    parsers = [CodeBlockParser("sh", shell), *([] if page == CONTRIBUTING else [PythonCodeBlockParser()])]
     return Sybil(parsers, patterns=["*.md"], path=str(page.parent)).parse(page)
 
 
@@ -181,6 +185,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "make": _make,
     "pip": _pip,
     "git": _git,
+    "pre-commit": lambda _: None,
     "cd": lambda _: None,
     "source": lambda _: None,
     "torchrun": lambda _: None,
