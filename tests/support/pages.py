@@ -21,10 +21,11 @@ import diffusers
 import pytest
 import torch
 import typer
+from PIL import Image
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
-from diffsparse import Layout
+from diffsparse import Layout, Preset
 from diffsparse.cli import main
 from diffsparse.plans.plan import Plan
 from diffsparse_pipelines import tiny
@@ -37,7 +38,7 @@ LANGUAGES = {"python", "sh", "text"}
 MOST = {"num_inference_steps": 4, "num_frames": 5}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What a person would have at hand, with as much in it as the parsers look at.
-FILES = ("photo.png", "look.png", "prompts.txt", "heads.json", "clips/a.mp4")
+FILES = ("photo.png", "look.png", "prompts.txt", "clips/a.mp4")
 
 
 def document(page: Path) -> Document:
@@ -63,8 +64,11 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     for name in FILES:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
+        if name.endswith(".png"):
+            Image.new("RGB", (64, 48), "grey").save(name)
     for name in ("pipelines", "eval", "docs"):
         Path(name).symlink_to(ROOT / name)
+    Preset(("0.0",)).save("heads.json")
     for owner in (diffusers.DiffusionPipeline, diffusers.ModularPipeline):
         _from_hub(monkeypatch, owner, stand_in)
     _from_hub(monkeypatch, diffusers.ModelMixin, lambda _: tiny.load("twin").vae)
@@ -148,6 +152,7 @@ def diffsparse(words: Sequence[str]) -> None:
         _plan(strategy).save(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelOptions, "load", _begins)
+        patch.setattr("diffsparse.guidance.objectives.Clip.load", _begins)
         patch.setattr("diffsparse_pipelines.preflight.admit", lambda *_, **__: None)  # as if there were a GPU
         patch.setattr("diffsparse_eval.commands.bench.measure", _begins)
         patch.setattr("diffsparse_eval.commands.doctor.examine", _begins)
