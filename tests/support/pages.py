@@ -1,7 +1,7 @@
 """The code of the pages: blocks of Python run, command lines are taken by the real parsers.
 
 The embedded twin stands in for the checkpoints of a hub, and takes the arguments that the named pipeline takes; runs
-are cut to a few steps. All else is as it stands on the page.
+are cut to a few steps and frames. All else is as it stands on the page.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import itertools
 import re
 import shlex
 import tomllib
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 import diffusers
 import pytest
+import torch
 import torch.distributed as dist
 import transformers
 import typer
@@ -25,22 +27,28 @@ from PIL import Image
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
+from diffsparse import Layout, Preset
 from diffsparse.cli import main
+from diffsparse.plans.plan import Plan
 from diffsparse_pipelines import tiny
 from diffsparse_pipelines.commands.options import ModelOptions
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [ROOT / "README.md", CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "sh", "text"}
-STEPS = 4
+MOST = {"num_inference_steps": 4, "num_frames": 5}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What a person would have at hand, with as much in it as the parsers look at.
-FILES = ("photo.png", "look.png", "prompts.txt", "heads.json", "clips/a.mp4")
+FILES = ("photo.png", "look.png", "prompts.txt", "clips/a.mp4")
 
 
 def document(page: Path) -> Document:
-    """The page, with its blocks as examples in order: Python runs, command lines are checked."""
-    parsers = [PythonCodeBlockParser(), CodeBlockParser("sh", shell)]
+    """The page, with its blocks as examples in order: Python runs, command lines are checked.
+
+    The Python of CONTRIBUTING.md is files, which `tests/test_contributing.py` adds and runs.
+    """
+    parsers = [CodeBlockParser("sh", shell), *([] if page == CONTRIBUTING else [PythonCodeBlockParser()])]
     return Sybil(parsers, patterns=["*.md"], path=str(page.parent)).parse(page)
 
 
@@ -62,8 +70,9 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
             Image.new("RGB", (64, 48), "grey").save(name)
     for name in ("pipelines", "eval", "docs"):
         Path(name).symlink_to(ROOT / name)
-    for owner, make in STAND_INS.items():
-        monkeypatch.setattr(owner, "from_pretrained", classmethod(_local(owner.from_pretrained.__func__, make)))
+    Preset(("0.0",)).save("heads.json")
+    for owner, made in STAND_INS.items():
+        _from_hub(monkeypatch, owner, made)
     monkeypatch.setattr(diffusers.ModelMixin, "compile_repeated_blocks", lambda *_, **__: None)  # takes minutes
     monkeypatch.setattr(tiny.TinyPipeline, "__call__", _shortened(tiny.TinyPipeline.__call__))
     join = dist.init_process_group
@@ -71,20 +80,22 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(dist, "init_process_group", lambda *_: join("gloo", init_method=store, rank=0, world_size=1))
 
 
-def _local(original: Callable[..., Any], make: Callable[[type], Any]) -> Callable[..., Any]:
-    """`from_pretrained` of folders that are there, and a stand-in for a checkpoint of a hub."""
+def _from_hub(monkeypatch: pytest.MonkeyPatch, owner: type, made: Callable[[type], Any]) -> None:
+    """`owner.from_pretrained` of a name of the hub gives what is `made` for the class; folders are read as ever."""
+    original = owner.__dict__["from_pretrained"].__func__
 
-    def pretrained(cls: type, source: str, **options: Any) -> Any:
-        return original(cls, source, **options) if Path(source).exists() else make(cls)
+    def pretrained(cls: type, source: str | Path, **options: Any) -> Any:
+        return original(cls, source, **options) if Path(source).exists() else made(cls)
 
-    return pretrained
+    monkeypatch.setattr(owner, "from_pretrained", classmethod(pretrained))
 
 
 def _shortened(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def run(self: Any, *args: Any, **options: Any) -> Any:
         self.set_progress_bar_config(disable=True)
-        return call(self, *args, **{**options, "num_inference_steps": min(STEPS, options["num_inference_steps"])})
+        less = {name: min(most, options[name]) for name, most in MOST.items()}
+        return call(self, *args, **{**options, **less})
 
     return run
 
@@ -149,17 +160,30 @@ def _begins(*_: Any, **__: Any) -> NoReturn:
 
 def diffsparse(words: Sequence[str]) -> None:
     """The command with these arguments, up to where it would load a model or time a kernel."""
-    for word in words:  # plans, by the ending that all of them have
-        for name in re.findall(r"[\w./-]+\.safetensors", word):
-            Path(name).touch()
+    for before, word in itertools.pairwise(["", *words]):
+        if word.endswith(".safetensors") and before not in ("--out", "--record"):
+            Path(word.rpartition(":")[2]).touch()
+    for strategy, name in re.findall(r"(paro|sparse-vdit)[+\w-]*:([\w./-]+\.safetensors)", " ".join(words)):
+        _plan(strategy).save(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelOptions, "load", _begins)
+        patch.setattr("diffsparse.guidance.objectives.Clip.load", _begins)
         patch.setattr("diffsparse_pipelines.preflight.admit", lambda *_, **__: None)  # as if there were a GPU
         patch.setattr("diffsparse_eval.commands.bench.measure", _begins)
         patch.setattr("diffsparse_eval.commands.doctor.examine", _begins)
         with pytest.raises((_RanError, SystemExit)) as ended:
             main(list(words))
     assert not getattr(ended.value, "code", 0), f"diffsparse {shlex.join(words)}: exit code {ended.value}"
+
+
+def _plan(strategy: str) -> Plan:
+    """The least that a strategy takes for its plan."""
+    settings = {"sparsity": 0.8, "block": 64, "orders": ["FHW"], "groups": 1}
+    tensors = {"orders": torch.zeros(1, dtype=torch.uint8), "masks": torch.zeros(1, 1, 1, dtype=torch.uint8)}
+    if strategy == "sparse-vdit":
+        settings = {"sparsity": 0.8, "block": 64}
+        tensors = {"modes": torch.zeros(1, 1, dtype=torch.uint8), "columns": torch.ones(1, 1)}
+    return Plan(strategy, {}, Layout(1, 8, 8), settings, {f"model.layer.{name}": x for name, x in tensors.items()})
 
 
 def _make(words: Sequence[str]) -> None:
@@ -197,6 +221,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "make": _make,
     "pip": _pip,
     "git": _git,
+    "pre-commit": lambda _: None,
     "cd": lambda _: None,
     "source": lambda _: None,
     "torchrun": lambda _: None,
