@@ -32,10 +32,11 @@ _FORMS = (
 class Place:
     """An attention module that can be named.
 
-    stack: name of the list of blocks that it is in.
-    block: number of its block there.
-    path: its name in the model.
-    heads: number of heads.
+    Attributes:
+        stack: name of the list of blocks that it is in.
+        block: number of its block there.
+        path: its name in the model.
+        heads: number of heads.
     """
 
     stack: str

@@ -107,7 +107,8 @@ class Caching:
     Caching('taylor-seer:interval=2')
 
     Raises:
-        UnknownNameError: no such cache. ConfigError: it has no such knob.
+        UnknownNameError: no such cache.
+        ConfigError: it has no such knob.
     """
 
     name: str
@@ -163,7 +164,8 @@ class Caching:
         """Diffusers' configuration of it for a transformer; some ask for the run's `timestep` in each step.
 
         Raises:
-            UnsupportedModelError: no patterns are known for the class. ConfigError: a value that it doesn't take.
+            UnsupportedModelError: no patterns are known for the class.
+            ConfigError: a value that it doesn't take.
         """
         short = CACHES[self.name].short
         whole = {"warm_up": first_steps(self.warm_up, _MANY_STEPS)} if self.warm_up is not None else {}

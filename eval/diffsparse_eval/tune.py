@@ -47,7 +47,8 @@ def measure_break_even(device: str, seconds: float = _SECONDS) -> tuple[list[Bre
         The rows, and the file in the cache folder that has them.
 
     Raises:
-        ConfigError: another kind of device. OutputFileError: the cache folder can't be written.
+        ConfigError: another kind of device.
+        OutputFileError: the cache folder can't be written.
     """
     kind = torch.device(device).type
     if kind not in _TRIED:
@@ -120,7 +121,8 @@ def tune_tiles(device: str, rounds: int = 7, tokens: int = 8192, heads: int = 8)
         The file in the cache folder that has them.
 
     Raises:
-        ConfigError: the Triton backend does not run there. OutputFileError: the cache folder can't be written.
+        ConfigError: the Triton backend does not run there.
+        OutputFileError: the cache folder can't be written.
     """
     from diffsparse_pipelines.progress import track
 
@@ -172,7 +174,9 @@ def time_tile(
     """Compare one tile's output with float64 and time it.
 
     Args:
-        tile: what is timed. qkv: [B, H, N, D] each. lists: the blocks to visit.
+        tile: what is timed.
+        qkv: [B, H, N, D] each.
+        lists: the blocks to visit.
         device: whose clock is read.
         rounds: timed calls.
         seconds: after which no further call is timed.

@@ -1,0 +1,75 @@
+"""The API pages name each public object once, and nothing that does not exist."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache, reduce
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import diffsparse
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
+PUBLIC = ("diffsparse", "diffsparse_kernels", "diffsparse_pipelines", "diffsparse_pipelines.tiny", "diffsparse_eval")
+
+
+def shown() -> list[str]:
+    """What the pages show, by dotted name."""
+    return [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
+
+
+@cache
+def found(name: str) -> object:
+    """The object of a dotted name.
+
+    Raises:
+        AttributeError, ImportError: there is none.
+    """
+    module, _, rest = name.partition(".")
+    while True:
+        first, _, deeper = rest.partition(".")
+        try:
+            import_module(f"{module}.{first}")
+        except ModuleNotFoundError:
+            return reduce(getattr, rest.split("."), import_module(module))
+        module, rest = f"{module}.{first}", deeper
+
+
+def public() -> Iterator[str]:
+    """The names in `__all__` of the packages, those of errors that two packages share once."""
+    seen = set()
+    for package in PUBLIC:
+        for name in getattr(import_module(package), "__all__", ()):
+            whole = f"{package}.{name}"
+            if name != "__version__" and id(found(whole)) not in seen:
+                seen.add(id(found(whole)))
+                yield whole
+
+
+@pytest.mark.parametrize("name", public())
+def test_each_public_name_is_on_one_page(name: str) -> None:
+    assert shown().count(name) == 1
+
+
+def test_nothing_is_shown_twice() -> None:
+    assert not [name for name, count in Counter(shown()).items() if count > 1]
+
+
+@pytest.mark.parametrize("name", shown())
+def test_what_is_shown_exists_and_says_what_it_is(name: str) -> None:
+    assert found(name) is not None
+    if isinstance(found(name), type) or callable(found(name)):
+        assert found(name).__doc__, "has no docstring"
+
+
+def test_the_table_has_all_names() -> None:
+    rows = re.findall(
+        r"^\| \[`(\w+)`\]\[diffsparse\.(\w+)\] \| ", (ROOT / "docs/api/index.md").read_text(), re.MULTILINE
+    )
+    assert all(name == target for name, target in rows)
+    assert [name for name, _ in rows] == sorted(set(diffsparse.__all__) - {"__version__"}, key=str.lower)
