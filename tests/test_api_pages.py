@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache, reduce
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,3 +76,28 @@ def test_the_table_has_all_names() -> None:
     )
     assert all(name == target for name, target in rows)
     assert [name for name, _ in rows] == sorted(set(diffsparse.__all__) - {"__version__"}, key=str.lower)
+
+
+HOOKS = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+
+
+@pytest.mark.parametrize(
+    ("html", "target"),
+    [
+        ("<p><code>Digest</code></p>", "diffsparse.Digest"),
+        ("<p><code>BlockLists.packed</code></p>", "diffsparse_kernels.BlockLists.packed"),
+        ("<p><code>tau</code></p>", None),
+        ("<li><b><code>attention</code></b></li>", None),  # a parameter of that name
+        ('<a href="#x"><code>Digest</code></a>', None),
+        ("<p><code>load</code></p>", None),  # there are several
+    ],
+)
+def test_names_in_docstrings_lead_to_where_they_are_explained(html: str, target: str | None) -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="api/index.md"))
+    made = HOOKS["on_page_content"](html, page, None, None)
+    assert made == html if target is None else f'<autoref identifier="{target}" optional>' in made
+
+
+def test_other_pages_stay_as_they_are() -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="stack.md"))
+    assert HOOKS["on_page_content"]("<code>Digest</code>", page, None, None) == "<code>Digest</code>"

@@ -20,8 +20,6 @@ from diffsparse.strategies.tangent import Tangent
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_DEFAULT = "taylor-seer"
-
 
 class Speed(NamedTuple):
     """Settings of one speed: a step cache, and the strategy of the steps that it leaves.
@@ -39,9 +37,9 @@ class Speed(NamedTuple):
 
 # Measured on the embedded model, twelve prompts with and without classifier-free guidance: docs/stack.md.
 SPEEDS: dict[str, Speed] = {
-    "quality": Speed(Caching(_DEFAULT, interval=2, order=1, warm_up=0.45), Digest, 0.8),
-    "balanced": Speed(Caching(_DEFAULT, interval=3, order=1, warm_up=0.45), Tangent, 0.8),
-    "fast": Speed(Caching(_DEFAULT, interval=4, order=1, warm_up=0.33), Tangent, 0.8),
+    "quality": Speed(Caching("taylor-seer", interval=2, order=1, warm_up=0.45), Digest, 0.8),
+    "balanced": Speed(Caching("taylor-seer", interval=3, order=1, warm_up=0.45), Tangent, 0.8),
+    "fast": Speed(Caching("taylor-seer", interval=4, order=1, warm_up=0.33), Tangent, 0.8),
 }
 
 
@@ -49,7 +47,7 @@ def accelerate(
     target: DiffusionPipeline | Module,
     speed: str = "balanced",
     *,
-    cache: object = _DEFAULT,
+    cache: object = "taylor-seer",
     strategy: Strategy | Attending | None = None,
     schedule: Schedule | None = None,
     strict: bool = False,

@@ -103,12 +103,21 @@ class Caching:
 
     A `warm_up` of TaylorSeer may be a share of the run's steps (float); runs of fewer than ten are then computed whole.
 
-    >>> Caching("taylor-seer", interval=2)
-    Caching('taylor-seer:interval=2')
+    Args:
+        name: "taylor-seer", "first-block", "mag", "pab", "faster", "sea" or "text-kv".
+        **knobs: of the cache; what is left out is Diffusers' own default.
+
+    Attributes:
+        name: of the cache.
+        knobs: name and value of each that was given.
 
     Raises:
         UnknownNameError: no such cache.
         ConfigError: it has no such knob.
+
+    Examples:
+        >>> Caching("taylor-seer", interval=2)
+        Caching('taylor-seer:interval=2')
     """
 
     name: str

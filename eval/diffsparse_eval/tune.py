@@ -115,7 +115,8 @@ def tune_tiles(device: str, rounds: int = 7, tokens: int = 8192, heads: int = 8)
     Args:
         device: such as "cuda".
         rounds: timed calls of each tile.
-        tokens, heads: size that is timed.
+        tokens: N of the size that is timed.
+        heads: H.
 
     Returns:
         The file in the cache folder that has them.

@@ -61,7 +61,13 @@ class _BreakEven(TypedDict):
 
 
 class _Tiles(TypedDict, total=False):
-    """device: in a table of this machine. chip: such as 90, in the package's. tiles: the fields of `Tile`."""
+    """A row of a table: the tiles of one size.
+
+    Attributes:
+        device: its name, in a table of this machine.
+        chip: such as 90, in the package's.
+        tiles: the fields of `Tile`.
+    """
 
     device: str
     chip: int

@@ -141,7 +141,9 @@ def admit(
         model: name, folder or hub id.
         chosen: call arguments that were given.
         texts: prompts.
-        device, dtype, offload: as `families.load` takes them.
+        device: as `families.load` takes it.
+        dtype: likewise.
+        offload: likewise.
 
     Raises:
         ConfigError: what is wrong, and the remedy.

@@ -150,7 +150,8 @@ class Channel:
         """Report what is tried, try it, report the outcome; an exception is an outcome, too.
 
         Args:
-            kernel, shape: what is tried.
+            kernel: what is tried.
+            shape: on which size.
             measure: tries it.
             again: repeat an attempt of an earlier child that did not end it, for what comes after.
             known: more fields of the row.
