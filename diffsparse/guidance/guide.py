@@ -46,12 +46,12 @@ def guide(
         target: a Diffusers pipeline (all its transformers are taken), or a transformer.
         heads: names of heads ("5.3", "12.0-7", "single.4.*", "blocks.5.attn1:3"), a `Preset`, or a preset's file.
         head_strength: how far the heads are perturbed. This and all that follow but `reuse` overrule the preset's.
-        head_scale: weight of the guidance.
-        start: first guided step.
-        stop: end of the guided steps.
-        rescale: share by which predictions get their standard deviation back.
-        kind: what a perturbed head does instead of attending.
-        branch: the pass that is perturbed.
+        head_scale: weight of the guidance, at least 0.
+        start: first guided step; an int counts steps from 0, a float is a share of the run.
+        stop: end of the guided steps, likewise; it is not guided itself.
+        rescale: share in [0, 1] by which predictions get their standard deviation back.
+        kind: what a perturbed head does: "identity", "self", "uniform", "query-mean" or "zero".
+        branch: "extra", one more pass in each step, or "uncond", the unconditional one.
         text: whether rows of text are perturbed too.
         reuse: don't compute blocks ahead of the first perturbed one a second time; changes no bit.
 

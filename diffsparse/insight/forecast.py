@@ -238,7 +238,7 @@ class Forecast:
             steps: length of the run.
             layout: of the tokens.
             call: sizes of a self-attention call, and the device.
-            passes: of the model in a step: 2 with classifier-free guidance in two calls.
+            passes: of the model in a step: 2 with classifier-free guidance.
 
         Returns:
             The forecast; None if what the strategy does, or how long that takes, is unknown.

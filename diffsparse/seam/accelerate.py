@@ -55,7 +55,8 @@ def accelerate(
 ) -> Handle:
     """Make a pipeline fast in one line: a step cache, and sparse attention in the steps that it leaves.
 
-    A cache that is on already stays as it is, also afterwards. In runs of fewer than ten steps none is skipped.
+    A cache that is on already stays as it is, also afterwards. With the cache of a speed, a run of fewer than ten
+    steps skips none.
 
     Args:
         target: a Diffusers pipeline (all its transformers are taken), or a transformer.

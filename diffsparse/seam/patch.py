@@ -168,7 +168,7 @@ def remove(target: DiffusionPipeline | Module) -> None:
     Examples:
         >>> from diffsparse import AdaSpa, apply, remove
         >>> handle = apply(pipe, AdaSpa(sparsity=0.8))
-        >>> remove(pipe)  # the same as handle.remove()
+        >>> remove(pipe)  # handle.remove() takes off the strategy alone, and leaves guidance on
     """
     for model in (models_of(target) | controlnets_of(target)).values():
         guidance = guidance_of(model)

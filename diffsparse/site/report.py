@@ -29,7 +29,7 @@ class Report:
         skipped_calls: self-attention calls that a step cache answered.
         cache: that step cache; None if there was none.
         cache_is_wide: whether it spares whole blocks.
-        density: mean over all self-attention calls that were made, dense ones as 1.
+        density: mean share of attention computed, over all self-attention calls that were made, dense ones as 1.
         sparse_density: mean over the sparse calls; None if there was none.
         dense_calls: number of self-attention calls that ran dense.
         sparse_calls: number of those that ran sparse.

@@ -56,7 +56,7 @@ class Strategy(ABC):
             site: where the call is, what it may remember, and what computes.
 
         Returns:
-            The output [B, H, N, D], of v's dtype.
+            The output [B, H, N, D], of q's dtype.
         """
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

@@ -14,6 +14,7 @@ from diffusers.modular_pipelines import WanBlocks
 
 import diffsparse
 import diffsparse_kernels
+from diffsparse.seam import caching
 from diffsparse_pipelines import tiny
 from support.tiny_pipelines import BUILDERS
 
@@ -49,5 +50,6 @@ def test_examples_of_kernels(name: str) -> None:
     run(diffsparse_kernels, name, **names)
 
 
-def test_example_of_the_embedded_model() -> None:
+def test_other_examples() -> None:
     run(tiny, "load")
+    run(caching, "Caching", Caching=caching.Caching)
