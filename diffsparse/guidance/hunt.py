@@ -107,7 +107,7 @@ def hunt(
     pairs: Sequence[Pair],
     render: Render,
     objective: Objective,
-    out: Path,
+    out: str | Path,
     *,
     name: str = "",
     about: Values | None = None,

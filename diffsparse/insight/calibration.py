@@ -30,7 +30,7 @@ def calibrate(
     search: Search,
     calls: Sequence[Callable[[], object]],
     names: Sequence[str],
-    out: Path,
+    out: str | Path,
     after_run: Callable[[int], object] = lambda done: None,
 ) -> Plan:
     """Run `calls` under each pass of `search`, and write the plan to `out`.

@@ -19,8 +19,9 @@ Restore = Callable[[sealed.Values, dict[str, Tensor]], None]
 _REMEDY = "delete it to start again"
 
 
-def partial_path(out: Path) -> Path:
+def partial_path(out: str | Path) -> Path:
     """Where the work so far is kept until `out` is written."""
+    out = Path(out)
     return out.with_name(f"{out.name}.partial")
 
 
@@ -41,7 +42,7 @@ class Store:
     tensors: bool = False
 
     @classmethod
-    def beside(cls, out: Path, what: str, settings: Sequence[object], *, tensors: bool = False) -> Store:
+    def beside(cls, out: str | Path, what: str, settings: Sequence[object], *, tensors: bool = False) -> Store:
         """The store of work that ends in `out`; `settings` are plain values.
 
         Raises:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import itertools
 import re
 import shlex
 import tomllib
@@ -18,11 +19,15 @@ from typing import Any, NoReturn
 
 import diffusers
 import pytest
+import torch
 import typer
+from PIL import Image
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
+from diffsparse import Layout, Preset
 from diffsparse.cli import main
+from diffsparse.plans.plan import Plan
 from diffsparse_pipelines import tiny
 from diffsparse_pipelines.commands.options import ModelOptions
 
@@ -33,7 +38,7 @@ LANGUAGES = {"python", "sh", "text"}
 MOST = {"num_inference_steps": 4, "num_frames": 5}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What a person would have at hand, with as much in it as the parsers look at.
-FILES = ("photo.png", "look.png", "prompts.txt", "heads.json", "clips/a.mp4")
+FILES = ("photo.png", "look.png", "prompts.txt", "clips/a.mp4")
 
 
 def document(page: Path) -> Document:
@@ -59,8 +64,11 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     for name in FILES:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
+        if name.endswith(".png"):
+            Image.new("RGB", (64, 48), "grey").save(name)
     for name in ("pipelines", "eval", "docs"):
         Path(name).symlink_to(ROOT / name)
+    Preset(("0.0",)).save("heads.json")
     for owner in (diffusers.DiffusionPipeline, diffusers.ModularPipeline):
         _from_hub(monkeypatch, owner, stand_in)
     _from_hub(monkeypatch, diffusers.ModelMixin, lambda _: tiny.load("twin").vae)
@@ -137,17 +145,30 @@ def _begins(*_: Any, **__: Any) -> NoReturn:
 
 def diffsparse(words: Sequence[str]) -> None:
     """The command with these arguments, up to where it would load a model or time a kernel."""
-    for word in words:  # plans, by the ending that all of them have
-        for name in re.findall(r"[\w./-]+\.safetensors", word):
-            Path(name).touch()
+    for before, word in itertools.pairwise(["", *words]):
+        if word.endswith(".safetensors") and before not in ("--out", "--record"):
+            Path(word.rpartition(":")[2]).touch()
+    for strategy, name in re.findall(r"(paro|sparse-vdit)[+\w-]*:([\w./-]+\.safetensors)", " ".join(words)):
+        _plan(strategy).save(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelOptions, "load", _begins)
+        patch.setattr("diffsparse.guidance.objectives.Clip.load", _begins)
         patch.setattr("diffsparse_pipelines.preflight.admit", lambda *_, **__: None)  # as if there were a GPU
         patch.setattr("diffsparse_eval.commands.bench.measure", _begins)
         patch.setattr("diffsparse_eval.commands.doctor.examine", _begins)
         with pytest.raises((_RanError, SystemExit)) as ended:
             main(list(words))
     assert not getattr(ended.value, "code", 0), f"diffsparse {shlex.join(words)}: exit code {ended.value}"
+
+
+def _plan(strategy: str) -> Plan:
+    """The least that a strategy takes for its plan."""
+    settings = {"sparsity": 0.8, "block": 64, "orders": ["FHW"], "groups": 1}
+    tensors = {"orders": torch.zeros(1, dtype=torch.uint8), "masks": torch.zeros(1, 1, 1, dtype=torch.uint8)}
+    if strategy == "sparse-vdit":
+        settings = {"sparsity": 0.8, "block": 64}
+        tensors = {"modes": torch.zeros(1, 1, dtype=torch.uint8), "columns": torch.ones(1, 1)}
+    return Plan(strategy, {}, Layout(1, 8, 8), settings, {f"model.layer.{name}": x for name, x in tensors.items()})
 
 
 def _make(words: Sequence[str]) -> None:

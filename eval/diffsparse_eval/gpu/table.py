@@ -163,7 +163,7 @@ def read(folder: Path = RESULTS) -> dict[str, list[AccountRow]]:
 
 
 def overview(results: dict[str, list[AccountRow]]) -> str:
-    """Each account's speed-up at 80 % sparsity, and in brackets the share of the dense kernel's speed for an operation."""
+    """Each account's speed-up at 80 % sparsity, and in brackets the share of the dense kernel's speed."""
     lines = []
     for name, rows in results.items():
         found = verdicts(rows).values()
