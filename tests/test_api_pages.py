@@ -11,7 +11,9 @@ from functools import cache, reduce
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import griffe
 import pytest
 
 import diffsparse
@@ -77,6 +79,60 @@ def test_the_table_has_all_names() -> None:
     assert all(name == target for name, target in rows)
     assert [name for name, _ in rows] == sorted(set(diffsparse.__all__) - {"__version__"}, key=str.lower)
 
+
+# --- docstrings -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def parsed() -> griffe.ModulesCollection:
+    """The sources as the site reads them."""
+    options = {"returns_named_value": False, "returns_multiple_items": False}
+    folders = [str(ROOT), *(str(ROOT / name) for name in ("kernels", "pipelines", "eval"))]
+    loader = griffe.GriffeLoader(search_paths=folders, docstring_parser="google", docstring_options=options)
+    for package in ("diffsparse_kernels", "diffsparse", "diffsparse_pipelines", "diffsparse_eval"):
+        loader.load(package)
+    loader.resolve_aliases(implicit=True, external=False)
+    return loader.modules_collection
+
+
+def described(found: griffe.Object | griffe.Alias, kind: str) -> dict[str, Any]:
+    """What a section of a docstring says of each name."""
+    sections = found.docstring.parsed if found.docstring else []
+    return {each.name: each for section in sections if section.kind.value == kind for each in section.value}
+
+
+def fields(found: griffe.Object | griffe.Alias) -> set[str]:
+    """The fields that a dataclass, or a tuple with names, adds itself."""
+    return {
+        name
+        for name, member in found.members.items()
+        if member.is_attribute and not name.startswith("_") and not {"property", "cached"} & member.labels
+    }
+
+
+@pytest.mark.parametrize("name", shown())
+def test_docstrings_tell_all_arguments_and_fields(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    found = parsed()[name]
+    if found.is_function:
+        arguments = {argument.lstrip("*") for argument in described(found, "parameters")}
+        own = {each.name for each in found.parameters}
+        assert arguments == own or (len(own) == 1 and not arguments)  # which the first sentence tells
+    elif found.is_class and "dataclass" in found.labels:
+        told = described(found, "attributes")
+        assert fields(found) - {"needs_grid", "is_compensated"} <= told.keys()
+        assert all(each.annotation is not None for each in told.values())
+    assert not caplog.records  # of a section that can't be read
+
+
+@pytest.mark.parametrize("name", shown())
+def test_what_is_returned_is_prose(name: str) -> None:
+    found = parsed()[name]
+    for section in found.docstring.parsed if found.docstring else ():
+        for each in section.value if section.kind.value in ("returns", "yields") else ():
+            assert not isinstance(each.annotation, str), f"a colon makes a type of {each.annotation!r}"
+
+
+# --- links ----------------------------------------------------------------------------------------------------------
 
 HOOKS = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
 

@@ -77,7 +77,11 @@ def resolve(names: Iterable[str], model: torch.nn.Module) -> Heads:
 
 
 def names_of(model: torch.nn.Module, pattern: Iterable[str] = ("*",)) -> list[str]:
-    """The short names of all heads, one each, in the model's order; `pattern` may choose some ("0-11.*").
+    """The short names of heads, one each, in the model's order.
+
+    Args:
+        model: a transformer.
+        pattern: names that choose some, such as "0-11.*"; all by default.
 
     Raises:
         UnsupportedModelError: none of its attention is in a stack of blocks.

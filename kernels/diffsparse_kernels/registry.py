@@ -74,7 +74,7 @@ def record() -> Iterator[list[Choice]]:
     runs; open the block outside of it.
 
     Yields:
-        The list that fills: one `Choice` a call.
+        The list that fills, with one `Choice` a call.
 
     Examples:
         >>> import torch
