@@ -29,7 +29,7 @@ help:
 	@echo "make test    format, lint, types and all tests"
 	@echo "make docs    build the manual into out/site, strictly; every figure and table in it is committed"
 	@echo "make stack   measure step caches with and without sparse attention: hours on one core, goes on where it stopped"
-	@echo "make stack-tables  write its tables and its chart into docs/stack.md and eval/results"
+	@echo "make stack-tables  write its tables into README.md and docs/stack.md"
 	@echo "make gpu     in some minutes, all that a CUDA device makes of the kernels; GPU_SECONDS=480, OUT=out/gpu"
 	@echo "make gpu-wheels  download what runs whole models on a GPU machine that has no network"
 	@echo "make gpu-tables  write the tables of eval/results/gpu into README.md and docs/gpu.md"
@@ -59,7 +59,7 @@ test: $(VENV)/.dev
 	$(BIN)/pytest -n 2 --dist worksteal
 
 docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "the manual is in out/site/index.html"
 
 stack: $(VENV)/.user

@@ -31,6 +31,7 @@ SHARES = (0.5, 0.7, 0.85)  # of attention in a dense step, for which speed is co
 TARGETS = (2.1, 2.5, 3.0)
 _IDENTICAL = 100.0  # dB
 _ROOT = Path(__file__).parents[2]
+_PAGE, _README = _ROOT / "docs/stack.md", _ROOT / "README.md"
 _BEGIN, _END = "<!-- stack: made by make stack-tables -->", "<!-- /stack -->"
 _KINDS = ("cache alone", "sparse alone", "stack")
 
@@ -182,6 +183,17 @@ def _margin_line(name: str, each: Margin) -> list[str]:
     return [f"{each.target:g}x {name}", each.cache.removesuffix("/dense"), *numbers, gain]
 
 
+def headline(files: dict[str, list[Point]]) -> str:
+    """The gain at the first of the speeds alone, in a line for each of some files."""
+    headings = ["", "speed-up", "step cache alone", "with diffsparse"]
+    lines = []
+    for name, settings in files.items():
+        for each in margins(settings, lambda point: point.measured, TARGETS[:1]):
+            numbers = [f"{each.speedup:.1f}x", f"{each.cache_db:.1f} dB", f"{each.stack_db:.1f} dB"]
+            lines.append([name, *numbers])
+    return markdown_table(headings, lines)
+
+
 def chart(by_guidance: dict[str, list[Point]]) -> Figure:
     """PSNR over measured speed-up: caches alone, sparse attention alone, and both; a panel for each file.
 
@@ -235,21 +247,28 @@ def _title(path: Path) -> str:
     return name.removeprefix("stack-").replace("-", " ")
 
 
-def tables(paths: list[Path]) -> str:
-    """The tables of some files, whose chart is written beside the first."""
-    files = {_title(path): points(read(path)) for path in paths}
-    charts.save(chart(files), paths[0].parent / "stack.png")
-    return text(files)
+def settings_of(paths: list[Path]) -> dict[str, list[Point]]:
+    """The settings of some files, by what tells the files apart."""
+    return {_title(path): points(read(path)) for path in paths}
+
+
+def pages() -> dict[Path, str]:
+    """The text that README.md and docs/stack.md should have."""
+    files = settings_of(sorted((_ROOT / "eval/results").glob("stack-*.json")))
+    made = {_README: headline(files), _PAGE: text(files).rstrip("\n")}
+    return {page: spliced(page.read_text(), _BEGIN, part, _END) for page, part in made.items()}
 
 
 def main(names: list[str]) -> None:
-    """Write tables and chart of some results beside the first of them, or the project's own into its docs."""
-    paths, page = [Path(name) for name in names], _ROOT / "docs/stack.md"
+    """Write tables and chart of some results beside the first of them, or the project's own tables into its docs."""
+    paths = [Path(name) for name in names]
     if paths:
-        write_text(f"## Step cache, sparse attention, and both\n\n{tables(paths)}", paths[0].parent / "stack.md")
-    elif page.is_file():
-        made = tables(sorted((_ROOT / "eval/results").glob("stack-*.json")))
-        write_text(spliced(page.read_text(), _BEGIN, made.rstrip("\n"), _END), page)
+        files, folder = settings_of(paths), paths[0].parent
+        charts.save(chart(files), folder / "stack.png")
+        write_text(f"## Step cache, sparse attention, and both\n\n{text(files)}", folder / "stack.md")
+    elif _PAGE.is_file():
+        for page, written in pages().items():
+            write_text(written, page)
     else:
         print("error: the docs are made in a checkout of the project; wanted some results.json", file=sys.stderr)
         sys.exit(2)

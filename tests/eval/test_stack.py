@@ -156,3 +156,8 @@ def test_files(results: Path, tmp_path: Path) -> None:
         assert picture.width > picture.height
     with pytest.raises(InputFileError, match=r"results\.json of diffsparse evaluate"):
         stack.read(tmp_path / "stack.md")
+
+
+def test_the_tables_in_the_docs_are_those_of_the_committed_rows() -> None:
+    for path, text in stack.pages().items():
+        assert path.read_text() == text, f"{path.name} is stale: run make stack-tables"

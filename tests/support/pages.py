@@ -1,7 +1,7 @@
 """The code of the pages: blocks of Python run, command lines are taken by the real parsers.
 
-Checkpoints of a hub stand in as the embedded twin, which takes the arguments that the named pipeline takes, and runs are
-cut to a few steps; all else is as it stands on the page.
+The embedded twin stands in for the checkpoints of a hub, and takes the arguments that the named pipeline takes; runs
+are cut to a few steps and frames. All else is as it stands on the page.
 """
 
 from __future__ import annotations
@@ -27,17 +27,21 @@ from diffsparse_pipelines import tiny
 from diffsparse_pipelines.commands.options import ModelOptions
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [ROOT / "README.md", CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "sh", "text"}
-STEPS = 4
+MOST = {"num_inference_steps": 4, "num_frames": 5}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What a person would have at hand, with as much in it as the parsers look at.
 FILES = ("photo.png", "look.png", "prompts.txt", "heads.json", "clips/a.mp4")
 
 
 def document(page: Path) -> Document:
-    """The page, with its blocks as examples in order: Python runs, command lines are checked."""
-    parsers = [PythonCodeBlockParser(), CodeBlockParser("sh", shell)]
+    """The page, with its blocks as examples in order: Python runs, command lines are checked.
+
+    The Python of CONTRIBUTING.md is files, which `tests/test_contributing.py` adds and runs.
+    """
+    parsers = [CodeBlockParser("sh", shell), *([] if page == CONTRIBUTING else [PythonCodeBlockParser()])]
     return Sybil(parsers, patterns=["*.md"], path=str(page.parent)).parse(page)
 
 
@@ -57,22 +61,28 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         Path(name).touch()
     for name in ("pipelines", "eval", "docs"):
         Path(name).symlink_to(ROOT / name)
-    original = diffusers.DiffusionPipeline.from_pretrained.__func__
-
-    def pretrained(cls: type, source: str, **options: Any) -> Any:
-        return original(cls, source, **options) if Path(source).exists() else stand_in(cls)
-
     for owner in (diffusers.DiffusionPipeline, diffusers.ModularPipeline):
-        monkeypatch.setattr(owner, "from_pretrained", classmethod(pretrained))
-    monkeypatch.setattr(diffusers.ModelMixin, "from_pretrained", classmethod(lambda *_, **__: tiny.load("twin").vae))
+        _from_hub(monkeypatch, owner, stand_in)
+    _from_hub(monkeypatch, diffusers.ModelMixin, lambda _: tiny.load("twin").vae)
     monkeypatch.setattr(tiny.TinyPipeline, "__call__", _shortened(tiny.TinyPipeline.__call__))
+
+
+def _from_hub(monkeypatch: pytest.MonkeyPatch, owner: type, made: Callable[[type], Any]) -> None:
+    """`owner.from_pretrained` of a name of the hub gives what is `made` for the class; folders are read as ever."""
+    original = owner.__dict__["from_pretrained"].__func__
+
+    def pretrained(cls: type, source: str | Path, **options: Any) -> Any:
+        return original(cls, source, **options) if Path(source).exists() else made(cls)
+
+    monkeypatch.setattr(owner, "from_pretrained", classmethod(pretrained))
 
 
 def _shortened(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def run(self: Any, *args: Any, **options: Any) -> Any:
         self.set_progress_bar_config(disable=True)
-        return call(self, *args, **{**options, "num_inference_steps": min(STEPS, options["num_inference_steps"])})
+        less = {name: min(most, options[name]) for name, most in MOST.items()}
+        return call(self, *args, **{**options, **less})
 
     return run
 
@@ -117,12 +127,12 @@ def shell(example: Example) -> None:
             known(words[1:])
 
 
-class _Ran(Exception):
+class _RanError(Exception):
     """A command has taken its arguments, and would now begin its work."""
 
 
 def _begins(*_: Any, **__: Any) -> NoReturn:
-    raise _Ran
+    raise _RanError
 
 
 def diffsparse(words: Sequence[str]) -> None:
@@ -135,12 +145,9 @@ def diffsparse(words: Sequence[str]) -> None:
         patch.setattr("diffsparse_pipelines.preflight.admit", lambda *_, **__: None)  # as if there were a GPU
         patch.setattr("diffsparse_eval.commands.bench.measure", _begins)
         patch.setattr("diffsparse_eval.commands.doctor.examine", _begins)
-        try:
+        with pytest.raises((_RanError, SystemExit)) as ended:
             main(list(words))
-        except _Ran:
-            return
-        except SystemExit as ended:
-            assert not ended.code, f"diffsparse {shlex.join(words)}: exit code {ended.code}"
+    assert not getattr(ended.value, "code", 0), f"diffsparse {shlex.join(words)}: exit code {ended.value}"
 
 
 def _make(words: Sequence[str]) -> None:
@@ -178,6 +185,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "make": _make,
     "pip": _pip,
     "git": _git,
+    "pre-commit": lambda _: None,
     "cd": lambda _: None,
     "source": lambda _: None,
     "torchrun": lambda _: None,

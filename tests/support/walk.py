@@ -133,8 +133,8 @@ def short() -> str:
     """What README.md says."""
     states = [state(name) for name in classes()]
     rest = ", ".join(f"{states.count(kind)} {what}" for kind, what in _REST if states.count(kind))
-    proven = f"{states.count('sparse')} classes are proven sparse, and bit-identical with the identity strategy"
-    return f"  {proven}, offline and with small random\n  weights; {rest}: [every class](docs/models.md)."
+    proven = f"{states.count('sparse')} transformer classes of Diffusers are sparse, and unchanged to the bit under"
+    return f"{proven} `Dense()`,\ntested with small random weights; {rest}: [every class](docs/models.md)."
 
 
 _REST = (

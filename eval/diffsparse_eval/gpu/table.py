@@ -1,7 +1,7 @@
 """A summary of the rows in under a hundred lines; `python -m diffsparse_eval.gpu.table` makes the tables of the docs.
 
-Rows of a device are committed as `eval/results/gpu/<device>-<date>.jsonl`. README.md has one line for each such file,
-`docs/gpu.md` its whole summary.
+Rows of a device are committed as `eval/results/gpu/<device>-<date>.jsonl`. `docs/gpu.md` has their
+summaries, README.md a line for each card.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROOT = Path(__file__).parents[3]
 RESULTS = _ROOT / "eval/results/gpu"
 _BEGIN, _END = "<!-- gpu: made by make gpu-tables -->", "<!-- /gpu -->"
 _SHAPES = ("wan 1.3b 480p", "wan 14b 720p", "hunyuan-video 720p", "flux 1024 px")
-_WHOLE = "hunyuan-video"  # the model whose whole run README.md names
+_WHOLE = "hunyuan-video"  # the model whose whole run the overview names
 _COLUMNS = ("card", "cases right", *_SHAPES, f"whole run of {_WHOLE}")
 
 
@@ -163,7 +163,7 @@ def read(folder: Path = RESULTS) -> dict[str, list[AccountRow]]:
 
 
 def overview(results: dict[str, list[AccountRow]]) -> str:
-    """The table of README.md: each card's speed-up at 80 % sparsity, and the share of the dense kernel's speed."""
+    """Each account's speed-up at 80 % sparsity, and in brackets the share of the dense kernel's speed for an operation."""
     lines = []
     for name, rows in results.items():
         found = verdicts(rows).values()
@@ -174,7 +174,18 @@ def overview(results: dict[str, list[AccountRow]]) -> str:
     return markdown_table(_COLUMNS, lines)
 
 
-def _cell(rows: list[AccountRow], shape: str) -> str:
+def headline(results: dict[str, list[AccountRow]]) -> str:
+    """The table of README.md: the last account of each card, and the shapes that all of these have."""
+    last = {name.partition("-")[0]: rows for name, rows in results.items()}
+    kept = [shape for shape in _SHAPES if all(_best(rows, shape) for rows in last.values())]
+    lines = [
+        [card.upper(), *(f"{best['speedup']:.2f}x" for shape in kept if (best := _best(rows, shape)))]
+        for card, rows in last.items()
+    ]
+    return markdown_table(["card", *kept], lines) if lines else "Not measured yet: `make gpu` does it."
+
+
+def _best(rows: list[AccountRow], shape: str) -> AccountRow | None:
     """The fastest of our kernels over lists like those of a video, with a fifth of the blocks."""
     timed = [
         row
@@ -184,7 +195,11 @@ def _cell(rows: list[AccountRow], shape: str) -> str:
         and "with" not in row["kind"]  # summaries of the other blocks
         and 0.19 < row["density"] < 0.25
     ]
-    best = min(timed, key=lambda row: row["ms"] or 0.0, default=None)
+    return min(timed, key=lambda row: row["ms"] or 0.0, default=None)
+
+
+def _cell(rows: list[AccountRow], shape: str) -> str:
+    best = _best(rows, shape)
     return "not measured" if best is None else f"{best['speedup']:.2f}x ({best['share']:.2f}, {best['kernel']})"
 
 
@@ -201,6 +216,7 @@ def pages(results: dict[str, list[AccountRow]]) -> dict[Path, str]:
     """The text that README.md and docs/gpu.md should have."""
     readme = _ROOT / "README.md"
     text = "# What GPUs make of the kernels\n\nWritten by `make gpu-tables` from `eval/results/gpu`.\n"
+    text += f"\n{overview(results)}\n"
     for name, rows in results.items():
         last = rows[-1]
         facts: AccountFacts = {
@@ -210,10 +226,8 @@ def pages(results: dict[str, list[AccountRow]]) -> dict[Path, str]:
             "commit": last["commit"],
             "versions": last["versions"],
         }
-        text += f"\n## {name}\n```\n{summary(rows, facts, longest=None)}```\n"
-    if not results:
-        text += "\nNot measured yet: no account of a GPU is committed. `make gpu` makes one.\n"
-    return {readme: spliced(readme.read_text(), _BEGIN, overview(results), _END), _ROOT / "docs/gpu.md": text}
+        text += f"\n## {name}\n```text\n{summary(rows, facts, longest=None)}```\n"
+    return {readme: spliced(readme.read_text(), _BEGIN, headline(results), _END), _ROOT / "docs/gpu.md": text}
 
 
 def main() -> None:
