@@ -11,7 +11,7 @@ from diffsparse import errors
 from support import backends, reasons
 
 DOCS = Path(__file__).parents[1] / "docs"
-MEANS = 10  # letters that a message has of its own, for an example to be one of it
+MEANS = 8  # letters that a message has of its own, for an example to be one of it
 BACKENDS, QUESTIONS = (DOCS / f"{name}.md" for name in ("backends", "questions"))
 
 
