@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffsparse import errors
-from support import backends, reasons
+from support import backends, reasons, results
 
 DOCS = Path(__file__).parents[1] / "docs"
 MEANS = 8  # letters that a message has of its own, for an example to be one of it
@@ -62,3 +62,13 @@ def test_every_error_has_an_example_of_what_it_says(name: str) -> None:
     assert bool(examples) == bool(patterns)
     for line in examples:
         assert any(pattern.search(line) for pattern in patterns), f"no {name} says: {line}"
+
+
+@pytest.mark.parametrize("page", [results.PAGE, results.EVALUATE], ids=lambda page: page.stem)
+def test_results_are_what_the_rows_say(page: Path) -> None:
+    assert dict(results.pages())[page] == page.read_text(), "run python -m support.results"
+
+
+def test_every_committed_file_of_rows_is_named() -> None:
+    held = {str(path.relative_to(results.RESULTS)) for path in results.RESULTS.rglob("*.*")}
+    assert {name for name in held if name.endswith((".json", ".jsonl", ".csv"))} == set(results.FILES)
