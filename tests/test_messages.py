@@ -64,7 +64,7 @@ def test_every_error_has_an_example_of_what_it_says(name: str) -> None:
         assert any(pattern.search(line) for pattern in patterns), f"no {name} says: {line}"
 
 
-@pytest.mark.parametrize("page", [results.PAGE, results.EVALUATE], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", results.PARTS, ids=lambda page: page.stem)
 def test_results_are_what_the_rows_say(page: Path) -> None:
     assert dict(results.pages())[page] == page.read_text(), "run python -m support.results"
 

@@ -1,4 +1,4 @@
-"""`python -m support.results` writes the tables of docs/results.md and the measures of docs/evaluate.md.
+"""`python -m support.results` writes the tables of docs/results.md and few-steps.md, the measures of evaluate.md.
 
 Every number is computed from committed rows, and every command is what the rows say of how they were made.
 """
@@ -9,6 +9,7 @@ import csv
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 from diffsparse_eval import stack
@@ -21,7 +22,7 @@ from diffsparse_pipelines.tables import markdown_table, spliced
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "eval/results"
-PAGE, EVALUATE = ROOT / "docs/results.md", ROOT / "docs/evaluate.md"
+PAGE, EVALUATE, FEW_STEPS = (ROOT / f"docs/{name}.md" for name in ("results", "evaluate", "few-steps"))
 Row = dict[str, Any]
 
 # --- the rows -------------------------------------------------------------------------------------------------------
@@ -118,6 +119,24 @@ def _line(method: Method) -> list[str]:
     return [method.name, *cells, *(form.format(mean_and_interval(values)[0]) if values else "-" for values, form in means)]
 
 
+FEW = ((4, 0), (4, 1), (8, 0), (8, 1), (8, 2))  # steps of a run, and dense ones of them
+_TAKEN = {(0.6, 4, 1), (0.7, 8, 2)}  # what the names of few-step models take
+
+
+def few() -> str:
+    """PSNR of `Digest` in runs of few steps, and what it computes."""
+    headings = ["sparsity", *(f"{steps} steps, {dense or 'none'} dense" for steps, dense in FEW)]
+    lines = []
+    for share in (0.5, 0.6, 0.7, 0.8):
+        cells = []
+        for steps, dense in FEW:
+            psnr, work = (of(f"few-{steps}-steps-{dense}-dense.json", f"digest {share}", x) for x in ("psnr_db", "work"))
+            cell = f"{mean(psnr):.1f}"
+            cells.append((f"**{cell}**" if (share, steps, dense) in _TAKEN else cell) + f", work {mean(work):.2f}")
+        lines.append([str(share), *cells])
+    return markdown_table(headings, lines)
+
+
 # --- all files ------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +213,7 @@ FILES: dict[str, File] = {
     "twin-digest-50-steps.json": File("longer ones", _labels("digest 0.8 block=16", "digest 0.72 block=16")),
     **{
         f"few-{steps}-steps-{dense}-dense.json": File(_FEW.format(steps, dense), _labels("digest 0.6", "digest 0.8"))
-        for steps, dense in ((4, 0), (4, 1), (8, 0), (8, 1), (8, 2))
+        for steps, dense in FEW
     },
     "stack-guidance-1.json": File("step caches, sparse attention, both", _stack, "make stack"),
     "stack-guidance-5.json": File("the same at guidance scale 5", _stack, "make stack"),
@@ -302,6 +321,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "measures": lambda: meanings(DEFINITIONS),
         "without-weights": lambda: meanings(SPEED_DEFINITIONS),
     },
+    FEW_STEPS: {"few": few},
 }
 
 
