@@ -1,4 +1,4 @@
-"""What the sources can tell a user is on a page: reasons of dense calls, warnings, errors; and tables are as generated."""
+"""What the sources can tell a user is on a page: reasons of dense calls, warnings, errors. Tables are as generated."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def test_every_error_has_an_example_of_what_it_says(name: str) -> None:
     section = re.search(rf"^### {name}\n(.*?)(?=^#|\Z)", QUESTIONS.read_text(), re.MULTILINE | re.DOTALL)
     assert section is not None
     patterns = [message.within for message in reasons.raised(name) if len(re.findall(r"\w", str(message))) > MEANS]
-    examples = [line for block in re.findall(r"```text\n(.*?)```", section[1], re.DOTALL) for line in block.splitlines()]
+    examples = [
+        line for block in re.findall(r"```text\n(.*?)```", section[1], re.DOTALL) for line in block.splitlines()
+    ]
     assert bool(examples) == bool(patterns)
     for line in examples:
         assert any(pattern.search(line) for pattern in patterns), f"no {name} says: {line}"

@@ -5,7 +5,8 @@ support.reasons` lists all of them.
 
 Reasons are what the sources
 
-- give to a parameter called `reason` or `obstacle` (in trials: `wrong`), or write to a variable, attribute or default of that name,
+- give to a parameter called `reason` or `obstacle` (in trials: `wrong`), or write to a variable, attribute or default
+  of that name,
 - return where a function says by its type that it gives `str | None`, or a pair that ends with it, and is one of the
   package's own ways to say why not (`_TELL`),
 - raise while a back end is imported, which is why it is not there.
@@ -109,13 +110,17 @@ def modules(folders: tuple[Path, ...] = LIBRARY) -> list[_Module]:
 def reasons() -> list[Message]:
     """Why calls can be dense, back ends be passed over, and extra passes run whole, each once."""
     slots = _slots()
-    found = (message for module in modules() for node in ast.walk(module.tree) for message in _said(module, node, slots))
+    found = (
+        message for module in modules() for node in ast.walk(module.tree) for message in _said(module, node, slots)
+    )
     return _once(found)
 
 
 def _said(module: _Module, node: ast.AST, slots: dict[str, set[int]]) -> Iterator[Message]:
     match node:
-        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=args, keywords=keywords) if name != "__init__":
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=args, keywords=keywords) if (
+            name != "__init__"
+        ):
             values = [args[place] for place in slots.get(name, ()) if place < len(args)]
             values += [word.value for word in keywords if word.arg in _SLOTS]
         case ast.Assign(targets=targets, value=value):
@@ -148,7 +153,9 @@ def _functions(node: ast.AST) -> Iterator[tuple[str, ast.FunctionDef]]:
     if isinstance(node, ast.FunctionDef) and node.name != "__init__":
         yield node.name, node
     if isinstance(node, ast.ClassDef):
-        yield from ((node.name, each) for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__")
+        yield from (
+            (node.name, each) for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"
+        )
 
 
 def _written(target: ast.expr, value: ast.expr) -> Iterator[ast.expr]:
@@ -162,7 +169,10 @@ def _written(target: ast.expr, value: ast.expr) -> Iterator[ast.expr]:
 
 def _defaults(node: ast.FunctionDef) -> Iterator[ast.expr]:
     given = node.args
-    named = [*zip(reversed(given.args), reversed(given.defaults), strict=False), *zip(given.kwonlyargs, given.kw_defaults, strict=True)]
+    named = [
+        *zip(reversed(given.args), reversed(given.defaults), strict=False),
+        *zip(given.kwonlyargs, given.kw_defaults, strict=True),
+    ]
     yield from (value for each, value in named if each.arg in _SLOTS and value is not None)
 
 
@@ -175,7 +185,9 @@ def _answers(node: ast.FunctionDef) -> Iterator[ast.expr]:
 
 def warned() -> list[Message]:
     """What the library warns of, by `warnings` or by the log."""
-    return _once(message for module in modules(ALL) for value in _warnings(module) for message in module.messages(value))
+    return _once(
+        message for module in modules(ALL) for value in _warnings(module) for message in module.messages(value)
+    )
 
 
 def _warnings(module: _Module) -> Iterator[ast.expr]:
@@ -183,7 +195,9 @@ def _warnings(module: _Module) -> Iterator[ast.expr]:
         match node:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="warnings"), attr="warn"), args=[text, *_]):
                 yield text
-            case ast.Call(func=ast.Attribute(value=ast.Name(id="_LOG"), attr="warning"), args=[ast.Constant(value=str(form)), *_]):
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="_LOG"), attr="warning"), args=[ast.Constant(value=str(form)), *_]
+            ):
                 yield ast.Constant(re.sub(r"%\w", _HOLE, form), lineno=node.lineno)
 
 

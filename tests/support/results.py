@@ -102,7 +102,13 @@ METHODS = (
 
 def methods() -> str:
     """PSNR of each method at each sparsity, and its speed and work at 80 %."""
-    headings = ("PSNR dB", *(f"{share:.0%}".replace("%", " %") for share in SHARES), "speed-up at 80 %", "of attention", "work at 80 %")
+    headings = (
+        "PSNR dB",
+        *(f"{share:.0%}".replace("%", " %") for share in SHARES),
+        "speed-up at 80 %",
+        "of attention",
+        "work at 80 %",
+    )
     return markdown_table(headings, map(_line, METHODS))
 
 
@@ -116,7 +122,11 @@ def _line(method: Method) -> list[str]:
     work = of(method.file, label, "work") or of("tiny-rivals.json", label, "work")
     cells = [with_interval(values) if values else "-" for values in fidelity]
     means = ((speeds, "{:.2f}x"), (attention, "{:.2f}x"), (work, "{:.2f}"))
-    return [method.name, *cells, *(form.format(mean_and_interval(values)[0]) if values else "-" for values, form in means)]
+    return [
+        method.name,
+        *cells,
+        *(form.format(mean_and_interval(values)[0]) if values else "-" for values, form in means),
+    ]
 
 
 FEW = ((4, 0), (4, 1), (8, 0), (8, 1), (8, 2))  # steps of a run, and dense ones of them
@@ -130,7 +140,9 @@ def few() -> str:
     for share in (0.5, 0.6, 0.7, 0.8):
         cells = []
         for steps, dense in FEW:
-            psnr, work = (of(f"few-{steps}-steps-{dense}-dense.json", f"digest {share}", x) for x in ("psnr_db", "work"))
+            psnr, work = (
+                of(f"few-{steps}-steps-{dense}-dense.json", f"digest {share}", x) for x in ("psnr_db", "work")
+            )
             cell = f"{mean(psnr):.1f}"
             cells.append((f"**{cell}**" if (share, steps, dense) in _TAKEN else cell) + f", work {mean(work):.2f}")
         lines.append([str(share), *cells])
@@ -190,7 +202,7 @@ _BENCH = "diffsparse bench {}--tokens 4096 --rounds 21 --out eval/results/{}"
 _GPU = "make gpu    # then copy out/gpu/rows.jsonl"
 FILES: dict[str, File] = {
     "tiny.csv": File(
-        "the embedded model at four sparsities: `AdaSpa`, `PARO`, `SparseVDiT`, `GNA`, `Random`, and an earlier `Digest`",
+        "the embedded model at four sparsities: all strategies but `Tangent`, and an earlier `Digest`",
         _labels("paro 0.8 +means", "adaspa 0.8", "random 0.8"),
         left_out=("digest",),
     ),
@@ -218,7 +230,9 @@ FILES: dict[str, File] = {
     "stack-guidance-1.json": File("step caches, sparse attention, both", _stack, "make stack"),
     "stack-guidance-5.json": File("the same at guidance scale 5", _stack, "make stack"),
     "bench-cpu-one-thread.csv": File(
-        "kernels on one CPU core", partial(_bench, backend="cpu"), "OMP_NUM_THREADS=1 " + _BENCH.format("", "bench-cpu-one-thread.csv")
+        "kernels on one CPU core",
+        partial(_bench, backend="cpu"),
+        "OMP_NUM_THREADS=1 " + _BENCH.format("", "bench-cpu-one-thread.csv"),
     ),
     "bench-cpu.csv": File("kernels on two cores", partial(_bench, backend="cpu"), _BENCH.format("", "bench-cpu.csv")),
     "bench-cpu-flex-one-thread.csv": File(
@@ -227,10 +241,13 @@ FILES: dict[str, File] = {
         "OMP_NUM_THREADS=1 " + _BENCH.format("--backend cpu,flex --sparsity 0.8 ", "bench-cpu-flex-one-thread.csv"),
     ),
     "bench-cpu-flex.csv": File(
-        "on two cores", partial(_bench, backend="flex"), _BENCH.format("--backend cpu,flex --sparsity 0.8 ", "bench-cpu-flex.csv")
+        "on two cores",
+        partial(_bench, backend="flex"),
+        _BENCH.format("--backend cpu,flex --sparsity 0.8 ", "bench-cpu-flex.csv"),
     ),
     **{
-        f"gpu/{path.name}": File("an account of a GPU", _account, _GPU) for path in sorted((RESULTS / "gpu").glob("*.jsonl"))
+        f"gpu/{path.name}": File("an account of a GPU", _account, _GPU)
+        for path in sorted((RESULTS / "gpu").glob("*.jsonl"))
     },
 }
 
@@ -264,7 +281,10 @@ def _evaluations(name: str) -> list[str]:
         together.setdefault((knobs, ",".join(f"{share:g}" for share in sorted(shares))), []).append(strategy)
     prompts = len({row["prompt"] for row in sparse})
     common = f"{_run(name)}--prompts {prompts} --out out/{Path(name).stem}"
-    return [f"diffsparse evaluate --strategy {','.join(names)} {_sparsity(names, shares)}{knobs}{common}" for (knobs, shares), names in together.items()]
+    return [
+        f"diffsparse evaluate --strategy {','.join(names)} {_sparsity(names, shares)}{knobs}{common}"
+        for (knobs, shares), names in together.items()
+    ]
 
 
 def _strategy(row: Row) -> str:

@@ -85,7 +85,7 @@ Whether the transformer of your pipeline is served, and what is known of it: eve
 
 Find the class by `type(pipe.transformer).__name__`. A class that says "yes" attends sparsely and changes no bit under
 `Dense()`, also when it is taken off, at another size, and in its other modes; its heads can be guided. The others are
-refused, or run dense and say so, for the reason that stands in their row. Recipes by family: [Recipes](recipes/index.md).
+refused, or run dense and say so, for the reason that stands in their row. By family: [Recipes](recipes/index.md).
 
 - **sparse**: or why not, or what is still missing.
 - **guidance**: how its pipelines call it in a step: a batch of branches; one call after the other, in cache contexts

@@ -17,41 +17,10 @@ _LONGEST = 95
 _ROOT = Path(__file__).parents[3]
 RESULTS = _ROOT / "eval/results/gpu"
 _BEGIN, _END = "<!-- gpu: made by make gpu-tables -->", "<!-- /gpu -->"
+_CARDS = "<!-- cards: made by make gpu-tables -->", "<!-- /cards -->"
+_ACCOUNTS = "<!-- accounts: made by make gpu-tables -->", "<!-- /accounts -->"
 _SHAPES = ("wan 1.3b 480p", "wan 14b 720p", "hunyuan-video 720p", "flux 1024 px")
 _WHOLE = "hunyuan-video"  # the model whose whole run the overview names
-_HEAD = """# GPU measurements
-
-What real cards made of the kernels: how fast, how exact, and what failed. Measure yours:
-
-```sh
-make gpu    # any CUDA machine, no network needed; eight minutes, rows and a table in out/gpu
-```
-
-It wants torch and Triton alone (`make gpu-wheels`, run before where there is a network, adds what runs whole models), and
-survives kernels that hang or crash.
-
-![Speed-up of attention at 80 % sparsity over the fastest dense kernel, by card and model](figures/chart-gpu-light.svg#only-light)
-![Speed-up of attention at 80 % sparsity over the fastest dense kernel, by card and model](figures/chart-gpu-dark.svg#only-dark)
-
-Speed-up of attention at 80 % sparsity, blocks of 128, lists like a video's, over the fastest dense kernel in the same process. In brackets the
-share of that kernel's speed for each operation, and the back end. 5x is what a kernel gives that takes no longer for an operation than that dense one.
-
-{overview}
-
-What is not in this table was not measured on a GPU. Chips other than Hopper are compiled for and interpreted in tests: [Back ends](backends.md).
-The cases that are not right: in the account of 2026-11-28 on an H100, nine raised in the plain torch that judges kernels, which is mended, and
-five were a build of the Gluon kernel that is gone. A kernel that is wrong on your card is not used there ([Trials](backends.md#trials)).
-
-## How to read the accounts
-
-- **kernels against float64**: cases whose error is explained by the rounding of the inputs' format, of all cases.
-- **speed**: kernel, what it computes, density, time, rate, speed-up over the fastest dense kernel, share of that kernel's speed for each operation.
-- **a layer of a strategy**: time on the device and on the host, launches, peak memory, for one layer of a step.
-- **whole models**: with random weights, all steps extrapolated from one pass of each kind; `accelerate` is timed whole.
-- **failed or left out**: what raised, hung, or found no time in the eight minutes.
-
-Written by `make gpu-tables` from `eval/results/gpu/*.jsonl`, which hold every row.
-"""
 _COLUMNS = ("card", "cases right", *_SHAPES, f"whole run of {_WHOLE}")
 
 
@@ -196,7 +165,7 @@ def read(folder: Path = RESULTS) -> dict[str, list[AccountRow]]:
 
 
 def overview(results: dict[str, list[AccountRow]]) -> str:
-    """Each account's speed-up at 80 % sparsity, and in brackets the share of the dense kernel's speed for an operation."""
+    """Each account's speed-up at 80 % sparsity, and in brackets its share of the dense kernel's rate."""
     lines = []
     for name, rows in results.items():
         found = verdicts(rows).values()
@@ -247,19 +216,24 @@ def _whole_cell(rows: list[AccountRow]) -> str:
 
 def pages(results: dict[str, list[AccountRow]]) -> dict[Path, str]:
     """The text that README.md and docs/gpu.md should have."""
-    readme = _ROOT / "README.md"
-    text = _HEAD.format(overview=overview(results))
-    for name, rows in results.items():
-        last = rows[-1]
-        facts: AccountFacts = {
-            "device": last["device"],
-            "driver": last["driver"],
-            "date": last["date"],
-            "commit": last["commit"],
-            "versions": last["versions"],
-        }
-        text += f"\n## {name}\n```text\n{summary(rows, facts, longest=None)}```\n"
-    return {readme: spliced(readme.read_text(), _BEGIN, headline(results), _END), _ROOT / "docs/gpu.md": text}
+    readme, page = _ROOT / "README.md", _ROOT / "docs/gpu.md"
+    accounts = (f"## {name}\n```text\n{summary(rows, _facts(rows), None)}```\n" for name, rows in results.items())
+    text = page.read_text()
+    for (begin, end), made in ((_CARDS, overview(results)), (_ACCOUNTS, "\n" + "\n".join(accounts))):
+        text = spliced(text, begin, made, end)
+    return {readme: spliced(readme.read_text(), _BEGIN, headline(results), _END), page: text}
+
+
+def _facts(rows: list[AccountRow]) -> AccountFacts:
+    """Of an account, as its last row has them."""
+    last = rows[-1]
+    return {
+        "device": last["device"],
+        "driver": last["driver"],
+        "date": last["date"],
+        "commit": last["commit"],
+        "versions": last["versions"],
+    }
 
 
 def main() -> None:
