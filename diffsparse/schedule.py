@@ -15,14 +15,25 @@ class Schedule:
 
     Steps are those of the schedule, of which a step cache may skip some: what counts is how far the noise has come.
 
-    dense_first: dense steps at the start of a run; an int counts steps, a float is a fraction of the run's steps (one
-        more where a step cache would extrapolate from a dense and a sparse one). The strategy may look at the last of
-        them (AdaSpa makes its first search there).
-    dense_last: the same for the end of a run.
-    dense_layers: attention layers by number, in the order of the model's modules; negative counts from the end.
-
     The default, a fifth of the steps, is the published warm-up of AdaSpa (10 of 50); any fraction above zero means
     at least one step, so that models of 4 to 8 steps keep one or two.
+
+    Attributes:
+        dense_first: dense steps at the start of a run; an int counts steps, a float is a fraction of the run's steps
+            (one more where a step cache would extrapolate from a dense and a sparse one). The strategy may look at the
+            last of them (AdaSpa makes its first search there).
+        dense_last: the same for the end of a run.
+        dense_layers: attention layers by number, in the order of the model's modules; negative counts from the end.
+
+    Raises:
+        ConfigError: a value of another type, or out of its range.
+
+    Examples:
+        >>> from diffsparse import Schedule
+        >>> Schedule(dense_first=0.2, dense_layers=(0, -1)).describe(steps=50)
+        'dense steps 1-10 of 50'
+        >>> Schedule(dense_first=2).bounds(steps=8)  # the first sparse step, and the first after those
+        (2, 8)
     """
 
     dense_first: int | float = 0.2
@@ -39,8 +50,10 @@ class Schedule:
     def bounds(self, steps: int | None, warm_up: int = 0) -> tuple[int, int | None]:
         """First sparse step and first step of the dense end (None: the run's length is unknown), both 0-based.
 
-        warm_up: steps at the start from which a step cache extrapolates, by the difference of the last two: a share of
-            the run takes both or neither.
+        Args:
+            steps: length of the run; None if it is unknown.
+            warm_up: steps at the start from which a step cache extrapolates, by the difference of the last two: a share
+                of the run takes both or neither.
         """
         first = resolve(self.dense_first, steps)
         if isinstance(self.dense_first, float) and first == warm_up - 1 > 0:
@@ -48,11 +61,21 @@ class Schedule:
         return first, None if steps is None else steps - resolve(self.dense_last, steps)
 
     def excludes(self, layer: int, layers: int) -> bool:
-        """Whether `layer` (of `layers`) is dense at every step."""
+        """Whether a layer is dense at every step.
+
+        Args:
+            layer: its number, counted from 0.
+            layers: how many there are.
+        """
         return layer in self.dense_layers or layer - layers in self.dense_layers
 
     def describe(self, steps: int, warm_up: int = 0) -> str:
-        """The dense steps of a run, numbered from 1 as people count them; `warm_up` as in `bounds`."""
+        """The dense steps of a run in words, numbered from 1 as people count them.
+
+        Args:
+            steps: length of the run.
+            warm_up: as in `bounds`.
+        """
         first, end = self.bounds(steps, warm_up)
         first, end = min(first, steps), steps if end is None else end
         spans = [(1, first), (max(end, first) + 1, steps)]

@@ -5,7 +5,7 @@ import typer
 from diffusers import BriaFibo2Pipeline
 
 import diffsparse
-from diffsparse import AdaSpa
+from diffsparse import Digest
 
 
 def main(
@@ -21,7 +21,7 @@ def main(
     pipe = BriaFibo2Pipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if cuda else torch.float32)
     if cuda:
         pipe.enable_model_cpu_offload()
-    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+    with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:
         made = pipe(prompt=prompt, height=height, width=width, num_inference_steps=steps).images[0]
     print(sparse.report())
     made.save(out)

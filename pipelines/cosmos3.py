@@ -6,7 +6,7 @@ from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
 from diffusers.utils import export_to_video
 
 import diffsparse
-from diffsparse import AdaSpa
+from diffsparse import Digest
 
 
 def main(
@@ -25,7 +25,7 @@ def main(
     pipe.scheduler = UniPCMultistepScheduler.from_config(config)
     if cuda:
         pipe.enable_model_cpu_offload()
-    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+    with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:
         size = {"height": height, "width": width, "num_frames": frames}
         video = pipe(prompt=prompt, **size, num_inference_steps=steps).video
     print(sparse.report())

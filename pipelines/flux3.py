@@ -5,7 +5,7 @@ import typer
 from diffusers import ComponentsManager, ModularPipeline
 
 import diffsparse
-from diffsparse import AdaSpa
+from diffsparse import Digest
 
 
 def main(
@@ -22,7 +22,7 @@ def main(
     pipe.load_components(torch_dtype=torch.bfloat16 if cuda else torch.float32)
     if cuda:
         manager.enable_auto_cpu_offload(device="cuda")
-    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+    with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:
         images = pipe(prompt=prompt, height=height, width=width, num_inference_steps=steps, output="images")
     print(sparse.report())
     images[0].save(out)

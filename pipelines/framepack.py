@@ -8,7 +8,7 @@ from diffusers.utils import export_to_video, load_image
 from transformers import SiglipImageProcessor, SiglipVisionModel
 
 import diffsparse
-from diffsparse import AdaSpa
+from diffsparse import Digest
 
 
 def main(
@@ -18,22 +18,19 @@ def main(
     framepack: str = "lllyasviel/FramePackI2V_HY",
     eye: str = "lllyasviel/flux_redux_bfl",
     sparsity: float = 0.8,
-    height: int = 720,
-    width: int = 1280,
     frames: int = 129,
     steps: int = 50,
     out: str = "framepack.mp4",
 ) -> None:
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    parts = {"transformer": Transformer.from_pretrained(framepack, torch_dtype=dtype)}
-    parts["image_encoder"] = SiglipVisionModel.from_pretrained(eye, subfolder="image_encoder", dtype=dtype)
-    parts["feature_extractor"] = SiglipImageProcessor.from_pretrained(eye, subfolder="feature_extractor")
-    pipe = Pipeline.from_pretrained(model, **parts, torch_dtype=dtype)
+    seen = {"image_encoder": SiglipVisionModel.from_pretrained(eye, subfolder="image_encoder", dtype=dtype)}
+    seen["feature_extractor"] = SiglipImageProcessor.from_pretrained(eye, subfolder="feature_extractor")
+    transformer = Transformer.from_pretrained(framepack, torch_dtype=dtype)
+    pipe = Pipeline.from_pretrained(model, transformer=transformer, **seen, torch_dtype=dtype)
     if torch.cuda.is_available():
         pipe.enable_model_cpu_offload()
-    size = {"height": height, "width": width, "num_frames": frames}
-    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
-        video = pipe(load_image(image), prompt=prompt, **size, num_inference_steps=steps).frames[0]
+    with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:
+        video = pipe(load_image(image), prompt=prompt, num_frames=frames, num_inference_steps=steps).frames[0]
     print(sparse.report())
     export_to_video(video, out, fps=30)
 

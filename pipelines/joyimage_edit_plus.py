@@ -6,7 +6,7 @@ from diffusers import JoyImageEditPlusPipeline
 from diffusers.utils import load_image
 
 import diffsparse
-from diffsparse import AdaSpa
+from diffsparse import Digest
 
 
 def main(
@@ -23,7 +23,7 @@ def main(
     pipe = JoyImageEditPlusPipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if cuda else torch.float32)
     if cuda:
         pipe.enable_model_cpu_offload()
-    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+    with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:
         made = pipe(
             images=[load_image(image)], prompt=prompt, height=height, width=width, num_inference_steps=steps
         ).images[0]

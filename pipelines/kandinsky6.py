@@ -6,7 +6,7 @@ from diffusers import Kandinsky6TI2VAPipeline
 from diffusers.utils import export_to_video
 
 import diffsparse
-from diffsparse import AdaSpa
+from diffsparse import Digest
 
 
 def main(
@@ -23,7 +23,7 @@ def main(
     pipe = Kandinsky6TI2VAPipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if cuda else torch.float32)
     if cuda:
         pipe.enable_model_cpu_offload()
-    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+    with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:
         size = {"height": height, "width": width, "num_frames": frames}
         video = pipe(prompt=prompt, **size, num_inference_steps=steps, guidance_scale=1.0, sample_audio=False).frames[0]
     print(sparse.report())

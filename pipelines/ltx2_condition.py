@@ -7,7 +7,7 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.utils import export_to_video, load_image
 
 import diffsparse
-from diffsparse import AdaSpa
+from diffsparse import Digest
 
 
 def main(
@@ -28,12 +28,10 @@ def main(
         pipe.enable_model_cpu_offload()
     given = [LTX2VideoCondition(load_image(first), index=0), LTX2VideoCondition(load_image(last), index=-1)]
     size = {"height": height, "width": width, "num_frames": frames}
-    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
-        video = pipe(conditions=given, prompt=prompt, **size, num_inference_steps=steps).frames[
-            0
-        ]  # the sound is beside them
+    with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:
+        made = pipe(conditions=given, prompt=prompt, **size, num_inference_steps=steps)
     print(sparse.report())
-    export_to_video(video, out, fps=24)
+    export_to_video(made.frames[0], out, fps=24)  # the sound is in made.audio
 
 
 if __name__ == "__main__":

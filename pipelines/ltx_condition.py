@@ -6,7 +6,7 @@ from diffusers import LTXConditionPipeline
 from diffusers.utils import export_to_video, load_image
 
 import diffsparse
-from diffsparse import AdaSpa
+from diffsparse import Digest
 
 
 def main(
@@ -24,7 +24,7 @@ def main(
     pipe = LTXConditionPipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if cuda else torch.float32)
     if cuda:
         pipe.enable_model_cpu_offload()
-    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+    with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:
         size = {"height": height, "width": width, "num_frames": frames}
         video = pipe(image=load_image(image), prompt=prompt, **size, num_inference_steps=steps).frames[0]
     print(sparse.report())

@@ -6,7 +6,7 @@ from diffusers import ComponentsManager, ModularPipeline
 from diffusers.utils import export_to_video
 
 import diffsparse
-from diffsparse import AdaSpa
+from diffsparse import Digest
 
 
 def main(
@@ -29,7 +29,7 @@ def main(
     if cuda:
         manager.enable_auto_cpu_offload(device="cuda")
     size = {"height": height, "width": width, "num_frames": frames}
-    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+    with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:
         videos = pipe(prompt=prompt, **size, num_inference_steps=steps, output="videos")  # or "audio"
     print(sparse.report())
     export_to_video(videos[0], out, fps=24)

@@ -6,7 +6,7 @@ from diffusers import MochiPipeline
 from diffusers.utils import export_to_video
 
 import diffsparse
-from diffsparse import AdaSpa
+from diffsparse import Digest
 
 
 def main(
@@ -24,7 +24,7 @@ def main(
     pipe.vae.enable_tiling()
     if cuda:
         pipe.enable_model_cpu_offload()
-    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+    with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:
         video = pipe(prompt, height=height, width=width, num_frames=frames, num_inference_steps=steps).frames[0]
     print(sparse.report())
     export_to_video(video, out, fps=30)

@@ -6,7 +6,7 @@ from diffusers import QwenImageEditPipeline
 from diffusers.utils import load_image
 
 import diffsparse
-from diffsparse import AdaSpa
+from diffsparse import Digest
 
 
 def main(
@@ -21,7 +21,7 @@ def main(
     pipe = QwenImageEditPipeline.from_pretrained(model, torch_dtype=torch.bfloat16 if cuda else torch.float32)
     if cuda:
         pipe.enable_model_cpu_offload()
-    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+    with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:
         made = pipe(image=load_image(image), prompt=prompt, num_inference_steps=steps, negative_prompt=" ").images[0]
     print(sparse.report())
     made.save(out)

@@ -1,4 +1,4 @@
-"""Wan-Animate 2, a character moved by a video: plain Diffusers, and the three lines that make it sparse."""
+"""Wan-Animate 2, a character moved by a video: plain Diffusers; most of it stays dense, and the report says why."""
 
 import torch
 import typer
@@ -6,7 +6,7 @@ from diffusers import ComponentsManager, ModularPipeline
 from diffusers.utils import export_to_video, load_image, load_video
 
 import diffsparse
-from diffsparse import AdaSpa
+from diffsparse import Digest
 
 
 def main(
@@ -29,7 +29,7 @@ def main(
     moves, fps = load_video(driving_video, return_fps=True)
     given = {"image": load_image(image), "driving_video": moves, "driving_video_fps": fps, "prompt": prompt}
     size = {"height": height, "width": width, "segment_frame_length": frames}
-    with diffsparse.apply(pipe, AdaSpa(sparsity=sparsity)) as sparse:
+    with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:
         videos = pipe(**given, **size, num_inference_steps=steps, output="videos")
     print(sparse.report())
     export_to_video(videos[0], out, fps=24)

@@ -24,9 +24,8 @@ def main(
     cuda = torch.cuda.is_available()
     vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
     pipe = WanPipeline.from_pretrained(model, vae=vae, torch_dtype=torch.bfloat16 if cuda else torch.float32)
-    pipe.load_lora_weights(lora, weight_name="high_noise_model.safetensors", subfolder=folder)
-    second = {"load_into_transformer_2": True}
-    pipe.load_lora_weights(lora, weight_name="low_noise_model.safetensors", subfolder=folder, **second)
+    pipe.load_lora_weights(lora, weight_name=f"{folder}/high_noise_model.safetensors")
+    pipe.load_lora_weights(lora, weight_name=f"{folder}/low_noise_model.safetensors", load_into_transformer_2=True)
     if cuda:
         pipe.enable_model_cpu_offload()
     with diffsparse.apply(pipe, Digest(sparsity=sparsity)) as sparse:

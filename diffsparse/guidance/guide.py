@@ -42,23 +42,16 @@ def guide(
     guidance of any kind that is linear: in one batch, in one call after the other, distilled, or none. It works on
     whatever attention runs, dense or sparse, put on before or after. Guiding again replaces.
 
-    >>> from diffsparse import guide
-    >>> with guide(pipe, ["1.0", "0.*"], head_strength=0.5, head_scale=2.0) as guided:
-    ...     video = pipe("a red ball").frames[0]
-    >>> guided.report().passes > 0  # one more for each guided step
-    True
-
     Args:
         target: a Diffusers pipeline (all its transformers are taken), or a transformer.
         heads: names of heads ("5.3", "12.0-7", "single.4.*", "blocks.5.attn1:3"), a `Preset`, or a preset's file.
-        head_strength: how far the heads are perturbed; this and all that follow but `reuse` overrule the preset's, see
-            `Preset`.
-        head_scale: weight of the guidance.
-        start: first guided step.
-        stop: end of the guided steps.
-        rescale: share by which predictions get their standard deviation back.
-        kind: what a perturbed head does instead of attending.
-        branch: the pass that is perturbed.
+        head_strength: how far the heads are perturbed. This and all that follow but `reuse` overrule the preset's.
+        head_scale: weight of the guidance, at least 0.
+        start: first guided step; an int counts steps from 0, a float is a share of the run.
+        stop: end of the guided steps, likewise; it is not guided itself.
+        rescale: share in [0, 1] by which predictions get their standard deviation back.
+        kind: what a perturbed head does: "identity", "self", "uniform", "query-mean" or "zero".
+        branch: "extra", one more pass in each step, or "uncond", the unconditional one.
         text: whether rows of text are perturbed too.
         reuse: don't compute blocks ahead of the first perturbed one a second time; changes no bit.
 
@@ -68,6 +61,13 @@ def guide(
         UnknownNameError: no such heads.
         PlanError: another model's preset.
         InputFileError: the preset can't be read.
+
+    Examples:
+        >>> from diffsparse import guide
+        >>> with guide(pipe, ["1.0", "0.*"], head_strength=0.5, head_scale=2.0) as guided:
+        ...     video = pipe("a red ball").frames[0]
+        >>> guided.report().passes > 0  # one more for each guided step
+        True
     """
     knobs = {"head_strength": head_strength, "head_scale": head_scale, "start": start, "stop": stop}
     preset = Preset.read(heads, **knobs, rescale=rescale, kind=kind, branch=branch, text=text)
@@ -96,13 +96,14 @@ def _guidable(target: DiffusionPipeline | torch.nn.Module) -> dict[str, torch.nn
 class GuideReport:
     """What guidance did in the last (or running) pipeline call.
 
-    preset: what was asked for.
-    heads: number of heads that are perturbed.
-    passes: extra forward passes.
-    blocks_run: blocks computed in them.
-    blocks_skipped: blocks that were not, as their outputs were known.
-    whole: why passes were not shortened, by reason.
-    perturbed: calls of attention that were perturbed.
+    Attributes:
+        preset: what was asked for.
+        heads: number of heads that are perturbed.
+        passes: extra forward passes.
+        blocks_run: blocks computed in them.
+        blocks_skipped: blocks that were not, as their outputs were known.
+        whole: why passes were not shortened, by reason.
+        perturbed: calls of attention that were perturbed.
     """
 
     preset: Preset
@@ -126,7 +127,11 @@ class GuideReport:
 
 
 class GuideHandle:
-    """What `guide` gives back: `report()` says what happened, `remove()` or leaving a `with` block undoes it."""
+    """What `guide` gives back: `report()` says what happened, `remove()` or leaving a `with` block undoes it.
+
+    Attributes:
+        preset (Preset): which heads are perturbed, how, and how hard.
+    """
 
     def __init__(self, preset: Preset, models: dict[str, torch.nn.Module], guides: list[Guide]) -> None:
         self.preset = preset

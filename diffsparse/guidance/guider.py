@@ -31,9 +31,6 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
     A step gives u + g (c - u) + s (c - p). The model is touched for the perturbed pass alone, and works under
     `diffsparse.apply`.
 
-    >>> from diffsparse import HeadGuidance
-    >>> modular.update_components(guider=HeadGuidance(["1.0"], guidance_scale=5.0, head_scale=3.0))
-
     Args:
         heads: names of heads (`diffsparse.Preset`).
         head_strength: how far they are perturbed, in [0, 1].
@@ -52,6 +49,10 @@ class HeadGuidance(PerturbedAttentionGuidance):  # type: ignore[misc]
     Raises:
         ConfigError: heads or a strength that make no sense.
         UnknownNameError: when called, a model without such heads.
+
+    Examples:
+        >>> from diffsparse import HeadGuidance
+        >>> modular.update_components(guider=HeadGuidance(["1.0"], guidance_scale=5.0, head_scale=3.0))
     """
 
     @register_to_config  # type: ignore[untyped-decorator]

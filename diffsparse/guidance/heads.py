@@ -32,10 +32,11 @@ _FORMS = (
 class Place:
     """An attention module that can be named.
 
-    stack: name of the list of blocks that it is in.
-    block: number of its block there.
-    path: its name in the model.
-    heads: number of heads.
+    Attributes:
+        stack: name of the list of blocks that it is in.
+        block: number of its block there.
+        path: its name in the model.
+        heads: number of heads.
     """
 
     stack: str
@@ -76,7 +77,11 @@ def resolve(names: Iterable[str], model: torch.nn.Module) -> Heads:
 
 
 def names_of(model: torch.nn.Module, pattern: Iterable[str] = ("*",)) -> list[str]:
-    """The short names of all heads, one each, in the model's order; `pattern` may choose some ("0-11.*").
+    """The short names of heads, one each, in the model's order.
+
+    Args:
+        model: a transformer.
+        pattern: names that choose some, such as "0-11.*"; all by default.
 
     Raises:
         UnsupportedModelError: none of its attention is in a stack of blocks.

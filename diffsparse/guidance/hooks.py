@@ -47,16 +47,18 @@ if TYPE_CHECKING:
 class CallTally:
     """What one transformer's guidance did in one pipeline call.
 
-    passes: extra forward passes.
-    blocks_run: blocks computed in them.
-    blocks_skipped: blocks that were not.
-    perturbed: calls of attention that were perturbed.
-    whole: why passes were not shortened, by reason.
-    layers: names of those that were perturbed.
-    first_step: of the call, as far as it was seen.
-    delta: a step, and what is added to its predictions.
-    states, contexts: of step caches that know no guidance branches, in the extra passes.
-    cached: a step cache answered the latest conditional pass, which goes unguided.
+    Attributes:
+        passes: extra forward passes.
+        blocks_run: blocks computed in them.
+        blocks_skipped: blocks that were not.
+        perturbed: calls of attention that were perturbed.
+        whole: why passes were not shortened, by reason.
+        layers: names of those that were perturbed.
+        first_step: of the call, as far as it was seen.
+        delta: a step, and what is added to its predictions.
+        states: of step caches that know no guidance branches, in the extra passes.
+        contexts: of step caches that know no guidance branches, in the extra passes.
+        cached: a step cache answered the latest conditional pass, which goes unguided.
     """
 
     passes: int = 0

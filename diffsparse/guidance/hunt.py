@@ -36,11 +36,7 @@ class HeadHunter:
     Heads that look bad alone can serve in a set, and good ones can clash: hence rounds. The paper uses k = 3 in 5
     rounds for styles at strength 1, and k = 24 in one round for general quality at strength 0.25.
 
-    >>> from diffsparse import HeadHunter
-    >>> HeadHunter(k=24, rounds=1, head_strength=0.25).trials(pool=480)  # sets of heads that are tried
-    480
-
-    Args:
+    Attributes:
         k: heads that join in each round.
         rounds: how many.
         head_strength: how far heads are perturbed, see `Preset`; so are all that follow.
@@ -54,6 +50,11 @@ class HeadHunter:
 
     Raises:
         ConfigError: a value out of its range, or a strength or scale of 0, with which no head changes anything.
+
+    Examples:
+        >>> from diffsparse import HeadHunter
+        >>> HeadHunter(k=24, rounds=1, head_strength=0.25).trials(pool=480)  # sets of heads that are tried
+        480
     """
 
     k: int = 3
@@ -76,7 +77,13 @@ class HeadHunter:
             raise ConfigError("a hunt wants a strength and a scale above 0: with 0 no head changes anything")
 
     def preset(self, heads: Sequence[str], models: dict[str, str] | None = None, about: Values | None = None) -> Preset:
-        """The guidance with these heads."""
+        """The guidance with these heads.
+
+        Args:
+            heads: names of heads.
+            models: fingerprints of the transformers, by name; None fits all that have such heads.
+            about: how the heads were found, plain values.
+        """
         knobs = {knob.name: getattr(self, knob.name) for knob in fields(self) if knob.name not in ("k", "rounds")}
         return Preset(tuple(heads), **knobs, models=models or {}, about=about or {})
 
@@ -100,7 +107,7 @@ def hunt(
     pairs: Sequence[Pair],
     render: Render,
     objective: Objective,
-    out: Path,
+    out: str | Path,
     *,
     name: str = "",
     about: Values | None = None,
@@ -110,16 +117,6 @@ def hunt(
 
     A hunt that was stopped goes on after the last trial that it finished, and ends with the same heads. Equal scores
     are decided by the order of the pool.
-
-    >>> from diffsparse import HeadHunter, hunt
-    >>> from diffsparse.guidance.heads import names_of
-    >>> def render(pairs):
-    ...     return [pipe(prompt, generator=torch.manual_seed(seed)).frames[0] for prompt, seed in pairs]
-    >>> def contrast(clips, prompts):
-    ...     return [float(clip.std()) for clip in clips]
-    >>> pool = names_of(pipe.transformer, ["1.*"])
-    >>> pairs = [("a red ball", 0), ("a quiet sea", 1)]
-    >>> preset = hunt(pipe, HeadHunter(k=1, rounds=1), pool, pairs, render, contrast, folder / "heads.json")
 
     Args:
         pipe: a Diffusers pipeline, or a transformer.
@@ -137,6 +134,17 @@ def hunt(
         ConfigError: a pool or list of pairs that is too small, scores that are no numbers or too many or few, or the
             file beside `out` is of another hunt. The trials done are kept.
         OutputFileError: `out` can't be written, or another process is at it.
+
+    Examples:
+        >>> from diffsparse import HeadHunter, hunt
+        >>> from diffsparse.guidance.heads import names_of
+        >>> def render(pairs):
+        ...     return [pipe(prompt, generator=torch.manual_seed(seed)).frames[0] for prompt, seed in pairs]
+        >>> def contrast(clips, prompts):
+        ...     return [float(clip.std()) for clip in clips]
+        >>> pool = names_of(pipe.transformer, ["1.*"])
+        >>> pairs = [("a red ball", 0), ("a quiet sea", 1)]
+        >>> preset = hunt(pipe, HeadHunter(k=1, rounds=1), pool, pairs, render, contrast, folder / "heads.json")
     """
     hunter.check(pool)
     if not pairs:
@@ -175,7 +183,8 @@ def checked(scores: Iterable[float], wanted: int) -> list[float]:
 class _Trials:
     """The trials of a hunt: each a set of heads, rendered and scored once.
 
-    rounds: the scores by round; the round after the last holds those without guidance, and with all heads found.
+    Attributes:
+        rounds: the scores by round; the round after the last holds those without guidance, and with all heads found.
     """
 
     pipe: DiffusionPipeline | nn.Module

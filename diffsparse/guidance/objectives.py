@@ -22,10 +22,18 @@ _MOST = 8  # frames of a video that a model is shown, evenly spread
 
 
 class Objective(Protocol):
-    """Anything like this is an objective."""
+    """A function that scores clips: any callable with these arguments is one."""
 
     def __call__(self, clips: Sequence[Frames], prompts: Sequence[str]) -> Sequence[float]:
-        """One score for each clip and its prompt; higher is better."""
+        """Score each clip; higher is better.
+
+        Args:
+            clips: float32 [F, H, W, C] in [0, 1] each; an image has one frame.
+            prompts: one for each clip.
+
+        Returns:
+            One finite number for each clip.
+        """
 
 
 def objective(text: str, device: torch.device | str = "cpu") -> Objective:
@@ -59,7 +67,12 @@ def _each(score: Callable[[Frames], float], clips: Sequence[Frames], prompts: Se
 
 @dataclass(frozen=True)
 class Foreign:
-    """A function of the user's as an objective, with its name; what it raises becomes a one-line error."""
+    """A function of the user's as an objective; what it raises becomes a one-line error.
+
+    Attributes:
+        function: takes clips and prompts, and gives one score for each clip.
+        name: for the error.
+    """
 
     function: Objective
     name: str
@@ -101,14 +114,14 @@ def _imported(module: str, name: str) -> Objective:
 
 
 def sharpness(clip: Frames) -> float:
-    """1 - the blur metric of Crete et al. 2007 (0: all blur), mean over frames."""
+    """1 - the blur metric of Crete et al. 2007 (0: all blur), mean over frames; clip [F, H, W, C] in [0, 1]."""
     from skimage.measure import blur_effect
 
     return float(np.mean([1 - blur_effect(frame, channel_axis=-1) for frame in clip]))
 
 
 def colourfulness(clip: Frames) -> float:
-    """Spread and strength of the opponent colours (Hasler and Suesstrunk 2003), mean over frames."""
+    """Spread and strength of the opponent colours (Hasler and Suesstrunk 2003), mean over frames of [F, H, W, C]."""
     red, green, blue = np.moveaxis(clip.astype(np.float64), -1, 0)
     opponents = np.stack((red - green, (red + green) / 2 - blue)).reshape(2, len(clip), -1)
     spread, strength = (np.hypot(*part) for part in (opponents.std(-1), opponents.mean(-1)))
@@ -116,7 +129,7 @@ def colourfulness(clip: Frames) -> float:
 
 
 def contrast(clip: Frames) -> float:
-    """Standard deviation of the luminance within a frame, mean over frames."""
+    """Standard deviation of the luminance within a frame, mean over frames [F, H, W, C] in [0, 1]."""
     from skimage.color import rgb2gray
 
     return float(np.mean([rgb2gray(frame).std() for frame in clip]))
@@ -143,7 +156,12 @@ PLAIN: dict[str, Callable[[Frames], float]] = {
 
 @dataclass(frozen=True)
 class Look:
-    """Similarity to the colours of a picture: minus the 2-Wasserstein distance of Gaussians over CIELAB pixels."""
+    """Similarity to the colours of a picture: minus the 2-Wasserstein distance of Gaussians over CIELAB pixels.
+
+    Attributes:
+        mean: of the picture's pixels in CIELAB, [3].
+        spread: their covariance, [3, 3].
+    """
 
     mean: np.ndarray  # [3]
     spread: np.ndarray  # [3, 3]
@@ -196,9 +214,10 @@ CHECKPOINTS: dict[str, tuple[str, str, bool]] = {
 class Clip:
     """Agreement of pictures and prompt in a CLIP model, mean over frames: CLIP score, PickScore, HPSv2.
 
-    model: of transformers.
-    processor: of transformers, too.
-    logit: the cosine times the model's learned scale, as PickScore is quoted.
+    Attributes:
+        model: of transformers.
+        processor: of transformers, too.
+        logit: the cosine times the model's learned scale, as PickScore is quoted.
     """
 
     model: CLIPModel
@@ -208,6 +227,11 @@ class Clip:
     @classmethod
     def load(cls, name: str, checkpoint: str = "", device: torch.device | str = "cpu") -> Clip:
         """Load a model by its name in `CHECKPOINTS`, from another folder or hub id if one is given.
+
+        Args:
+            name: "clip", "pickscore" or "hps".
+            checkpoint: a folder or hub id in place of the usual one.
+            device: where the model runs.
 
         Raises:
             InputFileError: it can't be loaded.

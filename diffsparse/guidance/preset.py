@@ -32,13 +32,7 @@ _MOST = 2**24  # bytes
 class Preset(Shared):
     """Head-level perturbation guidance: prediction + head_scale * (prediction - perturbed prediction).
 
-    >>> from diffsparse import Preset, guide
-    >>> preset = Preset(("1.0", "0.*"), head_strength=0.5, head_scale=2.0)
-    >>> preset.save(folder / "heads.json")
-    >>> with guide(pipe, folder / "heads.json"):
-    ...     video = pipe("a red ball").frames[0]
-
-    Args:
+    Attributes:
         heads: names such as "5.3" (`diffsparse.guidance.heads`).
         head_strength: how far the heads' maps go toward the target, in [0, 1]. The paper searches at 1 and uses 0.25
             to 1; lower strengths want more heads and leave fewer artefacts.
@@ -55,6 +49,13 @@ class Preset(Shared):
 
     Raises:
         ConfigError: a value out of its range, or a name that can't be read.
+
+    Examples:
+        >>> from diffsparse import Preset, guide
+        >>> preset = Preset(("1.0", "0.*"), head_strength=0.5, head_scale=2.0)
+        >>> preset.save(folder / "heads.json")
+        >>> with guide(pipe, folder / "heads.json"):
+        ...     video = pipe("a red ball").frames[0]
     """
 
     heads: tuple[str, ...]
@@ -96,7 +97,12 @@ class Preset(Shared):
         return self.head_strength == 0 or (self.branch == "extra" and self.head_scale == 0)
 
     def covers(self, step: int, steps: int | None) -> bool:
-        """Whether `step` (of `steps`, None: unknown) is guided."""
+        """Whether a step is guided.
+
+        Args:
+            step: counted from 0.
+            steps: length of the run; None if it is unknown.
+        """
         stop = None if steps is None and self.stop == 1.0 else step_of(self.stop, steps)
         return step >= step_of(self.start, steps) and (stop is None or step < stop)
 
@@ -149,7 +155,17 @@ class Preset(Shared):
 
     @classmethod
     def read(cls, given: Preset | str | Path | Sequence[str], **knobs: object) -> Preset:
-        """A preset from what users have: one, a `.json` file, or names of heads; `knobs` that are not None overrule."""
+        """A preset from what users have.
+
+        Args:
+            given: a preset, a `.json` file, one name of heads, or several.
+            **knobs: fields of the preset; those that are not None overrule what was given.
+
+        Raises:
+            ConfigError: a value out of its range, or a name that can't be read.
+            InputFileError: no such file.
+            PlanError: the file holds no preset.
+        """
         if isinstance(given, str | Path) and str(given).endswith(".json"):
             given = cls.load(given)
         if not isinstance(given, Preset):

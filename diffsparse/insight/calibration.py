@@ -30,19 +30,12 @@ def calibrate(
     search: Search,
     calls: Sequence[Callable[[], object]],
     names: Sequence[str],
-    out: Path,
+    out: str | Path,
     after_run: Callable[[int], object] = lambda done: None,
 ) -> Plan:
     """Run `calls` under each pass of `search`, and write the plan to `out`.
 
     A search that was stopped goes on after the last run that it finished, and ends with the same plan.
-
-    >>> from diffsparse import PARO, PAROSearch, apply, calibrate
-    >>> prompts = ["a red ball", "a quiet sea"]
-    >>> calls = [lambda prompt=prompt: pipe(prompt, generator=torch.manual_seed(0)) for prompt in prompts]
-    >>> plan = calibrate(pipe, PAROSearch(sparsity=0.8), calls, prompts, folder / "plan.safetensors")
-    >>> with apply(pipe, PARO(plan)):
-    ...     video = calls[0]().frames[0]
 
     Args:
         pipe: a Diffusers pipeline, or a transformer.
@@ -57,6 +50,14 @@ def calibrate(
         OutputFileError: `out` can't be written, or another process is at it.
         PlanError: the calls differ in size, or the pipeline never attended.
         UnsupportedModelError: this process sees only some of the heads.
+
+    Examples:
+        >>> from diffsparse import PARO, PAROSearch, apply, calibrate
+        >>> prompts = ["a red ball", "a quiet sea"]
+        >>> calls = [lambda prompt=prompt: pipe(prompt, generator=torch.manual_seed(0)) for prompt in prompts]
+        >>> plan = calibrate(pipe, PAROSearch(sparsity=0.8), calls, prompts, folder / "plan.safetensors")
+        >>> with apply(pipe, PARO(plan)):
+        ...     video = calls[0]().frames[0]
     """
     if not calls or len(calls) != len(names):
         raise ConfigError(f"a search wants one or more calls, each with a name; got {len(calls)} and {len(names)}")

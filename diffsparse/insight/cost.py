@@ -38,9 +38,12 @@ _PRODUCTS = nn.Linear | nn.Conv2d | nn.Conv3d
 
 
 def end_to_end(share: float, attention_speedup: float, dense: float = 0.0) -> float:
-    """Speed-up of a whole run whose attention takes `share` of a dense step and runs `attention_speedup` times as fast.
+    """Speed-up of a whole run whose attention gets faster: 1 / (1 - p + p (w + (1 - w) / s)).
 
-    dense: share of the steps that stay dense.
+    Args:
+        share: p, share of attention in a dense step.
+        attention_speedup: s, of the attention of the other steps.
+        dense: w, share of the steps that stay dense.
 
     Raises:
         ConfigError: a share outside [0, 1].
@@ -55,10 +58,11 @@ def end_to_end(share: float, attention_speedup: float, dense: float = 0.0) -> fl
 class Flops:
     """Floating-point operations of one forward pass of one sample, 2 for each multiplication.
 
-    attention: the two products of self-attention over the grid, for each of the model's attention modules in order
-        (0 for those that are never sparse).
-    rest: everything else that multiplies matrices.
-    head_dim: channels of a head of the first of these modules; None if it is not known.
+    Attributes:
+        attention: the two products of self-attention over the grid, for each of the model's attention modules in order
+            (0 for those that are never sparse).
+        rest: everything else that multiplies matrices.
+        head_dim: channels of a head of the first of these modules; None if it is not known.
     """
 
     attention: tuple[float, ...]
@@ -77,12 +81,17 @@ class Flops:
 
 
 def flops(model: nn.Module, video: int, text: int) -> Flops:
-    """Count a pass over `video` grid tokens and `text` prompt tokens, from the shapes of the weights alone.
+    """Count the operations of one forward pass of one sample, from the shapes of the weights alone.
 
     Each linear layer costs 2 x weights x rows, each attention 4 x rows x columns x width. Which rows a layer sees is
     read off its name; an input image counts as many tokens as the prompt. Tests compare the count with
     `torch.utils.flop_counter` on real passes, which can't serve here: it wants a pass of the whole model, with inputs
-    that differ for each class and that only its pipeline knows. Works on the meta device.
+    that differ for each class and that only its pipeline knows.
+
+    Args:
+        model: a transformer of Diffusers; the meta device will do.
+        video: tokens of the grid.
+        text: tokens of the prompt.
     """
     joint = 0 if spec_of(model).text == "none" else text
     attention, crossed = [], 0.0
@@ -151,11 +160,12 @@ def _width(module: Attention) -> int:
 class Estimate:
     """What a strategy saves in a run, and a step cache with it; beside a dense run without one.
 
-    attention_share: share of attention in a dense step.
-    attention_speedup: of the attention of the whole run, dense steps and searches included.
-    speedup: of the whole run.
-    executed: share of the steps that reach attention.
-    is_known: whether that is known beforehand; else all are taken to.
+    Attributes:
+        attention_share: share of attention in a dense step.
+        attention_speedup: of the attention of the whole run, dense steps and searches included.
+        speedup: of the whole run.
+        executed: share of the steps that reach attention.
+        is_known: whether that is known beforehand; else all are taken to.
     """
 
     attention_share: float
@@ -176,10 +186,16 @@ class Estimate:
     ) -> Estimate | None:
         """From operations alone: as if the machine did all of them equally fast, and nothing else took time.
 
-        None if what the strategy computes is unknown before it runs: some strategies can't say, and windows need the
-        `layout` of the tokens.
+        Args:
+            count: of a dense pass.
+            strategy: what computes attention.
+            schedule: steps and layers that stay dense.
+            steps: length of the run.
+            layout: of the tokens; some strategies can't tell without.
+            left: what step caches leave of each attention module; nothing where there are none.
 
-        left: what step caches leave of each attention module; nothing where there are none.
+        Returns:
+            The estimate; None if what the strategy computes is unknown before it runs.
         """
         layers = len(count.attention)
         seen = left or [Outlook(tuple(range(steps)))] * layers
@@ -201,9 +217,14 @@ class Estimate:
 
     @classmethod
     def after(cls, report: Report, seconds: float) -> Estimate | None:
-        """From a finished call of `seconds`: a dense run without a step cache is estimated from its own dense calls.
+        """From a finished call: a dense run without a step cache is estimated from the call's own dense calls.
 
-        None if no call was dense, or none was anything else.
+        Args:
+            report: of the call.
+            seconds: that it took.
+
+        Returns:
+            The estimate; None if no call was dense, or none was anything else.
         """
         dense = [call.seconds for call in report.calls if call.kind == "dense"]
         if not dense or len(dense) == len(report.calls) or not report.attention_seconds:

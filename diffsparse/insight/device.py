@@ -12,8 +12,11 @@ from diffsparse_kernels import Block
 class Rate(NamedTuple):
     """A number that a model of time rests on.
 
-    measured: the row of `eval/results/gpu` that gives it, as "file: stage | shape | kernel | kind | density".
-    assumed: why it is believed, where nothing was measured.
+    Attributes:
+        value: the number.
+        unit: of the number, such as "TFLOP/s".
+        measured: the row of `eval/results/gpu` that gives it, as "file: stage | shape | kernel | kind | density".
+        assumed: why it is believed, where nothing was measured.
     """
 
     value: float
@@ -31,25 +34,27 @@ class Rate(NamedTuple):
 class Device:
     """A GPU, by the rates of its kernels for bfloat16 and heads of 128 channels. All that a kernel multiplies counts.
 
-    dense: the user's dense attention.
-    dense_masked: the same with a key mask.
-    dense_with_lse: our dense attention with its log-sum-exp.
-    listed_blocks: blocks of a sparse product.
-    mean_keys: mean keys of dropped blocks.
-    block_mass: a pass that sums the mass of blocks; those that estimate the errors of summaries count as such.
-    fused_mass: a dense pass that sums masses too, in times of one that doesn't; None where a second pass does.
-    matrix_product: a matrix product.
-    rest_of_model: all of a model but its attention; of one model, for all.
-    copy: bandwidth.
-    usable_share: share of `copy` and `matrix_product` that kernels of other shapes reach.
-    moved_tokens: bytes of tokens that move, read and written.
-    selection_of_a_pair, lists_of_a_pair: of blocks.
-    fit: the fit of all heads to their probes.
-    residual_directions: the directions of a residual.
-    host_of_blocks: until a call of blocks alone returns.
-    host_of_compensated: until one returns that is compensated.
-    processors: each works on 128 queries of a head.
-    block: queries and keys of a block that suit it.
+    Attributes:
+        dense: the user's dense attention.
+        dense_masked: the same with a key mask.
+        dense_with_lse: our dense attention with its log-sum-exp.
+        listed_blocks: blocks of a sparse product.
+        mean_keys: mean keys of dropped blocks.
+        block_mass: a pass that sums the mass of blocks; those that estimate the errors of summaries count as such.
+        fused_mass: a dense pass that sums masses too, in times of one that doesn't; None where a second pass does.
+        matrix_product: a matrix product.
+        rest_of_model: all of a model but its attention; of one model, for all.
+        copy: bandwidth.
+        usable_share: share of `copy` and `matrix_product` that kernels of other shapes reach.
+        moved_tokens: bytes of tokens that move, read and written.
+        selection_of_a_pair: the selection, for each pair of blocks.
+        lists_of_a_pair: the making of lists, for each pair of blocks.
+        fit: the fit of all heads to their probes.
+        residual_directions: the directions of a residual.
+        host_of_blocks: until a call of blocks alone returns.
+        host_of_compensated: until one returns that is compensated.
+        processors: each works on 128 queries of a head.
+        block: queries and keys of a block that suit it.
     """
 
     dense: Rate

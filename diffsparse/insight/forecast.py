@@ -22,9 +22,11 @@ _KEPT_GIGABYTES = 0.54  # of matrices H, as `diffsparse_kernels` keeps them on a
 class Piece(NamedTuple):
     """One thing that a step does in one layer, for one sample.
 
-    tflop: operations.
-    gigabytes: read and written.
-    ms: of the device.
+    Attributes:
+        name: what is done, such as "blocks" or "probes".
+        tflop: operations, in 1e12.
+        gigabytes: bytes read and written, in 1e9.
+        ms: time on the device.
     """
 
     name: str
@@ -37,9 +39,14 @@ class Piece(NamedTuple):
 class Call:
     """One self-attention call in bfloat16, and the device that runs it.
 
-    block: of queries and of keys.
-    masked: a key mask hides padding of a prompt.
-    moved: the tokens change their order.
+    Attributes:
+        device: what runs it.
+        tokens: N, text included.
+        heads: H.
+        head_dim: D.
+        block: of queries and of keys.
+        masked: a key mask hides padding of a prompt.
+        moved: the tokens change their order.
     """
 
     device: Device
@@ -178,9 +185,10 @@ class Call:
 class Stretch(NamedTuple):
     """Steps of a run that do the same.
 
-    name: "dense", "learning" (dense, beside a product that is compared), "search", "refresh" or "sparse".
-    steps: how many there are.
-    pieces: of a layer.
+    Attributes:
+        name: "dense", "learning" (dense, beside a product that is compared), "search", "refresh" or "sparse".
+        steps: how many there are.
+        pieces: of a layer.
     """
 
     name: str
@@ -201,12 +209,13 @@ class Stretch(NamedTuple):
 class Forecast:
     """A run on a device.
 
-    stretches: in the order of their first steps.
-    layers: that do them.
-    dense_layers: that stay dense.
-    dense_ms: a dense call of a layer.
-    rest_ms: one pass through the rest of the model.
-    passes: of the model in a step.
+    Attributes:
+        stretches: in the order of their first steps.
+        layers: number of layers that do them.
+        dense_layers: number of layers that stay dense.
+        dense_ms: time of a dense call of a layer.
+        rest_ms: time of one pass through the rest of the model.
+        passes: forward passes of the model in a step.
     """
 
     stretches: tuple[Stretch, ...]
@@ -220,7 +229,20 @@ class Forecast:
     def of(
         cls, count: Flops, strategy: Strategy, schedule: Schedule, steps: int, layout: Layout, call: Call, passes: int
     ) -> Forecast | None:
-        """Of a strategy that computes `call`; None if what it does, or how long that takes, is unknown."""
+        """Foretell a run of a strategy.
+
+        Args:
+            count: operations of a dense pass.
+            strategy: what computes attention.
+            schedule: steps and layers that stay dense.
+            steps: length of the run.
+            layout: of the tokens.
+            call: sizes of a self-attention call, and the device.
+            passes: of the model in a step: 2 with classifier-free guidance.
+
+        Returns:
+            The forecast; None if what the strategy does, or how long that takes, is unknown.
+        """
         run = Outline.of(schedule, steps, layout, call.head_dim)
         here = replace(call, block=edges(strategy.block or call.block), moved=strategy.order != RASTER)
         found = []

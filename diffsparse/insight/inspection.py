@@ -58,15 +58,6 @@ class Inspector(Wrapper):
     At the sampled steps, every layer's attention is computed once more for its log-sum-exp, and once for each order
     for its block masses. What is kept are sums on the CPU: no map of tokens, and block maps of at most `CELLS` a side.
 
-    >>> from diffsparse import AdaSpa, Inspector, apply
-    >>> inspector = Inspector(AdaSpa(sparsity=0.8), steps={1, 3})
-    >>> with apply(pipe, inspector):
-    ...     video = pipe("a red ball").frames[0]
-    >>> for view in inspector.views():
-    ...     print(view.layer, view.best)  # the order of most recall for each head
-    blocks.0.attn1 (...)
-    blocks.1.attn1 (...)
-
     Args:
         strategy: the one that runs.
         steps: sampled ones, from 0.
@@ -77,6 +68,16 @@ class Inspector(Wrapper):
 
     Raises:
         ConfigError: an order that is none.
+
+    Examples:
+        >>> from diffsparse import AdaSpa, Inspector, apply
+        >>> inspector = Inspector(AdaSpa(sparsity=0.8), steps={1, 3})
+        >>> with apply(pipe, inspector):
+        ...     video = pipe("a red ball").frames[0]
+        >>> for view in inspector.views():
+        ...     print(view.layer, view.best)  # the order of most recall for each head
+        blocks.0.attn1 (...)
+        blocks.1.attn1 (...)
     """
 
     sparsity: float
@@ -173,17 +174,19 @@ class Inspector(Wrapper):
 class LayerView:
     """One self-attention layer: means over sampled steps, samples and branches.
 
-    model: name of the transformer in the pipeline.
-    layer: name of the attention module in the transformer.
-    number: of the layer, in the order of running.
-    orders: candidates.
-    recall: mass in the best blocks of each row, in each order, [orders, H].
-    mass: block maps in each order, [orders, H, rows, columns], 1 where attention would be uniform.
-    own_orders: the strategy's order of each head.
-    chosen: mass that the strategy's blocks hold, [H]; None, as all that follows, if it didn't choose at these steps.
-    density: their share of all blocks, [H].
-    own: block maps in the strategy's order, [H, rows, columns].
-    kept: share of the calls in which a block is computed, [H, rows, columns].
+    Attributes:
+        model: name of the transformer in the pipeline.
+        layer: name of the attention module in the transformer.
+        number: of the layer, in the order of running.
+        orders: candidates.
+        recall: mass in the best blocks of each row, in each order, [orders, H].
+        mass: block maps in each order, [orders, H, rows, columns], 1 where attention would be uniform.
+        own_orders: the strategy's order of each head.
+        chosen: mass that the strategy's blocks hold, [H]; None, as all that follows, if it didn't choose at these
+            steps.
+        density: their share of all blocks, [H].
+        own: block maps in the strategy's order, [H, rows, columns].
+        kept: share of the calls in which a block is computed, [H, rows, columns].
     """
 
     model: str

@@ -27,7 +27,11 @@ _PLACE = ("model", "layer", "index", "step", "steps", "end", "branch", "layers")
 
 
 def paired_steps(steps: int, pairs: int) -> frozenset[int]:
-    """Up to `pairs` pairs of consecutive steps, evenly spread over a run of `steps`, counted from 0.
+    """Pairs of consecutive steps, evenly spread over a run, counted from 0.
+
+    Args:
+        steps: length of the run.
+        pairs: how many at most.
 
     Raises:
         ConfigError: the run is shorter than a pair.
@@ -41,13 +45,16 @@ def paired_steps(steps: int, pairs: int) -> frozenset[int]:
 class RecordedCall:
     """One self-attention call of one sample.
 
-    place: where it was.
-    number: of the layer among its model's self-attention layers, in the order of running.
-    heads: which of the layer's heads these are.
-    all_heads: how many the layer has.
-    scale: of the scores; None is 1/sqrt(D).
-    q, k, v: bfloat16 [1, H, N, D] after rotary embedding, tokens in raster order, on the CPU.
-    key_mask: bool [1, N], True = attend, or float32, added to scores; None: every token may be attended to.
+    Attributes:
+        place: where it was.
+        number: of the layer among its model's self-attention layers, in the order of running.
+        heads: which of the layer's heads these are.
+        all_heads: how many the layer has.
+        scale: of the scores; None is 1/sqrt(D).
+        q: queries, bfloat16 [1, H, N, D] after rotary embedding, tokens in raster order, on the CPU.
+        k: keys, as `q`.
+        v: values, as `q`.
+        key_mask: bool [1, N], True = attend, or float32, added to scores; None: every token may be attended to.
     """
 
     place: Place
@@ -86,7 +93,17 @@ class RecordedCall:
 
     @classmethod
     def of(cls, header: Values, tensors: dict[str, Tensor]) -> Self:
-        """What `header` and `tensors` say; LookupError, TypeError or ValueError where they make no sense."""
+        """The call that `header` and `tensors` describe.
+
+        Args:
+            header: what `RecordedCall.header` gave.
+            tensors: what `tensors` gave.
+
+        Raises:
+            LookupError: something is missing.
+            TypeError: something is of another type.
+            ValueError: shapes or dtypes make no sense.
+        """
         place = Place(layout=Layout.of(header["layout"]), **header["place"])
         number, heads, count, scale = (header[name] for name in ("number", "heads", "all_heads", "scale"))
         return cls(place, number, tuple(heads), count, scale, *(tensors.pop(x) for x in "qkv"), **tensors)
@@ -94,7 +111,12 @@ class RecordedCall:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """Some calls of a run, and plain values about it: of what model, by which versions."""
+    """Some self-attention calls of a run.
+
+    Attributes:
+        calls: by model, step and layer.
+        about: plain values about the run: of what model, by which versions.
+    """
 
     calls: tuple[RecordedCall, ...]
     about: Values = field(default_factory=dict)
@@ -144,14 +166,6 @@ class Recorder(Wrapper):
     Only calls whose tokens have known places on the grid, and only those that the schedule leaves to the strategy:
     with `Dense()` and `Schedule(0)` that is every step.
 
-    >>> from diffsparse import Dense, Recorder, Schedule, apply
-    >>> recorder = Recorder(Dense(), steps={1, 2}, layers=1)
-    >>> with apply(pipe, recorder, schedule=Schedule(0)):
-    ...     video = pipe("a red ball").frames[0]
-    >>> recorder.recording({"model": "mine"}).save(folder / "calls.safetensors")
-    >>> [(call.number, call.place.step) for call in recorder.calls]
-    [(1, 1), (1, 2)]
-
     Args:
         strategy: the one that runs.
         steps: recorded ones, from 0. Methods that learn from a step want the next one too (`paired_steps`).
@@ -159,6 +173,18 @@ class Recorder(Wrapper):
         heads: how many heads, evenly spread; or which, by number from 0.
         most: GiB that the recording may take.
         announce: told the bytes that it will take at most, when the first call shows the sizes.
+
+    Raises:
+        ConfigError: at the first call: steps, layers or heads that do not exist, or a recording above `most`.
+
+    Examples:
+        >>> from diffsparse import Dense, Recorder, Schedule, apply
+        >>> recorder = Recorder(Dense(), steps={1, 2}, layers=1)
+        >>> with apply(pipe, recorder, schedule=Schedule(0)):
+        ...     video = pipe("a red ball").frames[0]
+        >>> recorder.recording({"model": "mine"}).save(folder / "calls.safetensors")
+        >>> [(call.number, call.place.step) for call in recorder.calls]
+        [(1, 1), (1, 2)]
     """
 
     def __init__(

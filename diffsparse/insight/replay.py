@@ -23,7 +23,12 @@ _LEAST_BLOCKS = 8  # in a row: fewer can't show what a tenth of them gives
 
 
 class Pair(NamedTuple):
-    """Two calls of one layer in consecutive steps: what a method learns at the first is tried at the second."""
+    """Two calls of one layer in consecutive steps: what a method learns at the first is tried at the second.
+
+    Attributes:
+        first: the earlier call.
+        second: the later one.
+    """
 
     first: RecordedCall
     second: RecordedCall
@@ -64,7 +69,12 @@ def check_blocks(pairs: Sequence[Pair], strategies: Sequence[Strategy]) -> None:
 
 
 def exact(call: RecordedCall, device: str | torch.device) -> Tensor:
-    """Dense attention of a recorded call in float32 [1, H, N, D], on `device`."""
+    """Dense attention of a recorded call in float32 [1, H, N, D].
+
+    Args:
+        call: the call.
+        device: where it runs, and where the result is.
+    """
     q, k, v = _tensors(call, device, torch.float32)
     return _dense(call, q, k, v)
 
@@ -73,11 +83,12 @@ def exact(call: RecordedCall, device: str | torch.device) -> Tensor:
 class Attempt:
     """What a strategy made of a recorded call.
 
-    error: squared distance of its output from the dense one, relative to the dense one's square.
-    work: what it computed in this call, in dense passes; what it learned in the step before is not in it.
-    fallback: why it ran dense instead; empty if it didn't.
-    spectrum: share of the residual's square, dense output less its own, that its first `RANKS` singular directions
-        hold: float64 [H, ranks] on the CPU, NaN where nothing is left.
+    Attributes:
+        error: squared distance of its output from the dense one, relative to the dense one's square.
+        work: what it computed in this call, in dense passes; what it learned in the step before is not in it.
+        fallback: why it ran dense instead; empty if it didn't.
+        spectrum: share of the residual's square, dense output less its own, that its first `RANKS` singular directions
+            hold: float64 [H, ranks] on the CPU, NaN where nothing is left.
     """
 
     error: float

@@ -35,11 +35,12 @@ _EXACT_KEYS = ("text", "audio", "condition")
 class Span(NamedTuple):
     """A run of tokens beside the output's grid.
 
-    start: its first token, in the sequence.
-    tokens: how many.
-    kind: rows and keys of "text" and "audio" are always computed; of a "condition" the keys are, a sink for attention;
-        a "reference" is an image or a video as the output is, and competes with it.
-    grid: its frames, height and width, if they are known.
+    Attributes:
+        start: its first token, in the sequence.
+        tokens: how many.
+        kind: rows and keys of "text" and "audio" are always computed; of a "condition" the keys are, a sink for
+            attention; a "reference" is an image or a video as the output is, and competes with it.
+        grid: its frames, height and width, if they are known.
     """
 
     start: int
@@ -60,12 +61,15 @@ class Layout:
     All counts are in tokens (after patching), not in pixels or latents. An image has one frame. What lies beside the
     grid is text, or is treated as such (registers, padding, history), unless one of `spans` says otherwise.
 
-    frames, height, width: of the output's grid.
-    text_before: tokens before the grid.
-    text_after: tokens after it.
-    spans: those of them that are no text, in order.
-    asked: runs of tokens, first and last + 1, whose queries are asked for, where these are not all: the keys of the
-        others were kept from an earlier step, or come from another stream.
+    Attributes:
+        frames: frames of the output's grid, in tokens; 1 for an image.
+        height: its rows of tokens.
+        width: its columns of tokens.
+        text_before: tokens before the grid.
+        text_after: tokens after it.
+        spans: those of them that are no text, in order.
+        asked: runs of tokens, first and last + 1, whose queries are asked for, where these are not all: the keys of the
+            others were kept from an earlier step, or come from another stream.
     """
 
     frames: int
@@ -83,7 +87,12 @@ class Layout:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Layout:
-        """What `asdict` made these values of, in this or an earlier release; TypeError or ValueError if nothing."""
+        """The layout that `dataclasses.asdict` made these values of, in this or an earlier release.
+
+        Raises:
+            TypeError: no layout was made into these.
+            ValueError: likewise.
+        """
         values = dict(values)
         before, after = values.pop("plain_before", 0), values.pop("plain_after", 0)
         values.pop("references", None)  # they were of the tokens `plain_after`
@@ -206,7 +215,12 @@ class Layout:
         return self.asked_blocks(1)
 
     def sink(self, block: Block, device: torch.device | str = "cpu") -> torch.Tensor | None:
-        """bool [nQ, nK]: what is never dropped, rows and columns; None if there is none."""
+        """What is never dropped, bool [nQ, nK]: rows and columns; None if there is none.
+
+        Args:
+            block: tokens of a block, or its queries and keys.
+            device: of the result.
+        """
         if not _runs(self, _EXACT_KEYS):
             return None
         return _sink(self, block, torch.device(device))

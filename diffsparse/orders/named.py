@@ -25,7 +25,8 @@ def check_order(order: str, *, auto: bool = False) -> None:
     Names: the six orders of the axes, slowest first ("FHW" is raster order; PAROAttention, arXiv 2506.16054, section
     4.1); "tile4x8x8", boxes of frames x rows x columns one after the other; "hilbert", a space-filling curve.
 
-    auto: let "auto" pass too: each head's own, found in the first call of a run (`orders.choice`).
+    Args:
+        auto: let "auto" pass too: each head's own, found in the first call of a run (`orders.choice`).
     """
     tile = _TILE.fullmatch(order) if isinstance(order, str) else None
     if order in AXES or order == "hilbert" or (tile and all(int(edge) for edge in tile.groups())):

@@ -19,10 +19,11 @@ class HeadOrders(NamedTuple):
 
     M is N, or more where tiles are not full.
 
-    orders: int64 [orders, M], which token stands at each place.
-    inverses: int64 [orders, N], where each token stands.
-    picked: int64 [1, 1], [1, H] or [B, H], which of the orders each head has.
-    filled: bool [M], False for the copies that fill the gaps of tiles; None if there are no gaps.
+    Attributes:
+        orders: int64 [orders, M], which token stands at each place.
+        inverses: int64 [orders, N], where each token stands.
+        picked: int64 [1, 1], [1, H] or [B, H], which of the orders each head has.
+        filled: bool [M], False for the copies that fill the gaps of tiles; None if there are no gaps.
     """
 
     orders: Tensor
@@ -36,9 +37,10 @@ class HeadOrders(NamedTuple):
     ) -> HeadOrders:
         """Head h gets the order `names[picked[h]]`.
 
-        picked: int [H] or [B, H].
-        move_text: text comes last, wherever it was: the blocks of the video are then the same for prompts of any
-            length.
+        Args:
+            picked: int [H] or [B, H].
+            move_text: text comes last, wherever it was: the blocks of the video are then the same for prompts of any
+                length.
         """
         picked = picked.to(device, torch.int64, non_blocking=True)
         return cls(*_tables(names, layout, device, move_text), picked if picked.ndim == 2 else picked[None])
@@ -77,7 +79,8 @@ class HeadOrders(NamedTuple):
     def undo(self, x: Tensor, correction: kernels.Correction | None = None) -> Tensor:
         """[B, H, M, D] in raster order again: [B, H, N, D], stored as [B, N, H, D], as processors want it next.
 
-        correction: of x as it stands, added on the way.
+        Args:
+            correction: of x as it stands, added on the way.
         """
         return kernels.restore_rows(x, self.inverses, self.picked, correction)
 

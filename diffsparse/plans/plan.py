@@ -31,11 +31,12 @@ _DTYPES = (torch.uint8, torch.float32)
 class Plan:
     """Orders, masks or patterns for each attention layer of a model at one layout.
 
-    strategy: the strategy that runs on it, such as "paro".
-    models: fingerprint of each transformer of the pipeline, by its name there.
-    layout: of the video tokens that the search saw.
-    settings: the knobs of the search, plain values.
-    tensors: "transformer.blocks.0.attn1.masks" and so on: model, layer, what.
+    Attributes:
+        strategy: the strategy that runs on it, such as "paro".
+        models: fingerprint of each transformer of the pipeline, by its name there.
+        layout: of the video tokens that the search saw.
+        settings: the knobs of the search, plain values.
+        tensors: "transformer.blocks.0.attn1.masks" and so on: model, layer, what.
 
     Raises:
         PlanError: values of other types, or a tensor that holds NaN or infinity.
@@ -129,6 +130,11 @@ class Plan:
 
     def part(self, model: str, layer: str, what: str) -> Tensor:
         """One tensor of one layer.
+
+        Args:
+            model: the transformer's name in the pipeline.
+            layer: the attention module's name in the transformer.
+            what: such as "masks".
 
         Raises:
             PlanError: the plan has none.

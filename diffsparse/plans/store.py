@@ -19,8 +19,9 @@ Restore = Callable[[sealed.Values, dict[str, Tensor]], None]
 _REMEDY = "delete it to start again"
 
 
-def partial_path(out: Path) -> Path:
+def partial_path(out: str | Path) -> Path:
     """Where the work so far is kept until `out` is written."""
+    out = Path(out)
     return out.with_name(f"{out.name}.partial")
 
 
@@ -28,10 +29,11 @@ def partial_path(out: Path) -> Path:
 class Store:
     """The file that keeps the work so far, beside the one in which the work ends.
 
-    path: of the file.
-    what: the work's name in messages, such as "search".
-    key: a digest of the settings; work with others is not continued.
-    tensors: whether tensors are kept beside plain values: a safetensors file instead of JSON.
+    Attributes:
+        path: of the file.
+        what: the work's name in messages, such as "search".
+        key: a digest of the settings; work with others is not continued.
+        tensors: whether tensors are kept beside plain values: a safetensors file instead of JSON.
     """
 
     path: Path
@@ -40,7 +42,7 @@ class Store:
     tensors: bool = False
 
     @classmethod
-    def beside(cls, out: Path, what: str, settings: Sequence[object], *, tensors: bool = False) -> Store:
+    def beside(cls, out: str | Path, what: str, settings: Sequence[object], *, tensors: bool = False) -> Store:
         """The store of work that ends in `out`; `settings` are plain values.
 
         Raises:
@@ -60,7 +62,8 @@ class Store:
 
         Raises:
             OutputFileError: another process is at the same work.
-            InputFileError: the file can't be read. ConfigError: it is of work with other settings.
+            InputFileError: the file can't be read.
+            ConfigError: it is of work with other settings.
         """
         kept = f"are kept in {self.path}; the same command goes on with the next"
         with locked(self.path, wait=False), if_stopped(lambda: f"{done()} {kept}"):

@@ -18,8 +18,9 @@ Index = EllipsisType | int | Tensor | tuple[int | slice | Tensor, ...]
 class Sums:
     """What a search has added up so far.
 
-    tensors: on the CPU, by "model.layer.what".
-    layout: of the video tokens; None before anything is added.
+    Attributes:
+        tensors: on the CPU, by "model.layer.what".
+        layout: of the video tokens; None before anything is added.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)

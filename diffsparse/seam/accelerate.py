@@ -20,11 +20,15 @@ from diffsparse.strategies.tangent import Tangent
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_DEFAULT = "taylor-seer"
-
 
 class Speed(NamedTuple):
-    """Settings of one speed: a step cache, and the strategy of the steps that it leaves."""
+    """Settings of one speed: a step cache, and the strategy of the steps that it leaves.
+
+    Attributes:
+        cache: the step cache.
+        strategy: its class.
+        sparsity: of the strategy.
+    """
 
     cache: Caching
     strategy: type[Tangent]
@@ -33,9 +37,9 @@ class Speed(NamedTuple):
 
 # Measured on the embedded model, twelve prompts with and without classifier-free guidance: docs/stack.md.
 SPEEDS: dict[str, Speed] = {
-    "quality": Speed(Caching(_DEFAULT, interval=2, order=1, warm_up=0.45), Digest, 0.8),
-    "balanced": Speed(Caching(_DEFAULT, interval=3, order=1, warm_up=0.45), Tangent, 0.8),
-    "fast": Speed(Caching(_DEFAULT, interval=4, order=1, warm_up=0.33), Tangent, 0.8),
+    "quality": Speed(Caching("taylor-seer", interval=2, order=1, warm_up=0.45), Digest, 0.8),
+    "balanced": Speed(Caching("taylor-seer", interval=3, order=1, warm_up=0.45), Tangent, 0.8),
+    "fast": Speed(Caching("taylor-seer", interval=4, order=1, warm_up=0.33), Tangent, 0.8),
 }
 
 
@@ -43,7 +47,7 @@ def accelerate(
     target: DiffusionPipeline | Module,
     speed: str = "balanced",
     *,
-    cache: object = _DEFAULT,
+    cache: object = "taylor-seer",
     strategy: Strategy | Attending | None = None,
     schedule: Schedule | None = None,
     strict: bool = False,
@@ -51,10 +55,8 @@ def accelerate(
 ) -> Handle:
     """Make a pipeline fast in one line: a step cache, and sparse attention in the steps that it leaves.
 
-    >>> with diffsparse.accelerate(pipe, "fast") as fast:  # doctest: +SKIP
-    ...     video = pipe(prompt).frames[0]
-
-    A cache that is on already stays as it is, also afterwards. In runs of fewer than ten steps none is skipped.
+    A cache that is on already stays as it is, also afterwards. With the cache of a speed, a run of fewer than ten
+    steps skips none.
 
     Args:
         target: a Diffusers pipeline (all its transformers are taken), or a transformer.
@@ -64,16 +66,22 @@ def accelerate(
         strategy: in place of that of the speed.
         schedule: steps and layers that stay dense; by default the first fifth of the run.
         strict: as in `apply`.
-        knobs: of the strategy (`sparsity`, `block`, `probes`, ...) and of the cache (`interval`, `warm_up`, ...). What
-            both have is the strategy's: `order` is that of the tokens, TaylorSeer's is `max_order`.
+        **knobs: of the strategy (`sparsity`, `block`, `probes`, ...) and of the cache (`interval`, `warm_up`, ...).
+            What both have is the strategy's: `order` is that of the tokens, TaylorSeer's is `max_order`.
 
     Returns:
-        A handle: `report()`, and `remove()`, which takes off both.
+        A handle with `report()`; its `remove()` takes off both.
 
     Raises:
-        UnknownNameError: no such speed or cache. ConfigError: no such knob, or a value out of range.
+        UnknownNameError: no such speed or cache.
+        ConfigError: no such knob, or a value out of range.
         UnsupportedModelError: nothing to redirect, or no cache is proven for such a transformer, or the one that is
             given has nothing to skip in it.
+
+    Examples:
+        >>> from diffsparse import accelerate
+        >>> with accelerate(pipe, "fast", sparsity=0.7) as fast:
+        ...     video = pipe("a red ball").frames[0]
     """
     if speed not in SPEEDS:
         raise UnknownNameError(f"no speed is called {speed!r}; known: {', '.join(SPEEDS)}")

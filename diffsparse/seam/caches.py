@@ -14,10 +14,11 @@ from diffsparse.seam.copies import registry_of
 class Passes(NamedTuple):
     """The forward passes of one guidance branch in a run.
 
-    steps: of the run.
-    branches: passes in a step.
-    branch: number of this one among them.
-    timesteps: of the steps; None if they are not known.
+    Attributes:
+        steps: of the run.
+        branches: passes in a step.
+        branch: number of this one among them.
+        timesteps: of the steps; None if they are not known.
     """
 
     steps: int
@@ -33,11 +34,12 @@ Rule = Callable[[Any, Passes], Collection[int] | None]
 class StepCache:
     """A step cache as one attention layer meets it.
 
-    name: for people.
-    hook: what decides.
-    rule: which steps reach the layer, where that does not depend on what is computed; else None.
-    warm_up: steps that it computes at the start to extrapolate from.
-    is_wide: it spares the whole block, not the attention alone.
+    Attributes:
+        name: for people.
+        hook: what decides.
+        rule: which steps reach the layer, where that does not depend on what is computed; else None.
+        warm_up: steps that it computes at the start to extrapolate from.
+        is_wide: it spares the whole block, not the attention alone.
     """
 
     name: str
@@ -83,9 +85,11 @@ def cache_on(chain: tuple[Module, ...]) -> StepCache | None:
 class Outlook(NamedTuple):
     """What a step cache leaves of an attention layer in a run.
 
-    executed: steps that reach it, 0-based; all of them where the cache decides as it goes.
-    is_known: whether it does not.
-    warm_up, is_wide: as in `StepCache`.
+    Attributes:
+        executed: steps that reach it, 0-based; all of them where the cache decides as it goes.
+        is_known: whether it does not.
+        warm_up: as in `StepCache`.
+        is_wide: as in `StepCache`.
     """
 
     executed: tuple[int, ...]

@@ -103,11 +103,21 @@ class Caching:
 
     A `warm_up` of TaylorSeer may be a share of the run's steps (float); runs of fewer than ten are then computed whole.
 
-    >>> Caching("taylor-seer", interval=2)
-    Caching('taylor-seer:interval=2')
+    Args:
+        name: "taylor-seer", "first-block", "mag", "pab", "faster", "sea" or "text-kv".
+        **knobs: of the cache; what is left out is Diffusers' own default.
+
+    Attributes:
+        name: of the cache.
+        knobs: name and value of each that was given.
 
     Raises:
-        UnknownNameError: no such cache. ConfigError: it has no such knob.
+        UnknownNameError: no such cache.
+        ConfigError: it has no such knob.
+
+    Examples:
+        >>> Caching("taylor-seer", interval=2)
+        Caching('taylor-seer:interval=2')
     """
 
     name: str
@@ -163,7 +173,8 @@ class Caching:
         """Diffusers' configuration of it for a transformer; some ask for the run's `timestep` in each step.
 
         Raises:
-            UnsupportedModelError: no patterns are known for the class. ConfigError: a value that it doesn't take.
+            UnsupportedModelError: no patterns are known for the class.
+            ConfigError: a value that it doesn't take.
         """
         short = CACHES[self.name].short
         whole = {"warm_up": first_steps(self.warm_up, _MANY_STEPS)} if self.warm_up is not None else {}

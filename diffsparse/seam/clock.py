@@ -29,10 +29,11 @@ _INNER = ("diffsparse.", "torch.", "diffusers.models.", "diffusers.hooks.", "acc
 class Moment(NamedTuple):
     """When a forward pass happens.
 
-    run: number of the run.
-    step: denoising step, counted from the first of the run.
-    steps: number of steps of the run; None if unknown.
-    branch: guidance branch.
+    Attributes:
+        run: number of the run.
+        step: denoising step, counted from the first of the run.
+        steps: number of steps of the run; None if unknown.
+        branch: guidance branch.
     """
 
     run: int
@@ -44,10 +45,11 @@ class Moment(NamedTuple):
 class Ahead(NamedTuple):
     """What is known of a forward pass before it attends.
 
-    steps: of its run; None if unknown.
-    is_first: it is the first of a run.
-    branch: its guidance branch, where the pipeline names none: by its number in the step, or empty if that is unknown;
-        None where one is named.
+    Attributes:
+        steps: of its run; None if unknown.
+        is_first: it is the first of a run.
+        branch: its guidance branch, where the pipeline names none: by its number in the step, or empty if that is
+            unknown; None where one is named.
     """
 
     steps: int | None

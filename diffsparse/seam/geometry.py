@@ -34,12 +34,13 @@ class Beside(NamedTuple):
 class Grid(NamedTuple):
     """Token grid of one forward pass.
 
-    frames: of the output; 1 for an image.
-    height: rows of tokens.
-    width: tokens in a row; the length of the sequence if the grid is not `known`.
-    before: what stands before the grid, in order, besides text of which the arguments say nothing.
-    after: the same after it.
-    known: False if the sequence has a grid whose shape is not known.
+    Attributes:
+        frames: of the output; 1 for an image.
+        height: rows of tokens.
+        width: tokens in a row; the length of the sequence if the grid is not `known`.
+        before: what stands before the grid, in order, besides text of which the arguments say nothing.
+        after: the same after it.
+        known: False if the sequence has a grid whose shape is not known.
     """
 
     frames: int
@@ -79,19 +80,20 @@ class Grid(NamedTuple):
 class Geometry:
     """What the arguments of one forward pass say about its tokens; numbers may be a compiler's symbols.
 
-    sizes: frames, height and width of latents whose tokens follow each other, that of the output first; flat.
-    tokens: length of the whole sequence, if it may hold other tokens too.
-    places: frame, row and column of each token, [N, 3 or more] or [B, N, 3 or more]; of several tensors one by one.
-        Three tensors of one axis are of a grid of them: frames, rows, columns.
-    coordinates: `places` are a video's coordinates instead, [B, 3, N] or [B, 3, N, 2].
-    history: tokens of earlier frames before the grid.
-    text_before: text tokens before all else, where the arguments tell how many.
-    text_after: text tokens after the grid, in models whose text stands on both sides.
-    axes: lengths of the latents' axes after the batch's.
-    channels: how many channels the latents may have. The grid is read only if the first of `axes`, and no other, has
-        such a length: else it isn't certain which axis is which.
-    last: the output is the last image of a sequence.
-    parts: which of the tokens are text and which are audio, int [n] each; the output is then the last image.
+    Attributes:
+        sizes: frames, height and width of latents whose tokens follow each other, that of the output first; flat.
+        tokens: length of the whole sequence, if it may hold other tokens too.
+        places: frame, row and column of each token, [N, 3 or more] or [B, N, 3 or more]; of several tensors one by one.
+            Three tensors of one axis are of a grid of them: frames, rows, columns.
+        coordinates: `places` are a video's coordinates instead, [B, 3, N] or [B, 3, N, 2].
+        history: tokens of earlier frames before the grid.
+        text_before: text tokens before all else, where the arguments tell how many.
+        text_after: text tokens after the grid, in models whose text stands on both sides.
+        axes: lengths of the latents' axes after the batch's.
+        channels: how many channels the latents may have. The grid is read only if the first of `axes`, and no other,
+            has such a length: else it isn't certain which axis is which.
+        last: the output is the last image of a sequence.
+        parts: which of the tokens are text and which are audio, int [n] each; the output is then the last image.
     """
 
     sizes: Sequence[int] = ()

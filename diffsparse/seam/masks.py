@@ -28,8 +28,9 @@ _CHANGED = (
 class KeyMask:
     """A mask over keys.
 
-    keys: what every video row sees: bool [B, N], True = attend; or float, what is added to scores.
-    by_row: text rows have mask rows of their own.
+    Attributes:
+        keys: what every video row sees: bool [B, N], True = attend; or float, what is added to scores.
+        by_row: text rows have mask rows of their own.
     """
 
     keys: Tensor
@@ -51,7 +52,9 @@ class Masks:
     """Reads the masks of a run, which takes their values; no step but a layer's first waits for these.
 
     Layers that get the same tensor in a step share one reading. From a layer's second step on, the answer may arrive
-    late: until then the mask is taken for what it was in the step before; a warning says where that was wrong.
+
+    Attributes:
+        late: until then the mask is taken for what it was in the step before; a warning says where that was wrong.
     """
 
     def __init__(self) -> None:

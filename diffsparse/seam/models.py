@@ -24,9 +24,10 @@ Inputs = Mapping[str, Any]  # the arguments of a model's `forward`, by name
 class Patch(NamedTuple):
     """Latent cells that make one token.
 
-    time: along the frames.
-    space: along height and width.
-    channels: how many channels the latents may have.
+    Attributes:
+        time: along the frames.
+        space: along height and width.
+        channels: how many channels the latents may have.
     """
 
     time: int
@@ -42,13 +43,16 @@ GridReader = Callable[[Patch, Inputs], Geometry]
 class ModelSpec:
     """How to find the tokens of one transformer class: a row of `SPECS`.
 
-    text: the side of the sequence on which tokens stand that are not on the grid; "none" if self-attention has no such
-        tokens.
-    grid: reads the token grid from the arguments of `forward`.
-    cond_first: in a batch for classifier-free guidance, the conditional half is the first.
-    partial: the queries of an attention may be of a part of its keys' tokens: those on the grid, or all but references.
-    ahead: what they are, where it is no text that stands before the grid.
-    skip: parts of the names of attention modules that stay as they are (text refiners, audio, attention along time).
+    Attributes:
+        text: the side of the sequence on which tokens stand that are not on the grid; "none" if self-attention has no
+            such tokens.
+        grid: reads the token grid from the arguments of `forward`.
+        cond_first: in a batch for classifier-free guidance, the conditional half is the first.
+        partial: the queries of an attention may be of a part of its keys' tokens: those on the grid, or all but
+            references.
+        ahead: what they are, where it is no text that stands before the grid.
+        skip: parts of the names of attention modules that stay as they are (text refiners, audio, attention along
+            time).
     """
 
     text: Literal["none", "before", "after"] = "none"
@@ -69,7 +73,8 @@ class ModelSpec:
     def layout(self, grid: Grid | None, tokens: int, queries: int | None = None) -> Layout | None:
         """Layout of a self-attention over `tokens` tokens, or None if it can't be one over `grid`.
 
-        queries: how many of them ask, where these may be fewer.
+        Args:
+            queries: how many of them ask, where these may be fewer.
         """
         found = None if grid is None else self._layout(grid, tokens)
         if found is None or queries in (None, tokens):

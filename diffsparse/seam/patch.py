@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 
 class Handle:
-    """Result of `apply`: `report()` says what happened, `remove()` or leaving a `with` block undoes it."""
+    """What `apply` gives back: `report()` says what happened, `remove()` or leaving a `with` block undoes it.
+
+    Attributes:
+        strategy (Strategy): what was applied, as it was given.
+    """
 
     def __init__(
         self, strategy: Strategy | Attending, models: dict[str, Module], runs: list[Run], notes: tuple[str, ...] = ()
@@ -35,7 +39,18 @@ class Handle:
         self._models, self._runs, self._notes = models, runs, notes
 
     def report(self) -> Report:
-        """Summary of the last (or running) pipeline call; empty before the first."""
+        """Summary of the last (or running) pipeline call; empty before the first.
+
+        Examples:
+            >>> from diffsparse import Random, apply
+            >>> with apply(pipe, Random(sparsity=0.5, block=4)) as sparse:
+            ...     video = pipe("a red ball").frames[0]
+            >>> report = sparse.report()
+            >>> report.steps, report.dense_steps
+            (4, 1)
+            >>> report.density < 1
+            True
+        """
         modules = sum(len(run.layers) for run in self._runs)
         report = Report.of(self.strategy, modules, [run.ledger for run in self._runs])
         return replace(report, notes=[*self._notes, *report.notes])
@@ -90,7 +105,9 @@ def apply(
     schedule: Schedule | None = None,
     strict: bool = False,
 ) -> Handle:
-    """Run the self-attention of `target` by `strategy` until the handle is removed. Applying again replaces.
+    """Run the self-attention of `target` by `strategy` until the handle is removed.
+
+    Nothing of the pipeline's code or weights changes. Applying again replaces the strategy.
 
     Args:
         target: a Diffusers pipeline (all its transformers are taken, and controlnets made of such blocks), or a
@@ -99,9 +116,19 @@ def apply(
         schedule: steps and layers that stay dense; by default the first fifth of the steps.
         strict: raise `DenseFallbackError` where a call that should be sparse would have to run dense.
 
+    Returns:
+        The handle, which a `with` block may take; its `report()` says what happened, `remove()` undoes it.
+
     Raises:
         UnsupportedModelError: `target` holds no attention that can be redirected.
         ConfigError: `strategy` is no strategy, or `schedule` no `Schedule`.
+
+    Examples:
+        >>> from diffsparse import AdaSpa, apply
+        >>> with apply(pipe, AdaSpa(sparsity=0.8)) as sparse:
+        ...     video = pipe("a red ball").frames[0]
+        >>> sparse.report().sparse_calls > 0
+        True
     """
     asked = as_strategy(strategy)
     if not isinstance(schedule, Schedule | None):
@@ -133,7 +160,16 @@ def _served(strategy: Strategy, controlnets: dict[str, Module]) -> dict[str, Mod
 
 
 def remove(target: DiffusionPipeline | Module) -> None:
-    """Undo `apply` and `guide` on a pipeline or transformer; one that was never touched stays as it is."""
+    """Undo `apply` and `guide`; a model that was never touched stays as it is.
+
+    Args:
+        target: a Diffusers pipeline, or a transformer.
+
+    Examples:
+        >>> from diffsparse import AdaSpa, apply, remove
+        >>> handle = apply(pipe, AdaSpa(sparsity=0.8))
+        >>> remove(pipe)  # handle.remove() takes off the strategy alone, and leaves guidance on
+    """
     for model in (models_of(target) | controlnets_of(target)).values():
         guidance = guidance_of(model)
         if guidance is not None:

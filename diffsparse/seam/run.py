@@ -43,13 +43,14 @@ _OBSTACLE = "no kernel"  # in a layer's memory: why no kernel of this device can
 class Layer:
     """One attention module of an applied transformer.
 
-    name: of the module in the transformer.
-    index: among the adopted modules.
-    skipped: it stays as it is (`ModelSpec.skip`).
-    dispatches: its processor obeys Diffusers' attention backends.
-    cache: the step cache that it is behind.
-    backend: what the user has set on its processor; None: the one that is set globally.
-    handle: of this layer, for the ops of a compiled graph.
+    Attributes:
+        name: of the module in the transformer.
+        index: among the adopted modules.
+        skipped: it stays as it is (`ModelSpec.skip`).
+        dispatches: its processor obeys Diffusers' attention backends.
+        cache: the step cache that it is behind.
+        backend: what the user has set on its processor; None: the one that is set globally.
+        handle: of this layer, for the ops of a compiled graph.
     """
 
     def __init__(self, name: str, index: int, run: Run) -> None:
@@ -175,14 +176,15 @@ class Addition(Protocol):
 class Run(ModelHook):  # type: ignore[misc]
     """All that one applied transformer remembers; as a stateful hook of Diffusers it receives context and reset.
 
-    grid: of the forward pass that is under way.
-    begun: what the ops of a compiled pass wait for.
-    hooks: on the model's forward passes.
-    guidance: head perturbation, if any.
-    guidance_only: made for guidance alone, and removed with it.
-    extra_pass: the moment of an extra pass for guidance, which the clock doesn't count.
-    added: what was put on with it: a step cache.
-    made_registry: the model had none for hooks before.
+    Attributes:
+        grid: of the forward pass that is under way.
+        begun: what the ops of a compiled pass wait for.
+        hooks: on the model's forward passes.
+        guidance: head perturbation, if any.
+        guidance_only: made for guidance alone, and removed with it.
+        extra_pass: the moment of an extra pass for guidance, which the clock doesn't count.
+        added: what was put on with it: a step cache.
+        made_registry: the model had none for hooks before.
     """
 
     _is_stateful = True

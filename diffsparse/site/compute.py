@@ -26,16 +26,17 @@ from diffsparse.site.timing import Reading
 class Blocks:
     """The blocks of a sparse product, and what they stand for.
 
-    lists: which key blocks each query block visits.
-    orders: the order of the tokens that the lists count in; None if they count q, k, v as these stand.
-    boxes: hide keys token by token within the listed blocks; they count the tokens as the lists do.
-    summary: how dropped blocks stand for their keys, or what was made for it, in tokens as the lists count them.
-    correct: makes of the output [B, H, N, D], tokens as the lists count them, a better one, or says what is to be added
-        to it, unless the call runs dense. What is added, is added as the tokens are put in order again: an output that
-        has a correction goes back as it is.
-    bits: of the numbers multiplied: 16 leaves them as they are; 8 and 4 are emulated where no kernel does them.
-    heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
-    about: the density that is to be expected, where the strategy knows it: a device is then not asked for it.
+    Attributes:
+        lists: which key blocks each query block visits.
+        orders: the order of the tokens that the lists count in; None if they count q, k, v as these stand.
+        boxes: hide keys token by token within the listed blocks; they count the tokens as the lists do.
+        summary: how dropped blocks stand for their keys, or what was made for it, in tokens as the lists count them.
+        correct: makes of the output [B, H, N, D], tokens as the lists count them, a better one, or says what is to be
+            added to it, unless the call runs dense. What is added, is added as the tokens are put in order again: an
+            output that has a correction goes back as it is.
+        bits: of the numbers multiplied: 16 leaves them as they are; 8 and 4 are emulated where no kernel does them.
+        heads: of the whole call, where q, k, v are a part of them and the others ran dense; for the report.
+        about: the density that is to be expected, where the strategy knows it: a device is then not asked for it.
     """
 
     lists: kernels.BlockLists
@@ -93,19 +94,34 @@ def _multiplied(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, site: Site) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Site(Place):
-    """One self-attention call, given to `Strategy.attend(q, k, v, site)`; q, k, v are [B, H, N, D] after rotary
-    embedding.
+    """One self-attention call, as `Strategy.attend(q, k, v, site)` sees it.
 
-    memory: starts empty for each run x layer x branch and lasts to the end of the run.
-    dense_backend: the user's own dense attention.
-    record: what is reported of this call. A strategy with a kernel of its own says so by `record.ran_sparse`.
-    scale: of the scores; None is 1/sqrt(D).
-    key_mask: which tokens may be attended to: bool [B, N], or [B, H, N] where the tokens' order differs by head.
-    strict: raise instead of falling back to dense attention.
-    summary: how dropped blocks stand for their keys in every product whose `Blocks` say nothing of it.
-    precision: of every product whose `Blocks` say nothing of bits; None is that of the inputs.
-    product: computes sparse products and reports what ran; a wrapper may put a function of its own here.
-    pending: what an output lacks until its tokens are put in order again; None where they stand as they came.
+    q, k, v are [B, H, N, D] after rotary embedding.
+
+    Attributes:
+        model: the transformer's name in the pipeline.
+        layer: the attention module's name in the transformer.
+        index: number of that module, in the order of the model's modules.
+        step: denoising step, counted from 0.
+        steps: length of the run in steps; None if it is unknown.
+        end: first executed step after those that this transformer may run sparse; None if it is unknown, as where the
+            experts of a pipeline take turns.
+        branch: name of the guidance branch.
+        layout: which of the N tokens lie on the grid.
+        layers: how many such modules the model has.
+        shard: which of all ranks' heads are this rank's H.
+        skipped: earlier steps that did not reach this layer, for a step cache answered them.
+        to_skip: steps to come that will not; an estimate where the cache decides as it goes.
+        memory: starts empty for each run x layer x branch and lasts to the end of the run.
+        dense_backend: the user's own dense attention.
+        record: what is reported of this call. A strategy with a kernel of its own says so by `record.ran_sparse`.
+        scale: of the scores; None is 1/sqrt(D).
+        key_mask: which tokens may be attended to: bool [B, N], or [B, H, N] where the tokens' order differs by head.
+        strict: raise instead of falling back to dense attention.
+        summary: how dropped blocks stand for their keys in every product whose `Blocks` say nothing of it.
+        precision: of every product whose `Blocks` say nothing of bits; None is that of the inputs.
+        product: computes sparse products and reports what ran; a wrapper may put a function of its own here.
+        pending: what an output lacks until its tokens are put in order again; None where they stand as they came.
     """
 
     memory: dict[str, Any]
@@ -120,12 +136,25 @@ class Site(Place):
     pending: list[Pending] | None = field(default=None, repr=False)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, *, reason: str = "strategy") -> Tensor:
-        """Dense attention on the user's own backend; `reason` goes into the report as a planned dense call."""
+        """Dense attention [B, H, N, D] on the user's own backend, reported as planned.
+
+        Args:
+            q: queries [B, H, N, D].
+            k: keys [B, H, N, D].
+            v: values [B, H, N, D].
+            reason: why it is dense, for the report.
+        """
         self.record.ran_dense(reason, planned=True, backend=self.dense_backend.name)
         return self.dense_backend.attend(q, k, v)
 
     def fall_back(self, q: Tensor, k: Tensor, v: Tensor, reason: str) -> Tensor:
-        """Dense attention that was not planned: counted by reason.
+        """Dense attention [B, H, N, D] that was not planned: counted by reason.
+
+        Args:
+            q: queries [B, H, N, D].
+            k: keys [B, H, N, D].
+            v: values [B, H, N, D].
+            reason: why it can't be sparse, for the report.
 
         Raises:
             DenseFallbackError: under `strict=True`.
@@ -136,14 +165,28 @@ class Site(Place):
         return self.dense_backend.attend(q, k, v)
 
     def dense_with_lse(self, q: Tensor, k: Tensor, v: Tensor, *, reason: str = "search") -> tuple[Tensor, Tensor]:
-        """Dense attention on our own kernels, and its log-sum-exp, float32 [B, H, N]."""
+        """Dense attention [B, H, N, D] on our own kernels, and its log-sum-exp, float32 [B, H, N].
+
+        Args:
+            q: queries [B, H, N, D].
+            k: keys [B, H, N, D].
+            v: values [B, H, N, D].
+            reason: why it is dense, for the report.
+        """
         with self._heard() as ran:
             found = kernels.attention(q, k, v, scale=self.scale, key_mask=self.key_mask)
         self.record.ran_dense(reason, planned=True, backend=ran[0].name, kind="search")
         return found
 
     def dense_with_mass(self, q: Tensor, k: Tensor, v: Tensor, block: kernels.Block) -> tuple[Tensor, Tensor, Tensor]:
-        """Dense attention, its log-sum-exp and the `block_mass` that goes with it: a fused search."""
+        """Dense attention, its log-sum-exp and the `block_mass` [B, H, nQ, nK] that goes with it: a fused search.
+
+        Args:
+            q: queries [B, H, N, D].
+            k: keys [B, H, N, D].
+            v: values [B, H, N, D].
+            block: tokens of a block, or its queries and keys.
+        """
         q_block, kv_block = kernels.edges(block)
         with self._heard() as ran:
             found = kernels.attention_with_mass(
@@ -154,7 +197,14 @@ class Site(Place):
         return found
 
     def block_mass(self, q: Tensor, k: Tensor, lse: Tensor, block: kernels.Block) -> Tensor:
-        """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK]; `lse` may be of an earlier step."""
+        """Sum of exp(score - lse) over each tile, float32 [B, H, nQ, nK].
+
+        Args:
+            q: queries [B, H, N, D].
+            k: keys [B, H, N, D].
+            lse: log-sum-exp [B, H, N]; it may be of an earlier step.
+            block: tokens of a block, or its queries and keys.
+        """
         self.record.beside += MASS_PASS
         q_block, kv_block = kernels.edges(block)
         with self._heard():
@@ -167,12 +217,25 @@ class Site(Place):
         return float(q.shape[-1] ** -0.5) if self.scale is None else self.scale
 
     def summarise(self, k: Tensor, v: Tensor, block: int, by: kernels.Summary = "first-order") -> kernels.Summaries:
-        """Summaries of the key blocks; counted with the product that uses them."""
+        """Summaries of the key blocks; counted with the product that uses them.
+
+        Args:
+            k: keys [B, H, N, D].
+            v: values [B, H, N, D].
+            block: keys of a block.
+            by: "means" or "first-order".
+        """
         with self._heard():
             return kernels.summarise(k, v, block, scale=self.scale, key_mask=self.key_mask, by=by)
 
     def summary_error(self, q: Tensor, summaries: kernels.Summaries, block: kernels.Block) -> Tensor:
-        """Estimated error of each tile's summary, float32 [B, H, nQ, nK]."""
+        """Estimated error of each tile's summary, float32 [B, H, nQ, nK].
+
+        Args:
+            q: queries [B, H, N, D].
+            summaries: of the keys.
+            block: tokens of a block, or its queries and keys.
+        """
         q_block, kv_block = kernels.edges(block)
         self.record.beside += MASS_PASS / kv_block
         with self._heard():
@@ -185,7 +248,10 @@ class Site(Place):
     def largest(self, error: Tensor, share: float, block: kernels.Block) -> kernels.BlockLists:
         """Lists of the blocks with the largest errors [B, H, nQ, nK], by one budget for the heads of all ranks.
 
-        share: of all blocks, the best of each row among them; blocks with text are listed beside it.
+        Args:
+            error: float [B, H, nQ, nK].
+            share: of all blocks, the best of each row among them; blocks with text are listed beside it.
+            block: tokens of a block, or its queries and keys.
         """
         heads, rank, text = error.shape[1], self.shard.rank, self.layout.sink(block, error.device)
         own = heads * rank, heads * (rank + 1)
@@ -199,13 +265,24 @@ class Site(Place):
             )
 
     def best_of_rows(self, mass: Tensor, keep: int | Tensor, block: kernels.Block) -> kernels.BlockLists:
-        """Lists of the blocks of each row with the most mass: so many, an int or [B, H], beside those never dropped."""
+        """Lists of the blocks of each row with the most mass.
+
+        Args:
+            mass: float [B, H, nQ, nK].
+            keep: how many, an int or [B, H], beside those that are never dropped.
+            block: tokens of a block, or its queries and keys.
+        """
         keep = keep + mass.shape[-1] - self.free_blocks(block)
         with self._heard():
             return kernels.lists_of_rows(mass, keep, **self._sizes(block), always=self.layout.sink(block, mass.device))
 
     def unpacked(self, bits: Tensor, block: kernels.Block) -> kernels.BlockLists:
-        """Lists of the blocks of an earlier step, as `BlockLists.packed` gave them."""
+        """Lists of the blocks of an earlier step.
+
+        Args:
+            bits: as `BlockLists.packed` gave them.
+            block: tokens of a block, or its queries and keys.
+        """
         with self._heard():
             return kernels.lists_of_bits(bits, **self._sizes(block))
 
@@ -220,12 +297,29 @@ class Site(Place):
             return kernels.attention_of_few(q, k, v, scale=self.scale, key_mask=self.key_mask)
 
     def fit_rows(self, exact: Tensor, out: Tensor, probes: Tensor, **kept: Tensor) -> kernels.Correction:
-        """What `exact` says of some rows of out [B, H, N, D], fitted to correct all; who asks for it counts it."""
+        """What exact rows say of an output, fitted to correct all its rows; who asks for it counts it.
+
+        Args:
+            exact: what the rows should be, [B, H, n, D].
+            out: the output [B, H, N, D].
+            probes: int64 [n], numbers of the rows.
+            **kept: a residual of low rank, as `diffsparse_kernels.fit_rows` takes it.
+        """
         with self._heard():
             return kernels.fit_rows(exact, out, probes, **kept)
 
     def sparse(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | kernels.BlockLists) -> Tensor:
-        """Block-sparse attention [B, H, N, D]; dense, with the reason reported, where that is faster."""
+        """Block-sparse attention [B, H, N, D]; dense, with the reason reported, where that is faster.
+
+        Args:
+            q: queries [B, H, N, D].
+            k: keys [B, H, N, D].
+            v: values [B, H, N, D].
+            blocks: the blocks, and how dropped ones stand for their keys.
+
+        Raises:
+            DenseFallbackError: it would be dense under `strict=True`.
+        """
         blocks = Blocks(blocks) if isinstance(blocks, kernels.BlockLists) else blocks
         blocks = replace(blocks, summary=blocks.summary or self.summary)
         if self.layout.asked:
@@ -258,13 +352,25 @@ class Site(Place):
         return found
 
     def compare(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
-        """What `sparse` would give, for comparison: never dense, and counted as work beside the call's."""
+        """What `sparse` would give, for comparison: never dense, and counted as work beside the call's.
+
+        Args:
+            q: queries [B, H, N, D].
+            k: keys [B, H, N, D].
+            v: values [B, H, N, D].
+            blocks: the blocks, and how dropped ones stand for their keys.
+        """
         self.record.beside += self.density(blocks, q)
         with self._heard():
             return _multiplied(q, k, v, blocks, self)[0]
 
     def density(self, blocks: Blocks, q: Tensor) -> Tensor:
-        """Share of dense attention that a product with q [B, H, N, D] computes: 0-dim, on the device of the lists."""
+        """Share of dense attention that a product computes: 0-dim, on the device of the lists.
+
+        Args:
+            blocks: of the product.
+            q: its queries [B, H, N, D].
+        """
         share = self._computed(blocks, q)
         return share if blocks.heads is None else 1 - (1 - share) * q.shape[1] / blocks.heads
 
@@ -275,7 +381,13 @@ class Site(Place):
 
         The one place where tokens are moved. Dense attention with a mask of its own gets them as they stood.
 
-        keys: the order of keys and values, if it is not that of the queries.
+        Args:
+            orders: the order of each head, and of keys and values unless `keys` says otherwise.
+            method: called with the moved tokens and their site.
+            q: queries [B, H, N, D].
+            k: keys [B, H, N, D].
+            v: values [B, H, N, D].
+            keys: the order of keys and values, if it is not that of the queries.
         """
         of_keys = orders if keys is None else keys
         here = replace(self, key_mask=of_keys.keys(self.key_mask), pending=[])
@@ -364,11 +476,12 @@ class _Asked(NamedTuple):
 class _Density(NamedTuple):
     """Share of dense attention in some lists and in summaries, and what is known of it.
 
-    of: the lists.
-    by: the summaries.
-    share: 0-dim, on the device of the lists.
-    reading: the same on its way.
-    before: of the lists before these.
+    Attributes:
+        of: the lists.
+        by: the summaries.
+        share: 0-dim, on the device of the lists.
+        reading: the same on its way.
+        before: of the lists before these.
     """
 
     of: weakref.ref[kernels.BlockLists]

@@ -69,13 +69,16 @@ class Sums:
 class Tally:
     """The steps that reached one layer in one guidance branch; a step cache answered the others.
 
-    first: the first step of the branch.
-    last: the latest that reached the layer.
-    steady: so many came at the start without a gap.
-    skipped: steps between them that did not reach it.
-    passes, calls: that did, and the calls in them. last_pass: the number of the latest.
-    was_dense: whether it had dense steps at the start.
-    taught: the step in which its strategy observed; None if it has not.
+    Attributes:
+        first: the first step of the branch.
+        last: the latest that reached the layer.
+        steady: so many came at the start without a gap.
+        skipped: steps between them that did not reach it.
+        passes: passes of the model that did.
+        calls: the calls in them.
+        last_pass: the number of the latest.
+        was_dense: whether it had dense steps at the start.
+        taught: the step in which its strategy observed; None if it has not.
     """
 
     first: int
@@ -125,14 +128,18 @@ class Tally:
 class Ledger:
     """The calls of one run of one transformer, and what its strategy keeps between steps.
 
-    calls: all of them, or the last ones where `bound` moved earlier ones into `sums`. notes: about the whole run.
-    memories: any nesting of containers and objects with tensors, as it stands; its size is kept when it is `close`d.
-    tallies: by layer and guidance branch.
-    cache, cache_is_wide: what answered the steps that are missing there, and whether with whole blocks.
-    passes: of the model, by guidance branch; under None those of branches without a name.
-    idle: of these, the passes since the last call in such a branch: a step cache answered all of them.
-    extra: branches that guidance adds.
-    length: steps of the run, None if that is unknown.
+    Attributes:
+        calls: all of them, or the last ones where `bound` moved earlier ones into `sums`.
+        notes: about the whole run.
+        memories: any nesting of containers and objects with tensors, as it stands; its size is kept when it is
+            `close`d.
+        tallies: by layer and guidance branch.
+        cache: what answered the steps that are missing there.
+        cache_is_wide: whether it did so with whole blocks.
+        passes: of the model, by guidance branch; under None those of branches without a name.
+        idle: of these, the passes since the last call in such a branch: a step cache answered all of them.
+        extra: branches that guidance adds.
+        length: steps of the run, None if that is unknown.
     """
 
     calls: list[CallRecord] = field(default_factory=list)

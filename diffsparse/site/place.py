@@ -12,19 +12,20 @@ from diffsparse.site.shard import WHOLE, Shard
 class Place:
     """The place of one self-attention call in a run.
 
-    model: the transformer's name in the pipeline.
-    layer: the attention module's name in the transformer.
-    index: number of that module, in the order of the model's modules.
-    step: denoising step, counted from 0.
-    steps: length of the run in steps; None if it is unknown.
-    end: first executed step after those that this transformer may run sparse; None if it is unknown, as where the
-        experts of a pipeline take turns.
-    branch: name of the guidance branch.
-    layout: which of the N tokens lie on the grid.
-    layers: how many such modules the model has.
-    shard: which of all ranks' heads are this rank's H.
-    skipped: earlier steps that did not reach this layer, for a step cache answered them.
-    to_skip: steps to come that will not; an estimate where the cache decides as it goes.
+    Attributes:
+        model: the transformer's name in the pipeline.
+        layer: the attention module's name in the transformer.
+        index: number of that module, in the order of the model's modules.
+        step: denoising step, counted from 0.
+        steps: length of the run in steps; None if it is unknown.
+        end: first executed step after those that this transformer may run sparse; None if it is unknown, as where the
+            experts of a pipeline take turns.
+        branch: name of the guidance branch.
+        layout: which of the N tokens lie on the grid.
+        layers: how many such modules the model has.
+        shard: which of all ranks' heads are this rank's H.
+        skipped: earlier steps that did not reach this layer, for a step cache answered them.
+        to_skip: steps to come that will not; an estimate where the cache decides as it goes.
     """
 
     model: str

@@ -20,17 +20,20 @@ PLANNED = "schedule"
 class CallRecord:
     """One self-attention call.
 
-    layer, step, branch: where it was.
-    kind: "dense" ran on the user's backend, "search" dense on our kernels, "sparse" over some blocks.
-    density: share of attention computed; it may still live on the device.
-    reason: why a dense call was dense.
-    planned: whether that was meant to be; other dense calls are fall-backs.
-    backend: what computed it.
-    recall: mean softmax mass of the chosen blocks, where blocks were chosen.
-    heads: what each head did, by name, where a strategy chooses by head.
-    note: what else the user should know; equal notes are shown once.
-    passed_over: back ends of this device that come before those that ran, and why they didn't run.
-    beside: computed beside `density`, in dense calls: mass passes, and products that were only compared.
+    Attributes:
+        layer: name of the attention module.
+        step: denoising step, 0-based.
+        branch: guidance branch.
+        kind: "dense" ran on the user's backend, "search" dense on our kernels, "sparse" over some blocks.
+        density: share of attention computed; it may still live on the device.
+        reason: why a dense call was dense.
+        planned: whether that was meant to be; other dense calls are fall-backs.
+        backend: what computed it.
+        recall: mean softmax mass of the chosen blocks, where blocks were chosen.
+        heads: what each head did, by name, where a strategy chooses by head.
+        note: what else the user should know; equal notes are shown once.
+        passed_over: back ends of this device that come before those that ran, and why they didn't run.
+        beside: computed beside `density`, in dense calls: mass passes, and products that were only compared.
     """
 
     layer: str

@@ -18,26 +18,33 @@ _NONE_YET = "no self-attention call yet"
 class Report:
     """Summary of the last pipeline call; of its last window, if the pipeline makes a long video in windows.
 
-    strategy: as Python writes it.
-    modules: attention modules that were adopted.
-    steps, dense_steps: denoising steps that reached attention, and those of them without any sparse call.
-    skipped_steps, skipped_calls: steps that did not, and self-attention calls that a step cache answered.
-    cache, cache_is_wide: that step cache, None if there was none; and whether it spares whole blocks.
-    density: mean over all self-attention calls that were made, dense ones as 1.
-    sparse_density: mean over the sparse calls; None if there was none.
-    dense_calls, sparse_calls: their numbers.
-    recall: mean softmax mass that the chosen blocks held when they were chosen; None if none were.
-    backends: calls by what computed them.
-    fallbacks: dense calls that were not planned, by reason.
-    attention_seconds: time inside self-attention.
-    memory_bytes: what the strategy keeps between steps (masks, LSE), or kept at the end.
-    modes: share of heads in each mode over all calls, where a strategy chooses by head.
-    heads: modes of a layer's heads, by layer and step.
-    notes: what else the user should know.
-    passed_over: calls that a faster back end of this device did not take, by reason.
-    work: every pass over the keys: density, and what searches compute beside it, a mass pass as half a dense one.
-    calls: the single calls. Of a loop of unknown length the last ones alone, as in `heads` and `table`; all other
-        numbers count the whole run.
+    `print(report)` shows it as a table.
+
+    Attributes:
+        strategy: as Python writes it.
+        modules: attention modules that were adopted.
+        steps: denoising steps that reached attention.
+        dense_steps: those of them without any sparse call.
+        skipped_steps: steps that did not reach attention.
+        skipped_calls: self-attention calls that a step cache answered.
+        cache: that step cache; None if there was none.
+        cache_is_wide: whether it spares whole blocks.
+        density: mean share of attention computed, over all self-attention calls that were made, dense ones as 1.
+        sparse_density: mean over the sparse calls; None if there was none.
+        dense_calls: number of self-attention calls that ran dense.
+        sparse_calls: number of those that ran sparse.
+        recall: mean softmax mass that the chosen blocks held when they were chosen; None if none were.
+        backends: calls by what computed them.
+        fallbacks: dense calls that were not planned, by reason.
+        attention_seconds: time inside self-attention.
+        memory_bytes: what the strategy keeps between steps (masks, LSE), or kept at the end.
+        modes: share of heads in each mode over all calls, where a strategy chooses by head.
+        heads: modes of a layer's heads, by layer and step.
+        notes: what else the user should know.
+        passed_over: calls that a faster back end of this device did not take, by reason.
+        work: every pass over the keys: density, and what searches compute beside it, a mass pass as half a dense one.
+        calls: the single calls. Of a loop of unknown length the last ones alone, as in `heads` and `table`; all other
+            numbers count the whole run.
     """
 
     strategy: str
@@ -106,7 +113,12 @@ class Report:
     def table(
         self, by: Literal["step", "layer"] = "step", of: Literal["density", "work"] = "density"
     ) -> dict[str, float]:
-        """Mean density (or work) for each step, or for each layer."""
+        """Means over the calls of each step, or of each layer.
+
+        Args:
+            by: "step", numbers from 0, or "layer", names of attention modules.
+            of: "density", the share of attention computed, or "work", with what searches compute beside it.
+        """
         groups: dict[str, list[float]] = {}
         for call in self.calls:
             groups.setdefault(str(getattr(call, by)), []).append(float(getattr(call, of)))

@@ -108,10 +108,15 @@ def parse(names: str, **knobs: Any) -> list[Strategy]:
     Each gets the knobs that it has; one that runs on a plan gets nothing but the file after the colon. `+means` or
     `+tail` makes up for what it drops (`Compensated`), `+int8` computes in eight bits (`Rounded`).
 
+    Args:
+        names: keys of `STRATEGIES`, each with what follows it.
+        **knobs: of any of the strategies; None leaves a strategy its default.
+
     Raises:
         UnknownNameError: a name that is no strategy's.
         ConfigError: no name at all, a knob out of range, a plan that is missing or for a strategy that takes none.
-        InputFileError, PlanError: a plan that can't be read, or is another strategy's.
+        InputFileError: a plan that can't be read.
+        PlanError: a plan that is damaged, or another strategy's.
     """
     listed = [name.strip() for name in names.split(",") if name.strip()]
     if not listed:
@@ -140,6 +145,14 @@ def _make(text: str, knobs: dict[str, Any]) -> Strategy:
 
 
 def with_knobs(make: Callable[..., T], knobs: dict[str, Any]) -> T:
-    """A strategy or search with those of the knobs that it has; its own default for those that are None."""
+    """A strategy or search with those of the knobs that it has; its own default for those that are None.
+
+    Args:
+        make: a class, or a function that makes a strategy.
+        knobs: values by name.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
     own = signature(make).parameters
     return make(**{key: value for key, value in knobs.items() if key in own and value is not None})

@@ -26,17 +26,8 @@ class AdaSpa(OnlineSearch):
     re-use the LSE of the first and so need one pass without values ("LSE-cached search", Eq. 4); the step that
     searches already runs sparse with what it found.
 
-    sparsity: share of blocks dropped, in [0, 1).
-    searches: later searches; an int is a step counted from 0, a float a fraction of the run. The default is the
-        paper's step 30 of 50. Runs of ten steps or fewer skip fractions: their few sparse steps don't repay one.
-    block: tokens of a block, or its queries and keys; the paper's 64.
-    head_adaptive: give heads that hold their mass in few blocks a sparsity of (1+s)/2, as many of the others
-        (3s-1)/2, and leave the rest at s (section 4.3). The mean is s: where others can't be lowered as far (s below
-        1/3), or those would keep less than a block, both move by less.
-    recall_threshold: retained mass above which a head counts as one that can drop more.
-    order: of the tokens (`diffsparse.orders`); raster order is the paper's, "auto" finds each head's own.
-
     The paper leaves open, and here it is decided:
+
     - Heads are ranked within one layer, sample and search. At most half of them are raised, so that the raised and
       the lowered never overlap.
     - Recall is the share of all mass found, not of L: with a cached LSE rows no longer sum to one. A drift of the LSE
@@ -47,6 +38,20 @@ class AdaSpa(OnlineSearch):
     - A layer that first runs late (the second expert of Wan 2.2) makes its first search there, densely.
     - Kept between steps, for each layer, branch and sample: 4HN bytes of LSE, and of blocks, nQ rows of nK, H nQ nK / 8
       and 2HnQ for each entry of the longest row; a search needs 4H nQ nK more for a moment.
+
+    Attributes:
+        sparsity: share of blocks dropped, in [0, 1).
+        searches: later searches; an int is a step counted from 0, a float a fraction of the run. The default is the
+            paper's step 30 of 50. Runs of ten steps or fewer skip fractions: their few sparse steps don't repay one.
+        block: tokens of a block, or its queries and keys; by default 128 on a machine with a GPU, else the paper's 64.
+        head_adaptive: give heads that hold their mass in few blocks a sparsity of (1+s)/2, as many of the others
+            (3s-1)/2, and leave the rest at s (section 4.3). The mean is s: where others can't be lowered as far (s
+            below 1/3), or those would keep less than a block, both move by less.
+        recall_threshold: retained mass above which a head counts as one that can drop more.
+        order: of the tokens (`diffsparse.orders`); raster order is the paper's, "auto" finds each head's own.
+
+    Raises:
+        ConfigError: a value out of its range.
     """
 
     head_adaptive: bool = True

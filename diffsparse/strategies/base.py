@@ -30,12 +30,13 @@ class Strategy(ABC):
     Write a strategy as a frozen dataclass on this class: its fields are its knobs. `attend` is all it needs; everything
     else has a default.
 
-    order: of the tokens when `attend` is called, a name of `diffsparse.orders`; "auto" finds each head's own and wants
-        `block` too.
-    block: tokens of a block, or its queries and keys.
-    sparsity: share of the blocks that it drops; None if that is not known beforehand.
-    needs_grid: it means nothing where the tokens' places on the grid are unknown; such calls run dense.
-    is_compensated: it makes up for what it drops by itself.
+    Attributes:
+        order: of the tokens when `attend` is called, a name of `diffsparse.orders`; "auto" finds each head's own and
+            wants `block` too.
+        block: tokens of a block, or its queries and keys.
+        sparsity: share of the blocks that it drops; None if that is not known beforehand.
+        needs_grid: it means nothing where the tokens' places on the grid are unknown; such calls run dense.
+        is_compensated: it makes up for what it drops by itself.
     """
 
     order: str = RASTER
@@ -46,12 +47,22 @@ class Strategy(ABC):
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Attention over q, k, v [B, H, N, D] -> [B, H, N, D], in steps and layers that may be sparse."""
+        """Attention in steps and layers that may be sparse.
+
+        Args:
+            q: queries after rotary embedding, [B, H, N, D], in the order of the tokens that the strategy has asked for.
+            k: keys, likewise.
+            v: values, likewise.
+            site: where the call is, what it may remember, and what computes.
+
+        Returns:
+            The output [B, H, N, D], of q's dtype.
+        """
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Dense attention over q, k, v [B, H, N, D] in the last of the dense first steps, for those who learn from it.
+        """Dense attention in the last of the dense first steps, for strategies that learn from it.
 
-        Called only where a strategy has an `observe` of its own.
+        Called only where a strategy has an `observe` of its own. Arguments and result are those of `attend`.
         """
         return site.dense(q, k, v, reason="schedule")
 
@@ -66,10 +77,21 @@ class Strategy(ABC):
         return self.needs_grid or self.order not in (RASTER, AUTO)
 
     def check(self, models: Models) -> None:  # noqa: B027  # most have nothing to check
-        """Called by `diffsparse.apply` before it changes anything: raise if the strategy is not for these models."""
+        """Called by `diffsparse.apply` before it changes anything.
+
+        Args:
+            models: the transformers of the pipeline, by their names there.
+
+        Raises:
+            DiffsparseError: the strategy is not for these models; by default nothing is checked.
+        """
 
     def expected(self, run: Outline) -> list[Step]:
-        """What each step of `run` computes. By default its `sparsity` is taken at its word."""
+        """What each step of a run computes. By default its `sparsity` is taken at its word.
+
+        Args:
+            run: its length, its dense steps, and the layout of its tokens if that is known.
+        """
         steps = run.constant(None if self.sparsity is None else 1.0 - self.sparsity)
         if self.observes and run.search is not None:
             steps[run.search] = Step("search", None)
@@ -80,7 +102,12 @@ class Strategy(ABC):
         return [Step() if step.is_whole else step for step in self.expected(run)]
 
     def kinds(self, schedule: Schedule, steps: int) -> list[Kind]:
-        """What each of `steps` steps is in the layers that may be sparse."""
+        """What each step is in the layers that may be sparse.
+
+        Args:
+            schedule: steps and layers that stay dense.
+            steps: length of the run.
+        """
         return [step.kind for step in self.steps(Outline.of(schedule, steps))]
 
     def facts(self) -> dict[str, str]:

@@ -24,17 +24,24 @@ _SPARSE = ("sparse", "refresh")  # kinds of steps that drop blocks
 class Compensated(Wrapper):
     """Any block-sparse strategy with its dropped blocks made up for; on the command line `adaspa+means`.
 
-    by: "means": each dropped block stands in the same softmax as its mean key and mean value, weighted by its number of
-        keys, as in PISA (arXiv 2602.01077), Sol-Attn (2607.24027) and, with centroids, SVG-EAR (2603.08982). Costs
-        about one key for each block at every step, and no memory.
-        "first-order": the same, with the mass that varied scores add and, for each block of queries, one matrix that
-        moves the mean values with the query; ours. It wants blocks of similar tokens. Costs D / N +
-        D / (2 q_block kv_block) more, and no memory.
-        "tail": output and normaliser of what is left out are kept and merged, as in FlashBlock (2602.05305). The first
-        sparse step after each choice of blocks runs dense too, and keeps for each query what the dropped blocks gave:
-        O_rest = (O - w O_s) / (1 - w) with w = exp(LSE_s - LSE). Later steps merge it by its LSE.
-        Costs that dense call, and 2HND + 4HN bytes for each layer, branch and sample.
-    budget: GiB that all tails together may take.
+    - "means": each dropped block stands in the same softmax as its mean key and mean value, weighted by its number of
+      keys, as in PISA (arXiv 2602.01077), Sol-Attn (2607.24027) and, with centroids, SVG-EAR (2603.08982). Costs about
+      one key for each block at every step, and no memory.
+    - "first-order": the same, with the mass that varied scores add and, for each block of queries, one matrix that
+      moves the mean values with the query; ours. It wants blocks of similar tokens. Costs D / N +
+      D / (2 q_block kv_block) more, and no memory.
+    - "tail": output and normaliser of what is left out are kept and merged, as in FlashBlock (2602.05305). The first
+      sparse step after each choice of blocks runs dense too, and keeps for each query what the dropped blocks gave:
+      O_rest = (O - w O_s) / (1 - w) with w = exp(LSE_s - LSE). Later steps merge it by its LSE. Costs that dense call,
+      and 2HND + 4HN bytes for each layer, branch and sample.
+
+    Attributes:
+        strategy: whatever chooses the blocks, not compensated yet.
+        by: "means", "first-order" or "tail".
+        budget: GiB that all tails together may take.
+
+    Raises:
+        ConfigError: a value out of its range, or a strategy that is none, or compensated already.
     """
 
     strategy: Strategy

@@ -25,13 +25,14 @@ _NOTHING = Fraction(0)
 class _Plan(NamedTuple):
     """How a run spends its work from a dense step on. Steps are counted among those that reach attention.
 
-    first: the dense step that taught first.
-    start: the dense step from which on it holds.
-    spent: work since `first`, in dense passes.
-    ahead: dense steps to come.
-    done: and how many have been since `first`.
-    sparsity: of the steps between.
-    repeats: whether the blocks stay the same from one dense step to the next.
+    Attributes:
+        first: the dense step that taught first.
+        start: the dense step from which on it holds.
+        spent: work since `first`, in dense passes.
+        ahead: dense steps to come.
+        done: and how many have been since `first`.
+        sparsity: of the steps between.
+        repeats: whether the blocks stay the same from one dense step to the next.
     """
 
     first: int
@@ -50,11 +51,12 @@ class _Plan(NamedTuple):
 class _Kept(NamedTuple):
     """What a dense step has left for those that follow.
 
-    residual: of the sparse product.
-    step: that it was.
-    blocks: that the product computed, as bits uint8 [B, H, nQ, nK / 8]; None where each step chooses its own.
-    plan: of the run.
-    between: what runs until the next dense step.
+    Attributes:
+        residual: of the sparse product.
+        step: that it was.
+        blocks: that the product computed, as bits uint8 [B, H, nQ, nK / 8]; None where each step chooses its own.
+        plan: of the run.
+        between: what runs until the next dense step.
     """
 
     residual: LowRank
@@ -83,11 +85,29 @@ class Digest(Tangent):
     (2505.22918) and QuantSparse's (2509.23681), which keeps it in low rank. Ours are what it is a residual of, and that
     exact rows, where there are probes, decide in each step, for each head, what of it is used.
 
-    memory: GiB that may be kept, for each sample of each guidance branch; a lower rank than 4 where that is too little.
-
     Without a dense first step it is Tangent. Nothing is renewed where the length of the run is unknown, or how much of
     it a transformer has (the experts of Wan 2.2), or where the memory has no room for the blocks. Where the length is
     unknown, only probes use what was kept.
+
+    Attributes:
+        sparsity: share of attention that is not computed, in [0, 1), counted as in `Tangent`; the residual counts too.
+        block: tokens of a block, or its queries and keys; by default 128 x 64 on a machine with a GPU, else 64.
+        order: of the tokens (`diffsparse.orders`); "auto" finds each head's own in its first call.
+        probes: whether some rows are computed exactly, to correct all others.
+        memory: GiB that may be kept, for each sample of each guidance branch; a lower rank than 4 where that is too
+            little.
+
+    Raises:
+        ConfigError: a value out of its range.
+
+    Examples:
+        >>> from diffsparse import Digest, Schedule, apply
+        >>> strategy = Digest(sparsity=0.7)
+        >>> with apply(pipe, strategy, schedule=Schedule(dense_first=1)) as sparse:
+        ...     video = pipe("a red ball").frames[0]
+        >>> print(sparse.report())
+        strategy           Digest(sparsity=0.7, ...)
+        ...
     """
 
     memory: float = 1.2
@@ -147,7 +167,8 @@ class Digest(Tangent):
     def _renewals(self, end: int | None, first: int) -> list[int]:
         """Dense steps after the first, if there are several: of three eighths of the work, ten steps apart or more.
 
-        end: first step after the sparse ones; None if it is unknown.
+        Args:
+            end: first step after the sparse ones; None if it is unknown.
         """
         left = 0 if end is None else max(end - 1 - first, 0)
         count = min(int(_RENEWING * (1 - exact(self.sparsity)) * left), (left + 1) // _APART - 1)

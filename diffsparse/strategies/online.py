@@ -32,10 +32,11 @@ class OnlineSearch(Strategy):
     ("fused online search"). Later ones re-use its LSE and so need one pass without values ("LSE-cached search",
     Eq. 4); a step that searches already runs sparse with what it found.
 
-    sparsity: share of blocks dropped, in [0, 1).
-    searches: later searches; an int is a step counted from 0, a float a fraction of the run, both among the steps that
-        no step cache skips. Runs of ten steps or fewer skip fractions: their few sparse steps don't repay one.
-    block: tokens of a block, or its queries and keys; by default 128 on a machine with a GPU, else 64.
+    Attributes:
+        sparsity: share of blocks dropped, in [0, 1).
+        searches: later searches; an int is a step counted from 0, a float a fraction of the run, both among the steps
+            that no step cache skips. Runs of ten steps or fewer skip fractions: their few sparse steps don't repay one.
+        block: tokens of a block, or its queries and keys; by default 128 on a machine with a GPU, else 64.
     """
 
     sparsity: float = 0.8
@@ -85,7 +86,8 @@ class OnlineSearch(Strategy):
     def search_steps(self, steps: int | None, first: int = 0) -> dict[int, bool]:
         """The later searches as 0-based steps of a run of `steps`, and whether such a step is dense.
 
-        first: step of the first search.
+        Args:
+            first: step of the first search.
         """
         fractions = steps is not None and steps > _FEW_STEPS
         return {

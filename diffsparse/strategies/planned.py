@@ -54,10 +54,11 @@ def optional(check_one: Check) -> Check:
 class Part(NamedTuple):
     """What one tensor of a layer has to be.
 
-    dtype: of its numbers.
-    shape: None stands for the heads, which all tensors of a layer have in common, and ... for one or more.
-    below: values are whole numbers below this; None: they are finite numbers from 0 on.
-    needed: whether every layer must have it.
+    Attributes:
+        dtype: of its numbers.
+        shape: None stands for the heads, which all tensors of a layer have in common, and ... for one or more.
+        below: values are whole numbers below this; None: they are finite numbers from 0 on.
+        needed: whether every layer must have it.
     """
 
     dtype: torch.dtype

@@ -17,7 +17,8 @@ _LEAST_CAP = 64
 def probe_count(work: float, tokens: int, head_dim: int) -> int:
     """How many rows are computed exactly: one for each channel, at least 64; fewer, or none, where that is too much.
 
-    work: share of dense attention that they and their fit may take.
+    Args:
+        work: share of dense attention that they and their fit may take.
     """
     most = min(max(head_dim, _LEAST_CAP), int(work * tokens - head_dim / 2))
     return most if most >= FEWEST else 0
@@ -31,8 +32,9 @@ def probe_work(count: int, tokens: int, head_dim: int) -> float:
 class Rows(NamedTuple):
     """Which rows are mended.
 
-    probes: int64 [n], evenly spread over them.
-    mended: bool [N, 1]; None where all are.
+    Attributes:
+        probes: int64 [n], evenly spread over them.
+        mended: bool [N, 1]; None where all are.
     """
 
     probes: Tensor

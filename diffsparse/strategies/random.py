@@ -20,10 +20,14 @@ from diffsparse_kernels import Block, BlockLists, default_block, edges, select_r
 class Random(Strategy):
     """Random key blocks, as many in each query row as the sparsity allows: what every method must beat.
 
-    sparsity: share of blocks dropped, in [0, 1). Blocks that hold text are always kept.
-    seed: which blocks; they differ by layer and head, and stay the same over steps, branches and runs.
-    block: tokens of a block, or its queries and keys; by default 128 on a machine with a GPU, else 64.
-    order: of the tokens (`diffsparse.orders`).
+    Attributes:
+        sparsity: share of blocks dropped, in [0, 1). Blocks that hold text are always kept.
+        seed: which blocks; they differ by layer and head, and stay the same over steps, branches and runs.
+        block: tokens of a block, or its queries and keys; by default 128 on a machine with a GPU, else 64.
+        order: of the tokens (`diffsparse.orders`).
+
+    Raises:
+        ConfigError: a value out of its range.
     """
 
     sparsity: float = 0.8

@@ -17,9 +17,10 @@ _ROUNDS = 2
 class LowRank(NamedTuple):
     """A residual [B, H, N, D] of rank r for each head; its rows are rounded to eight bits.
 
-    codes: int8 [B, H, N, r].
-    scale: bfloat16 [B, H, N, 1], of a row's codes.
-    basis: float32 [B, H, r, D], orthonormal; rows of zeros where there is no residual.
+    Attributes:
+        codes: int8 [B, H, N, r].
+        scale: bfloat16 [B, H, N, 1], of a row's codes.
+        basis: float32 [B, H, r, D], orthonormal; rows of zeros where there is no residual.
     """
 
     codes: Tensor

@@ -16,13 +16,18 @@ from diffsparse_kernels import PRECISIONS
 class Rounded(Wrapper):
     """Any block-sparse strategy with its sparse products in eight bits; on the command line `tangent+int8`.
 
-    precision: "int8" rounds queries and keys, one scale for each block, after the mean key is taken away
-        (SageAttention, arXiv 2410.02367); "int8-int8" and "int8-fp8" weights and values too, "fp8" all of them to
-        floating point. `block_sparse_attention` says what has a kernel; elsewhere it is emulated, with the same
-        rounding and no faster than without, and the report says so ("int8 emulated").
-
     Summaries of dropped blocks, searches, dense steps and exact rows are not rounded, nor is a product whose plan has
     its own number of bits (`PARO`). Windows that cut through tiles (`GNA`) can't be.
+
+    Attributes:
+        strategy: whatever runs; its sparse products are rounded.
+        precision: "int8" rounds queries and keys, one scale for each block, after the mean key is taken away
+            (SageAttention, arXiv 2410.02367); "int8-int8" and "int8-fp8" weights and values too, "fp8" all of them to
+            floating point. `block_sparse_attention` says what has a kernel; elsewhere it is emulated, with the same
+            rounding and no faster than without, and the report says so ("int8 emulated").
+
+    Raises:
+        ConfigError: no such precision, or the strategy is none, or rounded already.
     """
 
     strategy: Strategy

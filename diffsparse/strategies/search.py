@@ -18,8 +18,9 @@ from diffsparse.strategies.base import Strategy
 class Search(Protocol):
     """An offline search: a frozen dataclass whose fields are its knobs.
 
-    strategy: the name of the strategy that runs on its plans.
-    passes: how often each prompt is run.
+    Attributes:
+        strategy: the name of the strategy that runs on its plans.
+        passes: how often each prompt is run.
     """
 
     strategy: ClassVar[str]

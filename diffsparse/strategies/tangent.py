@@ -48,13 +48,17 @@ class Tangent(Strategy):
     Ours are the matrix of each block of queries, routing by the estimated error of that very summary, one budget for
     the heads of a layer, and the fit by probes.
 
-    sparsity: share of attention that is not computed, in [0, 1): blocks and all that goes with them count by their
-        multiplications (routing 1 / (2 kv_block) of a dense pass, means 1 / kv_block, statistics and slopes
-        D / N + D / (2 q_block kv_block), probes n / N + D / 2N).
-    block: tokens of a block, or its queries and keys; by default 128 x 64 on a machine with a GPU, else 64.
-    order: of the tokens (`diffsparse.orders`); "auto" finds each head's own in its first call.
-    probes: False leaves them out. There are as many as a head has channels, at least 64; fewer where they would take
-        more than an eighth of the work, and none where these were less than 32.
+    Attributes:
+        sparsity: share of attention that is not computed, in [0, 1): blocks and all that goes with them count by their
+            multiplications (routing 1 / (2 kv_block) of a dense pass, means 1 / kv_block, statistics and slopes D / N +
+            D / (2 q_block kv_block), probes n / N + D / 2N).
+        block: tokens of a block, or its queries and keys; by default 128 x 64 on a machine with a GPU, else 64.
+        order: of the tokens (`diffsparse.orders`); "auto" finds each head's own in its first call.
+        probes: False leaves them out. There are as many as a head has channels, at least 64; fewer where they would
+            take more than an eighth of the work, and none where these were less than 32.
+
+    Raises:
+        ConfigError: a value out of its range.
     """
 
     sparsity: float = 0.8
@@ -110,8 +114,9 @@ class Tangent(Strategy):
     ) -> Blocks:
         """The blocks of this call, summaries of all others, and what is added to the output.
 
-        residual: of the same product in an earlier step.
-        bits: the blocks of that step, of `BlockLists.packed`; None chooses them anew.
+        Args:
+            residual: of the same product in an earlier step.
+            bits: the blocks of that step, of `BlockLists.packed`; None chooses them anew.
         """
         (q_block, kv_block), (tokens, dim) = edges(self.block), q.shape[2:]
         if self._is_whole:

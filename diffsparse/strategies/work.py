@@ -23,12 +23,13 @@ KINDS: tuple[Kind, ...] = ("dense", "search", "refresh", "tail", "sparse")
 class Parts(NamedTuple):
     """What a compensated product consists of, where its time is told and not its operations alone.
 
-    listed: share of the blocks that are computed.
-    summary: how the others stand for their keys.
-    lists: whether the step makes them, if only again.
-    routed: whether the estimated errors of the summaries choose the blocks.
-    probes: rows that are computed exactly.
-    rank: of the residual that is added.
+    Attributes:
+        listed: share of the blocks that are computed.
+        summary: how the others stand for their keys.
+        lists: whether the step makes them, if only again.
+        routed: whether the estimated errors of the summaries choose the blocks.
+        probes: rows that are computed exactly.
+        rank: of the residual that is added.
     """
 
     listed: float
@@ -43,10 +44,14 @@ class Parts(NamedTuple):
 class Step:
     """One step in the layers that may be sparse.
 
-    density: share of attention computed by blocks and summaries, as a report counts it; None if only the run will show.
-    beside: what is computed beside that, in dense passes: mass passes, and products that are only compared.
-    new: share of the layers whose blocks are new.
-    parts: of its product, or of the one that a dense step only compares; None where blocks are all that there is.
+    Attributes:
+        kind: "dense", "search" (dense, with what a search computes beside it), "refresh" (sparse, with a search on a
+            cached log-sum-exp), "tail" (dense beside sparse, to keep what dropped blocks gave) or "sparse".
+        density: share of attention computed by blocks and summaries, as a report counts it; None if only the run will
+            show.
+        beside: what is computed beside that, in dense passes: mass passes, and products that are only compared.
+        new: share of the layers whose blocks are new.
+        parts: of its product, or of the one that a dense step only compares; None where blocks are all that there is.
     """
 
     kind: Kind = "dense"
@@ -68,12 +73,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Outline:
-    """A run before it starts: `steps` long, sparse from step `first` until before `end`, both 0-based.
+    """A run before it starts; steps are counted from 0.
 
     Steps are those that reach attention: a step cache skips the others.
 
-    layout: of the tokens, None if it is not known; without it text counts as none, and blocks as shares.
-    head_dim: channels of a head, None if it is not known.
+    Attributes:
+        steps: length of the run.
+        first: first step that may be sparse.
+        end: first step after those.
+        layout: of the tokens, None if it is not known; without it text counts as none, and blocks as shares.
+        head_dim: channels of a head, None if it is not known.
     """
 
     steps: int
@@ -92,7 +101,16 @@ class Outline:
         executed: Sequence[int] | None = None,
         warm_up: int = 0,
     ) -> Outline:
-        """The run of a schedule of `steps`, or those of them that are executed; `warm_up` as in `Schedule.bounds`."""
+        """The run of a schedule.
+
+        Args:
+            schedule: steps and layers that stay dense.
+            steps: length of the run.
+            layout: of the tokens, if it is known.
+            head_dim: channels of a head, if it is known.
+            executed: those of the steps that reach attention; None for all.
+            warm_up: as in `Schedule.bounds`.
+        """
         first, end = schedule.bounds(steps, warm_up)
         end = steps if end is None else end
         if executed is None:

@@ -43,10 +43,12 @@ class Inspection:
 class Sampling:
     """What is inspected of a run.
 
-    steps: how many steps are sampled, evenly spread over those in which the strategy may run sparse.
-    orders: candidate token orders.
-    layers: self-attention layers by number from 0; None for all.
-    sparsity, block: at which recall is measured, if the strategy has none of its own; None is the default.
+    Attributes:
+        steps: how many steps are sampled, evenly spread over those in which the strategy may run sparse.
+        orders: candidate token orders.
+        layers: self-attention layers by number from 0; None for all.
+        sparsity: at which recall is measured, if the strategy has none of its own; None is the default.
+        block: tokens of the blocks that are measured, likewise.
     """
 
     steps: int = 3

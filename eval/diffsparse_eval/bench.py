@@ -47,12 +47,13 @@ class WrongResultError(DiffsparseError, ArithmeticError):
 class Entry(NamedTuple):
     """What is timed of a case.
 
-    backend: name of the kernel.
-    kind: dense; mass, the search pass without values; dense-mass, with them; sparse; means and first-order, with such
-        summaries of dropped blocks; raster and ordered, with [B, N, H, D] in and out, without and with an order of the
-        tokens for each head; int8 and the like, in these eight bits.
-    density: share of blocks computed.
-    error: largest error that `check` found; None where nothing was compared.
+    Attributes:
+        backend: name of the kernel.
+        kind: dense; mass, the search pass without values; dense-mass, with them; sparse; means and first-order, with
+            such summaries of dropped blocks; raster and ordered, with [B, N, H, D] in and out, without and with an
+            order of the tokens for each head; int8 and the like, in these eight bits.
+        density: share of blocks computed.
+        error: largest error that `check` found; None where nothing was compared.
     """
 
     backend: str
@@ -83,15 +84,22 @@ Failed = Callable[[Entry, Exception], None]
 class Troubles:
     """Kernels that were not timed.
 
-    left_out: foreign kernels that don't run here, with the reason.
-    failed: kernels that are wrong, or that are ours and fail: backend and case -> reason.
+    Attributes:
+        left_out: foreign kernels that don't run here, with the reason.
+        failed: kernels that are wrong, or that are ours and fail: backend and case -> reason.
     """
 
     left_out: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
 
     def add(self, case: Case, entry: Entry, error: Exception) -> None:
-        """Note that the entry ended in `error`."""
+        """Note that the entry ended in `error`.
+
+        Args:
+            case: the size.
+            entry: what was timed.
+            error: what it raised.
+        """
         if entry.foreign and not isinstance(error, WrongResultError):
             self.left_out.add(f"{entry.backend}: {_short(error)}")
         else:
@@ -274,7 +282,10 @@ def _token_major(x: Tensor) -> Tensor:
 def check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, backend: str, kernel: Sparse) -> float:
     """Largest error of a backend's kernel in some blocks of the first and last head, against the reference in float64.
 
-    q, k, v: [B, H, N, D].
+    Args:
+        q: [B, H, N, D].
+        k: [B, H, N, D].
+        v: [B, H, N, D].
 
     Raises:
         WrongResultError: it is over twice the error of a plain eager computation in the same number format.

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 class Findings(TypedDict):
     """What `examine` finds, by name.
 
-    devices: their names and the backends that run there by default.
-    backends: "available", or why not.
-    trials: verdicts of the trials of kernels, in a process of their own.
-    measured: what the break-even on each device rests on.
+    Attributes:
+        devices: their names and the backends that run there by default.
+        backends: "available", or why not.
+        trials: verdicts of the trials of kernels, in a process of their own.
+        measured: what the break-even on each device rests on.
     """
 
     versions: dict[str, str]

@@ -36,9 +36,6 @@ def evaluate(
     Each prompt and seed runs dense and with each strategy in this process; the first runs dense twice, which gives the
     noise floor. An evaluation that was interrupted goes on where it stopped.
 
-    >>> experiment = Experiment("tiny", (AdaSpa(0.8), Digest(0.8)), ("a cat",), (0,), call)  # doctest: +SKIP
-    >>> rows = evaluate(pipe, experiment, Path("out"), progress)  # doctest: +SKIP
-
     Args:
         pipe: the model, loaded.
         experiment: strategies, prompts, seeds, and how to call the pipeline.
@@ -52,8 +49,13 @@ def evaluate(
 
     Raises:
         ConfigError: the folder holds results of another experiment, or the pipeline refused the call.
-        InputFileError: the folder's `results.json` can't be read. OutputFileError: a file can't be written.
+        InputFileError: the folder's `results.json` can't be read.
+        OutputFileError: a file can't be written.
         DenseFallbackError: a call fell back to dense under `strict`.
+
+    Examples:
+        >>> experiment = Experiment("tiny", (AdaSpa(0.8), Digest(0.8)), ("a cat",), (0,), call)  # doctest: +SKIP
+        >>> rows = evaluate(pipe, experiment, Path("out"), progress)  # doctest: +SKIP
     """
     check_packages()
     check_files(out, FILES)

@@ -38,13 +38,15 @@ Settings = Mapping[str, object]
 class Experiment:
     """What is compared.
 
-    model: a name for the rows.
-    strategies: with or without head guidance.
-    prompts, seeds: each strategy runs once for each pair.
-    arguments: of the pipeline call, without prompt.
-    schedule: of the sparse runs.
-    strict: fail where a call would fall back to dense.
-    fps: frames a second of the videos that are written.
+    Attributes:
+        model: a name for the rows.
+        strategies: with or without head guidance.
+        prompts: what is generated; each strategy runs once for each pair of prompt and seed.
+        seeds: of the random numbers.
+        arguments: of the pipeline call, without prompt.
+        schedule: of the sparse runs.
+        strict: fail where a call would fall back to dense.
+        fps: frames a second of the videos that are written.
     """
 
     model: str
@@ -81,8 +83,18 @@ class Results(Generic[R]):
 
     Several processes may add rows of one experiment to a folder at the same time.
 
+    Args:
+        out: the folder, made if it is missing.
+        settings: all that decides the rows; results of other settings are refused.
+        overwrite: drop results that the folder holds.
+
+    Attributes:
+        path (Path): of `results.json`.
+        rows: those that are there.
+
     Raises:
-        InputFileError: the folder's `results.json` can't be read. ConfigError: it is another experiment's.
+        InputFileError: the folder's `results.json` can't be read.
+        ConfigError: it is another experiment's.
         OutputFileError: the folder can't be written.
     """
 
@@ -122,7 +134,13 @@ class Results(Generic[R]):
         return cast(list[R], rows if SCHEMA_KEY in kept else [_renamed(row) for row in rows])
 
     def find(self, prompt: str, seed: int, strategy: Compared) -> R | None:
-        """The row of a run that is done; None if it is not."""
+        """The row of a run that is done; None if it is not.
+
+        Args:
+            prompt: of the run.
+            seed: of the run.
+            strategy: of the run.
+        """
         wanted = (prompt, seed, repr(strategy))
         return next((row for row in self.rows if _key(row) == wanted), None)
 
@@ -138,7 +156,13 @@ class Results(Generic[R]):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What a `results.json` holds; OSError, ValueError or TypeError where it can't be read."""
+    """What a `results.json` holds.
+
+    Raises:
+        InputFileError: the file can't be read.
+        ValueError: it is no JSON, or of a later release.
+        TypeError: it holds something else.
+    """
     kept: dict[str, Any] = json.loads(read_bytes(path, most=2**30))
     check_schema(kept)
     return kept
@@ -171,7 +195,8 @@ def run(
         Each new row when its run is done.
 
     Raises:
-        ConfigError: the pipeline refused the call. DenseFallbackError: a call fell back under `strict`.
+        ConfigError: the pipeline refused the call.
+        DenseFallbackError: a call fell back under `strict`.
         OutputFileError: a file can't be written.
     """
     jobs = experiment.jobs()

@@ -17,7 +17,11 @@ NONE: Fidelity = {"psnr_db": None, "psnr_db_min": None, "ssim": None, "latent_co
 
 
 def psnr_db(reference: np.ndarray, frames: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of frames [F, H, W, C] in [0, 1], in dB; infinite if they are identical.
+    """Peak signal-to-noise ratio in dB over all frames together; infinite if they are identical.
+
+    Args:
+        reference: frames [F, H, W, C] in [0, 1] of the dense run.
+        frames: those to compare, of the same shape.
 
     Raises:
         ValueError: shapes differ.
@@ -30,12 +34,22 @@ def psnr_db(reference: np.ndarray, frames: np.ndarray) -> float:
 
 
 def psnr_db_min(reference: np.ndarray, frames: np.ndarray) -> float:
-    """The lowest `psnr_db` of one frame."""
+    """The lowest `psnr_db` of one frame.
+
+    Args:
+        reference: frames [F, H, W, C] in [0, 1] of the dense run.
+        frames: those to compare, of the same shape.
+    """
     return min(psnr_db(a, b) for a, b in zip(reference, frames, strict=True))
 
 
 def ssim(reference: np.ndarray, frames: np.ndarray) -> float | None:
-    """Structural similarity of frames [F, H, W, C] in [0, 1], mean over frames; None below 7 pixels."""
+    """Structural similarity, mean over frames; None below 7 pixels.
+
+    Args:
+        reference: frames [F, H, W, C] in [0, 1] of the dense run.
+        frames: those to compare, of the same shape.
+    """
     from skimage.metrics import structural_similarity
 
     if min(reference.shape[1:3]) < 7:
@@ -45,7 +59,12 @@ def ssim(reference: np.ndarray, frames: np.ndarray) -> float | None:
 
 
 def latent_cosine(reference: torch.Tensor | None, latents: torch.Tensor | None) -> float | None:
-    """Cosine similarity of two latents of any one shape, in float64; None if a pipeline does not expose them."""
+    """Cosine similarity of two latents, computed in float64; None if a pipeline does not expose them.
+
+    Args:
+        reference: latents of the dense run, of any shape.
+        latents: those to compare, of the same shape.
+    """
     if reference is None or latents is None:
         return None
     a, b = reference.flatten().double(), latents.flatten().double()

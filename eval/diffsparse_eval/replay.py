@@ -59,9 +59,13 @@ def at_each_sparsity(options: SparsityOptions) -> list[tuple[float, Strategy]]:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What is recorded of a run: `pairs` pairs of steps, evenly spread; layers and heads as `Recorder` takes them.
+    """What is recorded of a run.
 
-    most: GiB that it may take.
+    Attributes:
+        pairs: pairs of consecutive steps, evenly spread.
+        layers: how many, or which, as `Recorder` takes them.
+        heads: likewise.
+        most: GiB that it may take.
     """
 
     pairs: int = 2

@@ -17,10 +17,11 @@ SCHEMA_KEY = "schema"
 class Origin(TypedDict):
     """Where a row was measured.
 
-    device: name of the GPU, or of the processor with its threads.
-    dtype: of the model's weights, without the prefix "torch.".
-    versions: of Python and of the packages that decide a result.
-    commit: of the checkout, "+" behind it if files were changed; None outside of one.
+    Attributes:
+        device: name of the GPU, or of the processor with its threads.
+        dtype: of the model's weights, without the prefix "torch.".
+        versions: of Python and of the packages that decide a result.
+        commit: of the checkout, "+" behind it if files were changed; None outside of one.
     """
 
     device: str
@@ -30,7 +31,16 @@ class Origin(TypedDict):
 
 
 class Fidelity(TypedDict):
-    """How close a video is to the dense one; all None where there is none to compare."""
+    """How close a video is to the dense one; all None where there is none to compare.
+
+    The PSNR is None, too, where both are identical.
+
+    Attributes:
+        psnr_db: over all frames together, in dB.
+        psnr_db_min: of the worst frame.
+        ssim: mean over frames.
+        latent_cosine: of the last latents.
+    """
 
     psnr_db: float | None
     psnr_db_min: float | None
@@ -43,16 +53,33 @@ class RunRow(Origin, Fidelity):
 
     The columns that reports show are explained in `DEFINITIONS`.
 
-    strategy, label, arguments: its name, its name with what differs from the defaults, its `repr`.
-    sparsity: as asked for; None if the strategy decides it.
-    executed: share of the self-attention calls that no step cache answered.
-    steps, dense_steps: denoising steps that reached attention, and those of them without any sparse call.
-    attention_seconds: time inside self-attention.
-    memory_bytes: what the strategy keeps between steps.
-    fallbacks, backends: calls that went dense unplanned by their reason, and all calls by their backend.
-    dense_backend: the user's own, on which dense calls ran.
-    size: width x height x frames in pixels.
-    schedule: `repr` of the schedule of the sparse run.
+    Attributes:
+        model: its name.
+        strategy: the strategy's name.
+        label: its name, with what differs from the defaults.
+        arguments: its `repr`.
+        sparsity: as asked for; None if the strategy decides it.
+        density: mean share of attention computed, over all self-attention calls that were made.
+        work: the same, with what searches compute beside it.
+        executed: share of the self-attention calls that no step cache answered.
+        sparse_density: mean density of the sparse calls; None if there was none.
+        steps: denoising steps that reached attention.
+        dense_steps: those of them without any sparse call.
+        dense_seconds: time of the dense run.
+        seconds: time of this run.
+        speedup: their ratio.
+        attention_seconds: time inside self-attention.
+        attention_share: share of self-attention in the dense run's time.
+        attention_speedup: of self-attention alone.
+        recall: mean softmax mass that the chosen blocks held when they were chosen; None if none were.
+        memory_bytes: what the strategy keeps between steps.
+        fallbacks: calls that went dense unplanned, by their reason.
+        backends: all calls, by their backend.
+        dense_backend: the user's own, on which dense calls ran.
+        prompt: what was generated.
+        seed: of the random numbers.
+        size: width x height x frames in pixels.
+        schedule: `repr` of the schedule of the sparse run.
     """
 
     model: str
@@ -86,10 +113,11 @@ class RunRow(Origin, Fidelity):
 class ResultRow(RunRow):
     """A run with the model's weights, compared with the dense video of the same prompt and seed.
 
-    cpu_speedup: by the time of this process on the processor, which other processes disturb less.
-    modes: share of heads in each mode, of a strategy that chooses by head.
-    heads: the modes of a layer's heads separated by spaces, by layer and step.
-    file: of the video or image, in the folder of the results.
+    Attributes:
+        cpu_speedup: by the time of this process on the processor, which other processes disturb less.
+        modes: share of heads in each mode, of a strategy that chooses by head.
+        heads: the modes of a layer's heads separated by spaces, by layer and step.
+        file: of the video or image, in the folder of the results.
     """
 
     cpu_speedup: NotRequired[float | None]
@@ -111,8 +139,9 @@ class StepSeconds(TypedDict):
 class SpeedRow(RunRow, StepSeconds):
     """A run that is extrapolated from passes with random weights; it has no fidelity. See `SPEED_DEFINITIONS`.
 
-    weights: "random".
-    passes: forward passes in a step: 2 with classifier-free guidance.
+    Attributes:
+        weights: "random".
+        passes: forward passes in a step: 2 with classifier-free guidance.
     """
 
     weights: str
@@ -126,17 +155,28 @@ class SpeedRow(RunRow, StepSeconds):
 class BenchRow(TypedDict):
     """One kernel on one case of `bench`.
 
-    case: name of the case in a suite, or empty.
-    kind: dense, mass, dense-mass, sparse, means, first-order, raster or ordered, or the eight bits of a sparse product.
-    block: tokens of a block, or "128x64", queries and keys.
-    pattern: of the block lists, random or ragged.
-    density: share of blocks computed.
-    ms: median time of a call.
-    tflops: of the operations that are needed.
-    speedup: over the fastest dense kernel of the same case.
-    efficiency: share of the block limit, which is that kernel's time times the density.
-    max_error: against the reference in float64; None where it was not compared.
-    torch, triton: versions.
+    Attributes:
+        case: name of the case in a suite, or empty.
+        device: name of the GPU, or of the processor with its threads.
+        backend: name of the kernel.
+        kind: dense, mass, dense-mass, sparse, means, first-order, raster or ordered, or the eight bits of a sparse
+            product.
+        tokens: N.
+        heads: H.
+        head_dim: D.
+        dtype: of q, k and v.
+        block: tokens of a block, or "128x64", queries and keys.
+        pattern: of the block lists, random or ragged.
+        density: share of blocks computed.
+        ms: median time of a call.
+        tflops: of the operations that are needed.
+        speedup: over the fastest dense kernel of the same case.
+        efficiency: share of the block limit, which is that kernel's time times the density.
+        max_error: against the reference in float64; None where it was not compared.
+        torch: its version.
+        triton: its version.
+        commit: of the checkout.
+        seed: of the random numbers.
     """
 
     case: str
@@ -173,7 +213,9 @@ class TileRow(TypedDict):
 class TilesRow(TypedDict):
     """A row of `tiles.json` in the cache folder: the fastest tiles of a device at one size, best first.
 
-    q_block, kv_block: tokens of a block of queries and of keys.
+    Attributes:
+        q_block: tokens of a block of queries.
+        kv_block: tokens of a block of keys.
     """
 
     device: str
@@ -186,9 +228,10 @@ class TilesRow(TypedDict):
 class BreakEvenRow(TypedDict):
     """A row of `break_even.json` in the cache folder.
 
-    block: as in `BenchRow`.
-    dense_ms: of torch's dense attention.
-    break_even: density above which dense attention is faster than `backend`.
+    Attributes:
+        block: as in `BenchRow`.
+        dense_ms: of torch's dense attention.
+        break_even: density above which dense attention is faster than `backend`.
     """
 
     device: str
@@ -204,16 +247,25 @@ class BreakEvenRow(TypedDict):
 class Attempt(TypedDict, total=False):
     """What one attempt of the GPU account gives; each stage fills in its own fields.
 
-    kernel, shape, kind: what was tried, and on which size.
-    case: words of the kernel's case, for `diffsparse_kernels.case.Case.read`.
-    verdict: done, right, wrong, ran, timed, compiled, profiled, raised, hang, crash, no time, left out, ...
-    why: of a verdict that is not good.
-    error: largest error against float64. repeat_equal: whether repeated launches agree to the bit.
-    ms, host_ms: of the device, and of the host until the call returns.
-    share: of the fastest dense kernel's speed for each operation.
-    executed: share of the steps that reach attention, beside a step cache.
-    launches, ops: of a profile: kernels launched, and milliseconds of the operations that take the most.
-    tile, head_dim, q_block, kv_block: of a tile that was timed.
+    Attributes:
+        kernel: what was tried.
+        shape: on which size.
+        kind: of what was tried.
+        case: words of the kernel's case, for `diffsparse_kernels.case.Case.read`.
+        verdict: done, right, wrong, ran, timed, compiled, profiled, raised, hang, crash, no time, left out, ...
+        why: of a verdict that is not good.
+        error: largest error against float64.
+        repeat_equal: whether repeated launches agree to the bit.
+        ms: time on the device.
+        host_ms: time on the host, until the call returns.
+        share: of the fastest dense kernel's speed for each operation.
+        executed: share of the steps that reach attention, beside a step cache.
+        launches: of a profile: kernels launched.
+        ops: of a profile: milliseconds of the operations that take the most.
+        tile: of a tile that was timed.
+        head_dim: of a tile that was timed.
+        q_block: of a tile that was timed.
+        kv_block: of a tile that was timed.
     """
 
     stage: str
@@ -261,7 +313,10 @@ class Attempt(TypedDict, total=False):
 class AccountFacts(TypedDict, total=False):
     """What holds for all rows of one account of a GPU.
 
-    date: ISO 8601, of the start. driver: of CUDA. source: digest of the kernels' source.
+    Attributes:
+        date: ISO 8601, of the start.
+        driver: of CUDA.
+        source: digest of the kernels' source.
     """
 
     date: str
@@ -281,10 +336,13 @@ class AccountRow(Attempt, AccountFacts, total=False):
 class InspectionFacts(TypedDict):
     """How an inspection was made: the head of `inspect.json`.
 
-    label, strategy: the strategy with what differs from the defaults, and its `repr`.
-    sparsity, block: at which recall is measured.
-    layout: of the tokens.
-    looks: steps that were sampled, counted from 1.
+    Attributes:
+        label: the strategy's name, with what differs from the defaults.
+        strategy: its `repr`.
+        sparsity: at which recall is measured.
+        block: at which recall is measured.
+        layout: of the tokens.
+        looks: steps that were sampled, counted from 1.
     """
 
     model: str
@@ -302,9 +360,13 @@ class InspectionFacts(TypedDict):
 class HeadRow(TypedDict):
     """One head of one layer in `inspect.json` and `recall.csv`; `recall_<order>` follows for each candidate order.
 
-    raster_recall, best_recall: of the best blocks in raster order, and in the best order.
-    best_order, own_order: that order, and the strategy's.
-    chosen_recall, chosen_density: of the strategy's own blocks; None if it did not run sparse.
+    Attributes:
+        raster_recall: recall of the best blocks in raster order.
+        best_recall: recall of the best blocks in the best order.
+        best_order: that order.
+        own_order: the strategy's order.
+        chosen_recall: recall of the strategy's own blocks; None if it did not run sparse.
+        chosen_density: density of the strategy's own blocks; None if it did not run sparse.
     """
 
     model: str
@@ -322,12 +384,13 @@ class HeadRow(TypedDict):
 class ReplayFacts(TypedDict):
     """What a replay is made of: the head of `replay.json`.
 
-    recorded: what the recording says of itself: model, and where it was made.
-    layout: of the tokens.
-    layers: by name, with their model's.
-    steps: recorded ones, counted from 1; every second of a pair is measured.
-    run_steps: length of the run; None if it was unknown.
-    heads: recorded ones, by number from 0.
+    Attributes:
+        recorded: what the recording says of itself: model, and where it was made.
+        layout: of the tokens.
+        layers: by name, with their model's.
+        steps: recorded ones, counted from 1; every second of a pair is measured.
+        run_steps: length of the run; None if it was unknown.
+        heads: recorded ones, by number from 0.
     """
 
     recorded: dict[str, object]
@@ -342,14 +405,20 @@ class ReplayFacts(TypedDict):
 class ReplayRow(Origin):
     """One strategy at one sparsity on recorded calls.
 
-    strategy, label, arguments: as in a `RunRow`. sparsity: as asked for.
-    error_db: -20 log10 of |output - dense| / |dense|, by the mean square over calls; None: identical, or no output.
-    work: of a call, in dense passes; what was learned in the step before is not in it. None where it can't run.
-    residual_mean, residual_worst: share of the square of dense output less its own that the first singular directions
-        of a head hold, by their number; mean and least over heads and calls.
-    fallbacks: calls that went dense unplanned, by their reason.
-    refused: why the strategy can't run there; empty if it can.
-    calls: that were measured.
+    Attributes:
+        strategy: as in a `RunRow`.
+        label: as in a `RunRow`.
+        arguments: as in a `RunRow`.
+        sparsity: as asked for.
+        error_db: -20 log10 of |output - dense| / |dense|, by the mean square over calls; None: identical, or no output.
+        work: of a call, in dense passes; what was learned in the step before is not in it. None where it can't run.
+        residual_mean: share of the square of dense output less its own that the first singular directions of a head
+            hold, by their number; mean and least over heads and calls.
+        residual_worst: share of the square of dense output less its own that the first singular directions of a head
+            hold, by their number; mean and least over heads and calls.
+        fallbacks: calls that went dense unplanned, by their reason.
+        refused: why the strategy can't run there; empty if it can.
+        calls: that were measured.
     """
 
     strategy: str

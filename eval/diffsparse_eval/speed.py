@@ -42,16 +42,18 @@ if TYPE_CHECKING:
 class SpeedTest:
     """What is timed.
 
-    name: of the model, for the rows.
-    architecture: of the transformer.
-    size: pixels, as (frames, height, width).
-    steps: of the run to which the times are extrapolated.
-    passes: forward passes in a step: 2 with classifier-free guidance.
-    schedule: of the sparse runs.
-    strict: fail where a call would fall back to dense.
-    layers: blocks of each kind that are built and timed, None for all.
-    dtype, device: of the model.
-    rounds: timed repetitions.
+    Attributes:
+        name: of the model, for the rows.
+        architecture: of the transformer.
+        size: pixels, as (frames, height, width).
+        steps: of the run to which the times are extrapolated.
+        passes: forward passes in a step: 2 with classifier-free guidance.
+        schedule: of the sparse runs.
+        strict: fail where a call would fall back to dense.
+        layers: blocks of each kind that are built and timed, None for all.
+        dtype: of the model.
+        device: of the model.
+        rounds: timed repetitions.
     """
 
     name: str
@@ -90,8 +92,11 @@ class SpeedTest:
 class Pass:
     """One forward pass of the whole model.
 
-    attention, rest: seconds in self-attention, and outside of it.
-    density, work: means over its attention calls.
+    Attributes:
+        attention: seconds in self-attention.
+        rest: seconds outside of it.
+        density: mean over its attention calls.
+        work: mean over its attention calls, in dense passes.
     """
 
     attention: float
@@ -153,7 +158,8 @@ def measure(
 
     Raises:
         ConfigError: the device can't hold the model, or the folder holds results of another experiment.
-        InputFileError: the folder's `results.json` can't be read. OutputFileError: a file can't be written.
+        InputFileError: the folder's `results.json` can't be read.
+        OutputFileError: a file can't be written.
     """
     compared = list(dict.fromkeys([Dense(), *map(as_strategy, strategies)]))
     results: Results[SpeedRow] = Results(out, test.settings(), overwrite)

@@ -39,11 +39,13 @@ _KINDS = ("cache alone", "sparse alone", "stack")
 class Point(NamedTuple):
     """One setting.
 
-    label: of the setting.
-    kind: "cache alone", "sparse alone" or "stack".
-    psnr_db: by prompt and seed.
-    speedups: measured, likewise: by processor time on a CPU, else by the clock.
-    executed, work: shares of steps that reach attention, and of a dense run's attention that is computed.
+    Attributes:
+        label: of the setting.
+        kind: "cache alone", "sparse alone" or "stack".
+        psnr_db: by prompt and seed.
+        speedups: measured, likewise: by processor time on a CPU, else by the clock.
+        executed: share of the steps that reach attention.
+        work: share of a dense run's attention that is computed.
     """
 
     label: str
@@ -69,11 +71,14 @@ Speed = Callable[[Point], float]
 class Margin(NamedTuple):
     """What the stack gains over a cache alone at that cache's speed, prompt by prompt.
 
-    target: speed that was asked for.
-    cache: the cache setting nearest to it.
-    speedup: of that setting.
-    cache_db, stack_db: mean PSNR at it.
-    gain_db, half: mean of the difference, and half of its 95 % interval.
+    Attributes:
+        target: speed that was asked for.
+        cache: the cache setting nearest to it.
+        speedup: of that setting.
+        cache_db: mean PSNR of the cache alone at it.
+        stack_db: mean PSNR of the stack at it.
+        gain_db: mean of the difference.
+        half: half of the 95 % interval of that difference.
     """
 
     target: float

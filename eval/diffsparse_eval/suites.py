@@ -22,13 +22,17 @@ _FRAMES = 21  # of the video on which ragged lists are modelled
 class Case:
     """One size, of batch 1.
 
-    tokens, heads, head_dim: [1, heads, tokens, head_dim].
-    dtype: such as "bfloat16".
-    block: tokens of a block, or its queries and keys.
-    sparsities: shares of the blocks that are dropped.
-    pattern: "random" keeps equally many blocks in each row, anywhere; "ragged" keeps those that attention over a video
-        would: near in space and time, some everywhere, by one threshold a head, so that rows differ in length.
-    name: in a suite.
+    Attributes:
+        tokens: N; inputs are [1, H, N, D].
+        heads: H.
+        head_dim: D.
+        dtype: such as "bfloat16".
+        block: tokens of a block, or its queries and keys.
+        sparsities: shares of the blocks that are dropped.
+        pattern: "random" keeps equally many blocks in each row, anywhere; "ragged" keeps those that attention over a
+            video would: near in space and time, some everywhere, by one threshold a head, so that rows differ in
+            length.
+        name: in a suite.
     """
 
     tokens: int
@@ -41,7 +45,12 @@ class Case:
     name: str = ""
 
     def tensors(self, device: str, seed: int = 0) -> QKV:
-        """q, k, v [1, H, N, D], normally distributed, seeded."""
+        """q, k, v [1, H, N, D], normally distributed.
+
+        Args:
+            device: where they are.
+            seed: of the random numbers.
+        """
         import torch
 
         generator = torch.Generator(device).manual_seed(seed)
@@ -50,7 +59,12 @@ class Case:
         return q, k, v
 
     def lists(self, sparsity: float, device: str) -> BlockLists:
-        """The blocks that are kept: (1 - sparsity) of all, about, and at least one in each row."""
+        """The blocks that are kept: (1 - sparsity) of all, about, and at least one in each row.
+
+        Args:
+            sparsity: share of the blocks that are dropped.
+            device: where the lists are.
+        """
         from diffsparse_kernels import BlockLists, select_heads, select_rows
         from diffsparse_kernels.lists import blocks_of
 

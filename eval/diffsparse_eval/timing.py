@@ -95,8 +95,9 @@ def median_seconds(call: Call, device: str, rounds: int = 3, *, warm_up: int = 1
 class Stopwatch:
     """Times forward passes of a model with a part of its blocks, and scales each list of blocks to its full length.
 
-    model: what runs, with some of the blocks.
-    whole: the model with all of them; it may be on the meta device.
+    Attributes:
+        model: what runs, with some of the blocks.
+        whole: the model with all of them; it may be on the meta device.
     """
 
     def __init__(self, model: nn.Module, whole: nn.Module) -> None:

@@ -47,7 +47,8 @@ def measure_break_even(device: str, seconds: float = _SECONDS) -> tuple[list[Bre
         The rows, and the file in the cache folder that has them.
 
     Raises:
-        ConfigError: another kind of device. OutputFileError: the cache folder can't be written.
+        ConfigError: another kind of device.
+        OutputFileError: the cache folder can't be written.
     """
     kind = torch.device(device).type
     if kind not in _TRIED:
@@ -114,13 +115,15 @@ def tune_tiles(device: str, rounds: int = 7, tokens: int = 8192, heads: int = 8)
     Args:
         device: such as "cuda".
         rounds: timed calls of each tile.
-        tokens, heads: size that is timed.
+        tokens: N of the size that is timed.
+        heads: H.
 
     Returns:
         The file in the cache folder that has them.
 
     Raises:
-        ConfigError: the Triton backend does not run there. OutputFileError: the cache folder can't be written.
+        ConfigError: the Triton backend does not run there.
+        OutputFileError: the cache folder can't be written.
     """
     from diffsparse_pipelines.progress import track
 
@@ -172,7 +175,9 @@ def time_tile(
     """Compare one tile's output with float64 and time it.
 
     Args:
-        tile: what is timed. qkv: [B, H, N, D] each. lists: the blocks to visit.
+        tile: what is timed.
+        qkv: [B, H, N, D] each.
+        lists: the blocks to visit.
         device: whose clock is read.
         rounds: timed calls.
         seconds: after which no further call is timed.

@@ -34,11 +34,12 @@ _HERE = "diffsparse_kernels.backend"
 class Backend(NamedTuple):
     """Where a back end is and where it runs.
 
-    module: where its functions are.
-    devices: the kinds of devices that it runs on.
-    default: the kinds on which it is used without being named.
-    kinds: of calls that it is made for; another back end of the device computes the rest.
-    folds: whether it takes stand-ins for dropped blocks into its own loop; else they are merged into what it gives.
+    Attributes:
+        module: where its functions are.
+        devices: the kinds of devices that it runs on.
+        default: the kinds on which it is used without being named.
+        kinds: of calls that it is made for; another back end of the device computes the rest.
+        folds: whether it takes stand-ins for dropped blocks into its own loop; else they are merged into what it gives.
     """
 
     module: str

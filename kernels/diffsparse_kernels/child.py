@@ -22,8 +22,9 @@ _PATIENCE = 5.0  # seconds for a killed process to end; one stuck in a driver ne
 class Ending(NamedTuple):
     """How a child ended.
 
-    how: "done" or "crash"; "hang" or "late" where it is to be killed; "heard" where it goes on.
-    why: what is known of the reason.
+    Attributes:
+        how: "done" or "crash"; "hang" or "late" where it is to be killed; "heard" where it goes on.
+        why: what is known of the reason.
     """
 
     how: str
@@ -153,7 +154,8 @@ def say(**message: object) -> None:
 def follow_parent(hear: Callable[[str], object] = lambda line: None) -> None:
     """Called in a child: it ends when the process that runs it does, however that ended.
 
-    hear: called with each line from that process, in a thread.
+    Args:
+        hear: called with each line from that process, in a thread.
     """
 
     def wait() -> None:

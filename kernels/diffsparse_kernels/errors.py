@@ -12,8 +12,9 @@ class KernelInputError(DiffsparseError, ValueError):
 class NoKernelError(KernelInputError):
     """No kernel of this device can do what is asked: its head size, blocks or number format. Dense attention can.
 
-    reason: why, in one sentence.
-    passed_over: the back ends that run on this device, each with its own reason.
+    Attributes:
+        reason (str): why, in one sentence.
+        passed_over (tuple[str, ...]): the back ends that run on this device, each with its own reason.
     """
 
     def __init__(self, reason: str, passed_over: tuple[str, ...] = ()) -> None:

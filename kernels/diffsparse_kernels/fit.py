@@ -38,8 +38,10 @@ def _fitted(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """W [B, H, D, D], V [B, H, r, D] and b [B, H, 1, D], of the candidate that predicts best what is missing.
 
-    missing, out: of the probe rows, [B, H, n, D].
-    kept: their coefficients in `basis`, [B, H, n, r].
+    Args:
+        missing: of the probe rows, [B, H, n, D].
+        out: of the probe rows, [B, H, n, D].
+        kept: their coefficients in `basis`, [B, H, n, r].
     """
     parts = [_standardised(x) for x in (out, kept) if x is not None]
     features = torch.cat([part.rows for part in parts], -1)  # [B, H, n, F]

@@ -65,7 +65,8 @@ def attention(
         inputs) [B, H, N_q]. A query without any key gets 0 and -inf.
 
     Raises:
-        KernelInputError: shapes, dtypes or devices that don't fit. BackendError: a backend that can't run here.
+        KernelInputError: shapes, dtypes or devices that don't fit.
+        BackendError: a backend that can't run here.
     """
     check_qkv(q, k, v, key_mask)
     like, key_mask = q, readable(key_mask, q)
@@ -83,7 +84,18 @@ def attention_of_few(
 
     One query block of each head would leave most of a GPU idle.
 
-    Args, returns (out alone) and raises as in `attention`.
+    Args:
+        q: [B, H, N_q, D], float32, bfloat16, float16 or float64; any strides.
+        k: [B, H, N_kv, D], of q's dtype.
+        v: [B, H, N_kv, D_v], of q's dtype.
+        scale: of the scores, 1/sqrt(D) by default.
+        key_mask: as in `attention`.
+
+    Returns:
+        out [B, H, N_q, D_v] of q's dtype, without an LSE.
+
+    Raises:
+        KernelInputError: shapes, dtypes or devices that don't fit.
     """
     parts = key_parts(q, k)
     if parts == 1:
@@ -116,12 +128,30 @@ def attention_with_mass(
     key_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention`, and in the same pass `block_mass` against `lse_cached` -> out, lse, mass.
+    """`attention`, and in the same pass `block_mass` against the LSE of an earlier call.
 
     Without `lse_cached` the mass is that of the call's own LSE where a back end sees whole rows ("cpu", "reference").
     Elsewhere that is known only when the pass ends: then it is the one that the summaries of the keys give, so each
     row counts by exp(own - estimate). Blocks chosen by such masses are as good: on the embedded model AdaSpa has the
-    same PSNR within what prompts differ by (DESIGN.md). Args, returns and raises as in these two.
+    same PSNR within what prompts differ by (DESIGN.md).
+
+    Args:
+        q: [B, H, N_q, D], float32, bfloat16, float16 or float64; any strides.
+        k: [B, H, N_kv, D], of q's dtype.
+        v: [B, H, N_kv, D_v], of q's dtype.
+        lse_cached: [B, H, N_q], of an earlier step, or None.
+        q_block: queries of a tile.
+        kv_block: keys of a tile.
+        scale: of the scores, 1/sqrt(D) by default.
+        key_mask: as in `attention`.
+        backend: by name; chosen by the device if None.
+
+    Returns:
+        out [B, H, N_q, D_v], its LSE [B, H, N_q], and the mass [B, H, nQ, nK], as in `attention` and `block_mass`.
+
+    Raises:
+        KernelInputError: shapes, dtypes, devices or blocks that don't fit.
+        BackendError: a backend that can't run here.
     """
     check_qkv(q, k, v, key_mask)
     if lse_cached is not None:
@@ -173,7 +203,8 @@ def block_mass(
         float32 (float64 for float64 inputs) [B, H, nQ, nK].
 
     Raises:
-        KernelInputError: shapes, dtypes, devices or blocks that don't fit. BackendError: as in `attention`.
+        KernelInputError: shapes, dtypes, devices or blocks that don't fit.
+        BackendError: as in `attention`.
     """
     check_qkv(q, k, k, key_mask)
     check_lse(q, lse)
@@ -205,30 +236,32 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the listed blocks only; the others count as -inf before the softmax.
 
-    The LSE is that of all that was seen, so parts computed apart can be merged (`merge_attention`). A query that sees
-    nothing gets 0 and -inf.
+    The LSE is that of all that was seen, so parts computed apart can be merged (`merge_attention`).
 
     Args:
-        q: as in `attention`.
-        k: as in `attention`.
-        v: as in `attention`.
-        lists: the blocks.
-        scale: as in `attention`.
+        q: [B, H, N_q, D], float32, bfloat16, float16 or float64; any strides.
+        k: [B, H, N_kv, D], of q's dtype.
+        v: [B, H, N_kv, D_v], of q's dtype.
+        lists: the blocks; lists of one sample serve all of a batch.
+        scale: of the scores, 1/sqrt(D) by default.
         key_mask: as in `attention`.
-        boxes: hide keys within the listed blocks.
-        summary: let each dropped block stand in the same softmax: by "means", at about 1 / kv_block of dense attention;
-            to "first-order", at D / N + D / (2 q_block kv_block) more; or as the `Summaries` say that `summarise` made
-            of these keys and values. Keys that boxes hide in listed blocks stay hidden.
-        precision: None for the inputs' own, or eight bits: "int8" (scores), "int8-int8", "int8-fp8" (scores, weighted
-            values) or "fp8"; `triton.eight_bits` says what each costs, and what its kernels take. All else is emulated
-            with the same rounding ("int8 emulated"), no faster than without. Summaries are not rounded. Without boxes.
-        backend: as in `attention`.
+        boxes: hide keys within the listed blocks; those stay hidden in summaries, too.
+        summary: what stands for each dropped block: a `Summary` by name, `Summaries` of k and v, or None for nothing.
+        precision: a key of `PRECISIONS`; emulated, and no faster, where no kernel has it. Not with boxes.
+        backend: by name; chosen by the device if None.
 
     Returns:
-        As `attention`.
+        out [B, H, N_q, D_v] and LSE [B, H, N_q] as in `attention`; 0 and -inf where a query sees nothing.
 
     Raises:
-        KernelInputError: arguments that don't fit each other. BackendError: as in `attention`.
+        KernelInputError: arguments that don't fit each other.
+        BackendError: a backend that can't run here.
+
+    Examples:
+        >>> q, k, v = torch.randn(3, 1, 2, 256, 64)
+        >>> mask = torch.eye(4, dtype=torch.bool).expand(1, 2, 4, 4)  # each block sees itself
+        >>> lists = BlockLists.from_mask(mask, q_block=64, kv_block=64, q_len=256, kv_len=256)
+        >>> out, lse = block_sparse_attention(q, k, v, lists, summary="means")
     """
     check_qkv(q, k, v, key_mask)
     check_lists(q, k, lists)
@@ -268,17 +301,17 @@ def quantised_attention(
     keys and values, and for each tile of weights.
 
     Args:
-        q: as in `attention`.
-        k: as in `attention`.
-        v: as in `attention`.
+        q: [B, H, N_q, D], float32, bfloat16, float16 or float64; any strides.
+        k: [B, H, N_kv, D], of q's dtype.
+        v: [B, H, N_kv, D_v], of q's dtype.
         lists: the blocks.
         bits: of the numbers multiplied, from 2 to 8.
-        scale: as in `attention`.
+        scale: of the scores, 1/sqrt(D) by default.
         key_mask: as in `attention`.
         summary: as in `block_sparse_attention`; summaries are not rounded.
 
     Returns:
-        As `attention`.
+        out [B, H, N_q, D_v] of q's dtype, and the LSE [B, H, N_q], as in `attention`.
 
     Raises:
         KernelInputError: shapes, dtypes, devices, lists, bits or summaries that don't fit.
@@ -412,7 +445,11 @@ def lists_of_rows(
     Args:
         mass: float [B, H, nQ, nK].
         keep: blocks a row, an int or an int tensor [B, H].
-        q_block, kv_block, q_len, kv_len, always: as of `lists_of_largest`; here `always` takes its places first.
+        q_block: queries of a block.
+        kv_block: keys of a block.
+        q_len: queries in all.
+        kv_len: keys in all.
+        always: bool [nQ, nK], blocks that are listed whatever their mass; they take their places first.
 
     Returns:
         Lists with their bits and their order.
@@ -430,7 +467,10 @@ def lists_of_bits(bits: Tensor, *, q_block: int, kv_block: int, q_len: int, kv_l
 
     Args:
         bits: uint8 [B|1, H, nQ, ceil(nK / 8)], of `BlockLists.packed`.
-        q_block, kv_block, q_len, kv_len: as of the lists that it is of.
+        q_block: queries of a block.
+        kv_block: keys of a block.
+        q_len: queries in all.
+        kv_len: keys in all.
 
     Returns:
         Lists with these bits and their order.
@@ -540,6 +580,14 @@ def kernel_for(
 
     `record` says the same of a call that ran.
 
+    Args:
+        q: [B, H, N_q, D].
+        k: [B, H, N_kv, D].
+        v: [B, H, N_kv, D_v].
+        lists: the blocks; None for dense attention.
+        key_mask: as in `attention`.
+        boxes: as in `block_sparse_attention`.
+
     Raises:
         NoKernelError: no kernel of the device can do it.
     """
@@ -550,9 +598,17 @@ def kernel_for(
 def break_even(
     device: torch.device, dtype: torch.dtype, head_dim: int, block: Block, tokens: int, masked: bool = False
 ) -> float:
-    """Density above which dense attention is faster than block-sparse attention in blocks of `block` tokens.
+    """Density above which dense attention is faster than block-sparse attention.
 
     As `diffsparse doctor --measure` found it on this device, else a cautious default.
+
+    Args:
+        device: where it runs.
+        dtype: of q, k and v.
+        head_dim: D.
+        block: tokens of a block, or its queries and keys.
+        tokens: N.
+        masked: whether there is a key mask.
 
     Raises:
         NoKernelError: no kernel of the device can do it.

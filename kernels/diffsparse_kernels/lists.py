@@ -13,11 +13,12 @@ from diffsparse_kernels.errors import KernelInputError
 from diffsparse_kernels.strips import tiles
 
 _PAIR_BYTES = 16  # that a pair of blocks takes for a moment
-Block = int | tuple[int, int]  # tokens of a block: one number, or those of queries and of keys
+Block = int | tuple[int, int]
+"""Tokens of a block: one number, or those of queries and of keys."""
 
 
 def edges(block: Block) -> tuple[int, int]:
-    """Queries and keys of a block."""
+    """Queries and keys of a block: 64 is (64, 64), (128, 64) stays."""
     return block if isinstance(block, tuple) else (block, block)
 
 
@@ -36,14 +37,15 @@ def blocks_of(length: int, block: int) -> int:
 class BlockLists:
     """Ascending lists of the key blocks that each query block visits.
 
-    idx: int16 or int32 [B|1, H, nQ, W], block numbers; entries at or behind `cnt` are padding (zero).
-    cnt: int32 [B|1, H, nQ], how many entries of each list count.
-    q_block: queries of a block.
-    kv_block: keys of a block.
-    q_len: queries in all; the last block may be ragged.
-    kv_len: keys in all; the last block may be ragged.
-    order: int32 [B|1 * H * nQ], the lists in the order in which a GPU starts them, or None.
-    bits: uint8 [B|1, H, nQ, ceil(nK / 8)], the same blocks as `to_bits` has them, where they are at hand, or None.
+    Attributes:
+        idx: int16 or int32 [B|1, H, nQ, W], block numbers; entries at or behind `cnt` are padding (zero).
+        cnt: int32 [B|1, H, nQ], how many entries of each list count.
+        q_block: queries of a block.
+        kv_block: keys of a block.
+        q_len: queries in all; the last block may be ragged.
+        kv_len: keys in all; the last block may be ragged.
+        order: int32 [B|1 * H * nQ], the lists in the order in which a GPU starts them, or None.
+        bits: uint8 [B|1, H, nQ, ceil(nK / 8)], the same blocks as `to_bits` has them, where they are at hand, or None.
 
     Raises:
         KernelInputError: shapes, dtypes, devices or block counts that don't belong together.
@@ -110,7 +112,17 @@ class BlockLists:
     def none(
         cls, batch: int, heads: int, q_block: int, kv_block: int, q_len: int, kv_len: int, device: torch.device
     ) -> BlockLists:
-        """Lists without any block."""
+        """Lists without any block.
+
+        Args:
+            batch: B.
+            heads: H.
+            q_block: queries of a block.
+            kv_block: keys of a block.
+            q_len: queries in all.
+            kv_len: keys in all.
+            device: where they are.
+        """
         rows, columns = blocks_of(q_len, q_block), blocks_of(kv_len, kv_block)
         idx = torch.zeros(batch, heads, rows, 1, dtype=torch.int16, device=device)
         bits = torch.zeros(batch, heads, rows, blocks_of(columns, 8), dtype=torch.uint8, device=device)
@@ -136,6 +148,16 @@ class BlockLists:
 
         Raises:
             KernelInputError: a mask of another dtype or shape.
+
+        Examples:
+            >>> import torch
+            >>> from diffsparse_kernels import BlockLists
+            >>> mask = torch.tensor([[True, False, True], [False, True, False]])[None, None]
+            >>> lists = BlockLists.from_mask(mask, q_block=64, kv_block=64, q_len=128, kv_len=192)
+            >>> lists.idx.tolist(), lists.cnt.tolist()
+            ([[[[0, 2], [1, 0]]]], [[[2, 1]]])
+            >>> float(lists.density())
+            0.5
         """
         _check_mask(mask, (blocks_of(q_len, q_block), blocks_of(kv_len, kv_block)), (q_block, kv_block, q_len, kv_len))
         cnt = mask.sum(-1, dtype=torch.int32)
@@ -195,8 +217,9 @@ class BlockLists:
     def to_token_mask(self, rows: slice, mask: Tensor) -> Tensor:
         """The same for some query rows, token by token: bool [B|1, H, rows, N_kv].
 
-        rows: they start with a block and end with one, or with the last row.
-        mask: what `to_mask` gives, made once for all rows.
+        Args:
+            rows: they start with a block and end with one, or with the last row.
+            mask: what `to_mask` gives, made once for all rows.
         """
         blocks = mask[:, :, rows.start // self.q_block : blocks_of(rows.stop, self.q_block)]
         tokens = blocks.repeat_interleave(self.q_block, 2)[:, :, : rows.stop - rows.start]
@@ -224,7 +247,11 @@ class BlockLists:
 
     @classmethod
     def from_block_mask(cls, block_mask: BlockMask) -> BlockLists:
-        """Lists of the full blocks of torch's `BlockMask`; one with partial blocks has no equal here."""
+        """Lists of the full blocks of torch's `BlockMask`.
+
+        Raises:
+            KernelInputError: it has partial blocks, which have no equal here.
+        """
         idx, cnt = block_mask.full_kv_indices, block_mask.full_kv_num_blocks
         if idx is None or cnt is None or bool(block_mask.kv_num_blocks.any()):
             raise KernelInputError(

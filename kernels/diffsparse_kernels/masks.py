@@ -17,9 +17,13 @@ NEVER = -1e29  # a bias so low hides its key as -inf does: some kernels count wi
 class Boxes(NamedTuple):
     """Which keys each query may see, token by token, within the listed blocks: those inside its box.
 
-    place: int32 [A, N_kv], coordinates of the keys on A axes; a key whose first coordinate is negative is seen by all.
-    low: int32 [A, N_q], the first coordinate that each query sees.
-    high: int32 [A, N_q], the last.
+    Keys that boxes hide within listed blocks stay hidden where summaries stand for dropped blocks, too.
+
+    Attributes:
+        place: int32 [A, N_kv], coordinates of the keys on A axes; a key whose first coordinate is negative is seen by
+            all.
+        low: int32 [A, N_q], the first coordinate that each query sees.
+        high: int32 [A, N_q], the last.
     """
 
     place: Tensor
@@ -41,7 +45,8 @@ def is_bias(key_mask: Tensor | None) -> TypeGuard[Tensor]:
 def readable(key_mask: Tensor | None, like: Tensor) -> Tensor | None:
     """A key mask as back ends take it, by no sync: bool, or a bias in float32 or better with -inf for all that hides.
 
-    like: queries or keys that it belongs to.
+    Args:
+        like: queries or keys that it belongs to.
     """
     if not is_bias(key_mask):
         return key_mask

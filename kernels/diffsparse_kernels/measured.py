@@ -35,12 +35,13 @@ Copy = Literal["pointers", "tma", "specialised"]
 class Tile(NamedTuple):
     """How a Triton kernel walks over the keys.
 
-    keys: keys of one step.
-    warps: of the compiler.
-    stages: of the compiler.
-    copy: "pointers" runs everywhere. "tma" loads tiles by the copy engine of sm_90 and later. "specialised" drives the
-        copy engine by warps of its own, beside those that compute; on sm_90 Triton 3.6 compiles that wrong where lists
-        are walked (seen on an H100), and Gluon is faster there.
+    Attributes:
+        keys: keys of one step.
+        warps: of the compiler.
+        stages: of the compiler.
+        copy: "pointers" runs everywhere. "tma" loads tiles by the copy engine of sm_90 and later. "specialised" drives
+            the copy engine by warps of its own, beside those that compute; on sm_90 Triton 3.6 compiles that wrong
+            where lists are walked (seen on an H100), and Gluon is faster there.
     """
 
     keys: int
@@ -60,7 +61,13 @@ class _BreakEven(TypedDict):
 
 
 class _Tiles(TypedDict, total=False):
-    """device: in a table of this machine. chip: such as 90, in the package's. tiles: the fields of `Tile`."""
+    """A row of a table: the tiles of one size.
+
+    Attributes:
+        device: its name, in a table of this machine.
+        chip: such as 90, in the package's.
+        tiles: the fields of `Tile`.
+    """
 
     device: str
     chip: int
@@ -116,7 +123,8 @@ def tiles_for(chip: int, head_dim: int, q_block: int, kv_block: int, device: str
 
     A chip that is not in the table takes the tiles of the nearest before it.
 
-    device: name of a device whose own tiles, if it has any, come first.
+    Args:
+        device: name of a device whose own tiles, if it has any, come first.
     """
     head_dim = next(size for size in HEAD_DIMS if head_dim <= size)
     sizes = (head_dim, 128 if q_block == 128 else 64, 128 if kv_block == 128 else 64)

@@ -39,9 +39,10 @@ def summarised(
 ) -> tuple[Tensor, Tensor]:
     """Attention to the listed blocks and to what stands for the others -> out, lse.
 
-    kernel: computes the listed blocks; and takes the stand-ins last, if it `folds` them into its loop.
-    summary: how they are made, empty for none at all.
-    parts: those of `Summaries` made before; none if they are to be made here.
+    Args:
+        kernel: computes the listed blocks; and takes the stand-ins last, if it `folds` them into its loop.
+        summary: how they are made, empty for none at all.
+        parts: those of `Summaries` made before; none if they are to be made here.
     """
     if not summary:
         return _contiguous(*kernel(q, k, v, lists, scale, key_mask))

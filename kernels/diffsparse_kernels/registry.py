@@ -45,10 +45,11 @@ USUAL = (
 class Choice(NamedTuple):
     """What computes a call.
 
-    name: of the back end.
-    passed_over: those of this device that come before it and can't compute this, or were wrong in their trial; each
-        with its reason.
-    folds: whether it takes the summaries of this call into its own loop.
+    Attributes:
+        name: of the back end.
+        passed_over: those of this device that come before it and can't compute this, or were wrong in their trial; each
+            with its reason.
+        folds: whether it takes the summaries of this call into its own loop.
     """
 
     name: str
@@ -68,13 +69,21 @@ _records: ContextVar[tuple[list[Choice], ...]] = ContextVar("records", default=(
 def record() -> Iterator[list[Choice]]:
     """Record what computes each call of a public function in this block, in the order in which the calls run.
 
-        with record() as ran:
-            out, lse = block_sparse_attention(q, k, v, lists)
-        ran[0].name  # such as "triton"
-
     One entry a call: of `attention_with_mass`, what gives the output; where a call also makes summaries or merges them,
     what does that follows. Calls of other threads are not recorded. Code made by `torch.compile` is recorded when it
     runs; open the block outside of it.
+
+    Yields:
+        The list that fills, with one `Choice` a call.
+
+    Examples:
+        >>> import torch
+        >>> from diffsparse_kernels import attention, record
+        >>> q, k, v = torch.randn(3, 1, 2, 128, 64)
+        >>> with record() as ran:
+        ...     out, lse = attention(q, k, v)
+        >>> ran[0].name
+        'cpu'
     """
     ran: list[Choice] = []
     token = _records.set((*_records.get(), ran))
@@ -94,10 +103,12 @@ def running(choice: Choice) -> ModuleType:
 def choose(case: Case, device: torch.device, named: str = "") -> Choice:
     """The back end that computes calls of this case.
 
-    named: by the caller, or by DIFFSPARSE_BACKEND; that one is used without a trial.
+    Args:
+        named: by the caller, or by DIFFSPARSE_BACKEND; that one is used without a trial.
 
     Raises:
-        BackendError: nothing runs on this device, or what was named doesn't. NoKernelError: none can do this.
+        BackendError: nothing runs on this device, or what was named doesn't.
+        NoKernelError: none can do this.
     """
     return _choose(case, device, named or _named())
 
@@ -139,10 +150,12 @@ def choose_rounded(case: Case, device: torch.device, named: str = "") -> Choice:
 
     It is the triton backend where that can and its kernel was right in its trial, or is named by DIFFSPARSE_BACKEND.
 
-    named: "triton" by the caller.
+    Args:
+        named: "triton" by the caller.
 
     Raises:
-        BackendError, NoKernelError: what the caller named doesn't run here, or can't do this.
+        BackendError: what the caller named doesn't run here.
+        NoKernelError: it can't do this.
     """
     if not named:
         return _choose_rounded(case, device, _named())

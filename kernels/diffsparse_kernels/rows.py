@@ -12,12 +12,13 @@ from torch import Tensor
 class Correction(NamedTuple):
     """What is added to the rows p of an output: p W + c V + b, with c = codes * scale.
 
-    by_output: W [B, H, D, D]; None adds nothing of the output.
-    constant: b [B, H, 1, D], wherever there is W.
-    codes: of each row, int8 [B, H, N, r]; None adds no such product.
-    scale: of a row's codes, bfloat16 [B, H, N, 1].
-    by_code: V [B, H, r, D].
-    rows: bool [N, 1], those that it is added to; None: all.
+    Attributes:
+        by_output: W [B, H, D, D]; None adds nothing of the output.
+        constant: b [B, H, 1, D], wherever there is W.
+        codes: of each row, int8 [B, H, N, r]; None adds no such product.
+        scale: of a row's codes, bfloat16 [B, H, N, 1].
+        by_code: V [B, H, r, D].
+        rows: bool [N, 1], those that it is added to; None: all.
     """
 
     by_output: Tensor | None = None
@@ -50,8 +51,9 @@ def decoded(codes: Tensor, scale: Tensor) -> Tensor:
 def move_rows(tensors: Sequence[Tensor], orders: Tensor, picked: Tensor) -> list[Tensor]:
     """Rows of each head by number: [B, H, N, D] -> [B, H, M, D], contiguous, one copy.
 
-    orders: int64 [orders, M], which row stands at each place.
-    picked: int64 [B|1, H|1], the order of each head.
+    Args:
+        orders: int64 [orders, M], which row stands at each place.
+        picked: int64 [B|1, H|1], the order of each head.
     """
     batch, heads, tokens = tensors[0].shape[:3]
     sample, head = _numbers(batch, heads, orders.device)
@@ -70,8 +72,9 @@ def restore_rows(
 ) -> Tensor:
     """x [B, H, M, D], corrected, its rows by number: [B, H, N, D], stored as [B, N, H, D].
 
-    inverses: int64 [orders, N], which row comes to each place; None leaves them where they are.
-    picked: as in `move_rows`.
+    Args:
+        inverses: int64 [orders, N], which row comes to each place; None leaves them where they are.
+        picked: as in `move_rows`.
     """
     x = x if correction is None else correction.added_to(x)
     if inverses is None or picked is None:

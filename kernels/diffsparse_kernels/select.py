@@ -97,7 +97,8 @@ def lists_of_largest(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`functional.lists_of_largest` in plain torch, a few rows at a time -> idx, cnt, bits, order.
 
-    heads: the first of those whose lists are made, and the one behind the last.
+    Args:
+        heads: the first of those whose lists are made, and the one behind the last.
     """
     columns = error.shape[3]
     bits = torch.empty(*error.shape[:3], -(-columns // 8), dtype=torch.uint8, device=error.device)
@@ -113,10 +114,11 @@ class Cut(NamedTuple):
 
     A key is the bits of a float32 that isn't negative: it counts up as the number does.
 
-    best: number of the best block of each row, int64 [G, H, nQ, 1].
-    key: int32 [G, 1, 1, 1].
-    equals: how many that equal the key are taken beside the best of rows, int64 [G, 1, 1, 1].
-    floor: the key up to which nothing is taken, int32 [G, 1, 1, 1].
+    Attributes:
+        best: number of the best block of each row, int64 [G, H, nQ, 1].
+        key: int32 [G, 1, 1, 1].
+        equals: how many that equal the key are taken beside the best of rows, int64 [G, 1, 1, 1].
+        floor: the key up to which nothing is taken, int32 [G, 1, 1, 1].
     """
 
     best: Tensor
@@ -130,9 +132,10 @@ class Cut(NamedTuple):
 
         Three passes, each of which counts a digit of the keys that the last one has left.
 
-        error: float [G, H, nQ, nK].
-        always: bool [nQ, nK], blocks that are taken anyway and not of the share.
-        octaves: what lies so far below the largest is not taken, wherever the budget has room; 0 sets no floor.
+        Args:
+            error: float [G, H, nQ, nK].
+            always: bool [nQ, nK], blocks that are taken anyway and not of the share.
+            octaves: what lies so far below the largest is not taken, wherever the budget has room; 0 sets no floor.
         """
         best = torch.empty(*error.shape[:3], 1, dtype=torch.int64, device=error.device)
         highest = torch.empty_like(best, dtype=torch.int32)

@@ -38,14 +38,15 @@ class Summaries(NamedTuple):
     Means are PISA's (arXiv 2602.01077) and Sol-Attn's (2607.24027), one H for all blocks is PISA's; the matrix of each
     query block and the bound are ours.
 
-    key: mean key [B, H, nK, D].
-    value: mean value [B, H, nK, D_v].
-    log_count: log n, [B|1, H|1, nK], -inf where all keys are masked.
-    variance: t = scale^2 * mean |k - mean key|^2 / D, [B, H, nK]; None adds no mass.
-    spread: root mean square distance of the values to their mean, [B, H, nK]; None sets no bound.
-    steepness: |H|_F / sqrt(D), [B, H, nK]; for `summary_error` alone.
-    slope: H = scale * mean (k - mean key)(v - mean value)^T, [B, H, nK, D, D_v], or [B, H, 1, D, D_v], one for all
-        blocks. None, where there is a steepness: too large to keep, it is made where it is needed, heads in groups.
+    Attributes:
+        key: mean key [B, H, nK, D].
+        value: mean value [B, H, nK, D_v].
+        log_count: log n, [B|1, H|1, nK], -inf where all keys are masked.
+        variance: t = scale^2 * mean |k - mean key|^2 / D, [B, H, nK]; None adds no mass.
+        spread: root mean square distance of the values to their mean, [B, H, nK]; None sets no bound.
+        steepness: |H|_F / sqrt(D), [B, H, nK]; for `summary_error` alone.
+        slope: H = scale * mean (k - mean key)(v - mean value)^T, [B, H, nK, D, D_v], or [B, H, 1, D, D_v], one for all
+            blocks. None, where there is a steepness: too large to keep, it is made where it is needed, heads in groups.
     """
 
     key: Tensor
@@ -133,9 +134,10 @@ def _means(k: Tensor, v: Tensor, block: int, key_mask: Tensor | None) -> Summari
 class _Weights(NamedTuple):
     """How often each key counts, as a key mask has it: exp(base) times what is held here, so that none overflows.
 
-    seen: bool [B, H|1, N].
-    each: [B, H|1, N], the largest of a block 1; None where all that are seen count once.
-    base: of each block, [B, H|1, nK], or 0.
+    Attributes:
+        seen: bool [B, H|1, N].
+        each: [B, H|1, N], the largest of a block 1; None where all that are seen count once.
+        base: of each block, [B, H|1, nK], or 0.
     """
 
     seen: Tensor
@@ -224,12 +226,13 @@ class StandIns(NamedTuple):
     the block's mean value. What all of them hold together moves by one step q H, where there is an H, shortened where
     there is a reach.
 
-    key: mean key [B, H, nK, D], in float32 or better; on devices in the inputs' dtype, as values and slopes.
-    value: mean value [B, H, nK, D_v].
-    log_count: log n, [B|1, H|1, nK].
-    variance: t, [B, H, nK]; None adds no mass.
-    slope: H of each query block, [B, H, nQ, D, D_v], or [B, H, 1, D, D_v], one for all; None moves no values.
-    reach: the longest step of each query block, [B, H, nQ]; None sets no bound.
+    Attributes:
+        key: mean key [B, H, nK, D], in float32 or better; on devices in the inputs' dtype, as values and slopes.
+        value: mean value [B, H, nK, D_v].
+        log_count: log n, [B|1, H|1, nK].
+        variance: t, [B, H, nK]; None adds no mass.
+        slope: H of each query block, [B, H, nQ, D, D_v], or [B, H, 1, D, D_v], one for all; None moves no values.
+        reach: the longest step of each query block, [B, H, nQ]; None sets no bound.
     """
 
     key: Tensor
@@ -281,7 +284,8 @@ def mixing(
 
     0 where none is outside.
 
-    bias: of `StandIns`.
+    Args:
+        bias: of `StandIns`.
     """
     middle = _means(q, q[..., :0], lists.q_block, None).key  # [B, H, nQ, D]
     scores = middle @ summaries.key.to(middle.dtype).mT
@@ -395,7 +399,13 @@ def block_means(x: Tensor, block: int, key_mask: Tensor | None = None) -> Tensor
 def spread(x: Tensor, block: int, key_mask: Tensor | None = None) -> Tensor:
     """How far the rows of each block lie from their mean: the root of their mean square distance.
 
-    Args as in `block_means`; returns float32 or better [B, H, nK].
+    Args:
+        x: [B, H, N, D].
+        block: rows of a block; the last may be ragged.
+        key_mask: as in `block_means`.
+
+    Returns:
+        [B, H, nK], float32 or better.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square()  # [B, H, N, 1], x is not copied

@@ -43,7 +43,10 @@ _children: dict[tuple[int, str], Child] = {}  # of the process that started each
 def verdict(kernel: str, case: Case, device: torch.device) -> str:
     """Why `kernel` must not be used for `case` on `device`; empty if it was right. May run a child for some seconds.
 
-    kernel: a name in `selftest.KERNELS`.
+    Args:
+        kernel: a name in `selftest.KERNELS`.
+        case: the class of calls.
+        device: where it would run.
     """
     if device.type not in _TRIED_ON:
         return ""

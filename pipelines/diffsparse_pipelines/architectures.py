@@ -29,12 +29,13 @@ _COUNTS = ("num_layers", "num_single_layers", "n_layers", "depth", "num_hidden_l
 class Architecture:
     """A transformer without weights.
 
-    transformer: class of Diffusers.
-    config: what differs from the defaults of that class, which for the newer ones are those of the released model.
-    compression: of the VAE.
-    text: tokens of a prompt, as long as the pipeline pads it, or as a long one where it doesn't.
-    guided: two passes a step, with and without the prompt.
-    masked: a key mask hides the padding of the prompt in self-attention.
+    Attributes:
+        transformer: class of Diffusers.
+        config: what differs from the defaults of that class, which for the newer ones are those of the released model.
+        compression: of the VAE.
+        text: tokens of a prompt, as long as the pipeline pads it, or as a long one where it doesn't.
+        guided: two passes a step, with and without the prompt.
+        masked: a key mask hides the padding of the prompt in self-attention.
     """
 
     transformer: str

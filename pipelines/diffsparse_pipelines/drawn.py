@@ -26,10 +26,12 @@ _H3_TEXT, _H3_SOUND, _H3_VIDEO = 1, 2, 0  # tags of MiniMax-H3's tokens
 class _Draw:
     """Random inputs for one model.
 
-    config: of the model.
-    size: the latent's frames, height and width.
-    text: the prompt's tokens.
-    dtype, device: of the inputs.
+    Attributes:
+        config: of the model.
+        size: the latent's frames, height and width.
+        text: the prompt's tokens.
+        dtype: of the inputs.
+        device: of the inputs.
     """
 
     config: FrozenDict

@@ -29,8 +29,9 @@ _MILD = {5: 0.6, 9: 0.7}
 class FewSteps(NamedTuple):
     """What serves a run of few steps.
 
-    dense: steps at the start that stay dense.
-    sparsity: of the others.
+    Attributes:
+        dense: steps at the start that stay dense.
+        sparsity: of the others.
     """
 
     dense: int
@@ -39,6 +40,10 @@ class FewSteps(NamedTuple):
 
 def resolve(name: str, with_image: bool = False) -> tuple[str, Family]:
     """Where to load `name` from (a folder, a hub id, or "" for the embedded models) and what is known about it.
+
+    Args:
+        name: a key of `FAMILIES`, a folder with a pipeline, or a hub id.
+        with_image: whether it is to take an input image.
 
     Raises:
         UnknownNameError: neither a known name, nor a folder with a pipeline, nor a hub id "owner/name".
@@ -79,7 +84,15 @@ def check_inputs(name: str, with_image: bool = False) -> None:
 
 
 def few_steps(name: str, steps: int | None) -> FewSteps | None:
-    """What serves a run of `steps` steps of a model that was distilled to few; None for others, and for longer runs."""
+    """What serves a run of a model that was distilled to few steps.
+
+    Args:
+        name: of the model.
+        steps: length of the run; None if it is unknown.
+
+    Returns:
+        Dense steps and sparsity; None for other models, and for longer runs.
+    """
     family = FAMILIES.get(name)
     if family is None or not family.distilled or not steps:
         return None
@@ -107,7 +120,9 @@ def load(
         with_image: load the variant that takes an input image.
 
     Raises:
-        UnknownNameError, ConfigError: a name or option that doesn't exist. InputFileError: weights that can't be read.
+        UnknownNameError: no such model.
+        ConfigError: an option that doesn't exist, or a model that wants what it isn't given.
+        InputFileError: weights that can't be read.
     """
     source, family = resolve(name, with_image)
     check_inputs(name, with_image)
@@ -147,10 +162,15 @@ def defaults(name: str) -> Call:
 
 
 def grid(name: str, size: Call) -> tuple[int, int, int]:
-    """Tokens of a known model along frames, rows and columns, at the size given in pixels or else at its own.
+    """Tokens of a known model along frames, rows and columns.
+
+    Args:
+        name: a key of `FAMILIES`.
+        size: `height`, `width` and `num_frames` in pixels and frames; what is missing is the model's own.
 
     Raises:
-        UnknownNameError: no known model. ConfigError: frames for an image model.
+        UnknownNameError: no known model.
+        ConfigError: frames for an image model.
     """
     if name not in FAMILIES:
         raise UnknownNameError(f"no known model is called {name!r}; known: {closest(name, FAMILIES)}")

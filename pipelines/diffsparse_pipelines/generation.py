@@ -28,10 +28,11 @@ AfterStep = Callable[["DiffusionPipeline", int, int, Tensors], Tensors]
 class Generation(NamedTuple):
     """One clip or image.
 
-    frames: float32 [F, H, W, C] in [0, 1].
-    latents: of the last step, if the pipeline shows them.
-    seconds: wall time of the call.
-    cpu_seconds: processor time of this process in it.
+    Attributes:
+        frames: float32 [F, H, W, C] in [0, 1].
+        latents: of the last step, if the pipeline shows them.
+        seconds: wall time of the call.
+        cpu_seconds: processor time of this process in it.
     """
 
     frames: np.ndarray
@@ -110,6 +111,12 @@ def generations(
     after_step: AfterStep | None = None,
 ) -> list[np.ndarray]:
     """Frames [F, H, W, C] for each prompt and seed, drawn in one batch by one call.
+
+    Args:
+        pipe: a Diffusers pipeline.
+        arguments: call arguments, without the prompt.
+        pairs: prompts and seeds.
+        after_step: called after each step, where the pipeline takes such a function.
 
     Raises:
         ConfigError: the pipeline refused the arguments.

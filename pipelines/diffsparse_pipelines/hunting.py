@@ -37,12 +37,13 @@ Pairs = list[tuple[str, int]]
 class Session:
     """One loaded model, and the ways in which a hunt runs it.
 
-    pipe: the pipeline.
-    model: its name, for the record.
-    arguments: what it is called with.
-    batch: images drawn in one call; halved where memory runs out.
-    proxy: search in a cheaper way that is not the paper's.
-    shorter: let the search, unlike the check, run a quarter of the steps.
+    Attributes:
+        pipe: the pipeline.
+        model: its name, for the record.
+        arguments: what it is called with.
+        batch: images drawn in one call; halved where memory runs out.
+        proxy: search in a cheaper way that is not the paper's.
+        shorter: let the search, unlike the check, run a quarter of the steps.
     """
 
     pipe: DiffusionPipeline

@@ -37,9 +37,10 @@ class Call(TypedDict, total=False):
 class Adapter(NamedTuple):
     """Weights of a LoRA.
 
-    hub: where they are.
-    file: which of them.
-    second: for the second expert.
+    Attributes:
+        hub: where they are.
+        file: which of them.
+        second: for the second expert.
     """
 
     hub: str
@@ -51,28 +52,29 @@ class Adapter(NamedTuple):
 class Family:
     """A model that can be loaded by name.
 
-    hub: checkpoint for text input.
-    defaults: call arguments.
-    image_hub: checkpoint for image input.
-    image_class: its pipeline class, if not the one that the checkpoint names.
-    text_class: the same for text input.
-    fps: frames in a second.
-    dtype: number format of the weights on a GPU.
-    output: what it makes.
-    flow_shift: of the scheduler, where it depends on the size.
-    float32_vae: keep the VAE in float32, as the model's authors do.
-    token: frames, rows and columns of pixels that one token stands for.
-    multiple: pixels of which height and width are multiples; 0 if that is the token's.
-    chunk: frames that the VAE encodes at a time and the latents that it makes of them, if the first frame has none of
-        its own; a last chunk of as many frames as latents makes 2.
-    revision: of the checkpoint.
-    adapters: LoRAs that go on top.
-    distilled: to few steps; see `families.few_steps`.
-    modular: Diffusers has it as blocks alone.
-    workflows: which of the blocks serve text, and an image.
-    wants_image: it can't do without.
-    by_hand: what `generate` can't give it, in words.
-    script: in the folder `pipelines`, shows it in Python.
+    Attributes:
+        hub: checkpoint for text input.
+        defaults: call arguments.
+        image_hub: checkpoint for image input.
+        image_class: its pipeline class, if not the one that the checkpoint names.
+        text_class: the same for text input.
+        fps: frames in a second.
+        dtype: number format of the weights on a GPU.
+        output: what it makes.
+        flow_shift: of the scheduler, where it depends on the size.
+        float32_vae: keep the VAE in float32, as the model's authors do.
+        token: frames, rows and columns of pixels that one token stands for.
+        multiple: pixels of which height and width are multiples; 0 if that is the token's.
+        chunk: frames that the VAE encodes at a time and the latents that it makes of them, if the first frame has none
+            of its own; a last chunk of as many frames as latents makes 2.
+        revision: of the checkpoint.
+        adapters: LoRAs that go on top.
+        distilled: to few steps; see `families.few_steps`.
+        modular: Diffusers has it as blocks alone.
+        workflows: which of the blocks serve text, and an image.
+        wants_image: it can't do without.
+        by_hand: what `generate` can't give it, in words.
+        script: in the folder `pipelines`, shows it in Python.
     """
 
     hub: str

@@ -32,7 +32,8 @@ def check_suffix(path: Path, frames: int | None = None) -> None:
         frames: how many; None if unknown.
 
     Raises:
-        ConfigError: it ends in no such format. ModuleNotFoundError: a package is missing.
+        ConfigError: it ends in no such format.
+        ModuleNotFoundError: a package is missing.
     """
     kinds = {None: (*VIDEO, *IMAGE), 1: IMAGE}
     known = kinds.get(frames, (*VIDEO, ".png"))
@@ -43,12 +44,18 @@ def check_suffix(path: Path, frames: int | None = None) -> None:
 
 
 def save(frames: Frames, path: str | Path, fps: int = 16) -> Path:
-    """Write frames, float [F, H, W, C] in [0, 1], in the format that the name asks for.
+    """Write frames in the format that the name asks for.
 
     .mp4 and .gif show all frames; an image is a sheet of up to 8 of them side by side.
 
+    Args:
+        frames: float [F, H, W, C] in [0, 1].
+        path: of the file.
+        fps: frames a second of a video.
+
     Raises:
-        ConfigError: no such format. OutputFileError: the file can't be written, or not be read back.
+        ConfigError: no such format.
+        OutputFileError: the file can't be written, or not be read back.
     """
     path = Path(path)
     check_suffix(path)
@@ -70,14 +77,27 @@ def to_bytes(frames: Frames) -> Frames:
 
 
 def side_by_side(pixels: Frames, most: int = 8) -> Frames:
-    """Up to `most` frames of [F, H, W, C], evenly spread, as one picture [H, W', C] with white gaps."""
+    """Frames as one picture [H, W', C] with white gaps.
+
+    Args:
+        pixels: uint8 [F, H, W, C].
+        most: how many frames are shown, evenly spread.
+    """
     chosen = pixels[np.unique(np.linspace(0, len(pixels) - 1, min(most, len(pixels))).round().astype(int))]
     gap = np.full_like(chosen[0][:, :2], 255)
     return np.concatenate([part for frame in chosen for part in (frame, gap)][:-1], axis=1)
 
 
 def sheet(rows: dict[str, Frames], path: str | Path) -> Path:
-    """Write a picture with one labelled row of frames for each entry of `rows`."""
+    """Write a picture with one labelled row of frames for each entry.
+
+    Args:
+        rows: frames, float [F, H, W, C] in [0, 1], by label.
+        path: of the picture.
+
+    Raises:
+        OutputFileError: the file can't be written.
+    """
     from PIL import Image, ImageDraw
 
     strips = {label: side_by_side(_enlarged(to_bytes(frames), 96)) for label, frames in rows.items()}

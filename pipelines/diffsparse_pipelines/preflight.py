@@ -40,8 +40,9 @@ _TIME = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_tem
 class Tokens(NamedTuple):
     """Tokens of one sample.
 
-    video: on the grid.
-    text: of the prompt.
+    Attributes:
+        video: on the grid.
+        text: of the prompt.
     """
 
     video: int
@@ -51,9 +52,10 @@ class Tokens(NamedTuple):
 class Compression(NamedTuple):
     """Pixels that make one latent cell.
 
-    time: along frames.
-    space: along height and width.
-    chunk: as `Family.chunk`.
+    Attributes:
+        time: along frames.
+        space: along height and width.
+        chunk: as `Family.chunk`.
     """
 
     time: int
@@ -90,13 +92,24 @@ def grid_tokens(model: ModelMixin, latent: tuple[int, int, int]) -> int:
 
 
 def layout(model: ModelMixin, latent: tuple[int, int, int], text: int) -> Layout | None:
-    """What self-attention of `model` sees of a latent and `text` tokens of the prompt."""
+    """What self-attention of a model sees.
+
+    Args:
+        model: a transformer of Diffusers.
+        latent: cells of the latent along frames, height and width.
+        text: tokens of the prompt.
+    """
     spec = spec_of(model)
     return spec.layout(grid(model, latent), grid_tokens(model, latent) + (0 if spec.text == "none" else text))
 
 
 def tokens(pipe: DiffusionPipeline, arguments: Mapping[str, object]) -> Tokens | None:
-    """Tokens of a call of `pipe`; None if sizes are left to the pipeline."""
+    """Tokens of a call; None if sizes are left to the pipeline.
+
+    Args:
+        pipe: a Diffusers pipeline.
+        arguments: of the call; what is missing is the pipeline's own default.
+    """
     latent = _latent(pipe, arguments)
     if latent is None:
         return None
@@ -128,10 +141,13 @@ def admit(
         model: name, folder or hub id.
         chosen: call arguments that were given.
         texts: prompts.
-        device, dtype, offload: as `families.load` takes them.
+        device: as `families.load` takes it.
+        dtype: likewise.
+        offload: likewise.
 
     Raises:
-        ConfigError: what is wrong, and the remedy. UnknownNameError: no such model.
+        ConfigError: what is wrong, and the remedy.
+        UnknownNameError: no such model.
     """
     families.target(model, device, dtype, offload)
     families.check_size(model, chosen)
@@ -164,7 +180,9 @@ def check(
     """Refuse, before a loaded pipeline runs, what it can't do: sizes, searches, dense steps and layers, heads.
 
     Raises:
-        ConfigError: what is wrong, and the remedy. UnknownNameError, PlanError: of the preset's heads.
+        ConfigError: what is wrong, and the remedy.
+        UnknownNameError: the model has none of the preset's heads.
+        PlanError: the preset is another model's.
     """
     if preset is not None:
         preset.of(models_of(pipe))
@@ -224,7 +242,14 @@ def preflight(
 ) -> Estimate | None:
     """What sparse attention can be expected to save of a call.
 
-    None if the call's size, its steps, or what the strategy will compute is unknown.
+    Args:
+        pipe: a Diffusers pipeline.
+        arguments: of the call; what is missing is the pipeline's own default.
+        strategy: what computes attention.
+        schedule: steps and layers that stay dense.
+
+    Returns:
+        The estimate; None if the call's size, its steps, or what the strategy will compute is unknown.
     """
     latent, steps = _latent(pipe, arguments), argument(pipe, arguments, "num_inference_steps")
     counted = tokens(pipe, arguments)

@@ -16,7 +16,8 @@ def read_prompts(wanted: str, model: str, option: str = "--prompts") -> tuple[st
     """Built-in prompts by number, or the lines of a file; lines that are empty or begin with # don't count.
 
     Raises:
-        ConfigError: a number below one, or above what there is. InputFileError: a file that is missing or empty.
+        ConfigError: a number below one, or above what there is.
+        InputFileError: a file that is missing or empty.
     """
     number = _number(wanted)
     if number is None:

@@ -39,7 +39,7 @@ def test_every_family_from_search_to_removal(name: str, odd: bool, searched: Any
     pipe, kwargs = BUILDERS[name]()
     kwargs = {**kwargs, "num_inference_steps": 3, **(ODD[name] if odd else {})}
     before = run(pipe, kwargs)
-    plan = calibrate(pipe, search, [lambda: run(pipe, kwargs)], ["one"], tmp_path / "plan.safetensors")
+    plan = calibrate(pipe, search, [lambda: run(pipe, kwargs)], ["one"], str(tmp_path / "plan.safetensors"))
     strategy = cls.load(tmp_path / "plan.safetensors")
     assert strategy == cls(plan)
     assert hash(strategy) == hash(cls(plan))

@@ -71,3 +71,14 @@ def test_the_command_names_each_rate(capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     assert "assumed: in the loop of the blocks" in printed
     assert "measured: h100-2026-11-27: speed" in printed
+
+
+def test_a_run_of_few_steps_is_foretold_as_it_would_be_generated(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the mild sparsity of models that were distilled to few steps, unless one is given."""
+
+    def told(*options: str) -> str:
+        with pytest.raises(SystemExit):
+            main(["simulate", "--model", "wan2.2-lightning", "--device", "h100", "--strategy", "tangent", *options])
+        return capsys.readouterr().out
+
+    assert told() == told("--sparsity", "0.6") != told("--sparsity", "0.8")

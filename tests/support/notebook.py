@@ -30,8 +30,10 @@ def notebook() -> str:
 
 
 def _without_stubs(text: str) -> str:
-    """The page without the sentence on the notebook, blocks that want a hub marked as plain text."""
-    text = text.replace(" This page is also a [notebook](start.ipynb).", "")
+    """The page without its head and the sentence on the notebook, blocks that want a hub marked as text."""
+    text = re.sub(r"\A---.*?---\n", "", text, flags=re.DOTALL).replace(
+        " This page is also a [notebook](start.ipynb).", ""
+    )
     return _BLOCK.sub(
         lambda block: block[0].replace("```python", "```py") if "from_pretrained" in block[1] else block[0], text
     )

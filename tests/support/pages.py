@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import itertools
 import re
 import shlex
 import tomllib
@@ -18,11 +19,17 @@ from typing import Any, NoReturn
 
 import diffusers
 import pytest
+import torch
+import torch.distributed as dist
+import transformers
 import typer
+from PIL import Image
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
+from diffsparse import Layout, Preset
 from diffsparse.cli import main
+from diffsparse.plans.plan import Plan
 from diffsparse_pipelines import tiny
 from diffsparse_pipelines.commands.options import ModelOptions
 
@@ -33,7 +40,7 @@ LANGUAGES = {"python", "sh", "text"}
 MOST = {"num_inference_steps": 4, "num_frames": 5}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What a person would have at hand, with as much in it as the parsers look at.
-FILES = ("photo.png", "look.png", "prompts.txt", "heads.json", "clips/a.mp4")
+FILES = ("photo.png", "look.png", "prompts.txt", "clips/a.mp4")
 
 
 def document(page: Path) -> Document:
@@ -59,12 +66,18 @@ def prepare(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     for name in FILES:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
+        if name.endswith(".png"):
+            Image.new("RGB", (64, 48), "grey").save(name)
     for name in ("pipelines", "eval", "docs"):
         Path(name).symlink_to(ROOT / name)
-    for owner in (diffusers.DiffusionPipeline, diffusers.ModularPipeline):
-        _from_hub(monkeypatch, owner, stand_in)
-    _from_hub(monkeypatch, diffusers.ModelMixin, lambda _: tiny.load("twin").vae)
+    Preset(("0.0",)).save("heads.json")
+    for owner, made in STAND_INS.items():
+        _from_hub(monkeypatch, owner, made)
+    monkeypatch.setattr(diffusers.ModelMixin, "compile_repeated_blocks", lambda *_, **__: None)  # takes minutes
     monkeypatch.setattr(tiny.TinyPipeline, "__call__", _shortened(tiny.TinyPipeline.__call__))
+    join = dist.init_process_group
+    store = f"file://{folder}/store"  # in place of what torchrun sets
+    monkeypatch.setattr(dist, "init_process_group", lambda *_: join("gloo", init_method=store, rank=0, world_size=1))
 
 
 def _from_hub(monkeypatch: pytest.MonkeyPatch, owner: type, made: Callable[[type], Any]) -> None:
@@ -96,8 +109,9 @@ def stand_in(cls: type) -> Any:
             if not issubclass(cls, diffusers.ModularPipeline):
                 takes.bind(self, *args, **options)
             out = super().__call__(tiny.prompts(1)[0], **tiny.defaults("twin"), generator=options.get("generator"))
-            out.images = out.frames[0]
-            return out
+            out.images = self.numpy_to_pil(out.frames[0])
+            named = options.get("output")  # of a modular pipeline
+            return out if named is None else {"videos": out.frames}.get(named, out.images)
 
         def to(self, *_: Any, **__: Any) -> Any:
             return self
@@ -110,6 +124,15 @@ def stand_in(cls: type) -> Any:
 
     pipe.__class__ = StandIn
     return pipe
+
+
+STAND_INS: dict[Any, Callable[[type], Any]] = {
+    diffusers.DiffusionPipeline: stand_in,
+    diffusers.ModularPipeline: stand_in,
+    diffusers.ModelMixin: lambda _: tiny.load("twin").vae,
+    transformers.PreTrainedModel: lambda _: tiny.load("twin").text_encoder,
+    transformers.image_processing_base.ImageProcessingMixin: lambda _: tiny.load("twin").tokenizer,
+}
 
 
 # --- command lines --------------------------------------------------------------------------------------------------
@@ -137,17 +160,30 @@ def _begins(*_: Any, **__: Any) -> NoReturn:
 
 def diffsparse(words: Sequence[str]) -> None:
     """The command with these arguments, up to where it would load a model or time a kernel."""
-    for word in words:  # plans, by the ending that all of them have
-        for name in re.findall(r"[\w./-]+\.safetensors", word):
-            Path(name).touch()
+    for before, word in itertools.pairwise(["", *words]):
+        if word.endswith(".safetensors") and before not in ("--out", "--record"):
+            Path(word.rpartition(":")[2]).touch()
+    for strategy, name in re.findall(r"(paro|sparse-vdit)[+\w-]*:([\w./-]+\.safetensors)", " ".join(words)):
+        _plan(strategy).save(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelOptions, "load", _begins)
+        patch.setattr("diffsparse.guidance.objectives.Clip.load", _begins)
         patch.setattr("diffsparse_pipelines.preflight.admit", lambda *_, **__: None)  # as if there were a GPU
         patch.setattr("diffsparse_eval.commands.bench.measure", _begins)
         patch.setattr("diffsparse_eval.commands.doctor.examine", _begins)
         with pytest.raises((_RanError, SystemExit)) as ended:
             main(list(words))
     assert not getattr(ended.value, "code", 0), f"diffsparse {shlex.join(words)}: exit code {ended.value}"
+
+
+def _plan(strategy: str) -> Plan:
+    """The least that a strategy takes for its plan."""
+    settings = {"sparsity": 0.8, "block": 64, "orders": ["FHW"], "groups": 1}
+    tensors = {"orders": torch.zeros(1, dtype=torch.uint8), "masks": torch.zeros(1, 1, 1, dtype=torch.uint8)}
+    if strategy == "sparse-vdit":
+        settings = {"sparsity": 0.8, "block": 64}
+        tensors = {"modes": torch.zeros(1, 1, dtype=torch.uint8), "columns": torch.ones(1, 1)}
+    return Plan(strategy, {}, Layout(1, 8, 8), settings, {f"model.layer.{name}": x for name, x in tensors.items()})
 
 
 def _make(words: Sequence[str]) -> None:

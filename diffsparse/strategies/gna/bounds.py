@@ -12,10 +12,13 @@ from diffsparse.strategies.gna.windows import Cells, Tiling
 class Bounds:
     """Bounds of windows in tiles, as a speed-up over dense attention at the same rate of FLOPs.
 
-    sparsity: share of all pairs of tokens that windows hide. flop_bound: 1 / (1 - sparsity).
-    density: share of the pairs of tokens that are computed, whole tiles at a time, tiles that the grid does not fill
-        included: what a report calls density. tile_bound: all key tiles over those of the busiest query tile, the
-        paper's simulator: tiles of unlike work wait for the slowest.
+    Attributes:
+        sparsity: share of all pairs of tokens that windows hide.
+        flop_bound: 1 / (1 - sparsity).
+        density: share of the pairs of tokens that are computed, whole tiles at a time, tiles that the grid does not
+            fill included: what a report calls density.
+        tile_bound: all key tiles over those of the busiest query tile, the paper's simulator: tiles of unlike work wait
+            for the slowest.
     """
 
     window: Cells

@@ -34,17 +34,21 @@ class GNA(Strategy):
     further towards the start. Text sees everything and is seen by everything. Nothing is searched. Reference images
     count as further frames of the image that is made, whatever their size.
 
-    window: frames, rows and columns that a query sees; 0 is the whole axis, and so is more than it has. None: windows
-        with the grid's proportions whose share of computed blocks comes nearest to 1 - sparsity.
-    stride: neighbouring queries, along each axis, that share a window (1 slides, the window's size is blocked
-        attention). None: the edges of a tile, which wastes least.
-    dilation: distance between the cells that see each other, along each axis.
-    causal: along which axes a query sees no cell behind its own.
-    sparsity: share of the grid's blocks to drop, in [0, 1), where no window is given; None where one is.
-    block: tokens of a tile; by default 128 on a machine with a GPU, else 64. Its edges are those of least work for
-        these windows and this grid (`windows.fit`).
-
     Tiles that the grid does not fill are computed whole; the density of the report counts that.
+
+    Attributes:
+        window: frames, rows and columns that a query sees; 0 is the whole axis, and so is more than it has. None:
+            windows with the grid's proportions whose share of computed blocks comes nearest to 1 - sparsity.
+        stride: neighbouring queries, along each axis, that share a window (1 slides, the window's size is blocked
+            attention). None: the edges of a tile, which wastes least.
+        dilation: distance between the cells that see each other, along each axis.
+        causal: along which axes a query sees no cell behind its own.
+        sparsity: share of the grid's blocks to drop, in [0, 1), where no window is given; None where one is.
+        block: tokens of a tile; by default 128 on a machine with a GPU, else 64. Its edges are those of least work for
+            these windows and this grid (`windows.fit`).
+
+    Raises:
+        ConfigError: a value out of its range, or a stride longer than its window.
     """
 
     window: Cells | None = None
@@ -87,7 +91,12 @@ class GNA(Strategy):
         return run.constant(_tiled(self, run.layout, 1, torch.device("cpu")).share)
 
     def tiling(self, grid: Cells, tile: Cells | None = None) -> Tiling:
-        """Windows and tiles on a grid of frames x rows x columns of tokens; `tile` instead of the best fit."""
+        """Windows and tiles on a grid.
+
+        Args:
+            grid: tokens along frames, rows and columns.
+            tile: edges of a tile, instead of the best fit.
+        """
         return _tiling(self, grid, tile)
 
 
@@ -95,7 +104,8 @@ class GNA(Strategy):
 class Tiled:
     """The tokens tile by tile, text last, and who sees whom; without boxes, all tokens of listed blocks do.
 
-    share: of what dense attention over the unmoved tokens computes.
+    Attributes:
+        share: of what dense attention over the unmoved tokens computes.
     """
 
     lists: BlockLists

@@ -23,9 +23,13 @@ class Axis:
     of residue 0, then those of residue 1, and so on. A window is then an unbroken range of places whatever the
     dilation; without one, places are coordinates.
 
-    length: cells. window: cells that a query sees, all if it is 0 or more than there are. stride: neighbouring queries
-    that share one window, no more than it holds; 1 slides it, as many as it holds makes it jump. causal: none of the
-    cells behind the query's own.
+    Attributes:
+        length: cells.
+        window: cells that a query sees, all if it is 0 or more than there are.
+        stride: neighbouring queries that share one window, no more than it holds; 1 slides it, as many as it holds
+            makes it jump.
+        dilation: distance between the cells that see each other.
+        causal: none of the cells behind the query's own.
     """
 
     length: int
@@ -141,7 +145,13 @@ def fit(
 ) -> Tiling:
     """Out of `tiles` those of which the windows touch least; of equals those that they don't cut.
 
-    stride: if None the tile's own edges, so that all queries of a tile share one window.
+    Args:
+        grid: tokens along frames, rows and columns.
+        window: that a query sees, along each axis.
+        stride: if None the tile's own edges, so that all queries of a tile share one window.
+        dilation: distance between the cells that see each other.
+        causal: along which axes a query sees no cell behind its own.
+        tiles: candidates.
     """
     tilings = (Tiling.of(grid, window, stride or tile, dilation, causal, tile) for tile in tiles)
     return min(tilings, key=lambda tiling: (tiling.cost, tiling.cuts, max(tiling.tile)))

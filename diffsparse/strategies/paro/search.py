@@ -37,13 +37,9 @@ class PAROSearch:
     The first scores every candidate order for every head; the second adds up the softmax mass of each block, in the
     order chosen, over the steps of each group. A head keeps the blocks above a threshold that leaves the share asked.
 
-    >>> from diffsparse import PARO, PAROSearch, calibrate
-    >>> calls = [lambda: pipe("a red ball", generator=torch.manual_seed(0))]
-    >>> plan = calibrate(pipe, PAROSearch(orders=("FHW", "HWF")), calls, ["ball"], folder / "plan.safetensors")
-    >>> print(PARO(plan).facts()["orders"])  # of how many heads in all layers
-    FHW x4
-
-    Args:
+    Attributes:
+        strategy: "paro", the name of the strategy that runs on its plans.
+        passes: 2, how often each prompt is run.
         sparsity: share of the video's blocks dropped, in [0, 1). Text is always kept and not counted.
         orders: candidates (`diffsparse.orders`). The paper's are the six orders of the axes.
         metric: "recall", the mass in the best blocks at this sparsity (ours), or "paper", block sparsity and
@@ -59,6 +55,13 @@ class PAROSearch:
 
     Raises:
         ConfigError: a value out of its range.
+
+    Examples:
+        >>> from diffsparse import PARO, PAROSearch, calibrate
+        >>> calls = [lambda: pipe("a red ball", generator=torch.manual_seed(0))]
+        >>> plan = calibrate(pipe, PAROSearch(orders=("FHW", "HWF")), calls, ["ball"], folder / "plan.safetensors")
+        >>> print(PARO(plan).facts()["orders"])  # of how many heads in all layers
+        FHW x4
     """
 
     sparsity: float = 0.8

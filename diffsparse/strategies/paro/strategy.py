@@ -33,10 +33,11 @@ class PARO(Planned):
     `diffsparse calibrate --strategy paro` makes the plan; `PARO.load(path)` reads it. Text never moves, and blocks
     that hold text are always kept. Skipped blocks are left out of the softmax, as in the authors' kernel.
 
-    plan: settings `sparsity`, `block`, `orders` (names), `groups`, `bits` (of both products); for each layer `orders`,
-        uint8 [H], and `masks`, bits of bool [groups, H, n, n] over the n blocks of the video. Below 16 bits queries,
-        keys, values and softmax weights are rounded block by block (emulated: exact and slow), and `incoherence`,
-        float32 [raster or own order, `MEASURED`, H], how hard that was.
+    Attributes:
+        plan: settings `sparsity`, `block`, `orders` (names), `groups`, `bits` (of both products); for each layer
+            `orders`, uint8 [H], and `masks`, bits of bool [groups, H, n, n] over the n blocks of the video. Below 16
+            bits queries, keys, values and softmax weights are rounded block by block (emulated: exact and slow), and
+            `incoherence`, float32 [raster or own order, `MEASURED`, H], how hard that was.
     """
 
     needs_grid = True

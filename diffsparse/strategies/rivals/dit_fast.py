@@ -21,23 +21,27 @@ from diffsparse_kernels import BlockLists, default_block, select_rows
 
 @dataclass(frozen=True)
 class DiTFastAttn(Strategy):
-    """Window attention with residual sharing, their "WA-RS".
+    """Window attention with residual sharing, their "WA-RS" (arXiv 2406.08552).
 
     1. A query attends to the keys nearest to it in the sequence.
     2. A step in which all attention is computed keeps its residual: the full output less that of the window.
     3. Steps between add the residual to the output of the window.
 
-    sparsity: share of attention dropped over a period, in [0, 1). Half of the work goes to full steps, unless `window`
-        or `period` say otherwise.
-    window: share of the keys that a query sees (theirs is 1/8); None is what the full steps leave.
-    period: from one full step to the next, in steps; None is 2 / (1 - sparsity).
-    block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
-    order: of the tokens (`diffsparse.orders`); theirs is raster.
-
     Left out: outputs shared by steps or by guidance branches (step caches and `evaluate` have these), and the search
     that gives each layer and step its method; full steps come evenly instead. Ours: the window is of blocks, and is not
     cut off at the ends of the sequence; text is in every window and sees everything. Kept between steps: the residual,
     2HND bytes a layer in bfloat16. Work beside full steps: their windows, computed to find the residual.
+
+    Attributes:
+        sparsity: share of attention dropped over a period, in [0, 1). Half of the work goes to full steps, unless
+            `window` or `period` say otherwise.
+        window: share of the keys that a query sees (theirs is 1/8); None is what the full steps leave.
+        period: from one full step to the next, in steps; None is 2 / (1 - sparsity).
+        block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
+        order: of the tokens (`diffsparse.orders`); theirs is raster.
+
+    Raises:
+        ConfigError: a value out of its range.
     """
 
     sparsity: float = 0.8

@@ -18,19 +18,26 @@ _LEAST_NORM = 1e-5  # added to |H|, as in their code
 
 @dataclass(frozen=True)
 class PISA(Routed):
-    """Compute the blocks of largest estimated error, expand the others around their means; route anew in each call.
+    """Compute the blocks of largest estimated error, expand the others around their means (arXiv 2602.01077).
+
+    The blocks are chosen anew in each call.
 
     1. Each block b of n keys has its mean key, mean value, and H_b = sum of (k - mean key)^T v.
     2. Each row of blocks computes those with the largest softmax(mean q . mean key * scale + log |H_b|).
     3. All others count as n keys at their mean, in the same softmax: order zero.
     4. First order: scale * q H / N, with H = sum of H_b over all blocks, times the row's weight on the means.
 
-    sparsity: their density is 1 - sparsity, but for what is counted here and not there.
-    order: theirs is raster.
-
     Blocks that hold text are computed in every row, as their sink is; the rows of text are computed in full. Work
     beside blocks and means: the scores of means, 1 / 2n^2; the matrices and q H, each D / 2N. Nothing is kept between
     steps.
+
+    Attributes:
+        sparsity: their density is 1 - sparsity, but for what is counted here and not there.
+        block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
+        order: theirs is raster.
+
+    Raises:
+        ConfigError: a value out of its range.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

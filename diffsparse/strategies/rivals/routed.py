@@ -21,9 +21,11 @@ from diffsparse_kernels import BlockLists, Summaries, block_means, default_block
 class Routed(Strategy):
     """No step, no search and nothing kept between steps; works in runs of any length, dense steps or none.
 
-    sparsity: share of attention dropped, in [0, 1): blocks, the summaries of the others and what chooses them count.
-    block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
-    order: of the tokens (`diffsparse.orders`).
+    Attributes:
+        sparsity: share of attention dropped, in [0, 1): blocks, the summaries of the others and what chooses them
+            count.
+        block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
+        order: of the tokens (`diffsparse.orders`).
     """
 
     sparsity: float = 0.8
@@ -43,7 +45,8 @@ class Routed(Strategy):
     def share(self, routing: float, summary: float = 0.0) -> float:
         """Of the blocks, so that with the routing and the summaries of all others 1 - sparsity is computed.
 
-        summary: what the summaries cost beyond one key each.
+        Args:
+            summary: what the summaries cost beyond one key each.
         """
         if not self.sparsity or self.block == 1:
             return 1.0

@@ -21,20 +21,29 @@ _LEAST_VARIANCE = 1e-6  # of the scores of a row, so that equal ones do not stan
 
 @dataclass(frozen=True)
 class SolAttn(Routed):
-    """Compute what stands out, let means stand for the rest, in one softmax; route anew in each call.
+    """Compute what stands out, let means stand for the rest, in one softmax (arXiv 2607.24027).
+
+    The blocks are chosen anew in each call.
 
     1. Each block of n queries has its mean, each block of n keys its mean key, mean value and n.
     2. z is how many standard deviations the score of mean query and mean key lies above the mean of its row.
     3. Blocks with z > tau are computed, and those on the diagonal and next to it.
     4. All others count as n keys at their mean, in the same softmax.
 
-    tau: as published (1 keeps about a sixth of the blocks, 2 a fortieth); the sparsity is then ignored. None is the
-        tau that meets the sparsity, one for all heads and rows of a layer.
-    order: theirs is raster; "auto" gives it the orders of heads that `Digest` has.
-
     Blocks that hold text are computed, as they do in what they call the sink. Left out: dense layers (`Schedule` has
     them), the eight bits of their kernel, their cheaper estimate of the deviation from the variance of each channel.
     Ours: the tau that meets a sparsity. Work beside blocks and means: the scores of means, 1 / 2n^2.
+
+    Attributes:
+        sparsity: share of attention dropped, in [0, 1): blocks, the summaries of the others and what chooses them
+            count.
+        tau: as published (1 keeps about a sixth of the blocks, 2 a fortieth); the sparsity is then ignored. None is the
+            tau that meets the sparsity, one for all heads and rows of a layer.
+        block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
+        order: theirs is raster; "auto" gives it the orders of heads that `Digest` has.
+
+    Raises:
+        ConfigError: a value out of its range.
     """
 
     tau: float | None = None

@@ -24,6 +24,8 @@ _ROUNDS = 2  # of 2-means for each halving
 class SVGEAR(Routed):
     """Cluster queries and keys apart, compute where centroids err most, let centroids stand for the rest.
 
+    SVG-EAR, arXiv 2603.08982.
+
     1. The queries of each head are put into clusters, and so are its keys.
     2. A cluster of n keys that is not computed counts as n keys at its centroid, in the same softmax, with the mean
        of its values.
@@ -31,13 +33,20 @@ class SVGEAR(Routed):
        |exp(q . k) v - exp(q . centroid) mean v|^2.
     4. Computed are the blocks with the largest ratio of this error to their size.
 
-    order: of the tokens before they are clustered.
-
     Theirs is k-means with clusters of any size, begun from those of the step before. Ours, for kernels of equal blocks,
     is 2-means with equal halves, halved again until each cluster is a block, from scratch in each call; nothing is kept
     between steps. Ours too: as many blocks in each row, for the exponentials of rows have no common measure. Text is in
     no cluster; its blocks are computed. Work beside blocks and means: the probe, 1 / 2n; two products of each token
     with a direction for each halving.
+
+    Attributes:
+        sparsity: share of attention dropped, in [0, 1): blocks, the summaries of the others and what chooses them
+            count.
+        block: edge of a block in tokens; by default 128 on a machine with a GPU, else 64.
+        order: of the tokens before they are clustered.
+
+    Raises:
+        ConfigError: a value out of its range.
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:

@@ -38,13 +38,19 @@ class SparseVDiTSearch:
 
     The run goes on with the output chosen, so later layers and steps see what earlier choices have cost.
 
-    >>> from diffsparse import SparseVDiT, SparseVDiTSearch, calibrate
-    >>> calls = [lambda: pipe("a red ball", generator=torch.manual_seed(0))]
-    >>> plan = calibrate(pipe, SparseVDiTSearch(epsilon=0.1), calls, ["ball"], folder / "plan.safetensors")
-    >>> print(SparseVDiT(plan).facts()["modes"])  # shares of heads, layers and steps
-    full ...%, skip ...%
+    Decided here:
 
-    Args:
+    - The error is relative, so that epsilon means the same on every model. It is divided by the mean over all heads of
+      the layer: a head whose output is small beside its neighbours' can be skipped.
+    - The appendix prints lambda * S_i; Eq. 2, and the meaning of a cost, want 1 - S_i.
+    - Errors are those of the video's rows, averaged over samples, guidance branches, the steps of a group and prompts.
+      Each run goes on with what the mean so far, its own call included, would choose.
+    - A mode that costs no less than full is never chosen.
+    - Steps at which a model never ran (experts of Wan 2.2) are full.
+
+    Attributes:
+        strategy: "sparse-vdit", the name of the strategy that runs on its plans.
+        passes: 2, how often each prompt is run.
         sparsity: share of the video's blocks that a sparse mode drops, in [0, 1).
         epsilon: largest loss at which a head is not full: the knob between fidelity and speed.
         weight: of the cost (lambda in the paper).
@@ -58,14 +64,12 @@ class SparseVDiTSearch:
     Raises:
         ConfigError: a value out of its range.
 
-    Decided here:
-    - The error is relative, so that epsilon means the same on every model. It is divided by the mean over all heads of
-      the layer: a head whose output is small beside its neighbours' can be skipped.
-    - The appendix prints lambda * S_i; Eq. 2, and the meaning of a cost, want 1 - S_i.
-    - Errors are those of the video's rows, averaged over samples, guidance branches, the steps of a group and prompts.
-      Each run goes on with what the mean so far, its own call included, would choose.
-    - A mode that costs no less than full is never chosen.
-    - Steps at which a model never ran (experts of Wan 2.2) are full.
+    Examples:
+        >>> from diffsparse import SparseVDiT, SparseVDiTSearch, calibrate
+        >>> calls = [lambda: pipe("a red ball", generator=torch.manual_seed(0))]
+        >>> plan = calibrate(pipe, SparseVDiTSearch(epsilon=0.1), calls, ["ball"], folder / "plan.safetensors")
+        >>> print(SparseVDiT(plan).facts()["modes"])  # shares of heads, layers and steps
+        full ...%, skip ...%
     """
 
     sparsity: float = 0.8

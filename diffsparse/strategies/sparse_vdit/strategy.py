@@ -45,8 +45,9 @@ class SparseVDiT(Planned):
     Widths and places are relative, so a plan serves other sizes and numbers of frames too, and the report says so: k
     follows from s, columns lie at the same fraction of the video, steps at the same fraction of the run.
 
-    plan: settings `sparsity`, `block`; for each layer `modes`, uint8 [steps or groups, H], numbers of `MODES`, and
-        `columns`, float32 [H, n], the share of each head's mass in each key block.
+    Attributes:
+        plan: settings `sparsity`, `block`; for each layer `modes`, uint8 [steps or groups, H], numbers of `MODES`, and
+            `columns`, float32 [H, n], the share of each head's mass in each key block.
     """
 
     _plan_of = "sparse-vdit"
@@ -143,7 +144,8 @@ def head_lists(
 ) -> BlockLists:
     """The blocks of heads in sparse `modes`, integers [H], whose columns weigh `columns`, float [H, some blocks].
 
-    layout: with all text behind the video.
+    Args:
+        layout: with all text behind the video.
     """
     blocks, keep = layout.grid.blocks(block), keep_count(sparsity, layout.grid.blocks(block))
     modes = modes.to(device, non_blocking=True)[:, None, None]  # [H, 1, 1]

@@ -21,7 +21,8 @@ def jobs(options: Options) -> list[str]:
 def run(job: str, options: Options, channel: Channel) -> None:
     """Run one case under each tool.
 
-    job: kernel and the words of the case that failed, separated by bars; empty if none failed.
+    Args:
+        job: kernel and the words of the case that failed, separated by bars; empty if none failed.
     """
     if not job:
         return channel.row(kernel="all", shape="", verdict="nothing failed")

@@ -39,9 +39,12 @@ _PATTERNS: tuple[Pattern, ...] = ("random", "ragged")
 class Shape:
     """Self-attention of a model.
 
-    grid: tokens of the video along frames, height and width.
-    heads: of the model. timed: how many of them are timed; the others take as long.
-    text: tokens of the prompt, after the video. hidden: how many of them a key mask hides.
+    Attributes:
+        grid: tokens of the video along frames, height and width.
+        heads: of the model.
+        timed: how many of them are timed; the others take as long.
+        text: tokens of the prompt, after the video.
+        hidden: how many of them a key mask hides.
     """
 
     name: str
@@ -81,10 +84,11 @@ SHAPES = (
 class Candidate:
     """What is timed: one kernel's calls of one kind.
 
-    density: share of blocks computed.
-    flops: floating-point operations of one call; 0 where they don't matter.
-    calls: one for each set of inputs.
-    sample: the first call's arguments, if its result can be compared with float64.
+    Attributes:
+        density: share of blocks computed.
+        flops: floating-point operations of one call; 0 where they don't matter.
+        calls: one for each set of inputs.
+        sample: the first call's arguments, if its result can be compared with float64.
     """
 
     kernel: str

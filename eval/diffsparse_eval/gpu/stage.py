@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 class Options(NamedTuple):
     """Options of the account, for all stages.
 
-    device: "cuda" or "cpu".
-    shrink: divides tokens, on a machine without a GPU.
-    custom: kernels of one's own to try beside ours, as module:attribute.
-    without: labels of kernels that hung or crashed; stages that only time kernels leave them out.
+    Attributes:
+        device: "cuda" or "cpu".
+        shrink: divides tokens, on a machine without a GPU.
+        custom: kernels of one's own to try beside ours, as module:attribute.
+        without: labels of kernels that hung or crashed; stages that only time kernels leave them out.
     """
 
     device: str
@@ -64,11 +65,12 @@ def usual(words: list[str], masked: bool) -> bool:
 class Stage(NamedTuple):
     """One stage of the account.
 
-    name: of the stage, in the rows.
-    module: of this package.
-    seconds: share of `WHOLE`.
-    silence: seconds without a message after which a child is killed.
-    at_once: children side by side.
+    Attributes:
+        name: of the stage, in the rows.
+        module: of this package.
+        seconds: share of `WHOLE`.
+        silence: seconds without a message after which a child is killed.
+        at_once: children side by side.
     """
 
     name: str
@@ -123,9 +125,10 @@ class Channel:
 
     Attempts are numbered, so that after one that ended the child another child goes on with the next.
 
-    failed: the numbers of those that ended a child.
-    first: number of the first new attempt; earlier ones have their rows.
-    end: when the child should be done, by `time.monotonic`.
+    Attributes:
+        failed: the numbers of those that ended a child.
+        first: number of the first new attempt; earlier ones have their rows.
+        end: when the child should be done, by `time.monotonic`.
     """
 
     def __init__(self, failed: tuple[int, ...] = (), first: int = 0, end: float = math.inf) -> None:
@@ -147,7 +150,8 @@ class Channel:
         """Report what is tried, try it, report the outcome; an exception is an outcome, too.
 
         Args:
-            kernel, shape: what is tried.
+            kernel: what is tried.
+            shape: on which size.
             measure: tries it.
             again: repeat an attempt of an earlier child that did not end it, for what comes after.
             known: more fields of the row.

@@ -165,7 +165,7 @@ def read(folder: Path = RESULTS) -> dict[str, list[AccountRow]]:
 
 
 def overview(results: dict[str, list[AccountRow]]) -> str:
-    """Each account's speed-up at 80 % sparsity, and in brackets its share of the dense kernel's rate."""
+    """Each account's speed-up at 80 % sparsity, and in brackets the share of the dense kernel's speed."""
     lines = []
     for name, rows in results.items():
         found = verdicts(rows).values()

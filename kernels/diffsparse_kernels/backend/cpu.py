@@ -227,8 +227,9 @@ class _Blocks(NamedTuple):
     ) -> _Part:
         """Attention of scaled q [..., q_block, D] to the first `columns` keys of blocks [..., count].
 
-        bias: [m, 1, q_block, columns], one for each m-th of the rows.
-        lengths: [rows], how many of these keys each row has.
+        Args:
+            bias: [m, 1, q_block, columns], one for each m-th of the rows.
+            lengths: [rows], how many of these keys each row has.
         """
         shortest = columns if lengths is None else int(lengths.min())
         parts, start = [], 0
@@ -433,7 +434,8 @@ class _Others(NamedTuple):
     def joined(self, part: _Part, q: Tensor, row: slice | Tensor) -> _Part:
         """Attention of scaled q [n, q_block, D] to the keys of `part` and to what stands for all others.
 
-        row: which query blocks these are, a slice of one head's or the numbers of any.
+        Args:
+            row: which query blocks these are, a slice of one head's or the numbers of any.
         """
         heads = (row if isinstance(row, Tensor) else row.start) // self.lists.q_blocks
         keys, values = self.key[heads], self.value[heads]  # [n, nK, D] for any heads, [nK, D] for one

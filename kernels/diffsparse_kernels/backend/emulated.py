@@ -34,7 +34,7 @@ def quantise(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
         block: rows that share a scale; the last block may be ragged.
 
     Returns:
-        int8 [..., N, D], and scales [..., N, 1], equal within a block: float32, or float64 as x.
+        Whole numbers, int8 [..., N, D], and scales [..., N, 1], equal within a block, float32 (float64 for float64 x).
 
     Raises:
         KernelInputError: bits out of range.
@@ -47,7 +47,15 @@ def quantise(x: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
 
 
 def incoherence(x: Tensor, block: int) -> Tensor:
-    """max |x| / mean |x| of each block of rows of x [..., N, D], float [..., n]: how much of its range is wasted."""
+    """max |x| / mean |x| of each block of rows: how much of its range is wasted (PAROAttention, arXiv 2506.16054).
+
+    Args:
+        x: [..., N, D].
+        block: rows of a block; the last block may be ragged.
+
+    Returns:
+        [..., n], float32 or better.
+    """
     size = _exact(x).abs()
     rows = _blocks(torch.ones_like(size[..., :1]), block).sum((-2, -1))  # without those that pad the last block
     blocks = _blocks(size, block)

@@ -89,7 +89,9 @@ def _with_stand_ins(
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the scores of the keys [B, H, rows, N_kv] and of one more key for each dropped block.
 
-    dropped: bool [B|1, H, b, nK], by query block. by: with slope and reach of these blocks.
+    Args:
+        dropped: bool [B|1, H, b, nK], by query block.
+        by: with slope and reach of these blocks.
     """
     q, rows = q.to(scores.dtype), q.shape[2]
     theirs = q @ by.key.to(scores.dtype).mT * scale + by.log_count[:, :, None]

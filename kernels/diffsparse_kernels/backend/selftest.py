@@ -104,7 +104,8 @@ class Sample(NamedTuple):
 def samples(case: Case, device: torch.device, long: bool = True) -> Iterator[Sample]:
     """Ragged lengths, both layouts of memory, an empty list, lists for each sample and for all, a prefix and holes.
 
-    long: one with more keys than 16 bits count, too, for which a CPU takes seconds.
+    Args:
+        long: one with more keys than 16 bits count, too, for which a CPU takes seconds.
     """
     draw = _Draw(case, device)
     if case.kind == "selection":
@@ -351,9 +352,10 @@ def some_rows(sample: Sample, head: int, blocks: int = 6) -> tuple[Sample, Tenso
 def difference(got: Tensor, want: Tensor, low: Tensor, least: float = _FAST) -> tuple[float, float]:
     """The largest error of `got`, infinite if it isn't finite where it should be, and the largest that is explained.
 
-    want: float64.
-    low: the same in plain torch, as rounded as it may be: twice its error is explained, and one rounding more.
-    least: relative size of that rounding, if its dtype has a smaller one.
+    Args:
+        want: float64.
+        low: the same in plain torch, as rounded as it may be: twice its error is explained, and one rounding more.
+        least: relative size of that rounding, if its dtype has a smaller one.
     """
     alive = want.isfinite()
     if not torch.equal(got.isfinite(), alive) or not torch.equal(got[~alive].double(), want[~alive]):
@@ -375,9 +377,10 @@ def distance(got: Tensor, want: Tensor, low: Tensor) -> tuple[float, float]:
 class Finding(NamedTuple):
     """What came of one call.
 
-    problem: what is wrong; empty if nothing is.
-    error: the largest of the output.
-    equal: whether all repeats gave the same bits.
+    Attributes:
+        problem: what is wrong; empty if nothing is.
+        error: the largest of the output.
+        equal: whether all repeats gave the same bits.
     """
 
     problem: str
@@ -466,7 +469,8 @@ def _verdict(name: str, case: Case, device: torch.device) -> str:
 def kernel_of(name: str) -> Kernel:
     """The functions of a kernel: a backend's module, or those of one kind of its tiles.
 
-    name: one of `KERNELS`, or "module:attribute" for a kernel of one's own.
+    Args:
+        name: one of `KERNELS`, or "module:attribute" for a kernel of one's own.
     """
     if ":" in name:
         module_name, attribute = name.split(":")

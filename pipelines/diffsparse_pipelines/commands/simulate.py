@@ -171,11 +171,14 @@ class RunOptions:
             ConfigError, UnknownNameError: an option that doesn't fit.
         """
         from diffsparse.schedule import Schedule
+        from diffsparse_pipelines import families
         from diffsparse_pipelines.commands import forecasts
 
         if grid.model is None:
             raise ConfigError("--device wants --model, the name of a known one")
-        knobs = {"sparsity": windows.sparsity, **({} if windows.block is None else {"block": windows.block})}
+        few = families.few_steps(grid.model, self.steps or families.defaults(grid.model).get("num_inference_steps"))
+        sparsity = few.sparsity if few and windows.sparsity is None else windows.sparsity
+        knobs = {"sparsity": sparsity, **({} if windows.block is None else {"block": windows.block})}
         names = values.names(self.strategy or "digest,tangent,adaspa")
         strategies = forecasts.on_device(names, self.chosen, **knobs)
         schedules = [Schedule(first) for first in values.amounts(self.dense_first or "0.2,0.1", "--dense-first")]

@@ -51,7 +51,11 @@ def _not_about_rounding(record: logging.LogRecord) -> bool:
 
 
 def folder(variant: str = "default") -> Path:
-    """Where a variant lies, in the layout of `WanPipeline.from_pretrained`."""
+    """Where a variant lies, in the layout of `WanPipeline.from_pretrained`.
+
+    Raises:
+        LookupError: no such variant.
+    """
     _known(variant)
     return Path(__file__).parent / "weights" / variant
 
@@ -65,6 +69,14 @@ def load(variant: str = "default", dtype: torch.dtype = torch.float32) -> TinyPi
 
     Raises:
         LookupError: no such variant.
+
+    Examples:
+        >>> from diffsparse_pipelines import tiny
+        >>> pipe, call = tiny.load("twin"), tiny.defaults("twin")
+        >>> (prompt,) = tiny.prompts(1)
+        >>> video = pipe(prompt, **call).frames[0]
+        >>> video.shape
+        (9, 32, 32, 3)
     """
     path = folder(variant)
     with no_bars():
@@ -73,7 +85,11 @@ def load(variant: str = "default", dtype: torch.dtype = torch.float32) -> TinyPi
 
 
 def defaults(variant: str = "default") -> dict[str, int | float | str]:
-    """The call arguments that a variant was trained for, without prompt and generator."""
+    """The call arguments that a variant was trained for, without prompt and generator.
+
+    Raises:
+        LookupError: no such variant.
+    """
     _known(variant)
     sizes = VARIANTS[variant]
     return {
@@ -88,7 +104,12 @@ def defaults(variant: str = "default") -> dict[str, int | float | str]:
 
 
 def prompts(n: int, seed: int = 0) -> list[str]:
-    """`n` captions of the kind that the model knows; the same `n` and `seed` give the same captions."""
+    """Captions of the kind that the model knows; the same arguments give the same captions.
+
+    Args:
+        n: how many.
+        seed: of the draw.
+    """
     return [str(caption) for caption in sample(n, seed)]
 
 

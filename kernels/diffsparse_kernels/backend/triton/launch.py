@@ -60,11 +60,12 @@ class Flags(TypedDict):
 class Rounded(NamedTuple):
     """What `kernels.attend` needs of eight-bit inputs besides these.
 
-    dtype: of the output.
-    values: number format of v, "plain", "int8" or "fp8"; v is [B, H, D_V, N] unless it is plain.
-    q_scale: float32 [B, H, nQ].
-    k_scale: float32 [B, H, nK].
-    v_scale: float32 [B, H, D_V]; None if v is plain.
+    Attributes:
+        dtype: of the output.
+        values: number format of v, "plain", "int8" or "fp8"; v is [B, H, D_V, N] unless it is plain.
+        q_scale: float32 [B, H, nQ].
+        k_scale: float32 [B, H, nK].
+        v_scale: float32 [B, H, D_V]; None if v is plain.
     """
 
     dtype: torch.dtype
@@ -525,7 +526,8 @@ def _allowed(kind: Copy, copy: Copy | None, case: Case, device: torch.device) ->
 def capable_tiles(tiles: list[Tile], itemsize: int, copyable: bool, flags: Flags) -> Iterator[Tile]:
     """The tiles that these inputs allow, in order; float32, which no tensor core multiplies, has one that always runs.
 
-    itemsize: bytes of a number of the inputs.
+    Args:
+        itemsize: bytes of a number of the inputs.
     """
     if itemsize > 2:
         yield Tile(min(16, tiles[-1].keys), 8, 1)
