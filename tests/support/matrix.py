@@ -10,11 +10,27 @@ from types import ModuleType
 from support.methods import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs/support.md"
-_HEAD = """# What works where
+_HEAD = """# Surroundings
 
-Written by `python -m support.matrix` from `tests/library/test_surroundings.py`: each "yes" is a test that compares
-with dense attention, or with the same method undisturbed, and that fails where a call is dense without a reason.
+Whether diffsparse works in the code that you have: autocast, compile, PEFT, several devices, loops of your own.
 
+Each "yes" is a test that compares with dense attention, or with the same method undisturbed, and that fails where a
+call is dense without a reason. What a row means is in the title of the test.
+
+"""
+_FOOT = """
+
+## And beside these
+
+- **Step caches**, put on before or after `apply`, by you or by `accelerate`: [Stack with caches](stack.md).
+- **Offloading, LoRA, fused projections, other attention backends**, set before or after `apply`:
+  [Low memory](recipes/memory.md).
+- **Guidance** in one batch or one call after the other; distilled or off.
+- **Custom loops** over a bare transformer: passes are counted, or `transformer.cache_context("cond", step_index=i,
+  num_inference_steps=n)` tells the step (Diffusers 0.41 on).
+- **Not served**: ring attention, UNets, linear attention. A deep copy of an applied model runs dense.
+
+Written by `python -m support.matrix` from `tests/library/test_surroundings.py`.
 """
 
 
@@ -35,7 +51,7 @@ def page(tests: ModuleType) -> str:
         cells = ["yes" if why is None else f"[{notes.setdefault(why, len(notes) + 1)}]" for why in reasons]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += ["", *(f"[{number}] {why}" for why, number in notes.items())]
-    return _HEAD + "\n".join(lines).rstrip() + "\n"
+    return _HEAD + "\n".join(lines).rstrip() + _FOOT
 
 
 if __name__ == "__main__":

@@ -79,12 +79,13 @@ def state(name: str) -> str:
 _ROOT = Path(__file__).parents[2]
 PAGE, README = _ROOT / "docs/models.md", _ROOT / "README.md"
 _BEGIN, _END = "<!-- models: made by python -m support.walk -->", "<!-- /models -->"
-_HEAD = """# Every transformer of Diffusers
+_HEAD = """# Models
 
-Written by `python -m support.walk` from Diffusers {version} and from the tests: `tests/library/test_walk.py` holds
-each row. A sparse class attends sparsely and changes no bit under `Dense()`, also when it is taken off, at another
-size, and in its other modes; its heads can be guided. An exception is refused, or dense and told so.
-`make walk DIFFUSERS=0.40.0` walks another release.
+Whether the transformer of your pipeline is served, and what is known of it: every class of Diffusers {version}.
+
+Find the class by `type(pipe.transformer).__name__`. A class that says "yes" attends sparsely and changes no bit under
+`Dense()`, also when it is taken off, at another size, and in its other modes; its heads can be guided. The others are
+refused, or run dense and say so, for the reason that stands in their row. By family: [Recipes](recipes/index.md).
 
 - **sparse**: or why not, or what is still missing.
 - **guidance**: how its pipelines call it in a step: a batch of branches; one call after the other, in cache contexts
@@ -92,6 +93,9 @@ size, and in its other modes; its heads can be guided. An exception is refused, 
 - **blocks compiled**: `compile_repeated_blocks` knows its blocks.
 - **step caches**: it takes those of Diffusers.
 - **offloaded**: by groups, and by layers where it says which not to split.
+
+Written by `python -m support.walk` and held by `tests/library/test_walk.py`, with small random weights.
+`make walk DIFFUSERS=0.40.0` walks another release.
 
 """
 

@@ -17,6 +17,8 @@ _LONGEST = 95
 _ROOT = Path(__file__).parents[3]
 RESULTS = _ROOT / "eval/results/gpu"
 _BEGIN, _END = "<!-- gpu: made by make gpu-tables -->", "<!-- /gpu -->"
+_CARDS = "<!-- cards: made by make gpu-tables -->", "<!-- /cards -->"
+_ACCOUNTS = "<!-- accounts: made by make gpu-tables -->", "<!-- /accounts -->"
 _SHAPES = ("wan 1.3b 480p", "wan 14b 720p", "hunyuan-video 720p", "flux 1024 px")
 _WHOLE = "hunyuan-video"  # the model whose whole run the overview names
 _COLUMNS = ("card", "cases right", *_SHAPES, f"whole run of {_WHOLE}")
@@ -214,20 +216,24 @@ def _whole_cell(rows: list[AccountRow]) -> str:
 
 def pages(results: dict[str, list[AccountRow]]) -> dict[Path, str]:
     """The text that README.md and docs/gpu.md should have."""
-    readme = _ROOT / "README.md"
-    text = "# What GPUs make of the kernels\n\nWritten by `make gpu-tables` from `eval/results/gpu`.\n"
-    text += f"\n{overview(results)}\n"
-    for name, rows in results.items():
-        last = rows[-1]
-        facts: AccountFacts = {
-            "device": last["device"],
-            "driver": last["driver"],
-            "date": last["date"],
-            "commit": last["commit"],
-            "versions": last["versions"],
-        }
-        text += f"\n## {name}\n```text\n{summary(rows, facts, longest=None)}```\n"
-    return {readme: spliced(readme.read_text(), _BEGIN, headline(results), _END), _ROOT / "docs/gpu.md": text}
+    readme, page = _ROOT / "README.md", _ROOT / "docs/gpu.md"
+    accounts = (f"## {name}\n```text\n{summary(rows, _facts(rows), None)}```\n" for name, rows in results.items())
+    text = page.read_text()
+    for (begin, end), made in ((_CARDS, overview(results)), (_ACCOUNTS, "\n" + "\n".join(accounts))):
+        text = spliced(text, begin, made, end)
+    return {readme: spliced(readme.read_text(), _BEGIN, headline(results), _END), page: text}
+
+
+def _facts(rows: list[AccountRow]) -> AccountFacts:
+    """Of an account, as its last row has them."""
+    last = rows[-1]
+    return {
+        "device": last["device"],
+        "driver": last["driver"],
+        "date": last["date"],
+        "commit": last["commit"],
+        "versions": last["versions"],
+    }
 
 
 def main() -> None:

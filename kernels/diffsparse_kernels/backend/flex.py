@@ -17,13 +17,14 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 
 from diffsparse_kernels.case import Case
 from diffsparse_kernels.catalog import load
-from diffsparse_kernels.errors import KernelInputError
 from diffsparse_kernels.lists import BlockLists
 from diffsparse_kernels.masks import Boxes, is_bias
 
 
 def capability(device: torch.device, case: Case | None = None) -> str | None:
-    """Why it can't run on `device`, or compute `case` there; None, for what it can't do it raises, as does torch."""
+    """Why it can't run on `device`, or compute `case` there; what else it can't do torch raises."""
+    if case is not None and case.axes:  # for other boxes it would have to be compiled again
+        return "the flex backend takes no boxes"
     return None
 
 
@@ -63,13 +64,7 @@ def block_sparse_attention(
     key_mask: Tensor | None,
     boxes: Boxes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the listed blocks.
-
-    Raises:
-        KernelInputError: boxes, which FlexAttention would have to be compiled for again.
-    """
-    if boxes is not None:
-        raise KernelInputError("the flex backend takes no boxes; got some. Use backend='triton', or 'cpu' on the CPU")
+    """Attention over the listed blocks."""
     return _flex(q, k, v, scale, key_mask, lists.to_block_mask())
 
 
