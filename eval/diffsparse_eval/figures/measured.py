@@ -9,12 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from diffsparse_eval import stack, style
 from diffsparse_eval.gpu import table as gpu
 from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.style import TYPE, WIDTH, Theme
+from diffsparse_pipelines import tiny
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +38,7 @@ _NAMES = {
     "pisa": "PISA",
 }
 _SPARSITY = 0.8
+_SMOOTH = 5  # rows of the log
 _MODELS = {
     "wan 1.3b 480p": "Wan 1.3B, 480p",
     "wan 14b 720p": "Wan 14B, 720p",
@@ -196,3 +199,37 @@ def _axes(height: float, *, left: float = 0.66, right: float = 0.2, top: float =
     axes = figure.add_axes((left / WIDTH, 0.62 / height, 1 - (left + right) / WIDTH, 1 - (0.62 + top) / height))
     axes.tick_params(labelsize=TYPE)
     return figure, axes
+
+
+def loss(theme: Theme) -> Figure:
+    """Loss of the embedded model's last three stages, a panel for each kind of piece that it was trained on."""
+    found, borders = _losses()
+    figure = Figure(figsize=(WIDTH, 5.6))
+    panels = figure.subplots(3, 3, sharex=True, sharey=True)
+    figure.subplots_adjust(0.75 / WIDTH, 0.11, 1 - 0.1 / WIDTH, 0.94, 0.1, 0.32)
+    for panel, (name, points) in zip(panels.flat, found.items(), strict=True):
+        steps, values = np.array(points).T
+        smooth = np.convolve(values, np.ones(_SMOOTH) / _SMOOTH, "valid")
+        panel.plot(steps, values, ".", color=theme.soft, markersize=3)
+        panel.plot(steps[_SMOOTH - 1 :], smooth, color=theme.accent, linewidth=2)
+        panel.set_title(name, loc="left", pad=4, fontsize=TYPE)
+        panel.set(xlim=(0, borders[-1]), ylim=(0.02, 0.26), yticks=(0.05, 0.1, 0.15, 0.2), xticks=(0, 2000, 4000))
+        panel.grid(axis="y")
+        for border in borders[:-1]:
+            panel.axvline(border, color=theme.soft, linewidth=1, linestyle=(0, (3, 3)))
+    panels[1, 0].set_ylabel("loss")
+    panels[2, 1].set_xlabel("step; dashed: where stages 4 and 5 begin")
+    return figure
+
+
+def _losses() -> tuple[dict[str, list[tuple[int, float]]], list[int]]:
+    """By kind of piece: step, counted over the stages, and loss; and the last step of each stage."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    last: dict[int, int] = {}
+    for text in (Path(tiny.__file__).parent / "card/log.jsonl").read_text().splitlines():
+        row = json.loads(text)
+        before = sum(count for stage, count in last.items() if stage < row["stage"])
+        last[row["stage"]] = row["step"]
+        for name, value in row["loss"].items():
+            found.setdefault(name, []).append((before + row["step"], value))
+    return dict(sorted(found.items())), np.cumsum(list(last.values())).tolist()

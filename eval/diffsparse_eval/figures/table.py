@@ -31,3 +31,4 @@ FIGURES: dict[str, Callable[[Theme], Figure]] = {
     "stack": drawings.stacked,
     "seam": drawings.seam,
 }
+CARD = {"loss": measured.loss}  # of the embedded model, one PNG each
