@@ -22,14 +22,15 @@ WALKED ?= tests/library/test_walk.py tests/library/test_identity.py
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 FOLDERS := .whl/site:.:kernels:pipelines:eval
 
-.PHONY: help demo test docs stack stack-tables gpu gpu-wheels gpu-tables walk lint format wheel clean
+.PHONY: help demo test docs figures stack stack-tables gpu gpu-wheels gpu-tables walk lint format wheel clean
 
 help:
 	@echo "make demo    generate and compare videos of the embedded model: dense, AdaSpa, Digest, random"
 	@echo "make test    format, lint, types and all tests"
 	@echo "make docs    build the manual into out/site, strictly; every figure and table in it is committed"
 	@echo "make stack   measure step caches with and without sparse attention: hours on one core, goes on where it stopped"
-	@echo "make stack-tables  write its tables into README.md and docs/stack.md"
+	@echo "make stack-tables  write its tables into README.md and docs/stack.md, its chart into docs/figures"
+	@echo "make figures draw the figures of the docs, light and dark, into docs/figures; about a minute"
 	@echo "make gpu     in some minutes, all that a CUDA device makes of the kernels; GPU_SECONDS=480, OUT=out/gpu"
 	@echo "make gpu-wheels  download what runs whole models on a GPU machine that has no network"
 	@echo "make gpu-tables  write the tables of eval/results/gpu into README.md and docs/gpu.md"
@@ -71,6 +72,9 @@ stack: $(VENV)/.user
 		cp out/stack-guidance-$$scale/results.json eval/results/stack-guidance-$$scale.json || exit; \
 	done
 	$(MAKE) stack-tables
+
+figures: $(VENV)/.user
+	OMP_NUM_THREADS=1 $(BIN)/python -m diffsparse_eval.figures
 
 stack-tables: $(VENV)/.user
 	$(BIN)/python -m diffsparse_eval.stack

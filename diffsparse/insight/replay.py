@@ -75,7 +75,7 @@ def exact(call: RecordedCall, device: str | torch.device) -> Tensor:
         call: the call.
         device: where it runs, and where the result is.
     """
-    q, k, v = _tensors(call, device, torch.float32)
+    q, k, v = tensors_of(call, device, torch.float32)
     return _dense(call, q, k, v)
 
 
@@ -112,10 +112,10 @@ def attempt(strategy: Strategy, pair: Pair, dense: Tensor, dtype: torch.dtype) -
     """
     memory: dict[str, Any] = {}
     if strategy.observes:
-        site = _site(pair.first, memory, dense.device)
-        in_order(strategy, strategy.observe, _tensors(pair.first, dense.device, dtype), site)
-    site = _site(pair.second, memory, dense.device)
-    out = in_order(strategy, strategy.attend, _tensors(pair.second, dense.device, dtype), site)
+        site = site_of(pair.first, memory, dense.device)
+        in_order(strategy, strategy.observe, tensors_of(pair.first, dense.device, dtype), site)
+    site = site_of(pair.second, memory, dense.device)
+    out = in_order(strategy, strategy.attend, tensors_of(pair.second, dense.device, dtype), site)
     layout, record = pair.second.place.layout, site.record
     dense, out = layout.gathered(dense), layout.gathered(out)
     residual = (dense - out.float())[0]
@@ -132,7 +132,8 @@ def spectrum(residual: Tensor) -> Tensor:
     return held[:, [min(rank, held.shape[-1]) - 1 for rank in RANKS]]
 
 
-def _tensors(call: RecordedCall, device: str | torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def tensors_of(call: RecordedCall, device: str | torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [1, H, N, D] of a recorded call."""
     return call.q.to(device, dtype), call.k.to(device, dtype), call.v.to(device, dtype)
 
 
@@ -147,7 +148,7 @@ def _dense(call: RecordedCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=call.scale)
 
 
-def _site(call: RecordedCall, memory: dict[str, Any], device: torch.device) -> Site:
+def site_of(call: RecordedCall, memory: dict[str, Any], device: torch.device) -> Site:
     """A site as the run had it. What strategies may keep is for all heads of all layers, of which few are here."""
     place = vars(call.place) | {"layers": call.place.layers * call.all_heads // len(call.heads)}
     return Site(

@@ -14,7 +14,7 @@ from diffsparse.files import write_csv, write_json
 from diffsparse.insight.inspection import Inspector, LayerView, sampled_steps
 from diffsparse.orders.named import AXES
 from diffsparse.strategies import as_strategy
-from diffsparse_eval import charts
+from diffsparse_eval import charts, style
 from diffsparse_eval.compared import label, sparsity_of
 from diffsparse_eval.rows import SCHEMA, SCHEMA_KEY, HeadRow, InspectionFacts
 from diffsparse_kernels import Block, written
@@ -190,10 +190,10 @@ def write(inspection: Inspection, out: Path) -> None:
     found = rows(views)
     write_json({SCHEMA_KEY: SCHEMA, **facts, "rows": found}, out / "inspect.json")
     write_csv(found, out / "recall.csv")
-    charts.save(charts.recall(views, facts), out / "recall.png")
-    charts.save(charts.orders(views, facts), out / "orders.png")
+    style.save(charts.recall(views, facts), out / "recall.png")
+    style.save(charts.orders(views, facts), out / "orders.png")
     for view in views:
-        charts.save(charts.maps(view, facts), out / f"maps-{view.number:02}-{view.model}.{view.layer}.png")
+        style.save(charts.maps(view, facts), out / f"maps-{view.number:02}-{view.model}.{view.layer}.png")
 
 
 def table(views: list[LayerView]) -> list[list[str]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -12,7 +11,6 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from diffsparse.files import whole
 from diffsparse.insight.inspection import LayerView
 from diffsparse.orders.named import RASTER
 from diffsparse_eval.rows import InspectionFacts
@@ -26,31 +24,6 @@ _PALETTE = ("#4477aa", "#c8702a", "#228833", "#7b5aa6", "#d1495b", "#2a8c9e", "#
 _LEGIBLE = 30, 12  # layers and heads up to which texts are written into the cells
 _COLUMN = 6  # heads one below the other
 _LOWEST, _HIGHEST = 0.03, 30.0  # block mass in units of uniform attention
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, facecolor=_PAPER)
-
-
-class Line(TypedDict):
-    """How matplotlib draws a line."""
-
-    color: str
-    marker: str
-    markersize: int
-    linestyle: str
-
-
-def line(number: int) -> Line:
-    """Colour, marker and dash of a line; lines differ without colour, too."""
-    return {
-        "color": _PALETTE[number % len(_PALETTE)],
-        "marker": "osD^vPX"[number % 7],
-        "markersize": 5,
-        "linestyle": ("-", "--", ":")[number // len(_PALETTE) % 3],
-    }
 
 
 def maps(view: LayerView, facts: InspectionFacts) -> Figure:

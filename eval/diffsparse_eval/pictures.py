@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from diffsparse_eval import charts
+from diffsparse_eval import style
 from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.report import groups
 from diffsparse_pipelines import media
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from diffsparse_eval.rows import ResultRow
 
 _KNOBS = re.compile(r"(?<=\w) \d[\d.]*|:[^/]*(?=/)")  # of a strategy, its sparsity; of a step cache, all
@@ -35,23 +38,34 @@ def write_sheet(rows: list[ResultRow], prompt: str, seed: int, out: Path) -> Non
 def write_tradeoff(rows: list[ResultRow], out: Path) -> None:
     """Write `tradeoff.png` into `out`: mean PSNR and its 95 % interval over work and over speed-up.
 
-    One line for each strategy, through its sparsities.
+    One line for each strategy, through its sparsities, with its name beside the end.
     """
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    panels = {"density": "share of attention computed, dense steps included", "speedup": "speed-up, end to end"}
-    axes = figure.subplots(1, len(panels), sharey=True)
-    for number, (name, points) in enumerate(_lines(rows).items()):
-        style = charts.line(number)
-        for panel, column in zip(axes, panels, strict=True):
-            points = sorted(points, key=lambda point: point[column])
-            values, halves = ([point[key] for point in points] for key in ("psnr_db", "half"))
-            panel.errorbar([p[column] for p in points], values, halves, label=name, capsize=2, linewidth=1.2, **style)
-    for panel, text in zip(axes, panels.values(), strict=True):
-        panel.set_xlabel(text)
-        panel.grid(alpha=0.3)
-    axes[0].set_ylabel("PSNR to the dense video, dB")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    charts.save(figure, out / "tradeoff.png")
+    lines = _lines(rows)
+    with style.drawn(style.LIGHT):
+        names = 0.105 * max(map(len, lines), default=0)  # inches
+        width, height = 10.5 + names, max(5.0, 0.24 * len(lines) + 1)
+        figure = Figure(figsize=(width, height))
+        axes = figure.subplots(1, 2, sharey=True)
+        figure.subplots_adjust(0.75 / width, 0.7 / height, 1 - (0.4 + names) / width, 1 - 0.2 / height, 0.06)
+        panels = {"density": "share of attention computed, dense steps included", "speedup": "speed-up, end to end"}
+        for panel, (column, text) in zip(axes, panels.items(), strict=True):
+            for name, points in lines.items():
+                _line(panel, name, sorted(points, key=itemgetter(column)), column)
+            panel.set_xlabel(text)
+            panel.grid()
+        axes[0].set_ylabel("PSNR to the dense video, dB")
+        style.label_ends(axes[1], [_end(name, points) for name, points in lines.items()])
+        style.save(figure, out / "tradeoff.png")
+
+
+def _line(panel: Axes, name: str, points: list[dict[str, float]], column: str) -> None:
+    x, y, halves = ([point[key] for point in points] for key in (column, "psnr_db", "half"))
+    panel.errorbar(x, y, halves, capsize=2, linewidth=1.6, **style.line(name))
+
+
+def _end(name: str, points: list[dict[str, float]]) -> style.End:
+    last = max(points, key=itemgetter("speedup"))
+    return style.End(last["speedup"], last["psnr_db"], name, style.colour(name, style.LIGHT))
 
 
 def _lines(rows: list[ResultRow]) -> dict[str, list[dict[str, float]]]:

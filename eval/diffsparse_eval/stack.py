@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from diffsparse.errors import InputFileError
 from diffsparse.files import write_text
-from diffsparse_eval import charts
+from diffsparse_eval import style
 from diffsparse_eval.experiment import RESULTS, load
 from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.report import groups
@@ -29,6 +29,10 @@ from diffsparse_pipelines.tables import markdown_table, spliced
 
 SHARES = (0.5, 0.7, 0.85)  # of attention in a dense step, for which speed is counted
 TARGETS = (2.1, 2.5, 3.0)
+_OFFSETS = (  # points
+    *((9, 9, "left"), (0, 16, "center"), (-9, -22, "right"), (0, -30, "center"), (-9, -45, "right")),
+    (8, 26, "left"),
+)
 _IDENTICAL = 100.0  # dB
 _ROOT = Path(__file__).parents[2]
 _PAGE, _README = _ROOT / "docs/stack.md", _ROOT / "README.md"
@@ -188,43 +192,88 @@ def _margin_line(name: str, each: Margin) -> list[str]:
     return [f"{each.target:g}x {name}", each.cache.removesuffix("/dense"), *numbers, gain]
 
 
-def headline(files: dict[str, list[Point]]) -> str:
+def headline(settings_of: dict[str, list[Point]]) -> str:
     """The gain at the first of the speeds alone, in a line for each of some files."""
     headings = ["", "speed-up", "step cache alone", "with diffsparse"]
     lines = []
-    for name, settings in files.items():
+    for name, settings in settings_of.items():
         for each in margins(settings, lambda point: point.measured, TARGETS[:1]):
             numbers = [f"{each.speedup:.1f}x", f"{each.cache_db:.1f} dB", f"{each.stack_db:.1f} dB"]
             lines.append([name, *numbers])
     return markdown_table(headings, lines)
 
 
-def chart(by_guidance: dict[str, list[Point]]) -> Figure:
+def chart(by_guidance: dict[str, list[Point]], theme: style.Theme = style.LIGHT) -> Figure:
     """PSNR over measured speed-up: caches alone, sparse attention alone, and both; a panel for each file.
 
     A line goes through the settings of its kind that no other beats in both; those that one beats are faint.
     """
-    figure = Figure(figsize=(5.6 * len(by_guidance), 4.6), layout="constrained")
-    axes = figure.subplots(1, len(by_guidance), sharey=True, squeeze=False)[0]
-    for panel, (title, settings) in zip(axes, by_guidance.items(), strict=True):
-        for number, kind in enumerate(_KINDS):
-            _draw(panel, [point for point in settings if point.kind == kind], kind, number)
-        panel.set_title(title, fontsize=12)
-        panel.set_xlabel("speed-up of the whole run", fontsize=12)
-        panel.grid(alpha=0.3)
-    axes[0].set_ylabel("PSNR to the dense video, dB", fontsize=12)
-    axes[0].legend(frameon=False, fontsize=12, loc="lower left")
-    return figure
+    with style.drawn(theme):
+        width, height = max(style.WIDTH, 3.75 * len(by_guidance)), 4.4
+        figure = Figure(figsize=(width, height))
+        axes = figure.subplots(1, len(by_guidance), sharey=True, squeeze=False)[0]
+        figure.subplots_adjust(0.66 / width, 0.62 / height, 1 - 0.12 / width, 1 - 0.4 / height, 0.06)
+        for panel, (title, settings) in zip(axes, by_guidance.items(), strict=True):
+            for kind in _KINDS:
+                _draw(panel, [point for point in settings if point.kind == kind], kind, theme)
+            panel.set_title(title)
+            panel.set_xlabel("speed-up of the whole run")
+            panel.margins(x=0.08, y=0.12)
+            panel.grid()
+        axes[0].set_ylabel("PSNR to the dense video, dB")
+        for panel, settings in zip(axes, by_guidance.values(), strict=True):
+            for kind in _KINDS:
+                _name(panel, settings, kind, theme)
+        return figure
 
 
-def _draw(panel: Axes, settings: list[Point], kind: str, number: int) -> None:
-    style, kept = charts.line(number), best(settings, lambda point: point.measured)
+def _draw(panel: Axes, settings: list[Point], kind: str, theme: style.Theme) -> None:
+    look, kept = style.line(kind, theme), best(settings, lambda point: point.measured)
     rest = [point for point in settings if point not in kept]
     spread = [mean_and_interval(point.psnr_db) for point in kept]
     middles, halves = [middle for middle, _ in spread], [half or 0.0 for _, half in spread]
-    panel.errorbar([p.measured for p in kept], middles, halves, label=kind, capsize=2, linewidth=1.8, **style)
+    panel.errorbar([p.measured for p in kept], middles, halves, capsize=2, linewidth=2.2, **look)
     x, y = [point.measured for point in rest], [mean(point.psnr_db) for point in rest]
-    panel.plot(x, y, linestyle="none", marker=style["marker"], color=style["color"], markersize=4, alpha=0.3)
+    panel.plot(x, y, linestyle="none", marker=look["marker"], color=look["color"], markersize=4, alpha=0.35)
+
+
+def _name(panel: Axes, settings: list[Point], kind: str, theme: style.Theme) -> None:
+    """The kind beside a point of its line, at the first place where it covers nothing that is drawn."""
+    panel.set(xlim=panel.get_xlim(), ylim=panel.get_ylim())
+    drawn = panel.transData.transform([place for each in _KINDS for place in _along(settings, each)])
+    others = [text.get_window_extent() for text in panel.texts]
+    for x, y, side in _OFFSETS:
+        for point in best((p for p in settings if p.kind == kind), lambda point: point.measured)[::-1]:
+            text = panel.annotate(
+                kind,
+                (point.measured, mean(point.psnr_db)),
+                (x, y),
+                textcoords="offset points",
+                ha=side,
+                color=style.colour(kind, theme),
+                weight="bold",
+            )
+            box = text.get_window_extent().padded(4)
+            if (
+                not (box.count_contains(drawn) or box.count_overlaps(others))
+                and panel.bbox.count_contains(box.corners()) == 4
+            ):
+                return
+            text.remove()
+
+
+def _along(settings: list[Point], kind: str) -> list[tuple[float, float]]:
+    """Places of a kind's points, their intervals, and the line through the best of them."""
+    own = [point for point in settings if point.kind == kind]
+    kept = best(own, lambda point: point.measured)
+    found = [(point.measured, mean(point.psnr_db)) for point in own]
+    for point in kept:
+        middle, half = mean_and_interval(point.psnr_db)
+        found += [(point.measured, float(y)) for y in np.linspace(middle - (half or 0), middle + (half or 0), 20)]
+    if kept:
+        x, y = [point.measured for point in kept], [mean(point.psnr_db) for point in kept]
+        found += [(float(at), float(np.interp(at, x, y))) for at in np.linspace(x[0], x[-1], 200)]
+    return found
 
 
 def read(path: Path) -> list[ResultRow]:
@@ -252,15 +301,19 @@ def _title(path: Path) -> str:
     return name.removeprefix("stack-").replace("-", " ")
 
 
-def settings_of(paths: list[Path]) -> dict[str, list[Point]]:
-    """The settings of some files, by what tells the files apart."""
+def files(paths: list[Path]) -> dict[str, list[Point]]:
+    """The settings of some files, by their titles."""
     return {_title(path): points(read(path)) for path in paths}
+
+
+def own() -> dict[str, list[Point]]:
+    """Those of the project's own rows."""
+    return files(sorted((_ROOT / "eval/results").glob("stack-*.json")))
 
 
 def pages() -> dict[Path, str]:
     """The text that README.md and docs/stack.md should have."""
-    files = settings_of(sorted((_ROOT / "eval/results").glob("stack-*.json")))
-    made = {_README: headline(files), _PAGE: text(files).rstrip("\n")}
+    made = {_README: headline(own()), _PAGE: text(own()).rstrip("\n")}
     return {page: spliced(page.read_text(), _BEGIN, part, _END) for page, part in made.items()}
 
 
@@ -268,10 +321,12 @@ def main(names: list[str]) -> None:
     """Write tables and chart of some results beside the first of them, or the project's own tables into its docs."""
     paths = [Path(name) for name in names]
     if paths:
-        files, folder = settings_of(paths), paths[0].parent
-        charts.save(chart(files), folder / "stack.png")
-        write_text(f"## Step cache, sparse attention, and both\n\n{text(files)}", folder / "stack.md")
+        found, folder = files(paths), paths[0].parent
+        style.save(chart(found), folder / "stack.png")
+        write_text(f"## Step cache, sparse attention, and both\n\n{text(found)}", folder / "stack.md")
     elif _PAGE.is_file():
+        for theme in style.THEMES:
+            style.save(chart(own(), theme), _PAGE.parent / f"figures/chart-stack-{theme.name}.svg")
         for page, written in pages().items():
             write_text(written, page)
     else:

@@ -98,15 +98,15 @@ def sheet(rows: dict[str, Frames], path: str | Path) -> Path:
     Raises:
         OutputFileError: the file can't be written.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     strips = {label: side_by_side(_enlarged(to_bytes(frames), 96)) for label, frames in rows.items()}
-    width, label_height = max(strip.shape[1] for strip in strips.values()), 16
+    width, label_height = max(strip.shape[1] for strip in strips.values()), 26
     height = sum(strip.shape[0] + label_height for strip in strips.values())
     canvas = Image.new("RGB", (width, height), "white")
-    draw, top = ImageDraw.Draw(canvas), 0
+    draw, font, top = ImageDraw.Draw(canvas), ImageFont.load_default(18), 0
     for label, strip in strips.items():
-        draw.text((2, top + 2), label, fill="black")
+        draw.text((2, top + 2), label, fill="black", font=font)
         canvas.paste(Image.fromarray(strip), (0, top + label_height))
         top += strip.shape[0] + label_height
     with whole(path) as temporary:

@@ -1,4 +1,4 @@
-"""A picture of unselected clips: one row per prompt, time runs to the right."""
+"""A picture of unselected clips: one row per prompt, with its text; time runs to the right."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from diffsparse_pipelines import tiny
+from diffsparse_pipelines import media, tiny
 from diffsparse_pipelines.tiny.variants import VARIANTS
 
 
@@ -22,15 +20,6 @@ def generate(pipe: Any, prompt: str, seed: int, **options: Any) -> Tensor:
     frames = pipe(prompt, generator=generator, output_type="pt", **options).frames
     clip: Tensor = frames[0].float().cpu()
     return clip
-
-
-def contact_sheet(clips: list[Tensor], every: int = 2, scale: int = 2) -> Image.Image:
-    """Lay out clips [F, 3, H, W] as rows of every `every`-th frame, enlarged `scale` times."""
-    tiles = F.pad(torch.stack(clips)[:, ::every], (1, 1, 1, 1), value=1.0)  # [N, F, 3, H, W]
-    rows, columns, _, height, width = tiles.shape
-    picture = tiles.clamp(0, 1).permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
-    image = Image.fromarray((picture * 255).round().byte().numpy())
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
 def main() -> None:
@@ -43,8 +32,8 @@ def main() -> None:
     pipe = tiny.load(chosen.variant)
     pipe.set_progress_bar_config(disable=True)
     jobs = list(enumerate(tiny.prompts(chosen.clips)))
-    clips = [generate(pipe, text, i, **tiny.defaults(chosen.variant)) for i, text in track(jobs, "clips")]
-    contact_sheet(clips).save(chosen.out, optimize=True)
+    clips = {text: generate(pipe, text, i, **tiny.defaults(chosen.variant)) for i, text in track(jobs, "clips")}
+    media.sheet({text: clip.permute(0, 2, 3, 1).numpy() for text, clip in clips.items()}, chosen.out)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def test_files(results: Path) -> None:
     with Image.open(results / "tradeoff.png") as plot:
         assert np.asarray(plot.convert("L")).std() > 1, "something is drawn"
     with Image.open(results / "sheet.png") as sheet:
-        assert sheet.height == 5 * (256 + 16)
+        assert sheet.height == 5 * (256 + 26)
 
 
 def test_an_interrupted_run_goes_on(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

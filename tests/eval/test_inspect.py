@@ -15,7 +15,7 @@ from diffsparse import PARO, Dense, Layout, Random
 from diffsparse.cli import main
 from diffsparse.insight.inspection import LayerView
 from diffsparse.plans.plan import Plan
-from diffsparse_eval import charts
+from diffsparse_eval import charts, style
 from diffsparse_eval.attention import Sampling, _measured_at
 
 COMMAND = ["inspect", "--model", "tiny-twin", "--block", "16", "--steps", "4", "--looks", "1"]
@@ -118,6 +118,6 @@ def test_charts_of_any_number_of_heads(heads: int, ran: bool, cells: tuple[int, 
     for axes in shown:
         assert axes.bbox.width == pytest.approx(axes.bbox.height, abs=1), "as many tokens along both sides"
     for made in (charts.recall(views, FACTS), charts.orders(views, FACTS)):
-        charts.save(made, tmp_path / "a.png")
+        style.save(made, tmp_path / "a.png")
         with Image.open(tmp_path / "a.png") as picture:
             assert picture.width < 5000

@@ -195,7 +195,7 @@ def test_broken_images(spoil: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_sheets_have_a_row_for_each_entry(tmp_path: Path) -> None:
     rows = {name: np.random.default_rng(0).random((4, 16, 16, 3)) for name in ("dense", "sparse")}
     with Image.open(media.sheet(rows, tmp_path / "s.png")) as picture:
-        assert picture.height == 2 * (96 + 16)
+        assert picture.height == 2 * (96 + 26)
 
 
 def test_options_become_a_schedule() -> None:

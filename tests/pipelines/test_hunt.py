@@ -56,7 +56,7 @@ def test_a_hunt_ends_with_a_preset_a_check_and_a_sheet(found: Path) -> None:
     assert held["gain"] == pytest.approx((on - off).mean())
     assert held["gain_95"] == pytest.approx([(on - off).mean() - half, (on - off).mean() + half])
     with Image.open(found.with_suffix(".png")) as sheet:
-        assert sheet.height == 2 * 3 * (96 + 16)
+        assert sheet.height == 2 * 3 * (96 + 26)
     assert {p.name for p in found.parent.iterdir()} == {"heads.json", "heads.md", "heads.png"}
     text = found.with_suffix(".md").read_text()
     assert "tiny-twin: hunt for `contrast` over 4 heads, 2 rounds for 1 each, 2 images a trial, 2 steps" in text
@@ -174,7 +174,7 @@ def test_generate_with_heads(found: Path, tmp_path: Path, capsys: pytest.Capture
     assert f"{', '.join(Preset.load(found).heads)}: identity, strength 0.5, scale 2" in printed
     assert "extra passes       2" in printed
     with Image.open(sheet) as picture:
-        assert picture.height == 2 * (96 + 16)
+        assert picture.height == 2 * (96 + 26)
     call(["generate", *SMALL, "--strategy", "dense", "--out", str(tmp_path / "b.png")])
     assert out.read_bytes() != (tmp_path / "b.png").read_bytes()
 
@@ -188,7 +188,7 @@ def test_evaluate_with_heads(found: Path, tmp_path: Path) -> None:
     assert rows[2]["psnr_db"] is not None
     assert rows[3]["sparse_density"] == pytest.approx(0.5, abs=0.05)
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.height == 4 * (256 + 16)
+        assert sheet.height == 4 * (256 + 26)
 
 
 def test_a_preset_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

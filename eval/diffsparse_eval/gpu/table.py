@@ -19,9 +19,9 @@ RESULTS = _ROOT / "eval/results/gpu"
 _BEGIN, _END = "<!-- gpu: made by make gpu-tables -->", "<!-- /gpu -->"
 _CARDS = "<!-- cards: made by make gpu-tables -->", "<!-- /cards -->"
 _ACCOUNTS = "<!-- accounts: made by make gpu-tables -->", "<!-- /accounts -->"
-_SHAPES = ("wan 1.3b 480p", "wan 14b 720p", "hunyuan-video 720p", "flux 1024 px")
+SHAPES = ("wan 1.3b 480p", "wan 14b 720p", "hunyuan-video 720p", "flux 1024 px")
 _WHOLE = "hunyuan-video"  # the model whose whole run the overview names
-_COLUMNS = ("card", "cases right", *_SHAPES, f"whole run of {_WHOLE}")
+_COLUMNS = ("card", "cases right", *SHAPES, f"whole run of {_WHOLE}")
 
 
 def summary(rows: list[AccountRow], facts: AccountFacts, longest: int | None = _LONGEST) -> str:
@@ -170,7 +170,7 @@ def overview(results: dict[str, list[AccountRow]]) -> str:
     for name, rows in results.items():
         found = verdicts(rows).values()
         cases = f"{sum(right for right, _, _ in found)} of {sum(all_ for _, all_, _ in found)}"
-        lines.append([name, cases, *(_cell(rows, shape) for shape in _SHAPES), _whole_cell(rows)])
+        lines.append([name, cases, *(_cell(rows, shape) for shape in SHAPES), _whole_cell(rows)])
     if not results:
         lines.append(["any", *["not measured"] * (len(_COLUMNS) - 1)])
     return markdown_table(_COLUMNS, lines)
@@ -179,16 +179,16 @@ def overview(results: dict[str, list[AccountRow]]) -> str:
 def headline(results: dict[str, list[AccountRow]]) -> str:
     """The table of README.md: the last account of each card, and the shapes that all of these have."""
     last = {name.partition("-")[0]: rows for name, rows in results.items()}
-    kept = [shape for shape in _SHAPES if all(_best(rows, shape) for rows in last.values())]
+    kept = [shape for shape in SHAPES if all(fastest(rows, shape) for rows in last.values())]
     lines = [
-        [card.upper(), *(f"{best['speedup']:.2f}x" for shape in kept if (best := _best(rows, shape)))]
+        [card.upper(), *(f"{best['speedup']:.2f}x" for shape in kept if (best := fastest(rows, shape)))]
         for card, rows in last.items()
     ]
     return markdown_table(["card", *kept], lines) if lines else "Not measured yet: `make gpu` does it."
 
 
-def _best(rows: list[AccountRow], shape: str) -> AccountRow | None:
-    """The fastest of our kernels over lists like those of a video, with a fifth of the blocks."""
+def fastest(rows: list[AccountRow], shape: str) -> AccountRow | None:
+    """Of our kernels over lists like those of a video, with a fifth of the blocks; None if it was not measured."""
     timed = [
         row
         for row in _timed(rows)
@@ -201,7 +201,7 @@ def _best(rows: list[AccountRow], shape: str) -> AccountRow | None:
 
 
 def _cell(rows: list[AccountRow], shape: str) -> str:
-    best = _best(rows, shape)
+    best = fastest(rows, shape)
     return "not measured" if best is None else f"{best['speedup']:.2f}x ({best['share']:.2f}, {best['kernel']})"
 
 
