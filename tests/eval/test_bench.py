@@ -24,7 +24,7 @@ from diffsparse_eval.commands.bench import _HEADINGS, SizeOptions
 from diffsparse_eval.rows import SCHEMA
 from diffsparse_eval.timing import seconds_of
 from diffsparse_kernels import machine
-from diffsparse_pipelines import progress
+from diffsparse_pipelines import tables
 
 CASE = suites.Case(tokens=200, heads=2, head_dim=16, dtype="float32", block=32, sparsities=(0.6,))
 RIGHT = diffsparse_kernels.backend.cpu.block_sparse_attention
@@ -180,8 +180,9 @@ def test_help_and_usage_errors_without_rich() -> None:
 
 
 def test_plain_tables_line_up() -> None:
-    lines = progress.aligned([["a", "b", "c"], ["long", "1", ""], ["", "1000", "x"]], "lrl")
-    assert lines == ["a        b  c", "long     1", "      1000  x"]
+    found = tables.laid_out([["long", "1", ""], ["", "1000", "x"]], "lrl", ["a", "b", "c"], 80)
+    assert found.head == ["a        b  c", "-------------"]
+    assert found.body == ["long     1", "      1000  x"]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])

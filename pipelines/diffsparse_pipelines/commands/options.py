@@ -126,9 +126,9 @@ class ModelOptions:
     def load(self, with_image: bool = False) -> DiffusionPipeline:
         """The pipeline, in its place; meanwhile the terminal says so."""
         from diffsparse_pipelines import families
-        from diffsparse_pipelines.progress import terminal
+        from diffsparse_pipelines.progress import status
 
-        with terminal().status(f"loading {self.name}"):
+        with status(f"loading {self.name}"):
             return families.load(
                 self.name,
                 dtype=self.dtype,

@@ -278,11 +278,13 @@ def _show_runs(
     first = [each for each in found if each.schedule == found[0].schedule]
     tables = (
         ([piece for each in first for piece in each.pieces()], PIECES, "lllrrrr", "a layer, one sample"),
-        (rows, RUNS, "lrrrrrrrrr", f"{grid.model} on {run.device}, by a model of time"),
-        (rested, RATES, "lrll", "rates that it rests on"),
+        (rows, RUNS, "lrrrrrrrrr", f"\n{grid.model} on {run.device}, by a model of time"),
+        (rested, RATES, "lrll", "\nrates that it rests on"),
     )
     for lines, columns, alignment, title in tables:
-        show_table(cells(lines, columns), alignment, [name for name, _ in columns.values()], title, wrap=True)
+        headings = [name for name, _ in columns.values()]
+        spare = [name for name in ("attention share", "beside blocks") if name in headings]
+        show_table(cells(lines, columns), alignment, headings, title, spare)
 
 
 # key of a row -> heading
@@ -309,7 +311,7 @@ def _show(rows: list[dict[str, Cells | float]]) -> None:
         "r" * len(columns),
         [_COLUMNS[name] for name in columns],
         f"{_text(rows[0]['grid'])} tokens: speed-up of attention at most",
-        wrap=True,
+        ("density",),
     )
 
 
