@@ -166,7 +166,7 @@ def run(
     pipe: DiffusionPipeline,
     results: Results[ResultRow],
     progress: Progress,
-    say: Callable[[str], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[ResultRow]:
     """Run what is missing in `results`: dense on each prompt and seed, and each strategy beside it.
 

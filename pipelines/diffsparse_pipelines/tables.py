@@ -138,16 +138,16 @@ def _narrowed(columns: Sequence[_Column], width: int) -> list[int]:
 
 def _lines(cells: Sequence[str], sides: Sequence[str], widths: Sequence[int]) -> list[str]:
     """One row: as many lines as its longest text wants."""
-    broken = [_broken(cell, width) for cell, width in zip(cells, widths, strict=True)]
+    texts = [broken(cell, width) for cell, width in zip(cells, widths, strict=True)]
     side = {"l": str.ljust, "r": str.rjust}
     gap, lines = " " * _GAP, []
-    for number in range(max(map(len, broken))):
-        parts = [parts[number] if number < len(parts) else "" for parts in broken]
+    for number in range(max(map(len, texts))):
+        parts = [parts[number] if number < len(parts) else "" for parts in texts]
         lines.append(gap.join(side[s](part, w) for part, s, w in zip(parts, sides, widths, strict=True)).rstrip())
     return lines
 
 
-def _broken(text: str, width: int) -> list[str]:
+def broken(text: str, width: int) -> list[str]:
     """The lines of a text, broken after spaces and marks, or anywhere in longer words."""
     lines = []
     for line in text.split("\n"):

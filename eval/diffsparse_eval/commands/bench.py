@@ -169,9 +169,8 @@ def _show(rows: list[BenchRow], troubles: Troubles) -> None:
 
 
 def _case(row: BenchRow) -> str:
-    return (
-        f"{row['dtype']}, {row['tokens']} tokens x {row['heads']} heads x {row['head_dim']}, blocks of {row['block']}"
-    )
+    size = f"{row['tokens']} x {row['heads']} x {row['head_dim']}"
+    return f"{row['dtype']}, {size} (tokens x heads x D), blocks of {row['block']}"
 
 
 def _cells(row: BenchRow) -> list[str]:

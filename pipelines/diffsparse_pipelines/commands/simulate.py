@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from diffsparse.errors import ConfigError, UnknownNameError, closest
 from diffsparse_pipelines import values
 from diffsparse_pipelines.commands import checks
-from diffsparse_pipelines.commands.options import Dilation, Frames, Height, SamplingOptions, Sparsity, Width, Window
+from diffsparse_pipelines.commands.options import (
+    KNOWN,
+    Dilation,
+    Frames,
+    Height,
+    SamplingOptions,
+    Sparsity,
+    Width,
+    Window,
+)
 from diffsparse_pipelines.values import Cells
 
 if TYPE_CHECKING:
@@ -28,6 +37,7 @@ _GRID, _WINDOWS, _TILES, _RUNS = "Size and sampling", "Strategy", "Tiles", "Whol
 class GridOptions:
     """A grid of tokens: given, or that of a known model at a size."""
 
+    epilog: ClassVar[str] = KNOWN
     grid: Annotated[
         str | None,
         typer.Option(help="Tokens: frames x rows x columns.", show_default="the model's", rich_help_panel=_GRID),
