@@ -43,7 +43,7 @@ class Lines(Bar):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._said = time.monotonic()
+        self._said, self._told = time.monotonic(), list[float]()
 
     def start(self) -> None:
         """Nothing is drawn."""
@@ -61,7 +61,9 @@ class Lines(Bar):
         super().say(line)
 
     def _tell(self) -> None:
-        if time.monotonic() - self._said >= PACE:
+        done = [task.completed for task in self.tasks]
+        if time.monotonic() - self._said >= PACE and any(done) and done != self._told:
+            self._told = done
             self.say(counted([(task.description, task.completed, task.total) for task in self.tasks], *self._times()))
 
     def _times(self) -> tuple[float, float | None]:

@@ -85,8 +85,8 @@ class Session:
         [(prompt, seed)] = pairs
         return [generation.generation(self.pipe, {**arguments, "prompt": prompt}, seed).frames]
 
-    def estimate(self, hunter: HeadHunter, heads: list[str], pairs: Pairs) -> None:
-        """Time one guided generation, and say how long all of them will take."""
+    def estimate(self, hunter: HeadHunter, heads: list[str], pairs: Pairs, unseen: int = 0) -> None:
+        """Time one guided generation, and say how long all of them will take, without the check."""
         trials = hunter.trials(len(heads))
         with diffsparse.guide(self.pipe, hunter.preset([heads[len(heads) // 2]])):
             self.render(self.searching, pairs[:1])  # the first call is slower than the rest
@@ -97,7 +97,8 @@ class Session:
         steps = self.searching.get("num_inference_steps", "?")
         say(
             f"{kind} for {hunter.rounds} x {hunter.k} heads out of {len(heads)}: {trials} trials x {len(pairs)} images "
-            f"= {total} generations of {steps} steps, about {duration(total * seconds)} at {seconds:.2f} s each",
+            f"= {total} generations of {steps} steps, about {duration(total * seconds)} at {seconds:.2f} s each"
+            + (f"; then {2 * unseen} for the check" if unseen else ""),
             highlight=False,
         )
 
