@@ -46,26 +46,26 @@ help:
 	@echo "make clean   remove environments and outputs"
 
 $(VENV)/.user: pyproject.toml constraints.txt
-	@echo "installing diffsparse, torch and Diffusers into $(VENV): once, some minutes, most of them for downloads"
+	@echo "installing torch, Diffusers and diffsparse into $(VENV), once: some minutes"
 	$(PYTHON) -m venv $(VENV)
 	@$(call INSTALL,--editable ".[all]")
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.user
-	@echo "installing what the tests want into $(VENV): once, some minutes"
+	@echo "installing what the tests want into $(VENV), once: some minutes"
 	@$(call INSTALL,--editable ".[dev]")
 	$(SECOND_TRITON) "triton==3.6.0; sys_platform == 'linux'"
 	$(LOWEST) --no-deps diffusers==0.40.0 && $(LOWEST) httpx  # which it wants, and later ones don't
 	@touch $@
 
 demo: $(VENV)/.user
-	@echo "two prompts with the embedded model: dense, a step cache, sparse attention, both. Under two minutes on two cores"
+	@echo "demo: dense, a step cache, sparse attention, both; under two minutes on 2 cores"
 	@$(BIN)/diffsparse evaluate --model tiny --strategy $(DEMO) --sparsity 0.8 --prompts 2 --out $(DEMO_OUT)
 	@echo
 	@echo "look at $(DEMO_OUT)/sheet.png, then:"
-	@echo '  $(BIN)/diffsparse generate --speed balanced --prompt "a red circle moving up on a plain background" --out first.mp4'
-	@echo "  $(BIN)/diffsparse models    # what else has a name here; make test tries this machine"
-	@echo "  README.md, then docs/       # one line of Python puts it on a pipeline of yours"
+	@echo "  $(BIN)/diffsparse generate --speed balanced --out first.mp4  # a video, both on"
+	@echo "  $(BIN)/diffsparse models  # what else has a name here; make test tries this machine"
+	@echo "  README.md, then docs/  # one line of Python puts both on a pipeline of yours"
 
 test: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from diffsparse_eval import charts
 from diffsparse_eval.experiment import RESULTS, load
 from diffsparse_eval.metrics import mean_and_interval
-from diffsparse_eval.report import groups
+from diffsparse_eval.report import STACKED, groups
 from diffsparse_eval.sheet import Strip, draw
 from diffsparse_pipelines import media
 
@@ -42,7 +42,8 @@ def write_sheet(rows: list[ResultRow], prompt: str, seed: int, out: Path, file: 
     dense = media.read(out / next(row for row in shown if row["strategy"] == "dense")["file"])
     compared = [row for row in shown if row["strategy"] != "dense"] or shown
     strips = [Strip(row["label"], _figures(row), media.read(out / row["file"])) for row in compared]
-    draw(prompt, _facts(shown[0]), dense, strips, file or out / "sheet.png")
+    facts = _facts(shown[0]) + (f" {STACKED}" if any("/" in row["label"] for row in compared) else "")
+    draw(prompt, facts, dense, strips, file or out / "sheet.png")
 
 
 def _figures(row: ResultRow) -> str:

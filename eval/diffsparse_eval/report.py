@@ -29,9 +29,10 @@ _SHOWN = {
     "ssim": ("SSIM", 3),
     "seconds": ("seconds", 1),
     "speedup": ("speed-up", 2),
-    "attention_speedup": ("of attention", 2),
+    "attention_speedup": ("attention speed-up", 2),
 }
-SPARE = ("of attention", "SSIM")  # headings that go first where the terminal is narrow
+STACKED = "CACHE/dense is a step cache alone, CACHE/STRATEGY both."
+SPARE = ("attention speed-up", "SSIM")  # headings that go first where the terminal is narrow
 
 
 def groups(rows: list[ResultRow]) -> dict[str, list[ResultRow]]:
@@ -72,10 +73,14 @@ def table(rows: list[ResultRow]) -> tuple[list[str], list[list[str]]]:
 
 def caption(rows: list[ResultRow]) -> str:
     """What the numbers of the summary are."""
-    runs = max(len(group) for group in groups(rows).values())
-    if runs < FEWEST:
-        return f"Median over prompts and seeds, {runs} in all; in brackets the lowest and the highest."
-    return "Mean ± half-width of the 95 % confidence interval over prompts and seeds."
+    found = groups(rows)
+    runs = max(map(len, found.values()))
+    numbers = (
+        f"Median over prompts and seeds, {runs} in all; in brackets the lowest and the highest."
+        if runs < FEWEST
+        else "Mean ± half-width of the 95 % confidence interval over prompts and seeds."
+    )
+    return f"{numbers} {STACKED}" if any("/" in label for label in found) else numbers
 
 
 def markdown(rows: list[ResultRow]) -> str:
