@@ -31,6 +31,7 @@ _SHOWN = {
     "speedup": ("speed-up", 2),
     "attention_speedup": ("attention speed-up", 2),
 }
+_STEADY = 1.3  # of the time of a run that is repeated
 STACKED = "CACHE/dense is a step cache alone, CACHE/STRATEGY both."
 SPARE = ("attention speed-up", "SSIM")  # headings that go first where the terminal is narrow
 
@@ -81,6 +82,14 @@ def caption(rows: list[ResultRow]) -> str:
         else "Mean ± half-width of the 95 % confidence interval over prompts and seeds."
     )
     return f"{numbers} {STACKED}" if any("/" in label for label in found) else numbers
+
+
+def doubts(rows: list[ResultRow]) -> str:
+    """A line if dense took another time when it ran again: then speed-ups tell more of the machine than of methods."""
+    again = next((row["speedup"] for row in rows if row["strategy"] == "dense"), 1.0)
+    if 1 / _STEADY <= again <= _STEADY:
+        return ""
+    return f"\nDense ran again at {again:.2f}x its own speed: the machine is busy, and its speed-ups say little."
 
 
 def markdown(rows: list[ResultRow]) -> str:

@@ -208,6 +208,12 @@ def test_summaries_show_mean_and_interval_or_median_and_range(
     assert report.caption(rows).startswith(caption)
 
 
+def test_a_busy_machine_is_told() -> None:
+    row: Any = {"strategy": "dense", "speedup": 3.66}
+    assert "Dense ran again at 3.66x its own speed" in report.doubts([row])
+    assert not report.doubts([{**row, "speedup": 0.95}])
+
+
 def test_modes_of_heads_are_told_by_spans_of_steps() -> None:
     row = {
         "modes": {"full": 0.75, "skip": 0.25},

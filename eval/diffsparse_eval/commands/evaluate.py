@@ -153,7 +153,7 @@ def _show(rows: list[ResultRow], out: Path) -> None:
     headings, lines = report.table(rows)
     say("")
     show_table(lines, "l" + "r" * (len(headings) - 1), headings, spare=report.SPARE)
-    say(f"\n{report.caption(rows)}\n{report.facts(rows)}", highlight=False, fill=True)
+    say(f"\n{report.caption(rows)}{report.doubts(rows)}\n{report.facts(rows)}", highlight=False, fill=True)
     say(f"\nsheet.png, tradeoff.png, videos, report.md, results.json and results.csv are in {out}")
 
 
