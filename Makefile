@@ -9,10 +9,18 @@ CACHES := $(foreach i,2 3 4 5 6,taylor-seer:interval=$(i)) $(foreach t,0.1 0.15 
 	$(foreach t,0.03 0.06,mag:threshold=$(t)) \
 	$(foreach w,2:warm_up=0.45 3:warm_up=0.45 4:warm_up=0.33,taylor-seer:interval=$(w))
 STACKS := digest,tangent$(subst $(EMPTY) ,,$(foreach cache,$(CACHES),$(COMMA)$(cache)/dense$(COMMA)$(cache)/digest$(COMMA)$(cache)/tangent))
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# pip shows its bars on a terminal; elsewhere a line for each large file. A pipe hides its exit code, which a file keeps.
+LARGE := (Downloading|Using cached) .* \([0-9.]+ [MG]B\)|Installing collected packages|Successfully installed
+INSTALL = install() { $(PIP) --constraint constraints.txt "$$@"; }; \
+	if [ -t 1 ]; then install $(1); else { install $(1) || touch $(VENV)/.failed; } | grep --line-buffered -oE '$(LARGE)'; \
+	! rm $(VENV)/.failed 2>/dev/null; fi
 # The kernels must compile with what torch 2.11 comes with, too: a second Triton, for the tests alone.
-SECOND_TRITON := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/triton-3.6
-LOWEST := $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/diffusers-0.40
+SECOND_TRITON := $(PIP) --quiet --no-deps --upgrade --target $(VENV)/triton-3.6
+LOWEST := $(PIP) --quiet --upgrade --target $(VENV)/diffusers-0.40
+
+DEMO := taylor-seer:interval=2/dense,digest,taylor-seer:interval=2/digest
+DEMO_OUT := $(or $(OUT),out/demo)
 
 # Another Diffusers, ahead of the environment's own: DIFFUSERS=0.40.0, or the newest that pip offers.
 WALK := .walk/$(or $(DIFFUSERS),newest)
@@ -25,7 +33,7 @@ FOLDERS := .whl/site:.:kernels:pipelines:eval
 .PHONY: help demo test docs figures stack stack-tables gpu gpu-wheels gpu-tables walk lint format wheel clean
 
 help:
-	@echo "make demo    generate and compare videos of the embedded model: dense, AdaSpa, Digest, random"
+	@echo "make demo    generate and compare videos of the embedded model: dense, a step cache, sparse attention, both"
 	@echo "make test    format, lint, types and all tests"
 	@echo "make docs    build the manual into out/site, strictly; every figure and table in it is committed"
 	@echo "make stack   measure step caches with and without sparse attention: hours on one core, goes on where it stopped"
@@ -40,18 +48,26 @@ help:
 	@echo "make clean   remove environments and outputs"
 
 $(VENV)/.user: pyproject.toml constraints.txt
+	@echo "installing torch, Diffusers and diffsparse into $(VENV), once: some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable ".[all]"
+	@$(call INSTALL,--editable ".[all]")
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.user
-	$(INSTALL) --editable ".[dev]"
+	@echo "installing what the tests want into $(VENV), once: some minutes"
+	@$(call INSTALL,--editable ".[dev]")
 	$(SECOND_TRITON) "triton==3.6.0; sys_platform == 'linux'"
 	$(LOWEST) --no-deps diffusers==0.40.0 && $(LOWEST) httpx  # which it wants, and later ones don't
 	@touch $@
 
 demo: $(VENV)/.user
-	$(BIN)/diffsparse evaluate --model tiny --strategy adaspa,digest,random --sparsity 0.8 --prompts 2 --out $(or $(OUT),out/demo)
+	@echo "demo: dense, a step cache, sparse attention, both; under two minutes on 2 cores"
+	@$(BIN)/diffsparse evaluate --model tiny --strategy $(DEMO) --sparsity 0.8 --prompts 2 --out $(DEMO_OUT)
+	@echo
+	@echo "look at $(DEMO_OUT)/sheet.png, then:"
+	@echo "  $(BIN)/diffsparse generate --speed balanced --out first.mp4  # a video, both on"
+	@echo "  $(BIN)/diffsparse models  # what else has a name here; make test tries this machine"
+	@echo "  README.md, then docs/  # one line of Python puts both on a pipeline of yours"
 
 test: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
@@ -15,7 +17,7 @@ from typer.core import TyperGroup
 from diffsparse.cli.table import COMMANDS, RICH, command
 from diffsparse.errors import ConfigError
 
-_MARKUP: Literal["rich"] | None = "rich" if RICH else None  # typer's newest releases take it for granted
+_FRAMED = 80  # letters of a line from which help stands in frames
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 # click's ClickException, through a name that typer has: its newest releases bring a click of their own along
 _REFUSALS: type[Exception] = typer.BadParameter.__mro__[2]
@@ -38,8 +40,9 @@ def run(arguments: list[str] | None) -> int:
 
 def load(name: str) -> object:
     """The command of a row of the table, with a parser of its options."""
-    single = typer.Typer(add_completion=False, rich_markup_mode=_MARKUP, context_settings=_SETTINGS)
-    single.command(name)(flat(command(name)))
+    single = typer.Typer(add_completion=False, rich_markup_mode=_markup(), context_settings=_SETTINGS)
+    function = command(name)
+    single.command(name, epilog=_epilog(function))(flat(function))
     return typer.main.get_command(single)
 
 
@@ -65,8 +68,20 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         command(**given, **made)
 
     called.__dict__["__signature__"] = inspect.Signature(parameters)
-    called.__doc__ = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]  # what follows is for callers in Python
+    about = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]  # what follows is for callers in Python
+    called.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", about)  # the lines of a paragraph end where the terminal does
     return called
+
+
+def _epilog(command: Callable[..., None]) -> str | None:
+    """What stands below the options: the `epilog` of the first dataclass among the parameters that has one."""
+    hints = get_type_hints(command, include_extras=True).values()
+    return next((hint.epilog for hint in hints if is_dataclass(hint) and hasattr(hint, "epilog")), None)
+
+
+def _markup() -> Literal["rich"] | None:
+    """How help is drawn: typer's newest releases take rich for granted, whose columns cut names on narrow terminals."""
+    return "rich" if RICH and shutil.get_terminal_size((80, 24)).columns >= _FRAMED else None
 
 
 def _options(group: type) -> list[inspect.Parameter]:
@@ -102,7 +117,7 @@ class _LazyGroup(TyperGroup):
 
 
 def _group() -> TyperGroup:
-    app = typer.Typer(cls=_LazyGroup, rich_markup_mode=_MARKUP, context_settings=_SETTINGS)
+    app = typer.Typer(cls=_LazyGroup, rich_markup_mode=_markup(), context_settings=_SETTINGS)
 
     @app.callback(invoke_without_command=True)
     def diffsparse(

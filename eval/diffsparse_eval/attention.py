@@ -201,7 +201,7 @@ def table(views: list[LayerView]) -> list[list[str]]:
     lines = []
     for view in views:
         best = view.recall.amax(0)
-        heads = "  ".join(f"{name} {value:.2f}" for name, value in zip(view.best, best.tolist(), strict=True))
+        heads = " ".join(f"{name}={value:.2f}" for name, value in zip(view.best, best.tolist(), strict=True))
         means = (view.raster, best, view.chosen, view.density)
         figures = ("-" if x is None else f"{x.mean():.3f}" for x in means)
         lines.append([f"{view.number} {view.layer}", *figures, heads])

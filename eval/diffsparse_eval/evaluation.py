@@ -42,7 +42,7 @@ def evaluate(
         out: folder for `FILES` and the videos.
         progress: a running display, which gets a task for the runs.
         overwrite: drop results that the folder holds.
-        say: takes a line when the evaluation goes on with earlier rows, and one for each new row.
+        say: takes a line when the evaluation goes on with earlier rows, and one for each run.
 
     Returns:
         All rows of the experiment, in the order of running.
@@ -63,8 +63,8 @@ def evaluate(
     if results.rows:
         say(f"going on with {len(results.rows)} rows of {results.path}")
     with if_stopped(results.kept):
-        for row in run(experiment, pipe, results, progress):
-            say(_line(row))
+        for row in run(experiment, pipe, results, progress, say):
+            say(_line(row, experiment.told(row["prompt"], row["seed"])))
     wanted = [results.find(prompt, seed, s) for prompt, seed, listed in experiment.jobs() for s in listed]
     rows = [row for row in wanted if row is not None]
     report.write(rows, out)
@@ -85,7 +85,7 @@ def check_files(out: Path, names: tuple[str, ...]) -> None:
         writable(out / name)
 
 
-def _line(row: ResultRow) -> str:
-    psnr = "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.2f} dB"
-    seconds = f"{row['seconds']:.1f} s, dense {row['dense_seconds']:.1f} s"
-    return f"{row['label']:<12} {psnr:>9}  {seconds}  {row['prompt'][:60]}"
+def _line(row: ResultRow, which: str) -> str:
+    name = "dense again" if row["strategy"] == "dense" else row["label"]
+    psnr = "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
+    return f"{name}, {which}: {psnr}, {row['seconds']:.1f} s, {row['speedup']:.2f}x"

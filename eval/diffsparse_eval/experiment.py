@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -76,6 +76,11 @@ class Experiment:
         pairs = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
         first = [strategy for strategy in self.strategies if strategy != Dense()]
         return [(*pair, [Dense(), *first] if i == 0 else list(self.strategies)) for i, pair in enumerate(pairs)]
+
+    def told(self, prompt: str, seed: int) -> str:
+        """Which of the prompts it is, and of several seeds which."""
+        number = f"prompt {self.prompts.index(prompt) + 1} of {len(self.prompts)}"
+        return number if len(self.seeds) == 1 else f"{number}, seed {seed}"
 
 
 class Results(Generic[R]):
@@ -181,7 +186,11 @@ def _key(row: RunRow) -> tuple[str, int, str]:
 
 
 def run(
-    experiment: Experiment, pipe: DiffusionPipeline, results: Results[ResultRow], progress: Progress
+    experiment: Experiment,
+    pipe: DiffusionPipeline,
+    results: Results[ResultRow],
+    progress: Progress,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[ResultRow]:
     """Run what is missing in `results`: dense on each prompt and seed, and each strategy beside it.
 
@@ -190,6 +199,7 @@ def run(
         pipe: the model, loaded.
         results: rows that are there are not run again; new ones are added.
         progress: a running display, which gets a task for the runs.
+        say: takes a line for each dense run.
 
     Yields:
         Each new row when its run is done.
@@ -213,6 +223,7 @@ def run(
             prepared |= _warm_up(experiment, pipe, fresh, results.rows, progress)
         dense = generation(pipe, {**experiment.arguments, "prompt": prompt}, seed, progress)
         progress.advance(task)
+        say(f"dense, {experiment.told(prompt, seed)}: {dense.seconds:.1f} s ({prompt[:60]})")
         run_name = _run_name(number // len(experiment.seeds), prompt, seed)
         dense_file = _save(experiment, results.out, f"dense {run_name}", dense)
         for strategy in missing:

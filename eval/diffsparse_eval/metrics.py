@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffsparse_eval.rows import Fidelity
+from diffsparse_pipelines.tables import mean_and_interval as mean_and_interval  # which hunts use, too
 
 if TYPE_CHECKING:
     import torch
@@ -69,12 +70,3 @@ def latent_cosine(reference: torch.Tensor | None, latents: torch.Tensor | None) 
         return None
     a, b = reference.flatten().double(), latents.flatten().double()
     return float((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
-
-
-def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95 % confidence interval (Student's t); None for fewer than two values."""
-    from scipy.stats import sem, t
-
-    if len(values) < 2:
-        return float(np.mean(values)), None
-    return float(np.mean(values)), float(sem(values) * t.ppf(0.975, len(values) - 1))

@@ -1,8 +1,12 @@
-"""Pictures of an experiment: dense and each strategy side by side, and fidelity over work and speed."""
+"""Pictures of an experiment: dense and each strategy side by side, and fidelity over work and speed.
+
+`python -m diffsparse_eval.pictures FOLDER FILE.png` draws the first of them from a folder of `diffsparse evaluate`.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +15,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from diffsparse_eval import style
+from diffsparse_eval.experiment import RESULTS, load
 from diffsparse_eval.metrics import mean_and_interval
-from diffsparse_eval.report import groups
+from diffsparse_eval.report import STACKED, groups
+from diffsparse_eval.sheet import Strip, draw
 from diffsparse_pipelines import media
 
 if TYPE_CHECKING:
@@ -23,16 +29,36 @@ if TYPE_CHECKING:
 _KNOBS = re.compile(r"(?<=\w) \d[\d.]*|:[^/]*(?=/)")  # of a strategy, its sparsity; of a step cache, all
 
 
-def write_sheet(rows: list[ResultRow], prompt: str, seed: int, out: Path) -> None:
-    """Write `sheet.png` into `out` from the files of one prompt and seed, the first of an experiment."""
-    strips: dict[str, np.ndarray] = {}
-    for label, group in groups(rows).items():
-        row = next((r for r in group if (r["prompt"], r["seed"]) == (prompt, seed)), None)
-        if row is None:
-            continue
-        figures = "" if row["psnr_db"] is None else f", {row['psnr_db']:.1f} dB, {row['speedup']:.2f}x"
-        strips[f"{label}{figures}"] = media.read(out / row["file"])
-    media.sheet(strips, out / "sheet.png")
+def write_sheet(rows: list[ResultRow], prompt: str, seed: int, out: Path, file: Path | None = None) -> None:
+    """Draw one prompt and seed, the first of an experiment: dense, each strategy, and how they differ.
+
+    Args:
+        rows: of an experiment; the dense one is there for its prompt and seed.
+        prompt, seed: whose videos are shown.
+        out: the folder with their files.
+        file: the picture; `sheet.png` in that folder if None.
+
+    Raises:
+        InputFileError: a video can't be read. OutputFileError: the picture can't be written.
+    """
+    shown = [row for group in groups(rows).values() for row in group if (row["prompt"], row["seed"]) == (prompt, seed)]
+    dense = media.read(out / next(row for row in shown if row["strategy"] == "dense")["file"])
+    compared = [row for row in shown if row["strategy"] != "dense"] or shown
+    strips = [Strip(row["label"], _figures(row), media.read(out / row["file"])) for row in compared]
+    facts = _facts(shown[0]) + (f" {STACKED}" if any("/" in row["label"] for row in compared) else "")
+    draw(prompt, facts, dense, strips, file or out / "sheet.png")
+
+
+def _figures(row: ResultRow) -> str:
+    psnr = "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
+    return f"{psnr}, {row['speedup']:.2f}x"
+
+
+def _facts(row: ResultRow) -> str:
+    return (
+        f"{row['model']}, {row['size']}, {row['steps']} steps. Dense takes {row['dense_seconds']:.1f} s on "
+        f"{row['device']}. dB: PSNR to the dense frames. x: speed-up of the whole run."
+    )
 
 
 def write_tradeoff(rows: list[ResultRow], out: Path) -> None:
@@ -84,3 +110,17 @@ def _lines(rows: list[ResultRow]) -> dict[str, list[dict[str, float]]]:
         }
         lines.setdefault(_KNOBS.sub("", label), []).append(point)
     return lines
+
+
+def main(names: list[str]) -> None:
+    """Draw the first prompt and seed of a folder of results."""
+    if len(names) != 2:
+        print("usage: python -m diffsparse_eval.pictures FOLDER FILE.png", file=sys.stderr)
+        sys.exit(2)
+    folder, file = map(Path, names)
+    rows: list[ResultRow] = load(folder / RESULTS)["rows"]
+    write_sheet(rows, rows[0]["prompt"], rows[0]["seed"], folder, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -25,9 +25,9 @@ from diffsparse_pipelines.preflight import argument
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from rich.progress import Progress
 
     from diffsparse.strategies import Strategy
+    from diffsparse_pipelines.bars import Bar
     from diffsparse_pipelines.commands.options import SparsityOptions
 
 FILE = "replay.json"
@@ -39,6 +39,7 @@ HEADINGS = (
     f"residual at {1 - _SHOWN:.0%}: % in rank {' '.join(map(str, RANKS))}",
     "in the worst head",
 )
+SPARE = HEADINGS[-1:]  # goes where the terminal is narrow
 
 
 def methods() -> str:
@@ -77,7 +78,7 @@ class Recorded:
 def record(
     pipe: DiffusionPipeline,
     prompt: str,
-    progress: Progress,
+    progress: Bar,
     *,
     arguments: dict[str, object],
     what: Recorded = Recorded(),  # frozen
@@ -104,7 +105,7 @@ def record(
         raise ConfigError(f"{type(pipe).__name__} has no number of steps of its own; give --steps")
 
     def announce(size: int) -> None:
-        progress.console.print(f"the recording will take {size / 2**20:.1f} MiB at most")
+        progress.say(f"the recording will take {size / 2**20:.1f} MiB at most")
 
     recorder = Recorder(
         Dense(),
@@ -123,7 +124,7 @@ def record(
 def replay(
     recording: Recording,
     strategies: Sequence[tuple[float, Strategy]],
-    progress: Progress,
+    progress: Bar,
     *,
     device: str,
     dtype: torch.dtype,

@@ -7,9 +7,8 @@ from operator import itemgetter
 from pathlib import Path
 
 from diffsparse.files import write_csv, write_text
-from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.rows import DEFINITIONS, ResultRow, flat, number
-from diffsparse_pipelines.tables import markdown_table
+from diffsparse_pipelines.tables import FEWEST, markdown_table, spread
 
 # column -> (heading, digits)
 _COLUMNS = {
@@ -23,7 +22,18 @@ _COLUMNS = {
     "speedup": ("speed-up", 2),
     "attention_speedup": ("attention", 2),
 }
-_SHOWN = ("density", "psnr_db", "ssim", "seconds", "speedup", "attention_speedup")  # in a terminal
+# in a terminal: column -> (heading, digits)
+_SHOWN = {
+    "density": ("density", 2),
+    "psnr_db": ("PSNR dB", 1),
+    "ssim": ("SSIM", 3),
+    "seconds": ("seconds", 1),
+    "speedup": ("speed-up", 2),
+    "attention_speedup": ("attention speed-up", 2),
+}
+_STEADY = 1.3  # of the time of a run that is repeated
+STACKED = "CACHE/dense is a step cache alone, CACHE/STRATEGY both."
+SPARE = ("attention speed-up", "SSIM")  # headings that go first where the terminal is narrow
 
 
 def groups(rows: list[ResultRow]) -> dict[str, list[ResultRow]]:
@@ -35,27 +45,51 @@ def groups(rows: list[ResultRow]) -> dict[str, list[ResultRow]]:
 
 
 def summary(rows: list[ResultRow]) -> list[dict[str, str]]:
-    """One record of texts for each strategy: mean and half-width of the 95 % interval over prompts and seeds."""
+    """One record of texts for each strategy: `spread` over prompts and seeds."""
     return [
-        {"strategy": label, "runs": str(len(group)), **{c: _cell(c, group) for c in _COLUMNS}}
+        {
+            "strategy": label,
+            "runs": str(len(group)),
+            **{column: _cell(column, digits, group) for column, (_, digits) in _COLUMNS.items()},
+        }
         for label, group in groups(rows).items()
     ]
 
 
-def _cell(column: str, group: list[ResultRow]) -> str:
+def _cell(column: str, digits: int, group: list[ResultRow]) -> str:
     values = [value for row in group if (value := number(row, column)) is not None]
     if not values:
         return "identical" if column.startswith("psnr") else "-"
-    mean, half = mean_and_interval(values)
-    digits = _COLUMNS[column][1]
-    spread = f" ± {half:.{digits}f}" if half is not None and half >= 0.5 * 10**-digits else ""
-    return f"{mean:.{digits}f}{spread}"
+    return spread(values, f".{digits}f")
 
 
 def table(rows: list[ResultRow]) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines of the summary for a terminal."""
-    headings = ["strategy", *(_COLUMNS[column][0] for column in _SHOWN)]
-    return headings, [[record["strategy"], *(record[column] for column in _SHOWN)] for record in summary(rows)]
+    """Headings and lines of the summary for a terminal, with a range below its median."""
+    lines = [
+        [label, *(_cell(column, digits, group).replace(" (", "\n(") for column, (_, digits) in _SHOWN.items())]
+        for label, group in groups(rows).items()
+    ]
+    return ["strategy", *(heading for heading, _ in _SHOWN.values())], lines
+
+
+def caption(rows: list[ResultRow]) -> str:
+    """What the numbers of the summary are."""
+    found = groups(rows)
+    runs = max(map(len, found.values()))
+    numbers = (
+        f"Median over prompts and seeds, {runs} in all; in brackets the lowest and the highest."
+        if runs < FEWEST
+        else "Mean ± half-width of the 95 % confidence interval over prompts and seeds."
+    )
+    return f"{numbers} {STACKED}" if any("/" in label for label in found) else numbers
+
+
+def doubts(rows: list[ResultRow]) -> str:
+    """A line if dense took another time when it ran again: then speed-ups tell more of the machine than of methods."""
+    again = next((row["speedup"] for row in rows if row["strategy"] == "dense"), 1.0)
+    if 1 / _STEADY <= again <= _STEADY:
+        return ""
+    return f"\nDense ran again at {again:.2f}x its own speed: the machine is busy, and its speed-ups say little."
 
 
 def markdown(rows: list[ResultRow]) -> str:
@@ -88,7 +122,7 @@ def write(rows: list[ResultRow], out: Path) -> None:
     heads = "".join(_heads(label, group[0]) for label, group in groups(rows).items() if group[0].get("heads"))
     write_text(
         f"# {rows[0]['model']}: sparse beside dense\n\n{facts(rows)}\n\n{markdown(rows)}\n\n"
-        f"Mean ± half-width of the 95 % confidence interval over prompts and seeds.\n{heads}\n"
+        f"{caption(rows)}\n{heads}\n"
         f"## Columns\n{meanings(DEFINITIONS)}\n",
         out / "report.md",
     )

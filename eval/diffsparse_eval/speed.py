@@ -319,6 +319,7 @@ COLUMNS = {
     "speedup": ("speed-up", 2),
     "expected_speedup": ("by FLOPs", 2),
 }
+SPARE = ("attention share", "attention", "dense run")  # headings that go first where the terminal is narrow
 
 
 def table(rows: list[SpeedRow]) -> tuple[list[str], list[list[str]]]:

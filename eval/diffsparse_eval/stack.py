@@ -25,7 +25,7 @@ from diffsparse_eval.experiment import RESULTS, load
 from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.report import groups
 from diffsparse_eval.rows import ResultRow
-from diffsparse_pipelines.tables import markdown_table, spliced
+from diffsparse_pipelines.tables import markdown_table, spliced, spread
 
 SHARES = (0.5, 0.7, 0.85)  # of attention in a dense step, for which speed is counted
 TARGETS = (2.1, 2.5, 3.0)
@@ -167,14 +167,10 @@ def table(settings: list[Point]) -> str:
     ]
     lines = []
     for point in sorted(settings, key=lambda point: point.measured):
-        cells = [_cell(point.psnr_db, 1), _cell(point.speedups, 2) + "x", f"{point.executed:.2f}", f"{point.work:.3f}"]
+        cells = [spread(point.psnr_db, ".1f"), spread(point.speedups, ".2f") + "x"]
+        cells += [f"{point.executed:.2f}", f"{point.work:.3f}"]
         lines.append([point.label, *cells, *(f"{point.counted(share):.2f}x" for share in SHARES)])
     return markdown_table(headings, lines)
-
-
-def _cell(values: list[float], digits: int) -> str:
-    middle, half = mean_and_interval(values)
-    return f"{middle:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
 def margin_table(settings: list[Point]) -> str:

@@ -22,7 +22,7 @@ from diffsparse.guidance.preset import Preset
 from diffsparse.seam.targets import models_of
 from diffsparse_pipelines import generation, media
 from diffsparse_pipelines.progress import bar, say, show_table, terminal
-from diffsparse_pipelines.tables import markdown_table
+from diffsparse_pipelines.tables import FEWEST, duration, markdown_table
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -86,8 +86,8 @@ class Session:
         [(prompt, seed)] = pairs
         return [generation.generation(self.pipe, {**arguments, "prompt": prompt}, seed).frames]
 
-    def estimate(self, hunter: HeadHunter, heads: list[str], pairs: Pairs) -> None:
-        """Time one guided generation, and say how long all of them will take."""
+    def estimate(self, hunter: HeadHunter, heads: list[str], pairs: Pairs, unseen: int = 0) -> None:
+        """Time one guided generation, and say how long all of them will take, without the check."""
         trials = hunter.trials(len(heads))
         with diffsparse.guide(self.pipe, hunter.preset([heads[len(heads) // 2]])):
             self.render(self.searching, pairs[:1])  # the first call is slower than the rest
@@ -98,7 +98,8 @@ class Session:
         steps = self.searching.get("num_inference_steps", "?")
         say(
             f"{kind} for {hunter.rounds} x {hunter.k} heads out of {len(heads)}: {trials} trials x {len(pairs)} images "
-            f"= {total} generations of {steps} steps, about {_duration(total * seconds)} at {seconds:.2f} s each",
+            f"= {total} generations of {steps} steps, about {duration(total * seconds)} at {seconds:.2f} s each"
+            + (f"; then {2 * unseen} for the check" if unseen else ""),
             highlight=False,
         )
 
@@ -151,7 +152,7 @@ class Session:
         scores = {side: checked(score(shown, texts), len(pairs)) for side, shown in clips.items()}
         found = {**compared(scores["off"], scores["on"]), "scores": scores, "prompts": texts}
         preset = replace(preset, about={**preset.about, "held_out": found})
-        show_table(_rows(preset), "lrrrrr", _HEADINGS, f"objective: {preset.about['objective']}", wrap=True)
+        show_table(_rows(preset), "lrrrrr", _headings(preset), f"objective: {preset.about['objective']}")
         write_text(markdown(preset), out.with_suffix(".md"))
         rows = {
             f"{side} {scores[side][i]:.4f}  {texts[i]}": clips[side][i]
@@ -177,7 +178,10 @@ class Session:
 
 
 def compared(off: list[float], on: list[float]) -> dict[str, float | list[float]]:
-    """Means of paired scores, and the 95 % confidence interval of their mean difference (Student's t, paired)."""
+    """Means of paired scores, and of their difference the 95 % confidence interval (Student's t, paired).
+
+    Of fewer than `FEWEST` pairs there is no interval, but the range of their differences.
+    """
     gain = np.subtract(on, off)
     found: dict[str, float | list[float]] = {
         "pairs": len(gain),
@@ -186,22 +190,27 @@ def compared(off: list[float], on: list[float]) -> dict[str, float | list[float]
         "gain": float(gain.mean()),
         "better": int((gain > 0).sum()),
     }
-    if len(gain) > 1 and gain.std() > 0:
+    if len(gain) >= FEWEST and gain.std() > 0:
         low, high = ttest_rel(on, off).confidence_interval(0.95)
         found["gain_95"] = [float(low), float(high)]
+    else:
+        found["gain_range"] = [float(gain.min()), float(gain.max())]
     return found
 
 
-_HEADINGS = ("prompts", "n", "off", "on", "gain (95 % interval)", "better")
+def _headings(preset: Preset) -> list[str]:
+    spread = "95 % interval" if "gain_95" in preset.about["held_out"] else "lowest to highest"
+    return ["prompts", "n", "off", "on", f"gain ({spread})", "better"]
 
 
 def _rows(preset: Preset) -> list[list[str]]:
-    """Texts under `_HEADINGS`: for the hunt's own prompts, and for those that it did not see."""
+    """Texts under the headings: for the hunt's own prompts, and for those that it did not see."""
     about = preset.about
     held, score = about["held_out"], about["score"]
     own = [f"{score['none']:.4f}", f"{score['all']:.4f}", f"{score['all'] - score['none']:+.4f}"]
-    interval = f" ({held['gain_95'][0]:+.4f} to {held['gain_95'][1]:+.4f})" if "gain_95" in held else ""
-    n, new = held["pairs"], [f"{held['off']:.4f}", f"{held['on']:.4f}", f"{held['gain']:+.4f}{interval}"]
+    low, high = held.get("gain_95") or held["gain_range"]
+    gain = f"{held['gain']:+.4f} ({low:+.4f} to {high:+.4f})"
+    n, new = held["pairs"], [f"{held['off']:.4f}", f"{held['on']:.4f}", gain]
     return [["of the hunt", str(about["images"]), *own, ""], ["unseen", str(n), *new, f"{held['better']}/{n}"]]
 
 
@@ -215,11 +224,5 @@ def markdown(preset: Preset) -> str:
         f"{preset.head_strength:g}, scale {preset.head_scale:g}"
     )
     chosen = ", ".join(f"{head} ({score:.4f})" for head, score in about["score"]["when chosen"].items())
-    table = markdown_table(_HEADINGS, _rows(preset))
+    table = markdown_table(_headings(preset), _rows(preset))
     return f"{line}\n\nHeads, with the score of the set when each joined: {chosen}\n\n{table}\n"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -20,11 +20,11 @@ import diffsparse_kernels as dk
 import diffsparse_kernels.backend.cpu
 from diffsparse.cli import main
 from diffsparse_eval import bench, doctor, environment, suites, tune
-from diffsparse_eval.commands.bench import _HEADINGS, SizeOptions
+from diffsparse_eval.commands.bench import SizeOptions
 from diffsparse_eval.rows import SCHEMA
 from diffsparse_eval.timing import seconds_of
 from diffsparse_kernels import machine
-from diffsparse_pipelines import progress
+from diffsparse_pipelines import tables
 
 CASE = suites.Case(tokens=200, heads=2, head_dim=16, dtype="float32", block=32, sparsities=(0.6,))
 RIGHT = diffsparse_kernels.backend.cpu.block_sparse_attention
@@ -150,10 +150,11 @@ def test_bench_without_rich_and_diffusers(tmp_path: Path) -> None:
     assert not done.stderr
     kinds = [row["kind"] for row in csv.DictReader(out.read_text().splitlines())]
     assert kinds == ["dense", "mass", "dense-mass", "sparse", "means", "first-order", "raster", "ordered"]
-    device, headings, *lines = done.stdout.splitlines()
+    device, _, case, headings, _, *lines = done.stdout.splitlines()
     assert device.startswith(machine.processor())
-    assert headings.split() == " ".join(_HEADINGS).split()
-    assert [line.split()[8] for line in lines[: len(kinds)]] == kinds
+    assert case == "float32, 256 x 1 x 16 (tokens x heads x D), blocks of 32"
+    assert " ".join(headings.split()) == "backend kind density ms TFLOP/s speed-up of"
+    assert [line.split()[1] for line in lines[1 : 1 + len(kinds)]] == kinds
     assert lines[-1] == f"{len(kinds)} rows are in {out}"
 
 
@@ -180,8 +181,9 @@ def test_help_and_usage_errors_without_rich() -> None:
 
 
 def test_plain_tables_line_up() -> None:
-    lines = progress.aligned([["a", "b", "c"], ["long", "1", ""], ["", "1000", "x"]], "lrl")
-    assert lines == ["a        b  c", "long     1", "      1000  x"]
+    found = tables.laid_out([["long", "1", ""], ["", "1000", "x"]], "lrl", ["a", "b", "c"], 80)
+    assert found.head == ["a        b  c", "-------------"]
+    assert found.body == ["long     1", "      1000  x"]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])

@@ -121,8 +121,12 @@ def test_files(results: Path) -> None:
     assert all(f"`{name}`" in text for name in DEFINITIONS)
     with Image.open(results / "tradeoff.png") as plot:
         assert np.asarray(plot.convert("L")).std() > 1, "something is drawn"
-    with Image.open(results / "sheet.png") as sheet:
-        assert sheet.height == 5 * (256 + 26)
+    with Image.open(results / "sheet.png") as picture:
+        pixels = np.asarray(picture)
+    paper = (pixels == pixels[10, 10]).all(-1)
+    assert 0.2 < paper.mean() < 0.8, "paper of its own, and frames"
+    assert "Median over prompts and seeds, 2 in all" in text
+    assert "±" not in text
 
 
 def test_an_interrupted_run_goes_on(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,15 +187,31 @@ def test_prompts_and_seeds(tmp_path: Path) -> None:
     assert read_seeds("3, 1,3") == (3, 1)
 
 
-def test_summaries_show_mean_and_interval() -> None:
+@pytest.mark.parametrize(
+    ("values", "shown", "caption"),
+    [
+        ((20.0, 22.0, 24.0), "22.00 (20.00 to 24.00)", "Median over prompts and seeds, 3 in all; in brackets"),
+        ((20.0, 21.0, 22.0, 23.0, 24.0), "22.00 ± 1.96", "Mean ± half-width of the 95 % confidence interval"),
+    ],
+)
+def test_summaries_show_mean_and_interval_or_median_and_range(
+    values: tuple[float, ...], shown: str, caption: str
+) -> None:
     row = dict.fromkeys(report._COLUMNS, 1.0)
-    rows = [{**row, "strategy": "adaspa", "label": "adaspa 0.8", "psnr_db": value} for value in (20.0, 22.0, 24.0)]
+    rows = [{**row, "strategy": "adaspa", "label": "adaspa 0.8", "psnr_db": value} for value in values]
     rows.append({**row, "strategy": "dense", "label": "dense", "psnr_db": None})
     dense, sparse = report.summary(rows)
     assert dense["strategy"] == "dense"
     assert dense["psnr_db"] == "identical"
-    assert sparse["psnr_db"] == "22.00 ± 4.97"
+    assert sparse["psnr_db"] == shown
     assert sparse["ssim"] == "1.0000"
+    assert report.caption(rows).startswith(caption)
+
+
+def test_a_busy_machine_is_told() -> None:
+    row: Any = {"strategy": "dense", "speedup": 3.66}
+    assert "Dense ran again at 3.66x its own speed" in report.doubts([row])
+    assert not report.doubts([{**row, "speedup": 0.95}])
 
 
 def test_modes_of_heads_are_told_by_spans_of_steps() -> None:

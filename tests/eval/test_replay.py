@@ -58,7 +58,7 @@ def test_what_each_method_makes_of_it(file: Path, tmp_path: Path, capsys: pytest
     printed = capsys.readouterr().out
     free = ["adaspa", "digest", "dit-fast", "gna", "pisa", "random", "sol", "svg-ear", "tangent", "adaspa+means"]
     for name in free:
-        assert f"\n  {name} " in printed
+        assert f"\n{name} " in printed
     assert "tiny-twin, 9x8x8 = 576 tokens" in printed
     found = json.loads((tmp_path / "replay.json").read_text())
     assert found["steps"] == [2, 3]
@@ -81,7 +81,7 @@ def test_dense_attention_is_exact_and_has_no_residual(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call(["inspect", "--replay", str(file), "--strategy", "dense", "--out", str(tmp_path)])
-    assert "dense      exact   1.000" in capsys.readouterr().out
+    assert "dense   exact  1.000" in capsys.readouterr().out
     row, *_ = json.loads((tmp_path / "replay.json").read_text())["rows"]
     assert (row["error_db"], row["work"], row["residual_mean"]) == (None, 1.0, {})
 

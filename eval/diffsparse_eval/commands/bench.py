@@ -19,18 +19,7 @@ if TYPE_CHECKING:
     from diffsparse_eval.rows import BenchRow
 
 _MOST_TOKENS = 1_000_000
-_HEADINGS = (
-    "dtype",
-    "tokens x heads x D",
-    "block",
-    "backend",
-    "kind",
-    "density",
-    "ms",
-    "tflops",
-    "speed-up",
-    "of limit",
-)
+_HEADINGS = ("backend", "kind", "density", "ms", "TFLOP/s", "speed-up", "of limit")
 _LEGEND = (
     "speed-up is over the fastest dense kernel of the same case; mass is the search pass without values",
     "dense-mass: dense attention that makes it on the way, as a search does",
@@ -169,17 +158,22 @@ def _show(rows: list[BenchRow], troubles: Troubles) -> None:
     from diffsparse_pipelines.progress import say, show_table
 
     if rows:
-        show_table([_cells(row) for row in rows], "lllllrrrrr", _HEADINGS, rows[0]["device"])
-        for line in _LEGEND:
-            say(line)
+        say(rows[0]["device"], highlight=False)
+        for case, of_it in itertools.groupby(rows, _case):
+            show_table([_cells(row) for row in of_it], "llrrrrr", _HEADINGS, f"\n{case}")
+        say("\n" + "\n".join(_LEGEND), fill=True)
     for reason in sorted(troubles.left_out):
         say(f"left out: {reason}")
     for entry, reason in troubles.failed.items():
         say(f"wrong or broken: {entry}: {reason}")
 
 
-def _cells(row: BenchRow) -> list[str]:
+def _case(row: BenchRow) -> str:
     size = f"{row['tokens']} x {row['heads']} x {row['head_dim']}"
+    return f"{row['dtype']}, {size} (tokens x heads x D), blocks of {row['block']}"
+
+
+def _cells(row: BenchRow) -> list[str]:
     figures = f"{row['density']:.2f}", f"{row['ms']:.2f}", f"{row['tflops']:.3f}"
     ratios = f"{row['speedup']:.2f}", f"{row['efficiency']:.2f}"
-    return [row["dtype"], size, str(row["block"]), row["backend"], row["kind"], *figures, *ratios]
+    return [row["backend"], row["kind"], *figures, *ratios]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from diffsparse.guidance.preset import Preset
     from diffsparse.seam.caching import Caching
     from diffsparse.strategies import Strategy
+    from diffsparse_eval.rows import ResultRow
     from diffsparse_eval.speed import SpeedTest
 
 _RANDOM = "Speed without weights"
@@ -121,13 +122,12 @@ class _Comparison:
 
     def write(self, out: Path, overwrite: bool) -> None:
         """Load the model, run what is missing in `out`, and show the results."""
-        from diffsparse_eval import report
         from diffsparse_eval.compared import compared, guided
         from diffsparse_eval.evaluation import FILES, check_files, check_packages, evaluate
         from diffsparse_eval.experiment import Experiment
         from diffsparse_pipelines import families
         from diffsparse_pipelines.preflight import check
-        from diffsparse_pipelines.progress import bar, say, show_table, terminal
+        from diffsparse_pipelines.progress import bar, terminal
 
         _, family = families.resolve(self.model.name)
         check_packages()
@@ -141,16 +141,20 @@ class _Comparison:
             self.model.name, strategies, self.prompts, self.seeds, call, schedule, self.knobs.strict, family.fps
         )
         with bar(terminal()) as progress:
+            rows = evaluate(pipe, experiment, out, progress, overwrite=overwrite, say=progress.say)
+        _show(rows, out)
 
-            def show(line: str) -> None:
-                progress.console.print(line, highlight=False, soft_wrap=True)
 
-            rows = evaluate(pipe, experiment, out, progress, overwrite=overwrite, say=show)
-        headings, lines = report.table(rows)
-        title = "mean ± 95 % interval over prompts and seeds"
-        show_table(lines, "l" + "r" * (len(headings) - 1), headings, title, wrap=True)
-        say(report.facts(rows), highlight=False)
-        say(f"videos, sheet.png, tradeoff.png, report.md, results.json and results.csv are in {out}")
+def _show(rows: list[ResultRow], out: Path) -> None:
+    """Show the summary of the rows, and where the files are."""
+    from diffsparse_eval import report
+    from diffsparse_pipelines.progress import say, show_table
+
+    headings, lines = report.table(rows)
+    say("")
+    show_table(lines, "l" + "r" * (len(headings) - 1), headings, spare=report.SPARE)
+    say(f"\n{report.caption(rows)}{report.doubts(rows)}\n{report.facts(rows)}", highlight=False, fill=True)
+    say(f"\nsheet.png, tradeoff.png, videos, report.md, results.json and results.csv are in {out}")
 
 
 def _check_random(model: ModelOptions, guidance: GuidanceOptions) -> None:
@@ -179,8 +183,8 @@ def _without_weights(
         rows = speed.measure(test, compared, out, progress, overwrite)
     headings, lines = speed.table(rows)
     title = "seconds of a step by kind, and of the run"
-    show_table(lines, "l" + "r" * (len(headings) - 1), headings, title, wrap=True)
-    say(speed.facts(rows), highlight=False)
+    show_table(lines, "l" + "r" * (len(headings) - 1), headings, title, spare=speed.SPARE)
+    say(speed.facts(rows), highlight=False, fill=True)
     say(f"report.md, results.json and results.csv are in {out}")
 
 

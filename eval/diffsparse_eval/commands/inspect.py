@@ -274,7 +274,7 @@ def _record(file: Path, what: Recorded, run: _Run) -> None:
     """Keep some attention of a dense run on file."""
     from diffsparse.files import writable
     from diffsparse_eval.replay import record
-    from diffsparse_pipelines.progress import bar, say, terminal
+    from diffsparse_pipelines.progress import bar, say, status, terminal
 
     texts = run.texts()
     if len(texts) != 1:
@@ -283,7 +283,7 @@ def _record(file: Path, what: Recorded, run: _Run) -> None:
     pipe, call = run.loaded(INSPECTED)
     with bar(terminal()) as progress:
         found = record(pipe, texts[0], progress, arguments=call, what=what, seed=run.seed, model=run.model.name)
-    with terminal().status("writing"):
+    with status("writing"):
         found.save(file)
     size = f"{len(found.calls)} calls, {file.stat().st_size / 2**20:.1f} MiB"
     say(f"{size}, are in {file}; diffsparse inspect --replay {file} tries methods on them")
@@ -296,33 +296,33 @@ def _replay(file: Path, knobs: InspectedOptions, model: ModelOptions, out: Path 
     from diffsparse_eval import replay
     from diffsparse_eval.rows import SCHEMA, SCHEMA_KEY
     from diffsparse_pipelines import families
-    from diffsparse_pipelines.progress import bar, say, show_table, terminal
+    from diffsparse_pipelines.progress import bar, say, show_table, status, terminal
 
     strategies = replay.at_each_sparsity(replace(knobs, strategy=knobs.strategy or replay.methods()))
     device, dtype = families.target(MODEL.name, model.device, model.dtype)
     dtype = DTYPE if model.dtype == "auto" and device != "cpu" else dtype
     if out is not None:
         writable(out / replay.FILE)
-    with terminal().status(f"reading {file}"):
+    with status(f"reading {file}"):
         recording = Recording.load(file)
     with bar(terminal()) as progress:
         rows = replay.replay(recording, strategies, progress, device=device, dtype=dtype)
     facts = replay.facts(recording)
     if out is not None:
         write_json({SCHEMA_KEY: SCHEMA, **facts, "rows": rows}, out / replay.FILE)
-    show_table(replay.table(rows), "l" + "r" * 6 + "ll", replay.HEADINGS, "recorded attention", wrap=True)
+    show_table(replay.table(rows), "l" + "r" * 8, replay.HEADINGS, "recorded attention", replay.SPARE)
     for note in replay.notes(rows):
         say(note, highlight=False)
-    say(replay.legend(facts, rows), highlight=False)
+    say(replay.legend(facts, rows), highlight=False, fill=True)
 
 
 def _write(found: Inspection, out: Path) -> None:
     from diffsparse.files import if_stopped
     from diffsparse_eval import attention
-    from diffsparse_pipelines.progress import say, show_table, terminal
+    from diffsparse_pipelines.progress import say, show_table, status
 
-    with terminal().status("drawing"), if_stopped(lambda: f"what is drawn so far is in {out}"):
+    with status("drawing"), if_stopped(lambda: f"what is drawn so far is in {out}"):
         attention.write(found, out)
-    show_table(attention.table(found.views), "lrrrrl", attention.HEADINGS, "recall, mean over heads", wrap=True)
-    say(attention.legend(found.facts), highlight=False)
+    show_table(attention.table(found.views), "lrrrrl", attention.HEADINGS, "recall, mean over heads")
+    say(attention.legend(found.facts), highlight=False, fill=True)
     say(f"maps, recall.png, orders.png, inspect.json and recall.csv are in {out}")

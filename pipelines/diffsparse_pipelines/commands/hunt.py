@@ -57,8 +57,19 @@ class HuntOptions:
             callback=_COUNT,
         ),
     ] = None
-    k: Annotated[int, typer.Option(help="Heads that join in each round.", rich_help_panel=_HUNT, callback=_COUNT)] = 3
-    rounds: Annotated[int, typer.Option(help="Rounds.", rich_help_panel=_HUNT, callback=_COUNT)] = 5
+    k: Annotated[
+        int | None,
+        typer.Option(
+            help="Heads that join in each round.",
+            show_default="3; of embedded models 2",
+            rich_help_panel=_HUNT,
+            callback=_COUNT,
+        ),
+    ] = None
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="Rounds.", show_default="5; of embedded models 1", rich_help_panel=_HUNT, callback=_COUNT),
+    ] = None
     pool: Annotated[
         str,
         typer.Option(
@@ -72,8 +83,14 @@ class HuntOptions:
         ),
     ] = 1.0
     head_scale: Annotated[
-        float, typer.Option(help="Weight of the head guidance.", rich_help_panel=_HUNT, callback=checks.number())
-    ] = 3.0
+        float | None,
+        typer.Option(
+            help="Weight of the head guidance.",
+            show_default="3; of embedded models 1",
+            rich_help_panel=_HUNT,
+            callback=checks.number(),
+        ),
+    ] = None
     kind: Annotated[str, typer.Option(help="identity, self, uniform, query-mean or zero.", rich_help_panel=_HUNT)] = (
         "identity"
     )
@@ -101,16 +118,23 @@ class HuntOptions:
         ),
     ] = "8"
 
-    def hunter(self) -> HeadHunter:
-        """How heads are searched, and how they are perturbed meanwhile.
+    def hunter(self, model: str) -> HeadHunter:
+        """How heads are searched, and how they are perturbed meanwhile; embedded models have few heads.
 
         Raises:
             ConfigError: a value out of its range.
         """
         from diffsparse.guidance.hunt import HeadHunter
+        from diffsparse_pipelines import families
 
-        strength = 1.0 if self.proxy else self.head_strength
-        return HeadHunter(self.k, self.rounds, strength, self.head_scale, self.kind)
+        usual = HeadHunter(2, 1, head_scale=1.0) if families.variant(model) else HeadHunter()
+        return HeadHunter(
+            usual.k if self.k is None else self.k,
+            usual.rounds if self.rounds is None else self.rounds,
+            1.0 if self.proxy else self.head_strength,
+            usual.head_scale if self.head_scale is None else self.head_scale,
+            self.kind,
+        )
 
     def pairs(self, model: str) -> tuple[Pairs, Pairs]:
         """Prompts and seeds of the hunt, and of the check: prompts and seeds that the hunt does not see."""
@@ -163,7 +187,7 @@ def hunt(
     from diffsparse_pipelines.machine import place
     from diffsparse_pipelines.progress import say
 
-    hunter, call = hunting.hunter(), sampling.arguments()
+    hunter, call = hunting.hunter(model.name), sampling.arguments()
     seen, unseen = hunting.pairs(model.name)
     model.admit(call, [prompt for prompt, _ in [*seen, *unseen]])
     preset = _begun(out, overwrite, hunting.objective)
@@ -173,7 +197,7 @@ def hunt(
     hunter.check(heads)
     settings = repr((hunter, heads, seen, hunting.objective, hunting.batch, session.searching))
     if preset is None or hunting.estimate:
-        session.estimate(hunter, heads, seen)
+        session.estimate(hunter, heads, seen, len(unseen))
     if hunting.estimate:
         return
     if preset is None:

@@ -40,16 +40,25 @@ def models(
         UnknownNameError: no such model.
     """
     from diffsparse_pipelines.families import FAMILIES
-    from diffsparse_pipelines.progress import show_table
+    from diffsparse_pipelines.progress import say, show_table
 
     if model is not None and model not in FAMILIES:
         raise UnknownNameError(f"no known model is called {model!r}; known: {closest(model, FAMILIES)}")
     rows = [row(name) for name in FAMILIES if model in (None, name)]
     if as_json:
         print(json.dumps({"rows": rows}, indent=2))
+    elif model is not None:
+        show_table([[key.replace("_", " "), _text(value)] for key, value in rows[0].items()], "ll")
     else:
         lines = [["-" if each[key] is None else str(each[key]) for key in _COLUMNS] for each in rows]
-        show_table(lines, "lllrrrrll", list(_COLUMNS.values()), wrap=True)
+        show_table(lines, "lllrrrrll", list(_COLUMNS.values()), spare=("checkpoint", "guidance"))
+        say("\nall that is known of one of them: diffsparse models --model NAME", highlight=False)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) or "-" if isinstance(value, list) else "-" if value is None else str(value)
 
 
 def row(name: str) -> Row:

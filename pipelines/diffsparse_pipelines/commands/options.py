@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Self, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self, cast
 
 import typer
 
@@ -17,6 +17,7 @@ from diffsparse.errors import ConfigError
 from diffsparse.schedule import Schedule
 from diffsparse_pipelines import values
 from diffsparse_pipelines.commands import checks
+from diffsparse_pipelines.known import FAMILIES
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -35,6 +36,9 @@ STRATEGIES = (
     "svg-ear, dit-fast"
 )
 CACHED = "; with a step cache CACHE/STRATEGY, such as taylor-seer:interval=2/digest or first-block:threshold=0.1/dense"
+
+_NAMES = {kind: ", ".join(n for n, each in FAMILIES.items() if each.output == kind) for kind in ("video", "image")}
+KNOWN = f"Models of videos: {_NAMES['video']}.\n\nModels of images: {_NAMES['image']}.\n\ndiffsparse models tells more."
 
 # --- options of more than one command, or of one of the four and a command ------------------------------------------
 
@@ -97,11 +101,12 @@ Dilation = Annotated[
 class ModelOptions:
     """Which model, and how it is loaded."""
 
+    epilog: ClassVar[str] = KNOWN
     name: Annotated[
         str,
         typer.Option(
             "--model",
-            help="A known name (diffsparse models), a folder of a saved pipeline, or a hub id.",
+            help="A known name (all are below), a folder of a saved pipeline, or a hub id.",
             rich_help_panel=_MODEL,
             callback=checks.text,
         ),
@@ -126,9 +131,9 @@ class ModelOptions:
     def load(self, with_image: bool = False) -> DiffusionPipeline:
         """The pipeline, in its place; meanwhile the terminal says so."""
         from diffsparse_pipelines import families
-        from diffsparse_pipelines.progress import terminal
+        from diffsparse_pipelines.progress import status
 
-        with terminal().status(f"loading {self.name}"):
+        with status(f"loading {self.name}"):
             return families.load(
                 self.name,
                 dtype=self.dtype,

@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
 from diffsparse.errors import ConfigError, UnknownNameError, closest
 from diffsparse_pipelines import values
 from diffsparse_pipelines.commands import checks
-from diffsparse_pipelines.commands.options import Dilation, Frames, Height, SamplingOptions, Sparsity, Width, Window
+from diffsparse_pipelines.commands.options import (
+    KNOWN,
+    Dilation,
+    Frames,
+    Height,
+    SamplingOptions,
+    Sparsity,
+    Width,
+    Window,
+)
 from diffsparse_pipelines.values import Cells
 
 if TYPE_CHECKING:
@@ -28,6 +37,7 @@ _GRID, _WINDOWS, _TILES, _RUNS = "Size and sampling", "Strategy", "Tiles", "Whol
 class GridOptions:
     """A grid of tokens: given, or that of a known model at a size."""
 
+    epilog: ClassVar[str] = KNOWN
     grid: Annotated[
         str | None,
         typer.Option(help="Tokens: frames x rows x columns.", show_default="the model's", rich_help_panel=_GRID),
@@ -281,11 +291,13 @@ def _show_runs(
     first = [each for each in found if each.schedule == found[0].schedule]
     tables = (
         ([piece for each in first for piece in each.pieces()], PIECES, "lllrrrr", "a layer, one sample"),
-        (rows, RUNS, "lrrrrrrrrr", f"{grid.model} on {run.device}, by a model of time"),
-        (rested, RATES, "lrll", "rates that it rests on"),
+        (rows, RUNS, "lrrrrrrrrr", f"\n{grid.model} on {run.device}, by a model of time"),
+        (rested, RATES, "lrll", "\nrates that it rests on"),
     )
     for lines, columns, alignment, title in tables:
-        show_table(cells(lines, columns), alignment, [name for name, _ in columns.values()], title, wrap=True)
+        headings = [name for name, _ in columns.values()]
+        spare = [name for name in ("attention share", "beside blocks") if name in headings]
+        show_table(cells(lines, columns), alignment, headings, title, spare)
 
 
 # key of a row -> heading
@@ -312,7 +324,7 @@ def _show(rows: list[dict[str, Cells | float]]) -> None:
         "r" * len(columns),
         [_COLUMNS[name] for name in columns],
         f"{_text(rows[0]['grid'])} tokens: speed-up of attention at most",
-        wrap=True,
+        ("density",),
     )
 
 
