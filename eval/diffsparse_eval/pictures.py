@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from diffsparse_eval import style
 from diffsparse_eval.experiment import RESULTS, load
 from diffsparse_eval.metrics import mean_and_interval
-from diffsparse_eval.report import STACKED, groups
+from diffsparse_eval.report import groups
 from diffsparse_eval.sheet import Strip, draw
 from diffsparse_pipelines import media
 
@@ -44,9 +44,19 @@ def write_sheet(rows: list[ResultRow], prompt: str, seed: int, out: Path, file: 
     shown = [row for group in groups(rows).values() for row in group if (row["prompt"], row["seed"]) == (prompt, seed)]
     dense = media.read(out / next(row for row in shown if row["strategy"] == "dense")["file"])
     compared = [row for row in shown if row["strategy"] != "dense"] or shown
-    strips = [Strip(row["label"], _figures(row), media.read(out / row["file"])) for row in compared]
-    facts = _facts(shown[0]) + (f" {STACKED}" if any("/" in row["label"] for row in compared) else "")
-    draw(prompt, facts, dense, strips, file or out / "sheet.png")
+    stacked = any("/" in row["label"] for row in compared)
+    strips = [Strip(_name(row["label"], stacked), _figures(row), media.read(out / row["file"])) for row in compared]
+    draw(prompt, _facts(shown[0]), dense, strips, file or out / "sheet.png")
+
+
+def _name(label: str, stacked: bool) -> str:
+    """A label as people read it; beside step caches, with what it is."""
+    cache, slash, strategy = label.rpartition("/")
+    if not stacked:
+        return label
+    if not slash:
+        return f"sparse alone: {label}"
+    return f"step cache alone: {cache}" if strategy == "dense" else f"both: {cache} and {strategy}"
 
 
 def _figures(row: ResultRow) -> str:
