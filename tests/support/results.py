@@ -173,7 +173,7 @@ def _bench(name: str, backend: str) -> str:
 
 def _account(name: str) -> str:
     found = gpu.read()[name.removeprefix("gpu/").removesuffix(".jsonl")]
-    best = gpu._best(found, "wan 14b 720p")
+    best = gpu.fastest(found, "wan 14b 720p")
     assert best is not None
     return f"attention of Wan 14B at 720p, a fifth of the blocks: {best['speedup']:.2f}x ({best['kernel']})"
 
