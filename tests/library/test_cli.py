@@ -147,7 +147,7 @@ BAD = {
     "hunt batch": (["hunt", "--out", "a.json", "--objective", "contrast", "--batch", "0"], "--batch wants a whole"),
     "hunt pool": (["hunt", "--out", "a.json", "--objective", "contrast", "--pool", "99.*"], "has no block '99'"),
     "hunt in a small pool": (
-        ["hunt", "--out", "a.json", "--objective", "contrast", "--pool", "0.*"],
+        ["hunt", "--out", "a.json", "--objective", "contrast", "--pool", "0.*", "--rounds", "3"],
         "want a pool of at least 15",
     ),
     "empty strategies": (["evaluate", "--out", "OUT", "--strategy", ","], "wanted one or more strategies"),

@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from diffsparse.seam.accelerate import SPEEDS
 from diffsparse_eval.rows import AccountFacts, AccountRow
 from diffsparse_pipelines.tables import markdown_table, spliced
 
@@ -20,6 +21,7 @@ _BEGIN, _END = "<!-- gpu: made by make gpu-tables -->", "<!-- /gpu -->"
 _CARDS = "<!-- cards: made by make gpu-tables -->", "<!-- /cards -->"
 _ACCOUNTS = "<!-- accounts: made by make gpu-tables -->", "<!-- /accounts -->"
 SHAPES = ("wan 1.3b 480p", "wan 14b 720p", "hunyuan-video 720p", "flux 1024 px")
+_RUN = "wan2.1-1.3b"  # the model whose runs under `accelerate` README.md names
 _WHOLE = "hunyuan-video"  # the model whose whole run the overview names
 _COLUMNS = ("card", "cases right", *SHAPES, f"whole run of {_WHOLE}")
 
@@ -177,14 +179,23 @@ def overview(results: dict[str, list[AccountRow]]) -> str:
 
 
 def headline(results: dict[str, list[AccountRow]]) -> str:
-    """The table of README.md: the last account of each card, and the shapes that all of these have."""
+    """The table of README.md, of the last account of each card: attention alone, and whole runs."""
     last = {name.partition("-")[0]: rows for name, rows in results.items()}
     kept = [shape for shape in SHAPES if all(fastest(rows, shape) for rows in last.values())]
-    lines = [
-        [card.upper(), *(f"{best['speedup']:.2f}x" for shape in kept if (best := fastest(rows, shape)))]
-        for card, rows in last.items()
-    ]
-    return markdown_table(["card", *kept], lines) if lines else "Not measured yet: `make gpu` does it."
+    lines = []
+    for card, rows in last.items():
+        alone = [f"{best['speedup']:.2f}x" for shape in kept if (best := fastest(rows, shape))]
+        lines.append([card.upper(), *alone, _accelerated(rows)])
+    if not lines:
+        return "Not measured yet: `make gpu` does it."
+    return markdown_table(["card", *(f"attention, {shape}" for shape in kept), f"whole run, {_RUN}"], lines)
+
+
+def _accelerated(rows: list[AccountRow]) -> str:
+    """Speed-ups of whole runs under `accelerate`, the slowest first."""
+    timed = [row for row in rows if row["stage"] == "accelerate" and row["verdict"] == "timed" and row["shape"] == _RUN]
+    found = [row for row in timed if row["kernel"] in SPEEDS]
+    return ", ".join(f"{row['speedup']:.2f}x" for row in sorted(found, key=lambda row: row["speedup"])) or "-"
 
 
 def fastest(rows: list[AccountRow], shape: str) -> AccountRow | None:
