@@ -6,6 +6,7 @@ the command line ends in one line that names the extra.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -17,6 +18,8 @@ __all__ = ["COMMANDS", "RICH", "main"]
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; bad input, also what the parser refuses, ends with one line and exit code 2."""
+    # Threads that spin while they wait take a busy CPU from those they wait for: 190 s in place of 5 for a run.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         from diffsparse.cli import parser
 

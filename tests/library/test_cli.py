@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,15 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert load(name) is not None
     assert status([name, "--help"]) == 0
     assert f"diffsparse {name}" in capsys.readouterr().out
+
+
+def test_threads_of_commands_do_not_spin_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, found in ((None, "passive"), ("active", "active")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        assert status(["--version"]) == 0
+        assert os.environ["OMP_WAIT_POLICY"] == found
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +158,7 @@ BAD = {
     "hunt pool": (["hunt", "--out", "a.json", "--objective", "contrast", "--pool", "99.*"], "has no block '99'"),
     "hunt in a small pool": (
         ["hunt", "--out", "a.json", "--objective", "contrast", "--pool", "0.*", "--rounds", "3"],
-        "want a pool of at least 15",
+        "want a pool of at least 6",
     ),
     "empty strategies": (["evaluate", "--out", "OUT", "--strategy", ","], "wanted one or more strategies"),
     "empty sparsity": (["evaluate", "--out", "OUT", "--sparsity", ""], "--sparsity wants numbers in [0, 1)"),
