@@ -239,23 +239,36 @@ def _dtype(asked: str, family: Family, device: str) -> torch.dtype:
 def _pretrained(source: str, family: Family, dtype: torch.dtype, with_image: bool) -> DiffusionPipeline:
     if Path(source).is_dir() and not _index(source):
         raise InputFileError(f"{source} holds no model_index.json; wanted a folder written by save_pretrained")
+    from diffsparse_pipelines.loading import quiet_hub
+
+    load = _blocks if family.modular or _index(source).startswith("modular") else _classical
     try:
-        if family.modular or _index(source).startswith("modular"):
-            pipe = _blocks(source, family, dtype, with_image)
-        else:
-            pipe = _classical(source, family, dtype, with_image)
-        _adapt(pipe, family)
+        with quiet_hub():
+            pipe = load(source, family, dtype, with_image)
+            _adapt(pipe, family)
         return pipe
     except MemoryError:
         raise
     except Exception as error:  # broken files raise errors of any kind
         if isinstance(error, ImportError) and missing(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputFileError(
-            f"can't load {source!r}: {reason} Wanted a folder written by save_pretrained, or a hub id and a connection "
-            "to the hub (or its files in the local cache)"
-        ) from error
+        raise InputFileError(_why_not(source, error)) from error
+
+
+def _why_not(source: str, error: Exception) -> str:
+    """One line on a source that can't be loaded."""
+    from diffsparse_pipelines.loading import unreachable
+
+    if not Path(source).is_dir() and (cause := unreachable(error)):
+        return (
+            f"can't load {source!r}: the hub can't be reached: {cause}; wanted a connection, or a folder written by "
+            "save_pretrained"
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"can't load {source!r}: {reason} Wanted a folder written by save_pretrained, or a hub id and a connection "
+        "to the hub (or its files in the local cache)"
+    )
 
 
 def _index(source: str) -> str:
