@@ -98,6 +98,10 @@ BAD = {
     "part of a name": (["generate", "--model", "Mochi-1"], "did you mean mochi? diffsparse models lists all"),
     "unlike any": (["models", "--model", "foo"], "no known model is called 'foo'; diffsparse models lists all"),
     "unknown strategy": (["generate", "--strategy", "adaspar"], "no strategy is called 'adaspar'; known: adaspa"),
+    "unknown step cache": (
+        ["generate", "--strategy", "foo/digest"],
+        "no step cache is called 'foo'; known: faster, first-block, mag, pab, ",
+    ),
     "two strategies": (["generate", "--strategy", "adaspa,random"], "wants one strategy"),
     "sparsity one": (["generate", "--sparsity", "1.0"], "--sparsity wants a number in [0, 1); got 1.0"),
     "negative sparsity": (["generate", "--sparsity", "-0.1"], "--sparsity wants a number in [0, 1); got -0.1"),
