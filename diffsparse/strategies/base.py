@@ -223,7 +223,7 @@ def as_strategy(strategy: object) -> Strategy:
         return strategy
     if not is_attending(strategy):
         raise ConfigError(
-            f"a strategy is an object with a method attend(q, k, v, site), such as AdaSpa(); got {strategy!r}"
+            f"a strategy is an object with a method attend(q, k, v, site), such as Digest(); got {strategy!r}"
         )
     return Foreign(cast(Attending, strategy))
 

@@ -61,7 +61,7 @@ def evaluate(
     check_files(out, FILES)
     results: Results[ResultRow] = Results(out, experiment.settings(pipe), overwrite)
     if results.rows:
-        say(f"going on with {len(results.rows)} rows of {results.path}")
+        say(f"going on with {len(results.rows)} rows of {results.path}; --overwrite measures anew")
     with if_stopped(results.kept):
         for row in run(experiment, pipe, results, progress, say):
             say(_line(row, experiment.told(row["prompt"], row["seed"])))

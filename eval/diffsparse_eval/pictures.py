@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from diffsparse_eval import style
 from diffsparse_eval.experiment import RESULTS, load
 from diffsparse_eval.metrics import mean_and_interval
-from diffsparse_eval.report import groups
+from diffsparse_eval.report import doubts, groups
 from diffsparse_eval.sheet import Strip, draw
 from diffsparse_pipelines import media
 
@@ -46,7 +46,7 @@ def write_sheet(rows: list[ResultRow], prompt: str, seed: int, out: Path, file: 
     compared = [row for row in shown if row["strategy"] != "dense"] or shown
     stacked = any("/" in row["label"] for row in compared)
     strips = [Strip(_name(row["label"], stacked), _figures(row), media.read(out / row["file"])) for row in compared]
-    draw(prompt, _facts(shown[0]), dense, strips, file or out / "sheet.png")
+    draw(prompt, f"{_facts(shown[0])} {doubts(rows).strip()}".strip(), dense, strips, file or out / "sheet.png")
 
 
 def _name(label: str, stacked: bool) -> str:

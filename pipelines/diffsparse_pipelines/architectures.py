@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from diffsparse import wrappers
-from diffsparse.errors import UnknownNameError, closest
+from diffsparse.errors import UnknownNameError
 from diffsparse.seam.targets import attentions
 from diffsparse_pipelines.drawn import Inputs
 from diffsparse_pipelines.drawn import inputs as inputs
+from diffsparse_pipelines.known import suggested
 from diffsparse_pipelines.preflight import Compression
 
 if TYPE_CHECKING:
@@ -304,7 +305,7 @@ def architecture(name: str) -> Architecture:
         config = {key: value for key, value in json.loads(file.read_text()).items() if not key.startswith("_")}
         return Architecture("WanTransformer3DModel", config, Compression(1, VAE_PATCH), TEXT_LENGTH, guided=False)
     if name not in ARCHITECTURES:
-        raise UnknownNameError(f"no architecture is listed for model {name!r}; known: {closest(name, ARCHITECTURES)}")
+        raise UnknownNameError(f"no architecture is listed for model {name!r}; {suggested(name, ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 

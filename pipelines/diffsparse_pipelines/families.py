@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from diffsparse.cli.table import missing
-from diffsparse.errors import ConfigError, InputFileError, UnknownNameError, closest
+from diffsparse.errors import ConfigError, InputFileError, UnknownNameError
 from diffsparse.schedule import Schedule
 from diffsparse_pipelines import machine
 from diffsparse_pipelines.known import FAMILIES as FAMILIES
 from diffsparse_pipelines.known import LEFT_OUT
 from diffsparse_pipelines.known import Call as Call
 from diffsparse_pipelines.known import Family as Family
+from diffsparse_pipelines.known import suggested as suggested
 
 if TYPE_CHECKING:
     import torch
@@ -52,20 +53,19 @@ def resolve(name: str, with_image: bool = False) -> tuple[str, Family]:
     if name in FAMILIES:
         family = FAMILIES[name]
         if with_image and not family.image_hub:
-            able = ", ".join(key for key, row in FAMILIES.items() if row.image_hub)
-            raise ConfigError(f"model {name!r} takes no input image; those that do: {able}")
+            able = [key for key, row in FAMILIES.items() if row.image_hub]
+            which = f"{suggested(name, able)}, and in its column image which do"
+            raise ConfigError(f"model {name!r} takes no input image; {which}")
         return (family.image_hub if with_image else family.hub), family
     if name in LEFT_OUT:
-        raise ConfigError(f"model {name!r} is left out: {LEFT_OUT[name]}. Known: {closest(name, FAMILIES)}")
+        raise ConfigError(f"model {name!r} is left out: {LEFT_OUT[name]}; diffsparse models lists the others")
     if variant(name):  # a saved embedded model
         return name, FAMILIES["tiny"]
     if Path(name).is_dir():
         return name, Family(name, dtype="auto")
     if name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists():
         return name, Family(name, dtype="auto")
-    raise UnknownNameError(
-        f"no model is called {name!r}, and it is no folder of a saved pipeline; known: {closest(name, FAMILIES)}"
-    )
+    raise UnknownNameError(f"no model is called {name!r}, and it is no folder of a saved pipeline; {suggested(name)}")
 
 
 def check_inputs(name: str, with_image: bool = False) -> None:
@@ -173,7 +173,7 @@ def grid(name: str, size: Call) -> tuple[int, int, int]:
         ConfigError: frames for an image model.
     """
     if name not in FAMILIES:
-        raise UnknownNameError(f"no known model is called {name!r}; known: {closest(name, FAMILIES)}")
+        raise UnknownNameError(f"no known model is called {name!r}; {suggested(name)}")
     family = FAMILIES[name]
     check_size(name, size)
     pixels: Call = {"num_frames": 1, **defaults(name), **size}
@@ -239,23 +239,36 @@ def _dtype(asked: str, family: Family, device: str) -> torch.dtype:
 def _pretrained(source: str, family: Family, dtype: torch.dtype, with_image: bool) -> DiffusionPipeline:
     if Path(source).is_dir() and not _index(source):
         raise InputFileError(f"{source} holds no model_index.json; wanted a folder written by save_pretrained")
+    from diffsparse_pipelines.loading import quiet_hub
+
+    load = _blocks if family.modular or _index(source).startswith("modular") else _classical
     try:
-        if family.modular or _index(source).startswith("modular"):
-            pipe = _blocks(source, family, dtype, with_image)
-        else:
-            pipe = _classical(source, family, dtype, with_image)
-        _adapt(pipe, family)
+        with quiet_hub():
+            pipe = load(source, family, dtype, with_image)
+            _adapt(pipe, family)
         return pipe
     except MemoryError:
         raise
     except Exception as error:  # broken files raise errors of any kind
         if isinstance(error, ImportError) and missing(error):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputFileError(
-            f"can't load {source!r}: {reason} Wanted a folder written by save_pretrained, or a hub id and a connection "
-            "to the hub (or its files in the local cache)"
-        ) from error
+        raise InputFileError(_why_not(source, error)) from error
+
+
+def _why_not(source: str, error: Exception) -> str:
+    """One line on a source that can't be loaded."""
+    from diffsparse_pipelines.loading import unreachable
+
+    if not Path(source).is_dir() and (cause := unreachable(error)):
+        return (
+            f"can't load {source!r}: the hub can't be reached: {cause}; wanted a connection, or a folder written by "
+            "save_pretrained"
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"can't load {source!r}: {reason} Wanted a folder written by save_pretrained, or a hub id and a connection "
+        "to the hub (or its files in the local cache)"
+    )
 
 
 def _index(source: str) -> str:

@@ -5,11 +5,15 @@ Numbers are defaults of the pipelines and blocks of Diffusers, or those of the e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_MEANT = 4  # names that are suggested at most
 
 
 class Call(TypedDict, total=False):
@@ -426,3 +430,12 @@ LEFT_OUT: dict[str, str] = {
     "lumina-next": "each of its heads has a mask of its own, with which it stays dense",
     "dreamlite": "it is a UNet, whose self-attention sees 1024 tokens of an image of 1024 pixels squared",
 }
+
+
+def suggested(name: str, known: Iterable[str] = FAMILIES) -> str:
+    """What a name that is not among the known ones may have been meant for, and the command that lists all."""
+    names = list(known)
+    alike = get_close_matches(name.lower(), names, n=_MEANT) + [one for one in names if name and name.lower() in one]
+    meant = list(dict.fromkeys(alike))[:_MEANT]
+    asked = f"did you mean {', '.join(meant)}? " if meant else ""
+    return f"{asked}diffsparse models lists all"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,10 @@ import transformers.utils.logging as transformers_logging
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
+
+# Classes of the hub's client that say so, by name: the packages beneath it change between releases.
+_UNREACHABLE = {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
+_RETRIES = ("Retrying in ", "Couldn't connect to the Hub")
 
 
 def from_pretrained(
@@ -39,6 +44,38 @@ def modular(source: str, dtype: torch.dtype, workflow: str | None = None) -> Dif
     if absent := sorted({*pipe.null_component_names} & {*pipe.pretrained_component_names}):
         raise OSError(f"its {', '.join(absent)} can't be read.")  # Diffusers only warns
     return pipe
+
+
+def unreachable(error: BaseException) -> str:
+    """Why the hub could not be reached, if that is what an error comes from; else empty."""
+    reason, link = "", error.__cause__ or error.__context__
+    while link is not None:
+        if _UNREACHABLE & {cls.__name__ for cls in type(link).__mro__}:
+            reason = (str(link).strip().splitlines() or [type(link).__name__])[0]
+        link = link.__cause__ or link.__context__
+    return reason.rstrip(".")
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Within: the hub's client says nothing of its retries; the error says what was wrong."""
+    loggers = [
+        logging.getLogger(name) for name in ("huggingface_hub.utils._http", "diffusers.pipelines.pipeline_utils")
+    ]
+    for logger in loggers:
+        logger.addFilter(_tells)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks", category=UserWarning)
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_tells)
+
+
+def _tells(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    return not said.startswith(_RETRIES) and " thrown while requesting " not in said
 
 
 @contextmanager

@@ -214,6 +214,25 @@ def test_a_busy_machine_is_told() -> None:
     assert not report.doubts([{**row, "speedup": 0.95}])
 
 
+@pytest.mark.parametrize(("speedup", "told"), [(3.66, True), (1.0, False)])
+def test_a_busy_machine_is_told_on_the_sheet(
+    speedup: float, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = dict.fromkeys(report._COLUMNS, 1.0) | dict.fromkeys(("model", "size", "device", "file"), "x")
+    row: Any = {**base, "strategy": "dense", "label": "dense", "prompt": "a", "seed": 0, "steps": 3}
+    facts: list[str] = []
+    monkeypatch.setattr(pictures.media, "read", lambda path: None)
+    monkeypatch.setattr(pictures, "draw", lambda title, text, *_: facts.append(text))
+    pictures.write_sheet([{**row, "speedup": speedup, "dense_seconds": 1.0}], "a", 0, tmp_path)
+    assert facts[0].startswith("x, x, 3 steps. Dense takes 1.0 s on x.")
+    assert facts[0].endswith("the machine is busy, and its speed-ups say little.") == told
+
+
+def test_a_second_run_says_how_to_measure_anew(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call([*COMMAND, "--out", str(results)])
+    assert f"rows of {results / 'results.json'}; --overwrite measures anew" in capsys.readouterr().out
+
+
 def test_modes_of_heads_are_told_by_spans_of_steps() -> None:
     row = {
         "modes": {"full": 0.75, "skip": 0.25},

@@ -104,8 +104,14 @@ def test_a_module_that_is_in_no_extra_is_a_fault_and_shown_as_one(monkeypatch: p
 
 
 BAD = {
-    "unknown model": (["generate", "--model", "wan2.1-1.3c"], "known: wan2.1-1.3b"),
+    "unknown model": (["generate", "--model", "wan2.1-1.3c"], "did you mean wan2.1-1.3b, "),
+    "part of a name": (["generate", "--model", "Mochi-1"], "did you mean mochi? diffsparse models lists all"),
+    "unlike any": (["models", "--model", "foo"], "no known model is called 'foo'; diffsparse models lists all"),
     "unknown strategy": (["generate", "--strategy", "adaspar"], "no strategy is called 'adaspar'; known: adaspa"),
+    "unknown step cache": (
+        ["generate", "--strategy", "foo/digest"],
+        "no step cache is called 'foo'; known: faster, first-block, mag, pab, ",
+    ),
     "two strategies": (["generate", "--strategy", "adaspa,random"], "wants one strategy"),
     "sparsity one": (["generate", "--sparsity", "1.0"], "--sparsity wants a number in [0, 1); got 1.0"),
     "negative sparsity": (["generate", "--sparsity", "-0.1"], "--sparsity wants a number in [0, 1); got -0.1"),
@@ -113,7 +119,11 @@ BAD = {
     "zero steps": (["generate", "--steps", "0"], "--steps wants a whole number from 1 to 10000; got 0"),
     "no prompt": (["generate", "--model", "flux", "--out", "a.png"], "--prompt is missing"),
     "missing image": (["generate", "--model", "wan2.1-14b", "--image", "none.png"], "can't read the image none.png"),
-    "image for a text model": (["generate", "--image", "none.png"], "takes no input image; those that do"),
+    "image for a text model": (["generate", "--image", "none.png"], "lists all, and in its column image which do"),
+    "image beside a namesake": (
+        ["generate", "--model", "wan2.1-1.3b", "--image", "none.png"],
+        "takes no input image; did you mean wan2.1-14b, wan2.2-a14b, ",
+    ),
     "strange suffix": (["generate", "--out", "a.avi"], "wanted a name that ends in .mp4"),
     "video as image": (["generate", "--model", "flux", "--out", "a.mp4", "--prompt", "x"], "can't write an image"),
     "bad searches": (["generate", "--searches", "soon"], "--searches wants a number"),
@@ -132,7 +142,7 @@ BAD = {
     ),
     "bad dilation": (["generate", "--dilation", "two"], "--dilation wants frames x rows x columns"),
     "simulated grid": (["simulate", "--grid", "8x-8x8"], "--grid wants frames x rows x columns"),
-    "simulated model": (["simulate", "--model", "wan"], "no known model is called 'wan'; known: "),
+    "simulated model": (["simulate", "--model", "wan"], "no known model is called 'wan'; did you mean wan2"),
     "simulated image": (["simulate", "--model", "flux", "--frames", "9"], "makes images; leave out --frames"),
     "simulated sparsity": (["simulate", "--sparsity", "1"], "--sparsity wants a number in [0, 1)"),
     "simulated share": (["simulate", "--share", "60"], "--share wants a number in [0, 1]; got 60"),

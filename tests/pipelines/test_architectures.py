@@ -180,7 +180,7 @@ def test_the_embedded_model_is_known_by_its_files() -> None:
 
 
 def test_unknown_and_impossible() -> None:
-    with pytest.raises(UnknownNameError, match=r"known: wan2\.1-14b"):
+    with pytest.raises(UnknownNameError, match=r"did you mean wan2\.1-14b"):
         architecture("wan2.1-15b")
     with pytest.raises(ConfigError, match="wanted an even height and width"):
         inputs(small("FluxTransformer2DModel").build(), (1, 7, 8), 6)

@@ -10,6 +10,7 @@ import pytest
 from diffsparse.cli import main
 from diffsparse.errors import InputFileError
 from diffsparse_pipelines import families, tiny
+from diffsparse_pipelines.loading import unreachable
 from support.tiny_pipelines import BUILDERS, ODD
 
 SEARCHED = ("paro", "sparse-vdit")
@@ -89,3 +90,31 @@ def test_a_checkpoint_that_wants_a_package(
     monkeypatch.setattr("diffsparse_pipelines.loading.from_pretrained", fails)
     with pytest.raises(wanted, match=str(error)):
         families.load(str(tiny.folder("twin")), device="cpu")
+
+
+@pytest.mark.parametrize("source", ["wan2.1-1.3b", "some/thing"])  # by its parts, as a whole
+def test_a_hub_that_is_out_of_reach_is_named(
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--model", source, "--prompt", "x", "--out", str(tmp_path / "x.mp4")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert "the hub can't be reached: " in line
+    assert line.endswith("; wanted a connection, or a folder written by save_pretrained")
+    assert not caplog.records
+
+
+def test_a_file_that_the_hub_lacks_is_no_lack_of_a_connection() -> None:
+    error = OSError("no config.json")
+    error.__cause__ = FileNotFoundError("404")
+    assert unreachable(error) == ""
+    error.__cause__.__context__ = ConnectionRefusedError("refused.")
+    assert unreachable(error) == "refused"

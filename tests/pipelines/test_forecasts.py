@@ -73,6 +73,21 @@ def test_the_command_names_each_rate(capsys: pytest.CaptureFixture[str]) -> None
     assert "measured: h100-2026-11-27: speed" in printed
 
 
+def test_whole_runs_come_first_and_show_the_share_of_attention(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["simulate", "--model", "wan2.1-14b", "--device", "h100"])
+    printed = capsys.readouterr().out
+    whole, pieces, rates = printed.split("\n\n")
+    assert whole.startswith("wan2.1-14b on h100, by a model of time\nstrategy ")
+    assert pieces.startswith("a layer, one sample\n")
+    assert rates.startswith("rates that it rests on\n")
+    assert whole.endswith("not shown at this width: beside blocks")  # of the share of attention it is not said
+    assert max(map(len, whole.splitlines())) <= 80
+
+
 def test_a_run_of_few_steps_is_foretold_as_it_would_be_generated(capsys: pytest.CaptureFixture[str]) -> None:
     """With the mild sparsity of models that were distilled to few steps, unless one is given."""
 

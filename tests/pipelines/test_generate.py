@@ -29,7 +29,7 @@ def test_names_resolve_to_hub_ids_folders_or_errors(tmp_path: Path) -> None:
     assert families.resolve("somebody/model")[0] == "somebody/model"
     assert families.resolve(str(tmp_path))[0] == str(tmp_path)
     for wrong in ("wan", "./nothing", "a/b/c"):
-        with pytest.raises(UnknownNameError, match="known: "):
+        with pytest.raises(UnknownNameError, match="diffsparse models lists all"):
             families.resolve(wrong)
 
 

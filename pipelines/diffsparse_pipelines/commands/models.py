@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffsparse.errors import UnknownNameError, closest
+from diffsparse.errors import UnknownNameError
 from diffsparse_pipelines.commands import checks
 
 Row = dict[str, object]
@@ -39,11 +39,11 @@ def models(
     Raises:
         UnknownNameError: no such model.
     """
-    from diffsparse_pipelines.families import FAMILIES
+    from diffsparse_pipelines.families import FAMILIES, suggested
     from diffsparse_pipelines.progress import say, show_table
 
     if model is not None and model not in FAMILIES:
-        raise UnknownNameError(f"no known model is called {model!r}; known: {closest(model, FAMILIES)}")
+        raise UnknownNameError(f"no known model is called {model!r}; {suggested(model)}")
     rows = [row(name) for name in FAMILIES if model in (None, name)]
     if as_json:
         print(json.dumps({"rows": rows}, indent=2))

@@ -399,9 +399,11 @@ MODEL, SAMPLING, SPARSITY, GUIDANCE = ModelOptions(), SamplingOptions(), Sparsit
 def _cache_of(entry: str) -> tuple[Caching | None, str]:
     """The step cache before a slash, and the strategy behind it; a slash may also be in the path of a plan."""
     from diffsparse.seam.caching import CACHES, Caching
+    from diffsparse.strategies import STRATEGIES
 
     cache, slash, strategy = entry.partition("/")
-    if slash and cache.partition(":")[0].lower() in CACHES:
+    name = cache.partition(":")[0].lower()
+    if slash and (name in CACHES or name.partition("+")[0] not in STRATEGIES):  # else the slash is of a plan's path
         return Caching.parse(cache.lower()), strategy
     return None, entry
 

@@ -290,13 +290,13 @@ def _show_runs(
         return
     first = [each for each in found if each.schedule == found[0].schedule]
     tables = (
-        ([piece for each in first for piece in each.pieces()], PIECES, "lllrrrr", "a layer, one sample"),
-        (rows, RUNS, "lrrrrrrrrr", f"\n{grid.model} on {run.device}, by a model of time"),
+        (rows, RUNS, "lrrrrrrrrr", f"{grid.model} on {run.device}, by a model of time"),
+        ([piece for each in first for piece in each.pieces()], PIECES, "lllrrrr", "\na layer, one sample"),
         (rested, RATES, "lrll", "\nrates that it rests on"),
     )
     for lines, columns, alignment, title in tables:
         headings = [name for name, _ in columns.values()]
-        spare = [name for name in ("attention share", "beside blocks") if name in headings]
+        spare = [name for name in ("beside blocks", "searches", "attention share") if name in headings]
         show_table(cells(lines, columns), alignment, headings, title, spare)
 
 
