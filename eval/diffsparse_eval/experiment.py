@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -211,7 +211,7 @@ def run(
     """
     jobs = experiment.jobs()
     total = sum(1 + len(strategies) for _, _, strategies in jobs)
-    task = progress.add_task("runs", total=total)
+    task = progress.add_task("runs", total=total, sure=1 + len(jobs[0][2]))
     prepared: dict[Compared, Compared] = {}
     for number, (prompt, seed, strategies) in enumerate(jobs):
         missing = [strategy for strategy in strategies if results.find(prompt, seed, strategy) is None]
@@ -246,7 +246,7 @@ def _run_name(number: int, prompt: str, seed: int) -> str:
 def _warm_up(
     experiment: Experiment,
     pipe: DiffusionPipeline,
-    strategies: Iterable[Compared],
+    strategies: Sequence[Compared],
     rows: Iterable[ResultRow],
     progress: Progress,
 ) -> dict[Compared, Compared]:
@@ -259,11 +259,15 @@ def _warm_up(
     call = {**whole, "num_inference_steps": 2}
     steps = argument(pipe, whole, "num_inference_steps") or 0
     ratios = cache(lambda: magnitude_ratios(pipe, steps, lambda: generation(pipe, whole, _CALIBRATION_SEED, progress)))
+    task = progress.add_task("warming up", total=1 + len(strategies))
     generation(pipe, call, 0, progress)
+    progress.advance(task)
     made = {strategy: ready(strategy, steps, ratios) for strategy in strategies}
     for strategy in made.values():
         with applied(pipe, strategy, Schedule(dense_first=1)):
             generation(pipe, call, 0, progress)
+        progress.advance(task)
+    progress.remove_task(task)
     return made
 
 

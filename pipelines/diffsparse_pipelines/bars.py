@@ -68,7 +68,8 @@ class Lines(Bar):
 
     def _times(self) -> tuple[float, float | None]:
         first = self.tasks[0]
-        return first.elapsed or 0.0, first.time_remaining
+        sure = first.completed >= first.fields.get("sure", 0)  # each kind of unit has been there, slow ones too
+        return first.elapsed or 0.0, first.time_remaining if sure else None
 
 
 def counted(tasks: list[tuple[str, float, float | None]], spent: float, left: float | None) -> str:

@@ -228,6 +228,16 @@ def test_a_busy_machine_is_told_on_the_sheet(
     assert facts[0].endswith("the machine is busy, and its speed-ups say little.") == told
 
 
+def test_a_file_tells_warm_up_from_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("diffsparse_pipelines.bars.PACE", 0.0)
+    call([*COMMAND[:-6], "--prompts", "1", "--strategy", "random", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "runs 0 of 3, warming up 1 of 3, steps 1 of 2: " in printed
+    assert not [line for line in printed.splitlines() if "left" in line and "runs 3" not in line]
+
+
 def test_a_second_run_says_how_to_measure_anew(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call([*COMMAND, "--out", str(results)])
     assert f"rows of {results / 'results.json'}; --overwrite measures anew" in capsys.readouterr().out

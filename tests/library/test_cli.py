@@ -153,7 +153,7 @@ BAD = {
         ["simulate", "--model", "flux", "--device", "h100", "--window", "1x8x8"],
         "simulate takes no --window beside --device",
     ),
-    "bad dtype": (["generate", "--dtype", "int8"], "dtype wants one of"),
+    "bad dtype": (["generate", "--dtype", "int8"], "error: --dtype wants one of"),
     "offload without a gpu": (["generate", "--device", "cpu", "--offload", "model"], "wants a GPU to offload from"),
     "strength without heads": (["generate", "--head-strength", "0.5"], "want --heads"),
     "heads that can't be read": (["generate", "--heads", "five"], "'five' names no attention head"),

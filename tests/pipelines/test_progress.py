@@ -165,6 +165,18 @@ def test_a_file_gets_a_line_every_few_seconds_and_never_twice_the_same(clock: li
     ]
 
 
+def test_the_time_left_is_told_once_each_kind_of_unit_has_been_there(clock: list[float]) -> None:
+    file = io.StringIO()
+    with progress.bar(console(file)) as shown:
+        shown.get_time = lambda: clock[0]
+        task = shown.add_task("runs", total=6, sure=3)
+        for _ in range(4):
+            clock[0] += 60
+            shown.advance(task)
+    lines = file.getvalue().splitlines()
+    assert ["left" in line for line in lines] == [False, False, True, True]
+
+
 def test_a_terminal_gets_a_bar() -> None:
     file = io.StringIO()
     with progress.bar(console(file, terminal=True)) as shown:

@@ -49,3 +49,12 @@ def file(param: typer.CallbackParam, value: Path | None) -> Path | None:
     if value is not None and value == Path():
         raise ConfigError(f"{param.opts[0]} wants the name of a file or folder; got an empty one")
     return value
+
+
+def number_format(param: typer.CallbackParam, value: str) -> str:
+    """One of the number formats in which models run."""
+    from diffsparse_pipelines.families import DTYPES
+
+    if value not in DTYPES:
+        raise ConfigError(f"{param.opts[0]} wants one of {', '.join(DTYPES)}; got {value!r}")
+    return value

@@ -111,7 +111,12 @@ class ModelOptions:
             callback=checks.text,
         ),
     ] = "tiny"
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.", rich_help_panel=_MODEL)] = "auto"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, bfloat16, float16, or auto.", rich_help_panel=_MODEL, callback=checks.number_format
+        ),
+    ] = "auto"
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.", rich_help_panel=_MODEL)] = "auto"
     offload: Annotated[
         str,
