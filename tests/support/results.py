@@ -201,6 +201,11 @@ _FEW = "{} steps of the embedded model, {} dense at the start, four sparsities"
 _BENCH = "diffsparse bench {}--tokens 4096 --rounds 21 --out eval/results/{}"
 _GPU = "make gpu    # then copy out/gpu/rows.jsonl"
 FILES: dict[str, File] = {
+    "demo.json": File(
+        "README's picture, two prompts on one core",
+        _labels("taylor-seer:interval=2/dense", "digest 0.8", "taylor-seer:interval=2/digest 0.8"),
+        "make demo\npython -m diffsparse_eval.pictures out/demo docs/figures/demo.png    # and copy out/demo/results.json",
+    ),
     "tiny.csv": File(
         "the embedded model at four sparsities: all strategies but `Tangent`, and an earlier `Digest`",
         _labels("paro 0.8 +means", "adaspa 0.8", "random 0.8"),
@@ -234,7 +239,11 @@ FILES: dict[str, File] = {
         partial(_bench, backend="cpu"),
         "OMP_NUM_THREADS=1 " + _BENCH.format("", "bench-cpu-one-thread.csv"),
     ),
-    "bench-cpu.csv": File("kernels on two cores", partial(_bench, backend="cpu"), _BENCH.format("", "bench-cpu.csv")),
+    "bench-cpu.csv": File(
+        "kernels on two cores",
+        partial(_bench, backend="cpu"),
+        "OMP_WAIT_POLICY=active " + _BENCH.format("", "bench-cpu.csv"),
+    ),
     "bench-cpu-flex-one-thread.csv": File(
         "the same beside FlexAttention, compiled",
         partial(_bench, backend="flex"),
@@ -243,7 +252,7 @@ FILES: dict[str, File] = {
     "bench-cpu-flex.csv": File(
         "on two cores",
         partial(_bench, backend="flex"),
-        _BENCH.format("--backend cpu,flex --sparsity 0.8 ", "bench-cpu-flex.csv"),
+        "OMP_WAIT_POLICY=active " + _BENCH.format("--backend cpu,flex --sparsity 0.8 ", "bench-cpu-flex.csv"),
     ),
     **{
         f"gpu/{path.name}": File("an account of a GPU", _account, _GPU)
