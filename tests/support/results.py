@@ -204,7 +204,7 @@ FILES: dict[str, File] = {
     "demo.json": File(
         "README's picture, two prompts on one core",
         _labels("taylor-seer:interval=2/dense", "digest 0.8", "taylor-seer:interval=2/digest 0.8"),
-        "make demo\npython -m diffsparse_eval.pictures out/demo docs/figures/demo.png    # and copy out/demo/results.json",
+        "make demo\npython -m diffsparse_eval.pictures out/demo docs/figures/demo.png  # and copy results.json",
     ),
     "tiny.csv": File(
         "the embedded model at four sparsities: all strategies but `Tangent`, and an earlier `Digest`",
