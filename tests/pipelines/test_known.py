@@ -165,7 +165,7 @@ def test_generate_takes_it_unless_told(
     with pytest.raises(SystemExit) as ended:
         main(["generate", "--model", "tiny-twin", *asked, *more, "--block", "16", "--out", str(tmp_path / "a.gif")])
     assert not ended.value.code
-    assert capsys.readouterr().out.startswith(told)
+    assert f"\n{told}" in capsys.readouterr().out
 
 
 def test_dense_has_no_sparsity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
