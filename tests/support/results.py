@@ -202,7 +202,7 @@ _BENCH = "diffsparse bench {}--tokens 4096 --rounds 21 --out eval/results/{}"
 _GPU = "make gpu    # then copy out/gpu/rows.jsonl"
 FILES: dict[str, File] = {
     "demo.json": File(
-        "README's picture, two prompts on one core",
+        "README's picture: two prompts in 12 steps, on one core",
         _labels("taylor-seer:interval=2/dense", "digest 0.8", "taylor-seer:interval=2/digest 0.8"),
         "make demo\npython -m diffsparse_eval.pictures out/demo docs/figures/demo.png  # and copy results.json",
     ),
