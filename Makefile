@@ -94,6 +94,7 @@ figures: $(VENV)/.user
 
 stack-tables: $(VENV)/.user
 	$(BIN)/python -m diffsparse_eval.stack
+	$(BIN)/python -m diffsparse_eval.figures chart-stack
 
 gpu:
 	@if ls .whl/*.whl >/dev/null 2>&1; then \

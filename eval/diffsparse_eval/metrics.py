@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffsparse_eval.rows import Fidelity
-from diffsparse_pipelines.tables import mean_and_interval as mean_and_interval  # which hunts use, too
 
 if TYPE_CHECKING:
     import torch

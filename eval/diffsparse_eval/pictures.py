@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 
 from diffsparse_eval import style
 from diffsparse_eval.experiment import RESULTS, load
-from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.report import doubts, groups
 from diffsparse_eval.sheet import Strip, draw
 from diffsparse_pipelines import media
+from diffsparse_pipelines.tables import mean_and_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

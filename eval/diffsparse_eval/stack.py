@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -22,10 +22,9 @@ from diffsparse.errors import InputFileError
 from diffsparse.files import write_text
 from diffsparse_eval import style
 from diffsparse_eval.experiment import RESULTS, load
-from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.report import groups
 from diffsparse_eval.rows import ResultRow
-from diffsparse_pipelines.tables import markdown_table, spliced, spread
+from diffsparse_pipelines.tables import markdown_table, mean_and_interval, spliced, spread
 
 SHARES = (0.5, 0.7, 0.85)  # of attention in a dense step, for which speed is counted
 TARGETS = (2.1, 2.5, 3.0)
@@ -308,8 +307,9 @@ def files(paths: list[Path]) -> dict[str, list[Point]]:
     return {_title(path): points(read(path)) for path in paths}
 
 
+@cache
 def own() -> dict[str, list[Point]]:
-    """Those of the project's own rows."""
+    """Those of the project's own rows, which are read once for all charts and tables."""
     return files(sorted((_ROOT / "eval/results").glob("stack-*.json")))
 
 
@@ -327,8 +327,6 @@ def main(names: list[str]) -> None:
         style.save(chart(found), folder / "stack.png")
         write_text(f"## Step cache, sparse attention, and both\n\n{text(found)}", folder / "stack.md")
     elif _PAGE.is_file():
-        for theme in style.THEMES:
-            style.save(chart(own(), theme), _PAGE.parent / f"figures/chart-stack-{theme.name}.svg")
         for page, written in pages().items():
             write_text(written, page)
     else:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffsparse_eval import metrics
-from diffsparse_pipelines.tables import spread
+from diffsparse_pipelines.tables import mean_and_interval, spread
 
 
 def frames(seed: int, shape: tuple[int, ...] = (3, 16, 20, 3)) -> np.ndarray:
@@ -54,14 +54,14 @@ def test_latent_cosine() -> None:
 
 def test_interval_is_students() -> None:
     values = [1.0, 2.0, 4.0, 4.0, 5.0]
-    mean, half = metrics.mean_and_interval(values)
+    mean, half = mean_and_interval(values)
     assert mean == pytest.approx(16 / 5)
     assert half == pytest.approx(2.776445 * np.std(values, ddof=1) / math.sqrt(5), rel=1e-5)
 
 
 def test_fewer_than_five_values_have_no_interval() -> None:
-    assert metrics.mean_and_interval([5.0]) == (5.0, None)
-    assert metrics.mean_and_interval([1.0, 2.0, 3.0, 4.0]) == (2.5, None)
+    assert mean_and_interval([5.0]) == (5.0, None)
+    assert mean_and_interval([1.0, 2.0, 3.0, 4.0]) == (2.5, None)
     assert spread([42.0, 40.0, 43.04], ".1f") == "42.0 (40.0 to 43.0)"
     assert spread([42.0], ".1f") == "42.0"
     assert spread([0.999, 0.9991], ".2f") == "1.00"  # a range that does not show

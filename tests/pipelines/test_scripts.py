@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,18 +13,10 @@ import pytest
 
 from diffsparse_pipelines import families
 from diffsparse_pipelines.families import FAMILIES
+from support.scripts import load
 from support.tiny_pipelines import BUILDERS
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "pipelines").glob("*.py"))
-
-
-def load(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_there_is_a_script_for_each_family() -> None:

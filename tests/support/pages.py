@@ -32,6 +32,7 @@ from diffsparse.cli import main
 from diffsparse.plans.plan import Plan
 from diffsparse_pipelines import tiny
 from diffsparse_pipelines.commands.options import ModelOptions
+from support.scripts import load
 
 ROOT = Path(__file__).parents[2]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
@@ -206,13 +207,8 @@ def _python(words: Sequence[str]) -> None:
     if words[0] == "-m":
         assert words[1] in ("venv", "pip") or importlib.util.find_spec(words[1]), words[1]
         return
-    spec = importlib.util.spec_from_file_location("script", ROOT / words[0])
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     app = typer.Typer()
-    app.command()(script.main)
+    app.command()(load(ROOT / words[0]).main)
     typer.main.get_command(app).make_context("script", list(words[1:]))
 
 

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 from diffsparse_eval import stack
 from diffsparse_eval.experiment import load
 from diffsparse_eval.gpu import table as gpu
-from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.report import meanings
 from diffsparse_eval.rows import DEFINITIONS, SPEED_DEFINITIONS
-from diffsparse_pipelines.tables import markdown_table, spliced
+from diffsparse_pipelines.tables import markdown_table, mean_and_interval, spliced
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "eval/results"
@@ -199,6 +198,8 @@ def _labels(*labels: str) -> Callable[[str], str]:
 
 _FEW = "{} steps of the embedded model, {} dense at the start, four sparsities"
 _BENCH = "diffsparse bench {}--tokens 4096 --rounds 21 --out eval/results/{}"
+_ONE, _TWO = "OMP_NUM_THREADS=1", "OMP_WAIT_POLICY=active"
+_FLEX = "--backend cpu,flex --sparsity 0.8 "
 _GPU = "make gpu    # then copy out/gpu/rows.jsonl"
 FILES: dict[str, File] = {
     "demo.json": File(
@@ -234,26 +235,15 @@ FILES: dict[str, File] = {
     },
     "stack-guidance-1.json": File("step caches, sparse attention, both", _stack, "make stack"),
     "stack-guidance-5.json": File("the same at guidance scale 5", _stack, "make stack"),
-    "bench-cpu-one-thread.csv": File(
-        "kernels on one CPU core",
-        partial(_bench, backend="cpu"),
-        "OMP_NUM_THREADS=1 " + _BENCH.format("", "bench-cpu-one-thread.csv"),
-    ),
-    "bench-cpu.csv": File(
-        "kernels on two cores",
-        partial(_bench, backend="cpu"),
-        "OMP_WAIT_POLICY=active " + _BENCH.format("", "bench-cpu.csv"),
-    ),
-    "bench-cpu-flex-one-thread.csv": File(
-        "the same beside FlexAttention, compiled",
-        partial(_bench, backend="flex"),
-        "OMP_NUM_THREADS=1 " + _BENCH.format("--backend cpu,flex --sparsity 0.8 ", "bench-cpu-flex-one-thread.csv"),
-    ),
-    "bench-cpu-flex.csv": File(
-        "on two cores",
-        partial(_bench, backend="flex"),
-        "OMP_WAIT_POLICY=active " + _BENCH.format("--backend cpu,flex --sparsity 0.8 ", "bench-cpu-flex.csv"),
-    ),
+    **{
+        name: File(holds, partial(_bench, backend=backend), f"{threads} {_BENCH.format(options, name)}")
+        for name, holds, backend, threads, options in (
+            ("bench-cpu-one-thread.csv", "kernels on one CPU core", "cpu", _ONE, ""),
+            ("bench-cpu.csv", "kernels on two cores", "cpu", _TWO, ""),
+            ("bench-cpu-flex-one-thread.csv", "the same beside FlexAttention, compiled", "flex", _ONE, _FLEX),
+            ("bench-cpu-flex.csv", "on two cores", "flex", _TWO, _FLEX),
+        )
+    },
     **{
         f"gpu/{path.name}": File("an account of a GPU", _account, _GPU)
         for path in sorted((RESULTS / "gpu").glob("*.jsonl"))

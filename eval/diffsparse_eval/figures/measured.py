@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from diffsparse_eval import stack, style
 from diffsparse_eval.gpu import table as gpu
-from diffsparse_eval.metrics import mean_and_interval
 from diffsparse_eval.style import TYPE, WIDTH, Theme
 from diffsparse_pipelines import tiny
+from diffsparse_pipelines.tables import mean_and_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
