@@ -25,7 +25,14 @@ def spliced(page: str, begin: str, made: str, end: str) -> str:
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95 % confidence interval (Student's t); None for fewer than `FEWEST` values."""
+    """Mean, and half the width of its 95 % confidence interval (Student's t).
+
+    Args:
+        values: at least one.
+
+    Returns:
+        The mean, and half of the interval; None in its place for fewer than five values.
+    """
     import numpy as np
     from scipy.stats import sem, t
 
