@@ -223,15 +223,10 @@ class SparsityOptions:
             rich_help_panel=_SPARSE,
         ),
     ] = None
-    head_adaptive: Annotated[
-        bool | None,
-        typer.Option(
-            "--head-adaptive/--no-head-adaptive",
-            help="AdaSpa's sparsity by head.",
-            show_default="on",
-            rich_help_panel=_SPARSE,
-        ),
-    ] = None
+    equal_heads: Annotated[
+        bool,
+        typer.Option("--no-head-adaptive", help="AdaSpa's: the same sparsity for all heads.", rich_help_panel=_SPARSE),
+    ] = False
     recall_threshold: Annotated[
         float | None,
         typer.Option(
@@ -289,7 +284,7 @@ class SparsityOptions:
             "block": values.block(self.block, "--block"),
             "order": self.order,
             "searches": self.later_searches,
-            "head_adaptive": self.head_adaptive,
+            "head_adaptive": False if self.equal_heads else None,
             "recall_threshold": self.recall_threshold,
             "window": values.cells(self.window, "--window", 0),
             "stride": values.cells(self.stride, "--stride", 1),
