@@ -213,5 +213,5 @@ def legend(facts: InspectionFacts) -> str:
     return (
         f"{facts['model']}, {facts['strategy']}; {facts['layout']}; steps {', '.join(map(str, facts['looks']))}; "
         f"raster and best order: the best blocks of each row at {facts['sparsity']:.0%} sparsity; chosen: the "
-        "strategy's own blocks"
+        "blocks that the strategy computes; summaries, if it has them, stand for the rest"
     )

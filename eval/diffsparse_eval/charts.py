@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from diffsparse.insight.inspection import LayerView
 from diffsparse.orders.named import RASTER
 from diffsparse_eval.rows import InspectionFacts
+from diffsparse_eval.style import LIGHT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
 
-_INK, _PAPER, _SKIPPED = "#222222", "white", "#d9d9d9"
-_PALETTE = ("#4477aa", "#c8702a", "#228833", "#7b5aa6", "#d1495b", "#2a8c9e", "#7a7a7a", "#8a7a1f", "#6b4a2b")
+_INK, _PAPER, _SKIPPED = LIGHT.ink, LIGHT.paper, LIGHT.faint
+_ORDERS = ("#4477aa", "#c8702a", "#228833", "#7b5aa6", "#d1495b", "#2a8c9e", "#7a7a7a", "#8a7a1f", "#6b4a2b")
 _LEGIBLE = 30, 12  # layers and heads up to which texts are written into the cells
 _COLUMN = 6  # heads one below the other
 _LOWEST, _HIGHEST = 0.03, 30.0  # block mass in units of uniform attention
@@ -67,7 +68,7 @@ def _map(axes: Axes, mass: ArrayLike, title: str, kept: ArrayLike | None = None)
     if kept is not None:
         kept = np.asarray(kept)
         veil = np.zeros((*kept.shape, 4))
-        veil[..., :3] = int(_SKIPPED[1:3], 16) / 255
+        veil[..., :3] = to_rgb(_SKIPPED)
         veil[..., 3] = 1 - kept
         axes.imshow(veil, aspect=aspect)
     axes.set(xticks=[], yticks=[], visible=True)
@@ -104,7 +105,7 @@ def orders(views: list[LayerView], facts: InspectionFacts) -> Figure:
     panels[f"order of {facts['label']}"] = [view.own_orders for view in views]
     figure = Figure(figsize=_grid_size(views, 2), layout="constrained")
     axes = figure.subplots(1, 2, squeeze=False, sharey=True)[0]
-    colours = ListedColormap([_PALETTE[i % len(_PALETTE)] for i in range(len(names))])
+    colours = ListedColormap([_ORDERS[i % len(_ORDERS)] for i in range(len(names))])
     for panel, (title, picked) in zip(axes, panels.items(), strict=True):
         table = _table([np.array([names.index(name) for name in heads], dtype=float) for heads in picked])
         panel.imshow(table, cmap=colours, norm=BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names)), aspect="auto")
@@ -168,4 +169,4 @@ def _axes(axes: Sequence[Axes], views: list[LayerView]) -> None:
 def _title(figure: Figure, text: str, facts: InspectionFacts) -> None:
     figure.suptitle(f"{facts['model']}, {facts['label']}: {text}", fontsize=11, color=_INK)
     steps = ", ".join(map(str, facts["looks"]))
-    figure.supxlabel(f"{facts['layout']} in blocks of {facts['block']}, steps {steps}", fontsize=7, color="#666666")
+    figure.supxlabel(f"{facts['layout']} in blocks of {facts['block']}, steps {steps}", fontsize=7, color=LIGHT.soft)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from diffsparse_eval.replay import Recorded
 
 _FILES = "Attention on file"
-_STRATEGY, _LOOKS, _PROMPTS = "adaspa", 3, "1"
+_STRATEGY, _LOOKS, _PROMPTS = "digest", 3, "1"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def inspect(
         str | None,
         typer.Option(
             help=f"{STRATEGIES}.",
-            show_default="adaspa; with --replay all that want no plan",
+            show_default="digest; with --replay all that want no plan",
             rich_help_panel="Strategy",
             callback=checks.text,
         ),
@@ -175,8 +175,9 @@ def inspect(
 ) -> None:
     """Draw attention mass, the blocks that a strategy computes, and recall by layer and head, in several token orders.
 
-    Recall is the softmax mass inside the blocks that are kept. "raster" and "best" ask what the best blocks of each
-    row could hold, before and after reordering; "chosen" is what the strategy's own blocks do hold.
+    Recall is the softmax mass inside the blocks that are kept. "raster" and "best" ask what the best blocks of each row
+    could hold, before and after reordering; "chosen" is what the strategy's own blocks do hold; summaries, if it has
+    them, stand for the rest.
 
     --record keeps real attention on file instead; --replay shows what each method makes of it at 10, 20 and 30 % of
     the work: error of the output, and what is missing.

@@ -21,7 +21,7 @@ from diffsparse_kernels.case import INTEGERS, SELECTION, Case
 from diffsparse_kernels.measured import Copy, tiles_for
 
 LAUNCHES = 50
-EIGHT_BITS = {"int8": 0.012, "int8-int8": 0.020, "int8-fp8": 0.037, "fp8": 0.052}  # relative errors, as documented
+EIGHT_BITS = {"int8": 0.012, "int8-int8": 0.020, "int8-fp8": 0.037, "fp8": 0.052}  # relative errors, as in `eight_bits`
 FIRST_USE = "first use"
 AROUND = ("summaries", "errors", "statistics", "selection", "rows", "fit")  # kinds of cases of no attention
 _BF16, _FP16 = torch.bfloat16, torch.float16
