@@ -162,7 +162,7 @@ def defaults(name: str) -> Call:
 
 
 def grid(name: str, size: Call) -> tuple[int, int, int]:
-    """Tokens of a known model along frames, rows and columns.
+    """Tokens of a known model along frames, rows and columns; of one window, where it makes a video in several.
 
     Args:
         name: a key of `FAMILIES`.
@@ -178,7 +178,8 @@ def grid(name: str, size: Call) -> tuple[int, int, int]:
     check_size(name, size)
     pixels: Call = {"num_frames": 1, **defaults(name), **size}
     _, rows, columns = family.token
-    return family.frames_of_tokens(pixels["num_frames"]), -(-pixels["height"] // rows), -(-pixels["width"] // columns)
+    frames, _ = family.windows(pixels["num_frames"])
+    return family.frames_of_tokens(frames), -(-pixels["height"] // rows), -(-pixels["width"] // columns)
 
 
 def check_size(name: str, size: Call) -> None:

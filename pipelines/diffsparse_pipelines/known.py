@@ -71,6 +71,7 @@ class Family:
         multiple: pixels of which height and width are multiples; 0 if that is the token's.
         chunk: frames that the VAE encodes at a time and the latents that it makes of them, if the first frame has none
             of its own; a last chunk of as many frames as latents makes 2.
+        window: frames that the transformer sees at a time, in a run of their own; 0 for all.
         revision: of the checkpoint.
         adapters: LoRAs that go on top.
         distilled: to few steps; see `families.few_steps`.
@@ -94,6 +95,7 @@ class Family:
     token: tuple[int, int, int] = (4, 16, 16)
     multiple: int = 0
     chunk: tuple[int, int] | None = None
+    window: int = 0
     revision: str = ""
     adapters: tuple[Adapter, ...] = ()
     distilled: bool = False
@@ -102,6 +104,10 @@ class Family:
     wants_image: bool = False
     by_hand: str = ""
     script: str = ""
+
+    def windows(self, frames: int) -> tuple[int, int]:
+        """Frames of a window, and how many there are."""
+        return (self.window, -(-frames // self.window)) if self.window else (frames, 1)
 
     def frames_of_tokens(self, frames: int) -> int:
         """Tokens along the frames of a video."""
@@ -229,6 +235,7 @@ FAMILIES: dict[str, Family] = {
         "lllyasviel/FramePackI2V_HY",
         _call(720, 1280, 129, 50, 6.0),
         fps=30,
+        window=33,
         by_hand="an image, and a transformer and an image encoder from checkpoints of their own",
         script="framepack.py",
     ),

@@ -105,8 +105,6 @@ PAGES = {
         },
     ),
 }
-# One window of a model whose transformer sees no more at a time.
-_WINDOW: dict[str, Call] = {"framepack": {"num_frames": 33}}
 # Models whose own size is small, at a size where there is something to gain.
 _SQUARE: Call = {"height": 2048, "width": 2048}
 LARGER: dict[str, Call] = {
@@ -180,7 +178,6 @@ def sizes(file: str) -> str:
 
 
 def _line(name: str, size: Call) -> tuple[str, ...]:
-    size = size or _WINDOW.get(name, {})
     whole: Call = {**FAMILIES[name].defaults, **size}
     edges = [whole["width"], whole["height"], *([whole["num_frames"]] if "num_frames" in whole else [])]
     run = foretold(name, size)

@@ -29,19 +29,21 @@ class Foretold:
     """A strategy's run.
 
     over_fastest: the same where dense attention is the fastest kernel, in dense steps too.
+    windows: how many such runs make the video.
     """
 
     strategy: Strategy
     schedule: Schedule
     run: Forecast
     over_fastest: Forecast
+    windows: int = 1
 
     def row(self) -> Row:
         """The whole run."""
         return {
             **self._named(),
-            "dense_seconds": self.run.dense_seconds,
-            "seconds": self.run.seconds,
+            "dense_seconds": self.windows * self.run.dense_seconds,
+            "seconds": self.windows * self.run.seconds,
             "attention_share": self.run.attention_share,
             "attention_speedup": self.run.attention_speedup,
             "speedup": self.run.speedup,
@@ -82,7 +84,8 @@ def foretell(
     families.check_size(name, size)
     chosen: Arguments = {"num_frames": 1, **families.defaults(name), **size}
     model: ModelMixin = built.build(device="meta")
-    latent = built.compression.latent(chosen["num_frames"], chosen["height"], chosen["width"])
+    frames, windows = families.FAMILIES[name].windows(chosen["num_frames"])
+    latent = built.compression.latent(frames, chosen["height"], chosen["width"])
     seen, count = layout(model, latent, built.text), flops(model, grid_tokens(model, latent), built.text)
     if seen is None or count.head_dim is None:
         raise ConfigError(f"of {name!r} it is not known what its attention sees; name another model")
@@ -97,7 +100,7 @@ def foretell(
             ]
             if runs[0] is None or runs[1] is None:
                 raise ConfigError(f"the time of {name_of(strategy)} can't be told beforehand; leave it out")
-            found.append(Foretold(strategy, schedule, runs[0], runs[1]))
+            found.append(Foretold(strategy, schedule, runs[0], runs[1], windows))
     return found
 
 
