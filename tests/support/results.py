@@ -59,6 +59,7 @@ def with_interval(values: list[float], digits: int = 1) -> str:
 # --- the table of methods -------------------------------------------------------------------------------------------
 
 SHARES = (0.5, 0.7, 0.8, 0.9)
+_PLANNED = ("paro", "sparse-vdit")  # on a plan, so there are no passes beside the blocks
 _MODES = "sparse-vdit {} epsilon=100.0 modes=diagonal+multi-diagonal+stripe"
 
 
@@ -118,7 +119,9 @@ def _line(method: Method) -> list[str]:
     attention: list[float] = []
     if method.file == "tiny.csv":
         speeds, attention = (of(method.file, label, column) for column in ("speedup", "attention_speedup"))
-    work = of(method.file, label, "work") or of("tiny-rivals.json", label, "work")
+    work = of(method.file, label, "work") or of("tiny-work.json", label, "work")
+    if label.startswith(_PLANNED):
+        work = of(method.file, label, "density")
     cells = [with_interval(values) if values else "-" for values in fidelity]
     means = ((speeds, "{:.2f}x"), (attention, "{:.2f}x"), (work, "{:.2f}"))
     return [
@@ -153,6 +156,11 @@ def few() -> str:
 
 def _fidelity(name: str, labels: Sequence[str]) -> str:
     return "; ".join(f"`{label}` {with_interval(of(name, label, 'psnr_db'))} dB" for label in labels)
+
+
+def _work(name: str) -> str:
+    labels = ("adaspa 0.8", "adaspa 0.8 +tail", "random 0.8")
+    return "; ".join(f"`{label}` {mean(of(name, label, 'work')):.2f}" for label in labels)
 
 
 def _stack(name: str) -> str:
@@ -196,6 +204,7 @@ def _labels(*labels: str) -> Callable[[str], str]:
     return partial(_fidelity, labels=labels)
 
 
+_EIGHT = "taylor-seer:interval=2:warm_up=4"
 _FEW = "{} steps of the embedded model, {} dense at the start, four sparsities"
 _BENCH = "diffsparse bench {}--tokens 4096 --rounds 21 --out eval/results/{}"
 _ONE, _TWO = "OMP_NUM_THREADS=1", "OMP_WAIT_POLICY=active"
@@ -218,6 +227,7 @@ FILES: dict[str, File] = {
     "tiny-tangent-8-steps.json": File("8 steps, none dense", _labels("tangent 0.7")),
     "tiny-tangent-4-steps.json": File("4 steps, none dense", _labels("tangent 0.6")),
     "tiny-digest-guidance-5.json": File("guidance scale 5", _labels("digest 0.8")),
+    "tiny-work.json": File("all attention that is computed, in dense runs: one prompt", _work),
     "tiny-rivals.json": File(
         "peers rebuilt from their papers", _labels("svg-ear 0.8", "sol 0.8", "dit-fast 0.8", "pisa 0.8")
     ),
@@ -235,6 +245,12 @@ FILES: dict[str, File] = {
     },
     "stack-guidance-1.json": File("step caches, sparse attention, both", _stack, "make stack"),
     "stack-guidance-5.json": File("the same at guidance scale 5", _stack, "make stack"),
+    "cache-8-steps.json": File(
+        "8 steps: a step cache that leaves out every second of the last four, `Tangent`, both",
+        _labels(*(f"{_EIGHT}/{name}" for name in ("dense", "tangent 0.8")), "tangent 0.8"),
+        f"diffsparse evaluate --strategy {_EIGHT}/dense,{_EIGHT}/tangent,tangent --sparsity 0.8 --steps 8 --prompts 12 "
+        "--out out/cache-8-steps",
+    ),
     **{
         name: File(holds, partial(_bench, backend=backend), f"{threads} {_BENCH.format(options, name)}")
         for name, holds, backend, threads, options in (
@@ -289,7 +305,7 @@ def _evaluations(name: str) -> list[str]:
 def _strategy(row: Row) -> str:
     """As the command line has it; what runs on a plan names a file for it."""
     name = str(row["strategy"]).partition("+")[0]
-    if name not in ("paro", "sparse-vdit"):
+    if name not in _PLANNED:
         return str(row["strategy"])
     return f"{row['strategy']}:{_plan(name, row)}"
 
