@@ -62,7 +62,7 @@ $(VENV)/.dev: $(VENV)/.user
 
 demo: $(VENV)/.user
 	@echo "demo: dense, a step cache, sparse attention, both; under two minutes, on one core"
-	@OMP_NUM_THREADS=1 $(BIN)/diffsparse evaluate --model tiny --strategy $(DEMO) --sparsity 0.8 --steps 12 --prompts 2 --out $(DEMO_OUT)
+	@OMP_NUM_THREADS=1 $(BIN)/diffsparse evaluate --model tiny --strategy $(DEMO) --sparsity 0.8 --steps 10 --prompts 2 --out $(DEMO_OUT)
 	@echo
 	@echo "look at $(DEMO_OUT)/sheet.png, then:"
 	@echo "  $(BIN)/diffsparse generate --speed balanced --out first.mp4  # a video, both on"

@@ -212,7 +212,7 @@ _FLEX = "--backend cpu,flex --sparsity 0.8 "
 _GPU = "make gpu    # then copy out/gpu/rows.jsonl"
 FILES: dict[str, File] = {
     "demo.json": File(
-        "README's picture: two prompts in 12 steps, on one core",
+        "README's picture: two prompts in 10 steps, on one core",
         _labels("taylor-seer:interval=2/dense", "digest 0.8", "taylor-seer:interval=2/digest 0.8"),
         "make demo\npython -m diffsparse_eval.pictures out/demo docs/figures/demo.png  # and copy results.json",
     ),
