@@ -370,7 +370,7 @@ def test_doctor_names_versions_devices_and_backends(capsys: pytest.CaptureFixtur
     found = doctor.examine()
     assert found["versions"]["torch"] == environment.versions()["torch"]
     assert found["backends"]["cpu"] == "available"
-    assert found["models"]["embedded"] == "default, twin"
+    assert found["models"]["embedded"] == "tiny, tiny-twin"
     for arguments in (["doctor"], ["doctor", "--json"]):
         with pytest.raises(SystemExit):
             main(arguments)
