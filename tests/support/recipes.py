@@ -135,9 +135,14 @@ _CLASSES = {
 }
 
 
+def transformer(name: str) -> str:
+    """Class of the transformer of a known model."""
+    return ARCHITECTURES[name].transformer if name in ARCHITECTURES else _CLASSES[name]
+
+
 def advice(name: str, size: Call | None = None) -> str:
     """What to put on a model at a size, its own by default: Python, or a word where there is nothing."""
-    cls = ARCHITECTURES[name].transformer if name in ARCHITECTURES else _CLASSES[name]
+    cls = transformer(name)
     few = few_steps(name, FAMILIES[name].defaults["num_inference_steps"])
     small, cached = math.prod(grid(name, size or {})) < SMALL, cls in BLOCKS and not few
     if cls in walk.EXCEPTIONS:
