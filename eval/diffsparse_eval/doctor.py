@@ -44,7 +44,10 @@ def examine() -> Findings:
         "backends": diffsparse_kernels.backends(main_device()),
         "trials": _trials(),
         "measured": _measured(),
-        "models": {"embedded": _embedded(), "known layouts": f"{len(SPECS)} classes; all others by default"},
+        "models": {
+            "embedded": _embedded(),
+            "layouts": f"a row each for {len(SPECS)} classes, sparse or not; others by a common rule",
+        },
     }
 
 
@@ -83,12 +86,14 @@ def _embedded() -> str:
     if find_spec("diffusers") is None:
         return "Diffusers is not installed"
     try:
-        from diffsparse_pipelines import tiny
-        from diffsparse_pipelines.tiny.variants import VARIANTS
+        from diffsparse_pipelines import families, tiny
     except (ImportError, RuntimeError) as error:  # the latter is Diffusers' own, from what it imports
         return f"can't be loaded: {error}"
-    missing = [name for name in VARIANTS if not (tiny.folder(name) / "model_index.json").is_file()]
-    return f"missing: {', '.join(missing)}; install the package again" if missing else ", ".join(VARIANTS)
+    names = [name for name, family in families.FAMILIES.items() if not family.hub]
+    missing = [
+        name for name in names if not (tiny.folder(families.variant(name) or name) / "model_index.json").is_file()
+    ]
+    return f"missing: {', '.join(missing)}; install the package again" if missing else ", ".join(names)
 
 
 def _measured() -> dict[str, str]:

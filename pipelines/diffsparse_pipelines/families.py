@@ -54,7 +54,7 @@ def resolve(name: str, with_image: bool = False) -> tuple[str, Family]:
         family = FAMILIES[name]
         if with_image and not family.image_hub:
             able = [key for key, row in FAMILIES.items() if row.image_hub]
-            which = f"{suggested(name, able)}, and in its column image which do"
+            which = f"{suggested(name, able)}, and in its column image input which do"
             raise ConfigError(f"model {name!r} takes no input image; {which}")
         return (family.image_hub if with_image else family.hub), family
     if name in LEFT_OUT:
@@ -186,7 +186,8 @@ def check_size(name: str, size: Call) -> None:
     """Refuse a size in pixels that a known model can't make; of others, nothing is known before they are loaded.
 
     Raises:
-        ConfigError: frames for an image model; a height or width that is no multiple of what the model wants.
+        ConfigError: frames for an image model, or so many that its VAE makes another number of them; a height or width
+            that is no multiple of what the model wants.
     """
     family = FAMILIES.get("tiny" if variant(name) else name)
     if family is None:
@@ -194,6 +195,11 @@ def check_size(name: str, size: Call) -> None:
     if family.output == "image" and "num_frames" in size:
         raise ConfigError(f"model {name!r} makes images; leave out --frames")
     sides = {"height": size.get("height", 0), "width": size.get("width", 0)}
+    frames, step = size.get("num_frames", 1), family.token[0]
+    if not family.makes(frames):
+        near = round((frames - 1) / step) * step + 1
+        wanted = f"a multiple of {step}{', or' if family.whole else ' and'} one more"
+        raise ConfigError(f"--frames of {name!r} wants {wanted}, such as {near}; got {frames}")
     for (side, pixels), token in zip(sides.items(), family.token[1:], strict=True):
         edge = family.multiple or token
         if pixels % edge:

@@ -72,12 +72,14 @@ class Family:
         chunk: frames that the VAE encodes at a time and the latents that it makes of them, if the first frame has none
             of its own; a last chunk of as many frames as latents makes 2.
         window: frames that the transformer sees at a time, in a run of their own; 0 for all.
+        whole: the VAE also makes multiples of the token's frames, without a first frame of its own.
         revision: of the checkpoint.
         adapters: LoRAs that go on top.
         distilled: to few steps; see `families.few_steps`.
         modular: Diffusers has it as blocks alone.
         workflows: which of the blocks serve text, and an image.
         wants_image: it can't do without.
+        dense: why nothing of it is sparse, in words.
         by_hand: what `generate` can't give it, in words.
         script: in the folder `pipelines`, shows it in Python.
     """
@@ -96,14 +98,23 @@ class Family:
     multiple: int = 0
     chunk: tuple[int, int] | None = None
     window: int = 0
+    whole: bool = False
     revision: str = ""
     adapters: tuple[Adapter, ...] = ()
     distilled: bool = False
     modular: bool = False
     workflows: tuple[str, str] | None = None
     wants_image: bool = False
+    dense: str = ""
     by_hand: str = ""
     script: str = ""
+
+    def makes(self, frames: int) -> bool:
+        """Whether the VAE makes exactly so many; to windows and chunks the pipelines round up by themselves."""
+        step = self.token[0]
+        if self.window or self.chunk:
+            return True
+        return frames % step == 1 % step or (self.whole and frames % step == 0)
 
     def windows(self, frames: int) -> tuple[int, int]:
         """Frames of a window, and how many there are."""
@@ -201,6 +212,7 @@ FAMILIES: dict[str, Family] = {
         _call(800, 640, 81, 40, None),
         fps=24,
         modular=True,
+        dense="its attention is FlexAttention alone, but for the pass over the driving video",
         by_hand="a driving video beside the image",
         script="wan_animate2.py",
     ),
@@ -245,6 +257,7 @@ FAMILIES: dict[str, Family] = {
         image_hub="THUDM/CogVideoX1.5-5B-I2V",
         fps=16,
         token=(8, 16, 16),
+        whole=True,
     ),
     "ltx-video": Family(
         "Lightricks/LTX-Video",

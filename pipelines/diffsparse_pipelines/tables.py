@@ -67,6 +67,15 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def significant(value: float) -> str:
+    """A positive number with three significant digits, or with all that stand before its decimal point.
+
+    >>> significant(1.4321), significant(1567.8)
+    ('1.43', '1,568')
+    """
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
 class Laid(NamedTuple):
     """A table as lines.
 

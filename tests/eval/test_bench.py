@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import diffsparse_kernels as dk
 import diffsparse_kernels.backend.cpu
 from diffsparse.cli import main
+from diffsparse.seam.models import SPECS
 from diffsparse_eval import bench, doctor, environment, suites, tune
 from diffsparse_eval.commands.bench import SizeOptions
 from diffsparse_eval.rows import SCHEMA
@@ -370,7 +371,8 @@ def test_doctor_names_versions_devices_and_backends(capsys: pytest.CaptureFixtur
     found = doctor.examine()
     assert found["versions"]["torch"] == environment.versions()["torch"]
     assert found["backends"]["cpu"] == "available"
-    assert found["models"]["embedded"] == "default, twin"
+    assert found["models"]["embedded"] == "tiny, tiny-twin"
+    assert found["models"]["layouts"].startswith(f"a row each for {len(SPECS)} classes, sparse or not")
     for arguments in (["doctor"], ["doctor", "--json"]):
         with pytest.raises(SystemExit):
             main(arguments)

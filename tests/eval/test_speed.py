@@ -132,5 +132,5 @@ def test_options_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[s
     call(["evaluate", "--layers", "2", *out], code=2)
     assert "--layers goes together with --random-weights" in capsys.readouterr().err
     call(["evaluate", "--random-weights", "--model", "somebody/model", *out], code=2)
-    assert "no architecture is listed for model 'somebody/model'" in capsys.readouterr().err
+    assert "no known model is called 'somebody/model'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

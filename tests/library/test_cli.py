@@ -119,7 +119,10 @@ BAD = {
     "zero steps": (["generate", "--steps", "0"], "--steps wants a whole number from 1 to 10000; got 0"),
     "no prompt": (["generate", "--model", "flux", "--out", "a.png"], "--prompt is missing"),
     "missing image": (["generate", "--model", "wan2.1-14b", "--image", "none.png"], "can't read the image none.png"),
-    "image for a text model": (["generate", "--image", "none.png"], "lists all, and in its column image which do"),
+    "image for a text model": (
+        ["generate", "--image", "none.png"],
+        "lists all, and in its column image input which do",
+    ),
     "image beside a namesake": (
         ["generate", "--model", "wan2.1-1.3b", "--image", "none.png"],
         "takes no input image; did you mean wan2.1-14b, wan2.2-a14b, ",
@@ -149,6 +152,15 @@ BAD = {
     "simulated device": (["simulate", "--model", "flux", "--device", "h1"], "no device is called 'h1'; known: "),
     "a device without a model": (["simulate", "--device", "h100"], "--device wants --model"),
     "steps without a device": (["simulate", "--steps", "4"], "--steps wants --device"),
+    "pieces without a device": (["simulate", "--pieces"], "--pieces wants --device"),
+    "an architecture that is not listed": (
+        ["simulate", "--model", "hunyuan-video-1.5", "--device", "h100"],
+        "model 'hunyuan-video-1.5' is known, but its architecture isn't listed",
+    ),
+    "an unknown model on a device": (
+        ["simulate", "--model", "hunyuan", "--device", "h100"],
+        "no known model is called 'hunyuan'; did you mean hunyuan-",
+    ),
     "windows on a device": (
         ["simulate", "--model", "flux", "--device", "h100", "--window", "1x8x8"],
         "simulate takes no --window beside --device",

@@ -21,9 +21,12 @@ from diffsparse import Digest
 from diffsparse.cli import main
 from diffsparse.errors import ConfigError, InputFileError
 from diffsparse_pipelines import families, preflight
+from diffsparse_pipelines.commands import models
 from diffsparse_pipelines.families import FAMILIES
 from diffsparse_pipelines.generation import call_arguments, generation, parameters
 from diffsparse_pipelines.known import LEFT_OUT
+from support import walk
+from support.recipes import transformer
 from support.tiny_transformers import CASES
 
 # class, or blocks, and which defaults are not its own: those of examples in the documentation of Diffusers
@@ -128,6 +131,49 @@ def test_grids(name: str, size: Any, grid: tuple[int, int, int]) -> None:
     assert families.grid(name, size) == grid
 
 
+@pytest.mark.parametrize(
+    ("name", "frames", "near"),
+    [
+        ("wan2.1-1.3b", 80, 81),
+        ("hunyuan-video", 130, 129),
+        ("ltx-video", 160, 161),
+        ("ltx2", 124, 121),
+        ("mochi", 84, 85),
+        ("cosmos1-7b", 120, 121),
+        ("cogvideox1.5-5b", 84, 81),
+        ("skyreels-v2-df", 2, 1),
+    ],
+)
+def test_frames_that_the_vae_cannot_make_are_refused(name: str, frames: int, near: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"--frames of '{name}' wants a multiple of .* one more, such as {near}; got"
+    ):
+        families.check_size(name, {"num_frames": frames})
+    families.check_size(name, {"num_frames": near})
+
+
+def test_frames_that_pipelines_take_are_taken() -> None:
+    """Their defaults, one frame, windows and chunks of any number; CogVideoX also makes whole multiples."""
+    for name, family in FAMILIES.items():
+        if family.output == "video":
+            families.check_size(name, {"num_frames": families.defaults(name)["num_frames"]})
+            families.check_size(name, {"num_frames": 1})
+    for name, frames in (("cogvideox1.5-5b", 80), ("framepack", 130), ("minimax-h3", 125), ("tiny", 6)):
+        families.check_size(name, {"num_frames": frames})
+
+
+def test_counts_of_frames_are_those_of_the_vae_of_cogvideox() -> None:
+    """Latents in pairs, as CogVideoX 1.5 pads them: what is left of them is of no other count."""
+    widths = (8, 8, 8, 8)
+    vae: Any = diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=widths, latent_channels=4, layers_per_block=1, norm_num_groups=2
+    )
+    with torch.no_grad():
+        made = {vae.decode(torch.randn(1, 4, cells, 2, 2)).sample.shape[2] for cells in (1, 2, 3, 4, 5)}
+    family = FAMILIES["cogvideox1.5-5b"]
+    assert made == {frames for frames in range(1, 18) if family.makes(frames)}
+
+
 # --- few steps ------------------------------------------------------------------------------------------------------
 
 
@@ -199,10 +245,36 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert (turbo["steps"], turbo["dense_first"], turbo["sparsity"], turbo["size"]) == (8, 2, 0.7, "1024x1024")
     assert rows["wan2.2-lightning"]["adapters"][1].endswith("low_noise_model.safetensors")
     assert "pipelines/wan_animate2.py" in rows["wan-animate-2"]["by_hand"]
+    assert (rows["qwen-image-edit"]["image"], turbo["architecture"]) == ("required", True)
+    assert not rows["hunyuan-video-1.5"]["architecture"]
     with pytest.raises(SystemExit) as ended:
         main(["models", "--model", "ltx2"])
     assert not ended.value.code
     assert "Lightricks/LTX-2" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_what_stays_dense_has_no_sparsity(capsys: pytest.CaptureFixture[str]) -> None:
+    dense = [name for name, family in FAMILIES.items() if family.hub and transformer(name) in walk.EXCEPTIONS]
+    assert dense == [name for name, family in FAMILIES.items() if family.dense] == ["wan-animate-2"]
+    row = models.row("wan-animate-2")
+    assert (row["sparsity"], row["dense_first"]) == (None, None)
+    with pytest.raises(SystemExit):
+        main(["models", "--model", "wan-animate-2"])
+    printed = capsys.readouterr().out
+    assert "stays dense" in printed
+    assert "only by its script" in printed
+
+
+def test_the_table_says_whose_times_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["models"])
+    lines = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert lines["model"] == "timed"
+    assert (lines["hunyuan-video"], lines["hunyuan-video-1.5"]) == ("yes", "no")
+    assert set(FAMILIES) <= set(lines), "a name is broken"
 
 
 @pytest.mark.parametrize(

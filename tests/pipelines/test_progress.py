@@ -63,8 +63,8 @@ def inspected() -> dict[str, Any]:
 def known() -> dict[str, Any]:
     """The table of `models`."""
     lines = [["-" if row(name)[key] is None else str(row(name)[key]) for key in _COLUMNS] for name in FAMILIES]
-    spare = ("checkpoint", "guidance")
-    return {"rows": lines, "headings": list(_COLUMNS.values()), "alignment": "lllrrrrll", "spare": spare}
+    spare = ("checkpoint", "guidance", "makes")
+    return {"rows": lines, "headings": list(_COLUMNS.values()), "alignment": "lllrrrrlll", "spare": spare}
 
 
 def hunted() -> dict[str, Any]:

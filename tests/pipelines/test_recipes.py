@@ -24,6 +24,12 @@ def test_the_tables_are_current(file: str) -> None:
     assert made in (recipes.FOLDER / f"{file}.md").read_text(), "run `python -m support.recipes`"
 
 
+def test_pages_show_what_the_command_prints() -> None:
+    assert len(recipes.SHOWN) > 8
+    stale = [page.name for page in recipes.SHOWN if recipes.shown(page.read_text()) != page.read_text()]
+    assert not stale, "run `python -m support.recipes`"
+
+
 def test_what_is_too_small_is_slower() -> None:
     """The one number of tokens that the advice goes by, against the model of time."""
     lines = [line.strip("| ").split(" | ") for file in recipes.PAGES for line in recipes.sizes(file).splitlines()[2:]]

@@ -1,22 +1,28 @@
 """The tables of docs/recipes: which script and which settings serve each known model, and what attention is there.
 
-`python -m support.recipes` writes them into the pages; `tests/pipelines/test_recipes.py` holds that no known model and
-no script is left out, and that the pages are current.
+`python -m support.recipes` writes them into the pages, and what `diffsparse simulate` prints after its commands;
+`tests/pipelines/test_recipes.py` holds that no known model and no script is left out, and that the pages are current.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import re
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 from diffsparse import Schedule
+from diffsparse.cli import main as command
 from diffsparse.insight.device import H100
 from diffsparse.seam.caching import BLOCKS
 from diffsparse_pipelines.architectures import ARCHITECTURES
 from diffsparse_pipelines.commands.forecasts import Row, foretell, on_device
 from diffsparse_pipelines.families import FAMILIES, Call, few_steps, grid
-from diffsparse_pipelines.tables import spliced
+from diffsparse_pipelines.tables import significant, spliced
 from support import walk
 
 FOLDER = Path(__file__).parents[2] / "docs" / "recipes"
@@ -129,9 +135,14 @@ _CLASSES = {
 }
 
 
+def transformer(name: str) -> str:
+    """Class of the transformer of a known model."""
+    return ARCHITECTURES[name].transformer if name in ARCHITECTURES else _CLASSES[name]
+
+
 def advice(name: str, size: Call | None = None) -> str:
     """What to put on a model at a size, its own by default: Python, or a word where there is nothing."""
-    cls = ARCHITECTURES[name].transformer if name in ARCHITECTURES else _CLASSES[name]
+    cls = transformer(name)
     few = few_steps(name, FAMILIES[name].defaults["num_inference_steps"])
     small, cached = math.prod(grid(name, size or {})) < SMALL, cls in BLOCKS and not few
     if cls in walk.EXCEPTIONS:
@@ -204,7 +215,7 @@ def _line(name: str, size: Call) -> tuple[str, ...]:
 
 def _seconds(value: object) -> str:
     assert isinstance(value, float)
-    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
+    return f"{significant(value)} s"
 
 
 def foretold(name: str, size: Call) -> Row | None:
@@ -223,6 +234,25 @@ def _table(headings: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
 
 
+# --- excerpts -------------------------------------------------------------------------------------------------------
+
+_EXCERPT = re.compile(r"(```sh\ndiffsparse (simulate [^\n]*)\n```\n\n```text\n).*?(```)", re.DOTALL)
+SHOWN = [page for page in sorted(FOLDER.parent.rglob("*.md")) if _EXCERPT.search(page.read_text())]
+
+
+def shown(page: str) -> str:
+    """A page with what its commands `diffsparse simulate` print, where it shows that."""
+    return _EXCERPT.sub(lambda found: found[1] + _printed(found[2]) + found[3], page)
+
+
+def _printed(line: str) -> str:
+    """What a command prints into a pipe."""
+    out = io.StringIO()
+    with mock.patch.dict(os.environ, COLUMNS="80"), redirect_stdout(out), suppress(SystemExit):
+        command(line.split())
+    return out.getvalue()
+
+
 FILES = ("index", *PAGES)
 
 
@@ -232,10 +262,12 @@ def table(file: str) -> str:
 
 
 def main() -> None:
-    """Write the tables into the pages."""
+    """Write the tables and the excerpts into the pages."""
     for file in FILES:
         path = FOLDER / f"{file}.md"
         path.write_text(spliced(path.read_text(), BEGIN, table(file), END))
+    for path in SHOWN:
+        path.write_text(shown(path.read_text()))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffsparse.errors import ConfigError
 from diffsparse.insight.cost import flops
@@ -17,6 +17,7 @@ from diffsparse_pipelines import families
 from diffsparse_pipelines.architectures import architecture, heads_of
 from diffsparse_pipelines.families import Call as Arguments
 from diffsparse_pipelines.preflight import grid_tokens, layout
+from diffsparse_pipelines.tables import significant
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -24,26 +25,52 @@ if TYPE_CHECKING:
 Row = dict[str, str | float | None]
 
 
+class Made(NamedTuple):
+    """What a run makes, and in how many passes of the transformer.
+
+    frames: in all.
+    windows: how many runs make the video.
+    window: frames of one.
+    tokens: on the grid of one.
+    passes: of a step, two with guidance.
+    """
+
+    width: int
+    height: int
+    frames: int
+    windows: int
+    window: int
+    tokens: int
+    steps: int
+    passes: int
+
+    def __str__(self) -> str:
+        frames = f", {self.frames} frames" if self.frames > 1 else ""
+        windows, each = (f" in {self.windows} windows of {self.window}", " a window") if self.windows > 1 else ("", "")
+        passes = "two passes a step (guidance)" if self.passes > 1 else "one pass a step"
+        made = f"{self.width}x{self.height} pixels{frames}{windows}"
+        return f"{made}; {self.tokens:,} tokens and {self.steps} steps{each}, {passes}"
+
+
 @dataclass(frozen=True)
 class Foretold:
     """A strategy's run.
 
     over_fastest: the same where dense attention is the fastest kernel, in dense steps too.
-    windows: how many such runs make the video.
     """
 
     strategy: Strategy
     schedule: Schedule
     run: Forecast
     over_fastest: Forecast
-    windows: int = 1
+    made: Made
 
     def row(self) -> Row:
         """The whole run."""
         return {
             **self._named(),
-            "dense_seconds": self.windows * self.run.dense_seconds,
-            "seconds": self.windows * self.run.seconds,
+            "dense_seconds": self.made.windows * self.run.dense_seconds,
+            "seconds": self.made.windows * self.run.seconds,
             "attention_share": self.run.attention_share,
             "attention_speedup": self.run.attention_speedup,
             "speedup": self.run.speedup,
@@ -89,18 +116,27 @@ def foretell(
     seen, count = layout(model, latent, built.text), flops(model, grid_tokens(model, latent), built.text)
     if seen is None or count.head_dim is None:
         raise ConfigError(f"of {name!r} it is not known what its attention sees; name another model")
-    heads = heads_of(model)
-    call = Call(device, seen.tokens, heads, count.head_dim, edges(device.block), built.masked)
+    made = Made(
+        chosen["width"],
+        chosen["height"],
+        chosen["num_frames"],
+        windows,
+        frames,
+        grid_tokens(model, latent),
+        chosen["num_inference_steps"],
+        1 + built.guided,
+    )
+    call = Call(device, seen.tokens, heads_of(model), count.head_dim, edges(device.block), built.masked)
     found = []
     for strategy in strategies:
         for schedule in schedules:
             runs = [
-                Forecast.of(count, strategy, schedule, chosen["num_inference_steps"], seen, each, 1 + built.guided)
+                Forecast.of(count, strategy, schedule, made.steps, seen, each, made.passes)
                 for each in (call, replace(call, device=device.with_fastest_dense()))
             ]
             if runs[0] is None or runs[1] is None:
                 raise ConfigError(f"the time of {name_of(strategy)} can't be told beforehand; leave it out")
-            found.append(Foretold(strategy, schedule, runs[0], runs[1], windows))
+            found.append(Foretold(strategy, schedule, runs[0], runs[1], made))
     return found
 
 
@@ -116,34 +152,44 @@ def _block(name: str, device: Device) -> Block:
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
-# key of a row -> (heading, its numbers as text)
-RUNS = {
-    "strategy": ("strategy", "{}"),
-    "dense_first": ("dense first", "{:g}"),
-    "dense_seconds": ("dense s", "{:.0f}"),
-    "seconds": ("run s", "{:.0f}"),
-    "attention_share": ("attention share", "{:.2f}"),
-    "attention_speedup": ("attention", "{:.2f}x"),
-    "speedup": ("end to end", "{:.2f}x"),
-    "speedup_over_fastest_dense": ("over fastest dense", "{:.2f}x"),
-    "search_share": ("searches", "{:.1%}"),
-    "beside_share": ("beside blocks", "{:.0%}"),
+_Columns = dict[str, tuple[str, Callable[[Any], str]]]
+# key of a row -> (heading, its values as text)
+RUNS: _Columns = {
+    "strategy": ("strategy", "{}".format),
+    "dense_first": ("dense first", "{:g}".format),
+    "dense_seconds": ("dense s", significant),
+    "seconds": ("run s", significant),
+    "attention_share": ("attention share", "{:.2f}".format),
+    "attention_speedup": ("attention", "{:.2f}x".format),
+    "speedup": ("end to end", "{:.2f}x".format),
+    "speedup_over_fastest_dense": ("over fastest dense", "{:.2f}x".format),
+    "search_share": ("searches", "{:.1%}".format),
+    "beside_share": ("beside blocks", "{:.0%}".format),
 }
-PIECES = {
-    "strategy": ("strategy", "{}"),
-    "step": ("step", "{}"),
-    "name": ("piece", "{}"),
-    "tflop": ("TFLOP", "{:.2f}"),
-    "gigabytes": ("GB", "{:.2f}"),
-    "ms": ("ms", "{:.2f}"),
-    "share_of_blocks": ("of blocks", "{:.0%}"),
+OVER_FASTEST = (
+    "over fastest dense: end to end where dense attention is the fastest kernel that was measured, in the dense run "
+    "and in the dense steps of these runs alike"
+)
+PIECES: _Columns = {
+    "strategy": ("strategy", "{}".format),
+    "step": ("step", "{}".format),
+    "name": ("piece", "{}".format),
+    "tflop": ("TFLOP", "{:.2f}".format),
+    "gigabytes": ("GB", "{:.2f}".format),
+    "ms": ("ms", "{:.2f}".format),
+    "share_of_blocks": ("of blocks", "{:.0%}".format),
 }
-RATES = {"name": ("rate", "{}"), "value": ("", "{:g}"), "unit": ("", "{}"), "source": ("source", "{}")}
+RATES: _Columns = {
+    "name": ("rate", "{}".format),
+    "value": ("", "{:g}".format),
+    "unit": ("", "{}".format),
+    "source": ("source", "{}".format),
+}
 
 
-def cells(rows: Iterable[Row], columns: dict[str, tuple[str, str]]) -> list[list[str]]:
+def cells(rows: Iterable[Row], columns: _Columns) -> list[list[str]]:
     """Texts of a table; "-" where there is nothing to say."""
-    return [["-" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()] for row in rows]
+    return [["-" if row[key] is None else text(row[key]) for key, (_, text) in columns.items()] for row in rows]
 
 
 def rates(device: Device) -> list[Row]:

@@ -21,8 +21,21 @@ _COLUMNS = {
     "guidance": "guidance",
     "sparsity": "sparsity",
     "dense_first": "dense first",
-    "image": "image",
+    "image": "image input",
+    "architecture": "timed",
     "checkpoint": "checkpoint",
+}
+# what stands in their place where one model is shown alone
+_WORDS = {
+    "size": "size in pixels, and frames",
+    "steps": "denoising steps",
+    "guidance": "guidance scale",
+    "sparsity": "sparsity by default",
+    "dense_first": "dense steps at the start",
+    "adapters": "LoRAs loaded with it",
+    "architecture": "timed by simulate --device",
+    "by_hand": "only by its script",
+    "dense": "stays dense",
 }
 
 
@@ -31,6 +44,10 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the known models: their checkpoints, sizes and steps, and what is sparse of a run by default.
+
+    Sizes are width x height x frames. Sparsity is that of the strategies' default; the first steps stay dense. A "-"
+    stands where nothing is known, or nothing is sparse. Image input is optional or required. Timed
+    are those whose times simulate --device and evaluate --random-weights tell without a download.
 
     Args:
         model: one of them.
@@ -48,10 +65,11 @@ def models(
     if as_json:
         print(json.dumps({"rows": rows}, indent=2))
     elif model is not None:
-        show_table([[key.replace("_", " "), _text(value)] for key, value in rows[0].items()], "ll")
+        told = {key: value for key, value in rows[0].items() if value is not None or key in _COLUMNS}
+        show_table([[_WORDS.get(key, _COLUMNS.get(key, key)), _text(value)] for key, value in told.items()], "ll")
     else:
-        lines = [["-" if each[key] is None else str(each[key]) for key in _COLUMNS] for each in rows]
-        show_table(lines, "lllrrrrll", list(_COLUMNS.values()), spare=("checkpoint", "guidance"))
+        lines = [[_text(each[key]) for key in _COLUMNS] for each in rows]
+        show_table(lines, "lllrrrrlll", list(_COLUMNS.values()), spare=("checkpoint", "guidance", "makes"))
         say("\nall that is known of one of them: diffsparse models --model NAME", highlight=False)
 
 
@@ -64,7 +82,8 @@ def _text(value: object) -> str:
 def row(name: str) -> Row:
     """What is known of a model; None where that is nothing.
 
-    Keys: those of `_COLUMNS`, "adapters", "architecture" (whether `--random-weights` knows it) and "by_hand".
+    Keys: those of `_COLUMNS`, of which "architecture" is whether `--random-weights` knows it, "adapters", "by_hand" and
+    "dense": why `generate` can't make it, and why nothing of it is sparse.
     """
     from diffsparse.schedule import Schedule
     from diffsparse_pipelines import families
@@ -80,11 +99,12 @@ def row(name: str) -> Row:
         "size": "x".join(str(edge) for edge in edges if edge) or None,
         "steps": steps,
         "guidance": call.get("guidance_scale", call.get("true_cfg_scale")),
-        "sparsity": few.sparsity if few else 0.8,
-        "dense_first": Schedule().bounds(steps)[0] if steps else None,
-        "image": "wanted" if family.wants_image else "taken" if family.image_hub else None,
+        "sparsity": None if family.dense else few.sparsity if few else 0.8,
+        "dense_first": Schedule().bounds(steps)[0] if steps and not family.dense else None,
+        "image": "required" if family.wants_image else "optional" if family.image_hub else None,
         "checkpoint": family.hub or "embedded",
         "adapters": [f"{adapter.hub}/{adapter.file}" for adapter in family.adapters],
         "architecture": name in ARCHITECTURES or not family.hub,
         "by_hand": f"pipelines/{family.script}: wants {family.by_hand}" if family.by_hand else None,
+        "dense": family.dense or None,
     }

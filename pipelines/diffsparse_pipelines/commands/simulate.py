@@ -160,6 +160,13 @@ class RunOptions:
         ),
     ] = None
 
+    pieces: Annotated[
+        bool,
+        typer.Option(
+            "--pieces", help="Show what each step does, and the rates that it rests on, too.", rich_help_panel=_RUNS
+        ),
+    ] = False
+
     @property
     def chosen(self) -> Device:
         """The device.
@@ -221,8 +228,8 @@ def simulate(
     As in the paper's table: diffsparse simulate --grid 30x48x80 --window 18x24x24 --stride 1x1x1,16x8x8
     --q-tile 4x8x8 --kv-tile 2x8x8 --share 0.607
 
-    With --device: what whole runs of other strategies take there, piece by piece, text included, from rates that were
-    measured or are assumed, as the last table says: diffsparse simulate --model hunyuan-video --device h100
+    With --device: what whole runs of other strategies take there, text included, from rates that were measured or are
+    assumed, as the last table of --pieces says: diffsparse simulate --model hunyuan-video --device h100
 
     Args:
         grid: the grid of tokens.
@@ -237,9 +244,7 @@ def simulate(
     """
     if run.device is not None:
         return _show_runs(run, grid, windows, {"--share": share, "--dense": dense}, as_json)
-    for option, value in (("--strategy", run.strategy), ("--steps", run.steps), ("--dense-first", run.dense_first)):
-        if value is not None:
-            raise ConfigError(f"{option} wants --device, on which runs are told")
+    _exclude_runs(run)
     _exclude("--sparsity", windows.sparsity is not None, "--window", windows.window is not None)
     _exclude("--block", windows.block is not None, "--q-tile", windows.q_tile is not None)
     if dense is not None and share is None:
@@ -253,6 +258,14 @@ def simulate(
         typer.echo(json.dumps({"rows": rows}, indent=1))
     else:
         _show(rows)
+
+
+def _exclude_runs(run: RunOptions) -> None:
+    """Refuse what is of whole runs alone."""
+    options = {"--strategy": run.strategy, "--steps": run.steps, "--dense-first": run.dense_first}
+    for option, value in {**options, "--pieces": run.pieces or None}.items():
+        if value is not None:
+            raise ConfigError(f"{option} wants --device, on which runs are told")
 
 
 def _exclude(option: str, given: bool, other: str, other_given: bool) -> None:
@@ -275,29 +288,40 @@ def _end_to_end(bounds: Bounds, share: float | None, dense: float) -> dict[str, 
 def _show_runs(
     run: RunOptions, grid: GridOptions, windows: WindowOptions, shares: dict[str, float | None], as_json: bool
 ) -> None:
-    from diffsparse_pipelines.commands.forecasts import PIECES, RATES, RUNS, cells, rates
-    from diffsparse_pipelines.progress import show_table
+    from diffsparse_pipelines.commands.forecasts import rates
 
     useless = {"--grid": grid.grid, "--window": windows.window, "--stride": windows.stride, **shares}
     useless |= {"--dilation": windows.dilation, "--q-tile": windows.q_tile, "--kv-tile": windows.kv_tile}
     for option, value in useless.items():
         _exclude(option, value is not None, "--device", True)
     found = run.foretold(grid, windows)
-    rows, rested = [each.row() for each in found], rates(run.chosen)
     if as_json:
-        pieces = [piece for each in found for piece in each.pieces()]
-        typer.echo(json.dumps({"rows": rows, "pieces": pieces, "rates": rested}, indent=1))
-        return
-    first = [each for each in found if each.schedule == found[0].schedule]
-    tables = (
-        (rows, RUNS, "lrrrrrrrrr", f"{grid.model} on {run.device}, by a model of time"),
-        ([piece for each in first for piece in each.pieces()], PIECES, "lllrrrr", "\na layer, one sample"),
-        (rested, RATES, "lrll", "\nrates that it rests on"),
-    )
-    for lines, columns, alignment, title in tables:
+        rows, pieces = [each.row() for each in found], [piece for each in found for piece in each.pieces()]
+        told = {"run": found[0].made._asdict(), "rows": rows, "pieces": pieces, "rates": rates(run.chosen)}
+        typer.echo(json.dumps(told, indent=1))
+    else:
+        _show_foretold(found, run, grid.model or "")
+
+
+def _show_foretold(found: list[Foretold], run: RunOptions, model: str) -> None:
+    from diffsparse_pipelines.commands.forecasts import OVER_FASTEST, PIECES, RATES, RUNS, cells, rates
+    from diffsparse_pipelines.progress import say, show_table
+
+    rows, title = [each.row() for each in found], f"{model} on {run.device}, by a model of time\n{found[0].made}"
+    tables = [(rows, RUNS, "lrrrrrrrrr", title)]
+    if run.pieces:
+        first = [each for each in found if each.schedule == found[0].schedule]
+        steps = [piece for each in first for piece in each.pieces()]
+        tables.append((steps, PIECES, "lllrrrr", "\na layer, one sample"))
+        tables.append((rates(run.chosen), RATES, "lrll", "\nrates that it rests on"))
+    for lines, columns, alignment, above in tables:
         headings = [name for name, _ in columns.values()]
         spare = [name for name in ("beside blocks", "searches", "attention share") if name in headings]
-        show_table(cells(lines, columns), alignment, headings, title, spare)
+        show_table(cells(lines, columns), alignment, headings, above, spare)
+        if columns is RUNS:
+            say(OVER_FASTEST, highlight=False, fill=True)
+    if not run.pieces:
+        say("what each step does, and the rates that it rests on: --pieces", highlight=False)
 
 
 # key of a row -> heading
