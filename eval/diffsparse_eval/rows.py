@@ -436,8 +436,8 @@ class ReplayRow(Origin):
 
 DEFINITIONS = {
     "label": "the strategy's name, its sparsity, and what differs from the defaults",
-    "density": "share of attention blocks computed, over all self-attention calls: dense steps count as 1, calls that a "
-    "step cache answered as 0",
+    "density": "share of attention blocks computed, over all self-attention calls: dense steps count as 1, calls that "
+    "a step cache answered as 0",
     "sparse_density": "share of attention blocks computed, over the calls that ran sparse",
     "work": "all attention computed, as a share of a dense run: density, and what searches compute beside it (a mass "
     "pass is a half)",

@@ -140,8 +140,8 @@ def lines(labels: Sequence[str], theme: Theme = LIGHT) -> dict[str, Line]:
     for label in sorted(labels, key=lambda label: label not in firsts):
         kind = "" if "/" not in label else "cache alone" if label.endswith("/dense") else "stack"
         wanted = look(kind or label)
-        of_kind = [found[each] for each in found if _is_open(each) == _is_open(label)]
-        taken = {each for line in of_kind for each in (line["color"], line["marker"])}
+        beside = [found[each] for each in found if _is_open(each) == _is_open(label)]
+        taken = {part for each in beside for part in (each["color"], each["marker"])}
         free = (each for each in (wanted, *_OTHERS, *LOOKS.values()) if not taken & {_on(each, theme), each.marker})
         found[label] = line(label, theme, next(free, wanted))
     return {label: found[label] for label in labels}

@@ -307,9 +307,10 @@ def _evaluations(name: str) -> list[str]:
     for (strategy, knobs, number), shares in asked.items():
         listed = ",".join(f"{share:g}" for share in sorted(shares))
         together.setdefault((knobs, listed, number), []).append(strategy)
-    common, out = _run(name), f"--out out/{Path(name).stem}"
+    common, out = _run(name), f"out/{Path(name).stem}"
     return [
-        f"diffsparse evaluate --strategy {','.join(names)} {_sparsity(names, shares)}{knobs}{common}--prompts {number} {out}"
+        f"diffsparse evaluate --strategy {','.join(names)} {_sparsity(names, shares)}{knobs}{common}"
+        f"--prompts {number} --out {out}"
         for (knobs, shares, number), names in together.items()
     ]
 
