@@ -71,6 +71,24 @@ def test_results_are_what_the_rows_say(page: Path) -> None:
     assert dict(results.pages())[page] == page.read_text(), "run python -m support.results"
 
 
+@pytest.mark.parametrize("name", [name for name, file in results.FILES.items() if not file.command])
+def test_commands_run_as_many_prompts_as_the_rows_have(name: str) -> None:
+    """The runs of all commands are the rows, but for dense: strategies x sparsities (one of a plan) x prompts."""
+    runs = 0
+    for command in results._evaluations(name):
+        found = re.search(r"--strategy (\S+)(?: --sparsity (\S+))?.* --prompts (\d+) ", command)
+        assert found is not None
+        runs += len(found[1].split(",")) * len((found[2] or "0").split(",")) * int(found[3])
+    left_out = ("dense", *results.FILES[name].left_out)
+    assert runs == len([row for row in results.rows(name) if row["strategy"] not in left_out])
+
+
+def test_the_summary_of_rows_has_none_of_an_earlier_release() -> None:
+    text = results.TINY.read_text()
+    assert "| digest" not in text
+    assert "without its rows of an earlier `Digest`" in text.partition("|")[0]
+
+
 def test_every_committed_file_of_rows_is_named() -> None:
     held = {str(path.relative_to(results.RESULTS)) for path in results.RESULTS.rglob("*.*")}
     assert {name for name in held if name.endswith((".json", ".jsonl", ".csv"))} == set(results.FILES)

@@ -22,10 +22,14 @@ from diffsparse_pipelines import media
 from diffsparse_pipelines.tables import mean_and_interval
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from diffsparse_eval.rows import ResultRow
 
+_WIDTH = 11.0  # inches of the plot
+_NAMES_WIDE, _HANDLE = 115, 7  # letters of a line of names under the plot; what a name's marker and gap take of them
+_PANELS = {  # column -> (title, what it counts)
+    "work": ("Fidelity over work", "work: attention computed, as a share of a dense run"),
+    "speedup": ("Fidelity over speed", "speed-up of the whole run"),
+}
 _KNOBS = re.compile(r"(?<=\w) \d[\d.]*|:[^/]*(?=/)")  # of a strategy, its sparsity; of a step cache, all
 
 
@@ -74,34 +78,34 @@ def _facts(row: ResultRow) -> str:
 def write_tradeoff(rows: list[ResultRow], out: Path) -> None:
     """Write `tradeoff.png` into `out`: mean PSNR and its 95 % interval over work and over speed-up.
 
-    One line for each strategy, through its sparsities, with its name beside the end.
+    One line for each strategy, through its sparsities; the names stand under both panels, where no data is.
     """
-    lines = _lines(rows)
     with style.drawn(style.LIGHT):
-        names = 0.105 * max(map(len, lines), default=0)  # inches
-        width, height = 10.5 + names, max(5.0, 0.24 * len(lines) + 1)
-        figure = Figure(figsize=(width, height))
-        axes = figure.subplots(1, 2, sharey=True)
-        figure.subplots_adjust(0.75 / width, 0.7 / height, 1 - (0.4 + names) / width, 1 - 0.2 / height, 0.06)
-        panels = {"density": "share of attention computed, dense steps included", "speedup": "speed-up, end to end"}
-        for panel, (column, text) in zip(axes, panels.items(), strict=True):
-            for name, points in lines.items():
-                _line(panel, name, sorted(points, key=itemgetter(column)), column)
-            panel.set_xlabel(text)
-            panel.grid()
-        axes[0].set_ylabel("PSNR to the dense video, dB")
-        style.label_ends(axes[1], [_end(name, points) for name, points in lines.items()])
-        style.save(figure, out / "tradeoff.png")
+        style.save(tradeoff(rows), out / "tradeoff.png")
 
 
-def _line(panel: Axes, name: str, points: list[dict[str, float]], column: str) -> None:
-    x, y, halves = ([point[key] for point in points] for key in (column, "psnr_db", "half"))
-    panel.errorbar(x, y, halves, capsize=2, linewidth=1.6, **style.line(name))
-
-
-def _end(name: str, points: list[dict[str, float]]) -> style.End:
-    last = max(points, key=itemgetter("speedup"))
-    return style.End(last["speedup"], last["psnr_db"], name, style.colour(name, style.LIGHT))
+def tradeoff(rows: list[ResultRow]) -> Figure:
+    """The picture that `write_tradeoff` writes."""
+    lines = _lines(rows)
+    looks, stacked = style.lines(list(lines)), any("/" in name for name in lines)
+    names = {name: _name(name, stacked) for name in lines}
+    wide = _NAMES_WIDE // (max(map(len, names.values()), default=0) + _HANDLE) or 1
+    figure = Figure(figsize=(_WIDTH, 5.2 + 0.25 * -(-len(lines) // wide)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for panel, (column, (title, text)) in zip(axes, _PANELS.items(), strict=True):
+        for name, points in lines.items():
+            x, y, halves = zip(*sorted(itemgetter(column, "psnr_db", "half")(point) for point in points), strict=True)
+            panel.errorbar(x, y, halves, label=names[name], capsize=2, linewidth=1.6, **looks[name])
+        panel.set_title(title)
+        panel.set_xlabel(text)
+        panel.margins(0.1)
+        panel.grid()
+    axes[0].set_ylabel("PSNR to the dense video, dB")
+    if lines:
+        drawn, texts = axes[0].get_legend_handles_labels()
+        handles = [each.lines[0] for each in drawn]  # without the bars
+        figure.legend(handles, texts, loc="outside lower center", ncols=wide, frameon=False)
+    return figure
 
 
 def _lines(rows: list[ResultRow]) -> dict[str, list[dict[str, float]]]:
@@ -113,7 +117,7 @@ def _lines(rows: list[ResultRow]) -> dict[str, list[dict[str, float]]]:
             continue  # identical, as dense is
         mean, half = mean_and_interval([row["psnr_db"] or 0.0 for row in differing])
         point = {
-            "density": float(np.mean([row["density"] for row in differing])),
+            "work": float(np.mean([row.get("work", row["density"]) for row in differing])),
             "speedup": float(np.mean([row["speedup"] for row in differing])),
             "psnr_db": mean,
             "half": half or 0.0,

@@ -14,17 +14,20 @@ from diffsparse_pipelines.tables import FEWEST, markdown_table, spread
 _COLUMNS = {
     "density": ("density", 2),
     "sparse_density": ("of sparse calls", 2),
+    "work": ("work", 2),
+    "recall": ("recall", 3),
     "psnr_db": ("PSNR dB", 2),
     "psnr_db_min": ("worst frame", 2),
     "ssim": ("SSIM", 4),
     "latent_cosine": ("latent cosine", 4),
     "seconds": ("seconds", 1),
     "speedup": ("speed-up", 2),
-    "attention_speedup": ("attention", 2),
+    "attention_speedup": ("attention speed-up", 2),
 }
 # in a terminal: column -> (heading, digits)
 _SHOWN = {
     "density": ("density", 2),
+    "work": ("work", 2),
     "psnr_db": ("PSNR dB", 1),
     "ssim": ("SSIM", 3),
     "seconds": ("seconds", 1),
@@ -33,7 +36,7 @@ _SHOWN = {
 }
 _STEADY = 1.3  # of the time of a run that is repeated
 STACKED = "CACHE/dense is a step cache alone, CACHE/STRATEGY both."
-SPARE = ("attention speed-up", "SSIM")  # headings that go first where the terminal is narrow
+SPARE = ("density", "attention speed-up", "SSIM")  # headings that go first where the terminal is narrow
 
 
 def groups(rows: list[ResultRow]) -> dict[str, list[ResultRow]]:
@@ -45,13 +48,10 @@ def groups(rows: list[ResultRow]) -> dict[str, list[ResultRow]]:
 
 
 def summary(rows: list[ResultRow]) -> list[dict[str, str]]:
-    """One record of texts for each strategy: `spread` over prompts and seeds."""
+    """One record of texts for each strategy: `spread` over prompts and seeds, without columns that no row has."""
+    digits = {column: digits for column, (_, digits) in _COLUMNS.items() if _cell(column, digits, rows) != "-"}
     return [
-        {
-            "strategy": label,
-            "runs": str(len(group)),
-            **{column: _cell(column, digits, group) for column, (_, digits) in _COLUMNS.items()},
-        }
+        {"label": label, "runs": str(len(group)), **{column: _cell(column, digits[column], group) for column in digits}}
         for label, group in groups(rows).items()
     ]
 
@@ -94,8 +94,22 @@ def doubts(rows: list[ResultRow]) -> str:
 
 def markdown(rows: list[ResultRow]) -> str:
     """The summary as a Markdown table."""
-    headings = ["strategy", "runs", *(heading for heading, _ in _COLUMNS.values())]
-    return markdown_table(headings, [list(record.values()) for record in summary(rows)])
+    records = summary(rows)
+    return markdown_table(list(_headings(records[0]).values()), [list(record.values()) for record in records])
+
+
+def _headings(record: dict[str, str]) -> dict[str, str]:
+    """The headings of a record's columns."""
+    own = {"label": "strategy", "runs": "runs", **{column: heading for column, (heading, _) in _COLUMNS.items()}}
+    return {column: own[column] for column in record}
+
+
+def columns(rows: list[ResultRow]) -> str:
+    """What the columns of the summary mean, in their order, as a Markdown list."""
+    headings = _headings(summary(rows)[0])
+    told = {"runs": "runs: prompts and seeds that a line is over"}
+    told |= {name: f"{headings[name]} (`{name}`): {DEFINITIONS[name]}" for name in headings if name in DEFINITIONS}
+    return "\n".join(f"- {told[name]}" for name in headings)
 
 
 def facts(rows: list[ResultRow]) -> str:
@@ -119,11 +133,13 @@ def _dense_steps(rows: list[ResultRow]) -> str:
 def write(rows: list[ResultRow], out: Path) -> None:
     """Write `results.csv` and `report.md` into `out`."""
     write_csv(flat(rows), out / "results.csv")
+    rest = {name: meaning for name, meaning in DEFINITIONS.items() if name not in summary(rows)[0]}
     heads = "".join(_heads(label, group[0]) for label, group in groups(rows).items() if group[0].get("heads"))
     write_text(
         f"# {rows[0]['model']}: sparse beside dense\n\n{facts(rows)}\n\n{markdown(rows)}\n\n"
         f"{caption(rows)}\n{heads}\n"
-        f"## Columns\n{meanings(DEFINITIONS)}\n",
+        f"## Columns of the table\n{columns(rows)}\n\n"
+        f"## Other columns of results.csv and results.json\n{meanings(rest)}\n",
         out / "report.md",
     )
 

@@ -51,7 +51,7 @@ class Fidelity(TypedDict):
 class RunRow(Origin, Fidelity):
     """One run of one strategy beside the dense run: what `evaluate` writes with and without weights.
 
-    The columns that reports show are explained in `DEFINITIONS`.
+    Reports explain each column by `DEFINITIONS`.
 
     Attributes:
         model: its name.
@@ -59,7 +59,7 @@ class RunRow(Origin, Fidelity):
         label: its name, with what differs from the defaults.
         arguments: its `repr`.
         sparsity: as asked for; None if the strategy decides it.
-        density: mean share of attention computed, over all self-attention calls that were made.
+        density: mean share of attention computed, over all self-attention calls; those that a step cache answered as 0.
         work: the same, with what searches compute beside it.
         executed: share of the self-attention calls that no step cache answered.
         sparse_density: mean density of the sparse calls; None if there was none.
@@ -435,19 +435,46 @@ class ReplayRow(Origin):
 
 
 DEFINITIONS = {
+    "label": "the strategy's name, its sparsity, and what differs from the defaults",
+    "density": "share of attention blocks computed, over all self-attention calls: dense steps count as 1, calls that "
+    "a step cache answered as 0",
+    "sparse_density": "share of attention blocks computed, over the calls that ran sparse",
+    "work": "all attention computed, as a share of a dense run: density, and what searches compute beside it (a mass "
+    "pass is a half)",
+    "recall": "softmax mass inside the chosen blocks when they were chosen; null: the strategy sums no mass of blocks",
     "psnr_db": "peak signal-to-noise ratio to the dense video in dB, over all frames at once; null: identical",
     "psnr_db_min": "the lowest PSNR of a single frame, in dB; null: all frames identical",
     "ssim": "structural similarity to the dense video (7x7 window), mean over frames; null: frames under 7 pixels",
     "latent_cosine": "cosine similarity of the last step's latents",
-    "density": "share of attention blocks computed, over all self-attention calls (dense steps count as 1)",
-    "work": "attention computed, in dense passes: density, and what searches compute beside it (a mass pass is a half)",
-    "sparse_density": "share of attention blocks computed, over the calls that ran sparse",
-    "dense_seconds": "wall time of the untouched pipeline call, same prompt and seed, same process",
     "seconds": "wall time of the call with the strategy on, its dense steps and searches included",
     "speedup": "dense_seconds / seconds",
-    "attention_share": "share of the dense call's wall time that is spent in self-attention",
     "attention_speedup": "time inside self-attention, dense over sparse, dense steps and searches included",
-    "recall": "softmax mass inside the chosen blocks when they were chosen",
+    "model": "as `--model` names it",
+    "strategy": "the strategy's name, with its step cache and variants, without its knobs",
+    "arguments": "the strategy as Python: all knobs",
+    "sparsity": "as asked for; null: the strategy decides it",
+    "executed": "share of the self-attention calls that no step cache answered; 1 without a cache",
+    "steps": "denoising steps in which attention ran; those that a step cache answered whole are not in it",
+    "dense_steps": "those of `steps` without any sparse call",
+    "dense_seconds": "wall time of the untouched pipeline call, same prompt and seed, same process",
+    "cpu_speedup": "the same ratio as `speedup` by processor time of this process, which other processes disturb less",
+    "attention_seconds": "time inside self-attention in the call with the strategy on",
+    "attention_share": "share of the dense call's wall time that is spent in self-attention",
+    "memory_bytes": "what the strategy keeps between steps (blocks, summaries, log-sum-exp), in bytes",
+    "dense_backend": "what computed the dense calls: the pipeline's own attention back end",
+    "device": "name of the GPU, or of the processor with its threads",
+    "dtype": "of the model's weights",
+    "commit": "of the checkout that ran, + behind it: with changed files; null: outside of a checkout",
+    "prompt": "what was generated",
+    "seed": "of the starting noise",
+    "size": "width x height x frames, in pixels",
+    "schedule": "which steps are dense, as Python",
+    "file": "of the video or image, in the folder of the results",
+    "modes": "share of heads in each mode, of a strategy that chooses by head (in results.json alone)",
+    "heads": "the modes of a layer's heads, by layer and step (in results.json alone)",
+    "fallbacks": "calls that went dense unplanned, by reason (in results.json alone)",
+    "backends": "calls, by what computed them (in results.json alone)",
+    "versions": "of Python and of the packages that decide a result (in results.json alone)",
 }
 
 SPEED_DEFINITIONS = {
@@ -466,6 +493,9 @@ SPEED_DEFINITIONS = {
     "null: what the strategy computes is not known before it runs",
     "dense_pass_tflop": "operations of one dense forward pass, in units of 10^12",
     "layers": "blocks of each kind that were built and timed, their times scaled to all; null: all were timed",
+    "passes": "forward passes of a step: 2 with classifier-free guidance",
+    "expected_attention_share": "share of self-attention in the operations of a dense step",
+    "weights": "`random`",
 }
 
 

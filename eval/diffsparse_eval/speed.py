@@ -24,7 +24,7 @@ from diffsparse_eval import environment, metrics
 from diffsparse_eval.compared import label, sparsity_of
 from diffsparse_eval.experiment import Results, Settings, dense_backend
 from diffsparse_eval.report import meanings
-from diffsparse_eval.rows import SPEED_DEFINITIONS, SpeedRow, StepSeconds, flat, number
+from diffsparse_eval.rows import DEFINITIONS, SPEED_DEFINITIONS, SpeedRow, StepSeconds, flat, number
 from diffsparse_eval.timing import Stopwatch
 from diffsparse_pipelines import machine
 from diffsparse_pipelines.architectures import Architecture, MinimalPipeline, inputs
@@ -345,7 +345,8 @@ def write(rows: list[SpeedRow], out: Path) -> None:
     """Write `results.csv` and `report.md` into `out`."""
     write_csv(flat(rows), out / "results.csv")
     title = f"# {rows[0]['model']}: speed without weights\n\n{facts(rows)}\n\n"
-    columns = f"## Columns\n{meanings(SPEED_DEFINITIONS)}\n"
+    rest = {name: meaning for name, meaning in DEFINITIONS.items() if name in rows[0].keys() - SPEED_DEFINITIONS.keys()}
+    columns = f"## Columns\n{meanings(SPEED_DEFINITIONS | rest)}\n"
     write_text(f"{title}{markdown_table(*table(rows))}\n\n{columns}", out / "report.md")
 
 

@@ -88,7 +88,11 @@ class Line(TypedDict):
 
 def colour(name: str, theme: Theme) -> str:
     """Of a method or a kind."""
-    return look(name).light if theme.name == "light" else look(name).dark
+    return _on(look(name), theme)
+
+
+def _on(look: Look, theme: Theme) -> str:
+    return look.light if theme.name == "light" else look.dark
 
 
 def look(label: str) -> Look:
@@ -99,17 +103,48 @@ def look(label: str) -> Look:
     return LOOKS.get(name, _OTHERS[sum(map(ord, name)) % len(_OTHERS)])
 
 
-def line(label: str, theme: Theme = LIGHT) -> Line:
-    """Colour, marker and dash of a method; variants of it are dashed and open, those under a step cache are dashed."""
-    variant, own = _VARIANT.search(label), colour(label, theme)
+def _is_open(label: str) -> bool:
+    """Whether a label is that of a variant, whose markers are open."""
+    return _VARIANT.search(label) is not None
+
+
+def line(label: str, theme: Theme = LIGHT, worn: Look | None = None) -> Line:
+    """Colour, marker and dash of a method; variants of it are dashed and open, those under a step cache are dashed.
+
+    Args:
+        label: of a method or a kind.
+        theme: the paper.
+        worn: another colour and marker than the method's own.
+    """
+    worn = worn or look(label)
+    variant, own = _VARIANT.search(label), _on(worn, theme)
     dashes = _DASHES.get(variant[1], (4, 2)) if variant else (3, 1, 1, 1) if "/" in label else None
     return {
         "color": own,
-        "marker": look(label).marker,
+        "marker": worn.marker,
         "markersize": 7.0,
         "markerfacecolor": theme.paper if variant else own,
         "linestyle": (0, dashes) if dashes else "-",
     }
+
+
+def lines(labels: Sequence[str], theme: Theme = LIGHT) -> dict[str, Line]:
+    """The lines of one plot, each with a colour and a marker that no other has; of variants, no other variant.
+
+    The shortest label of a method has its look, the first step cache alone and the first stack have those of their
+    kinds. The others get what is left; where nothing is, the look of their method or kind.
+    """
+    alone = [label for label in labels if "/" not in label]
+    firsts = {(look(label), _is_open(label)): label for label in sorted(alone, key=len, reverse=True)}.values()
+    found: dict[str, Line] = {}
+    for label in sorted(labels, key=lambda label: label not in firsts):
+        kind = "" if "/" not in label else "cache alone" if label.endswith("/dense") else "stack"
+        wanted = look(kind or label)
+        beside = [found[each] for each in found if _is_open(each) == _is_open(label)]
+        taken = {part for each in beside for part in (each["color"], each["marker"])}
+        free = (each for each in (wanted, *_OTHERS, *LOOKS.values()) if not taken & {_on(each, theme), each.marker})
+        found[label] = line(label, theme, next(free, wanted))
+    return {label: found[label] for label in labels}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from diffsparse import GNA, AdaSpa, Dense, Digest, Random, Tangent
 from diffsparse.cli import main
 from diffsparse.strategies.paro import PAROSearch
 from diffsparse.strategies.sparse_vdit import SparseVDiTSearch
-from diffsparse_eval import pictures, report, rows
+from diffsparse_eval import pictures, report, rows, style
 from diffsparse_eval.commands.evaluate import ComparedOptions
 from diffsparse_eval.compared import label
-from diffsparse_eval.rows import DEFINITIONS
+from diffsparse_eval.rows import DEFINITIONS, SPEED_DEFINITIONS, ResultRow, SpeedRow
 from diffsparse_kernels import best_block
 from diffsparse_pipelines.prompts import read_prompts, read_seeds
 
+RESULTS = Path(__file__).parents[2] / "eval/results"
 COMMAND = ["evaluate", "--model", "tiny-twin", "--steps", "4", "--block", "16", "--prompts", "2"]
 COMMAND += ["--strategy", "adaspa,random", "--sparsity", "0.5,0.8", "--searches", "2"]
 KEYS = {
@@ -79,8 +81,11 @@ def test_a_line_of_the_plot_goes_through_the_sparsities_of_a_strategy(results: P
     lines = pictures._lines(rows)
     assert set(lines) == {"adaspa searches=2 block=16", "random block=16"}  # without dense
     for points in lines.values():
-        high, low = sorted(points, key=lambda point: point["density"], reverse=True)
-        assert (high["density"], low["density"]) == (pytest.approx(0.62, abs=0.1), pytest.approx(0.4, abs=0.1))
+        assert len(points) == 2
+    for point, share in zip(lines["adaspa searches=2 block=16"], (0.5, 0.8), strict=True):
+        work = [row["work"] for row in rows if row["label"].startswith(f"adaspa {share}")]
+        assert point["work"] == pytest.approx(sum(work) / 2)
+        assert point["work"] > max(row["density"] for row in rows if row["label"].startswith(f"adaspa {share}"))
     at = [row["psnr_db"] for row in rows if row["label"].startswith("random 0.8")]
     assert lines["random block=16"][1]["psnr_db"] == pytest.approx(sum(at) / len(at))
 
@@ -127,6 +132,60 @@ def test_files(results: Path) -> None:
     assert 0.2 < paper.mean() < 0.8, "paper of its own, and frames"
     assert "Median over prompts and seeds, 2 in all" in text
     assert "±" not in text
+
+
+def test_every_column_is_defined(results: Path) -> None:
+    with (results / "results.csv").open() as file:
+        assert set(csv.DictReader(file).fieldnames or ()) <= set(DEFINITIONS)
+    assert set(DEFINITIONS) == ResultRow.__required_keys__ | ResultRow.__optional_keys__
+    of_speed = SpeedRow.__required_keys__ | SpeedRow.__optional_keys__
+    assert of_speed <= {*DEFINITIONS, *SPEED_DEFINITIONS}
+    assert set(SPEED_DEFINITIONS) <= of_speed
+
+
+def test_a_report_explains_the_columns_of_its_table_in_their_order(results: Path) -> None:
+    text = (results / "report.md").read_text()
+    headings = re.search(r"^\| (strategy .*) \|$", text, re.MULTILINE)
+    section = re.search(r"^## Columns of the table\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert headings is not None
+    assert section is not None
+    explained = [re.split(r" \(`|:", line.removeprefix("- "))[0] for line in section[1].splitlines()]
+    assert explained == headings[1].split(" | ")
+    assert {"work", "recall"} <= set(explained), "all that is computed, and adaspa's mass"
+    assert text.count("- `") == len(set(DEFINITIONS)) - (len(explained) - 1)  # all but `runs` are columns of rows
+
+
+def test_a_table_has_no_empty_column() -> None:
+    row: Any = dict.fromkeys(report._COLUMNS, 1.0) | {"strategy": "digest", "label": "digest 0.8", "recall": None}
+    assert " recall |" not in report.markdown([row])
+    assert "`recall`" not in report.columns([row])
+    assert " recall |" in report.markdown([row, {**row, "label": "adaspa 0.8", "recall": 0.5}])
+
+
+def test_the_plot_names_all_lines_under_both_panels_and_covers_no_data(results: Path) -> None:
+    demo = json.loads((RESULTS / "demo.json").read_text())["rows"]
+    stacks = json.loads((RESULTS / "stack-guidance-1.json").read_text())["rows"]
+    for shown in (demo, stacks, rows_of(results)):
+        with style.drawn(style.LIGHT):
+            figure = pictures.tradeoff(shown)
+            figure.draw_without_rendering()
+        (legend,) = figure.legends
+        names = [text.get_text() for text in legend.get_texts()]
+        assert len(set(names)) == len(names) == len(pictures._lines(shown))
+        for panel in figure.axes:
+            looks = [(line.get_color(), line.get_marker()) for line in (bars.lines[0] for bars in panel.containers)]
+            assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(names)
+            assert not panel.get_tightbbox().overlaps(legend.get_window_extent())
+            assert panel.get_title()
+            assert panel.get_xlabel()
+        box = legend.get_window_extent()
+        assert figure.bbox.count_contains(box.corners()) == 4, "nothing is cut"
+
+
+def test_the_demos_lines_say_what_they_are() -> None:
+    demo = json.loads((RESULTS / "demo.json").read_text())["rows"]
+    names = [text.get_text() for text in pictures.tradeoff(demo).legends[0].get_texts()]
+    assert names == ["step cache alone: taylor-seer", "sparse alone: digest", "both: taylor-seer and digest"]
 
 
 def test_an_interrupted_run_goes_on(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +260,7 @@ def test_summaries_show_mean_and_interval_or_median_and_range(
     rows = [{**row, "strategy": "adaspa", "label": "adaspa 0.8", "psnr_db": value} for value in values]
     rows.append({**row, "strategy": "dense", "label": "dense", "psnr_db": None})
     dense, sparse = report.summary(rows)
-    assert dense["strategy"] == "dense"
+    assert dense["label"] == "dense"
     assert dense["psnr_db"] == "identical"
     assert sparse["psnr_db"] == shown
     assert sparse["ssim"] == "1.0000"

@@ -117,6 +117,22 @@ def test_variants_have_their_methods_look() -> None:
     assert style.look("a strategy of my own").marker
 
 
+@pytest.mark.parametrize("theme", style.THEMES, ids=["light", "dark"])
+def test_no_two_lines_of_a_plot_look_alike(theme: style.Theme) -> None:
+    labels = ["cache/dense", "cache/digest", "cache/tangent", "gna order=auto", "digest", "gna", "gna +means"]
+    found = style.lines(labels, theme)
+    assert list(found) == labels
+    for label in ("digest", "gna"):
+        assert found[label] == style.line(label, theme), "a method keeps its look"
+    kinds = {"cache/dense": "cache alone", "cache/digest": "stack"}
+    assert [found[label]["color"] for label in kinds] == [style.colour(kind, theme) for kind in kinds.values()]
+    full = [label for label in labels if label != "gna +means"]
+    assert len({found[label]["color"] for label in full}) == len(full)
+    assert found["gna +means"]["color"] == found["gna"]["color"]
+    assert found["gna +means"]["markerfacecolor"] == theme.paper
+    assert len(style.lines([f"cache/digest block={n}" for n in range(40)], theme)) == 40, "more than there are looks"
+
+
 def test_names_stand_apart_and_near() -> None:
     places = np.array([1.0, 1.5, 2.0, 50.0, 99.0])
     found = style.apart(places, 10, 100)

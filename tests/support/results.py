@@ -1,4 +1,4 @@
-"""`python -m support.results` writes the tables of docs/results.md and few-steps.md, the measures of evaluate.md.
+"""`python -m support.results` writes tables of docs/results.md, few-steps.md and tiny.md, the measures of evaluate.md.
 
 Every number is computed from committed rows, and every command is what the rows say of how they were made.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from diffsparse_eval import stack
+from diffsparse_eval import report, stack
 from diffsparse_eval.experiment import load
 from diffsparse_eval.gpu import table as gpu
 from diffsparse_eval.report import meanings
@@ -267,6 +267,15 @@ FILES: dict[str, File] = {
 }
 
 
+TINY = RESULTS / "tiny.md"
+
+
+def tiny() -> str:
+    """The summary of `tiny.csv`, without rows of an earlier release, and what its columns mean."""
+    kept: list[Any] = [row for row in rows("tiny.csv") if row["strategy"] not in FILES["tiny.csv"].left_out]
+    return f"{report.markdown(kept)}\n\n{report.caption(kept)}\n\n## Columns\n{report.columns(kept)}"
+
+
 def files() -> str:
     """Every committed file, what it holds, and what it says above all."""
     lines = [[f"[{name}](../eval/results/{name})", each.holds, each.says(name)] for name, each in FILES.items()]
@@ -286,19 +295,23 @@ def commands() -> str:
 
 
 def _evaluations(name: str) -> list[str]:
-    """Of rows of `evaluate`: one command for those that have the same knobs and were run at the same sparsities."""
+    """Of rows of `evaluate`: a command for those that have the same knobs, sparsities and number of prompts."""
     sparse = [row for row in rows(name) if row["strategy"] not in ("dense", *FILES[name].left_out)]
-    asked: dict[tuple[str, str], set[float]] = {}  # by strategy and knobs
+    prompts: dict[str, set[str]] = {}  # by label
     for row in sparse:
-        asked.setdefault((_strategy(row), _knobs(row)), set()).add(row["sparsity"])
-    together: dict[tuple[str, str], list[str]] = {}  # by knobs and sparsities
-    for (strategy, knobs), shares in asked.items():
-        together.setdefault((knobs, ",".join(f"{share:g}" for share in sorted(shares))), []).append(strategy)
-    prompts = len({row["prompt"] for row in sparse})
-    common = f"{_run(name)}--prompts {prompts} --out out/{Path(name).stem}"
+        prompts.setdefault(row["label"], set()).add(row["prompt"])
+    asked: dict[tuple[str, str, int], set[float]] = {}  # by strategy, knobs and number of prompts
+    for row in sparse:
+        asked.setdefault((_strategy(row), _knobs(row), len(prompts[row["label"]])), set()).add(row["sparsity"])
+    together: dict[tuple[str, str, int], list[str]] = {}  # by knobs, sparsities and number of prompts
+    for (strategy, knobs, number), shares in asked.items():
+        listed = ",".join(f"{share:g}" for share in sorted(shares))
+        together.setdefault((knobs, listed, number), []).append(strategy)
+    common, out = _run(name), f"out/{Path(name).stem}"
     return [
         f"diffsparse evaluate --strategy {','.join(names)} {_sparsity(names, shares)}{knobs}{common}"
-        for (knobs, shares), names in together.items()
+        f"--prompts {number} --out {out}"
+        for (knobs, shares, number), names in together.items()
     ]
 
 
@@ -357,6 +370,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "without-weights": lambda: meanings(SPEED_DEFINITIONS),
     },
     FEW_STEPS: {"few": few},
+    TINY: {"rows": tiny},
 }
 
 
