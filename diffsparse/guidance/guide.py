@@ -77,14 +77,19 @@ def guide(
     chosen, entrances = preset.of(models), entrances_of(target)
     guides = []
     for name, model in models.items():
-        earlier = guidance_of(model)
-        if earlier is not None:
-            earlier.unhook()
-        if isinstance(earlier, Guide):
-            earlier.replaced = True
+        _end(model)
         guides.append(Guide(preset, model, chosen[name], reuse, entrances[name]))
         attach(name, model, guides[-1], pipe)
     return GuideHandle(preset, models, guides)
+
+
+def _end(model: torch.nn.Module) -> None:
+    """Unhook the guidance that is on a transformer, if any; its handle tells."""
+    earlier = guidance_of(model)
+    if earlier is not None:
+        earlier.unhook()
+    if isinstance(earlier, Guide):
+        earlier.replaced = True
 
 
 def _guidable(target: DiffusionPipeline | torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -171,7 +176,7 @@ class GuideHandle:
         self.remove()
         if kind is None and any(guide.replaced for guide in self._guides):
             warnings.warn(
-                "head guidance was replaced within its block by a later guide and not put back: what ran after that "
+                "head guidance was replaced by a later guide within its block and not put back: what ran after that "
                 "ran without it. Leave one block before you enter the next",
                 UserWarning,
                 stacklevel=2,

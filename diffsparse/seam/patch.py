@@ -107,7 +107,7 @@ class Handle:
         self.remove()
         if self._is_replaced and kind is None:
             warnings.warn(
-                f"{type(self.strategy).__name__} was replaced within its block by a later apply or accelerate and not "
+                f"{type(self.strategy).__name__} was replaced by a later apply or accelerate within its block and not "
                 "put back: what ran after that ran without it. Leave one block before you enter the next",
                 UserWarning,
                 stacklevel=2,

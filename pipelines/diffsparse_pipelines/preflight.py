@@ -325,7 +325,9 @@ def compare(expected: Estimate, report: Report, seconds: float) -> str | None:
         return None
     found = Estimate.after(report, seconds)
     if found is None:
-        return f"no verdict on the speed: that takes {FEWEST} dense steps to compare with; diffsparse evaluate times both"
+        return (
+            f"no verdict on the speed: that takes {FEWEST} dense steps to compare with; diffsparse evaluate times both"
+        )
     return (
         f"attention was {found.attention_share:.0%} of a dense run ({expected.attention_share:.0%} by operations), "
         f"the run was {pace(found.speedup)} than a dense one, by the time of its {found.dense_steps} dense steps"
