@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,12 +77,19 @@ def guide(
     chosen, entrances = preset.of(models), entrances_of(target)
     guides = []
     for name, model in models.items():
-        earlier = guidance_of(model)
-        if earlier is not None:
-            earlier.unhook()
+        _end(model)
         guides.append(Guide(preset, model, chosen[name], reuse, entrances[name]))
         attach(name, model, guides[-1], pipe)
     return GuideHandle(preset, models, guides)
+
+
+def _end(model: torch.nn.Module) -> None:
+    """Unhook the guidance that is on a transformer, if any; its handle tells."""
+    earlier = guidance_of(model)
+    if earlier is not None:
+        earlier.unhook()
+    if isinstance(earlier, Guide):
+        earlier.replaced = True
 
 
 def _guidable(target: DiffusionPipeline | torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -104,6 +112,7 @@ class GuideReport:
         blocks_skipped: blocks that were not, as their outputs were known.
         whole: why passes were not shortened, by reason.
         perturbed: calls of attention that were perturbed.
+        replaced: a later `guide` took its place; the numbers are of the last run before that.
     """
 
     preset: Preset
@@ -113,6 +122,7 @@ class GuideReport:
     blocks_skipped: int
     whole: dict[str, int]
     perturbed: int
+    replaced: bool = False
 
     def __str__(self) -> str:
         share = self.blocks_skipped / max(self.blocks_run + self.blocks_skipped, 1)
@@ -123,6 +133,8 @@ class GuideReport:
             ("extra passes", f"{self.passes}, blocks re-used {share:.0%}" + (f" (whole: {whole})" if whole else "")),
             ("perturbed", f"{self.perturbed} attention calls"),
         ]
+        if self.replaced:
+            rows.append(("notes", "replaced by a later guide: the numbers are of the last run before that"))
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
 
 
@@ -148,6 +160,7 @@ class GuideHandle:
             blocks_skipped=sum(tally.blocks_skipped for tally in tallies),
             whole=dict(sum((tally.whole for tally in tallies), Counter())),
             perturbed=sum(tally.perturbed for tally in tallies),
+            replaced=any(guide.replaced for guide in self._guides),
         )
 
     def remove(self) -> None:
@@ -159,8 +172,15 @@ class GuideHandle:
     def __enter__(self) -> GuideHandle:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.remove()
+        if kind is None and any(guide.replaced for guide in self._guides):
+            warnings.warn(
+                "head guidance was replaced by a later guide within its block and not put back: what ran after that "
+                "ran without it. Leave one block before you enter the next",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def __repr__(self) -> str:
         return f"GuideHandle({self.preset!r} on {', '.join(self._models)})"

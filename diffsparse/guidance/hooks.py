@@ -89,6 +89,7 @@ class Guide:
     ) -> None:
         self.preset, self.heads = preset, heads
         self.busy = False  # in the extra pass
+        self.replaced = False  # by later guidance
         self.tally = CallTally()
         self._tally_of: tuple[Run, int] | None = None  # run of a model, and pipeline call
         self._names, self._cond_first = argument_names(model), spec_of(model).cond_first

@@ -15,6 +15,7 @@ from diffsparse.schedule import Schedule
 from diffsparse.seam.caches import Outlook
 from diffsparse.seam.models import spec_of
 from diffsparse.seam.targets import attentions
+from diffsparse.site.record import CallRecord
 from diffsparse.site.report import Report
 from diffsparse.strategies.base import Attending, Strategy, as_strategy
 from diffsparse.strategies.work import Outline
@@ -34,6 +35,7 @@ _ONCE = (
 )  # input: one vector for each sample
 _TEXT = ("add_", "text", "txt", "caption", "image_emb")  # input: the prompt (or an image) alone
 _KEYS = (".to_k", ".to_v")  # of cross-attention: also "to_key" and "to_value"
+FEWEST = 3  # dense steps, by whose median a dense run is estimated: of fewer, one that warms up spoils it
 _PRODUCTS = nn.Linear | nn.Conv2d | nn.Conv3d
 
 
@@ -166,6 +168,7 @@ class Estimate:
         speedup: of the whole run.
         executed: share of the steps that reach attention.
         is_known: whether that is known beforehand; else all are taken to.
+        dense_steps: of the run, by which it was measured; 0 of what was only counted.
     """
 
     attention_share: float
@@ -173,6 +176,7 @@ class Estimate:
     speedup: float
     executed: float = 1.0
     is_known: bool = True
+    dense_steps: int = 0
 
     @classmethod
     def before(
@@ -217,24 +221,42 @@ class Estimate:
 
     @classmethod
     def after(cls, report: Report, seconds: float) -> Estimate | None:
-        """From a finished call: a dense run without a step cache is estimated from the call's own dense calls.
+        """From a finished call: a dense run without a step cache is estimated from the call's own dense steps.
+
+        What the first dense and the first sparse step took longer than most of their kind is warm-up, and left out.
 
         Args:
             report: of the call.
             seconds: that it took.
 
         Returns:
-            The estimate; None if no call was dense, or none was anything else.
+            The estimate; None if fewer than `FEWEST` steps were dense, or none was anything else.
         """
-        dense = [call.seconds for call in report.calls if call.kind == "dense"]
-        if not dense or len(dense) == len(report.calls) or not report.attention_seconds:
+        steps: dict[int, list[CallRecord]] = {}
+        for call in report.calls:
+            steps.setdefault(call.step, []).append(call)
+        kinds = {step: {call.kind for call in calls} for step, calls in steps.items()}
+        dense = [calls for step, calls in steps.items() if kinds[step] == {"dense"}]
+        sparse = [calls for step, calls in steps.items() if "sparse" in kinds[step] and "search" not in kinds[step]]
+        if len(dense) < FEWEST or len(dense) == len(steps) or not report.attention_seconds:
             return None
-        made = median(dense) * len(report.calls)  # the first calls may have waited for kernels to be built
-        rest = max(seconds - report.attention_seconds, 0.0) / (report.executed if report.cache_is_wide else 1)
+        made = median(_seconds(calls) / len(calls) for calls in dense) * len(report.calls)
+        warm_up = _warm_up(dense) + _warm_up(sparse)
+        taken, ran = seconds - warm_up, report.attention_seconds - warm_up
+        rest = max(taken - ran, 0.0) / (report.executed if report.cache_is_wide else 1)
         attention = made / report.executed
         whole = attention + rest
-        speedups = attention / report.attention_seconds, whole / seconds
-        return cls(attention / whole, *speedups, report.executed)
+        return cls(attention / whole, attention / ran, whole / taken, report.executed, dense_steps=len(dense))
+
+
+def _seconds(calls: list[CallRecord]) -> float:
+    return sum(call.seconds for call in calls)
+
+
+def _warm_up(steps: list[list[CallRecord]]) -> float:
+    """Seconds that the first of some steps of a kind took longer than most of them; 0 where they are too few."""
+    taken = [_seconds(calls) for calls in steps]
+    return max(taken[0] - median(taken), 0.0) if len(taken) >= FEWEST else 0.0
 
 
 def _work(strategy: Strategy | Attending, run: Outline) -> float | None:

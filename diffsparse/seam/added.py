@@ -69,6 +69,16 @@ class Added:
             if (hook := registry.get_hook(_TAYLOR)) is not None:
                 hook.disable_cache_before_step = first
 
+    @property
+    def note(self) -> str:
+        """What the user should know about the latest run; empty if there is nothing."""
+        if self._fitted is None or self._fitted >= _FEW_STEPS:
+            return ""
+        return (
+            f"the step cache skips nothing in a run of {self._fitted} steps: with a warm_up that is a share of the "
+            f"steps, runs of fewer than {_FEW_STEPS} are computed whole; a warm_up in steps (int) holds in any run"
+        )
+
     def begin(self, ahead: Ahead) -> None:
         """A forward pass begins: the cache forgets an earlier run, which may have been cut off, and learns the branch.
 
@@ -168,6 +178,7 @@ def stacked(
     handle = apply(target, strategy, schedule=schedule, strict=strict)
     if cache is not None:
         handle.also(lambda model: put_on(model, cache, pipe))
+        handle.cache = cache
     return handle
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -24,13 +25,18 @@ from diffsparse.wrappers import unwrapped
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+_REPLACED = "replaced by a later apply or accelerate: the numbers are of the last run before that"
+
 
 class Handle:
     """What `apply` gives back: `report()` says what happened, `remove()` or leaving a `with` block undoes it.
 
     Attributes:
         strategy (Strategy): what was applied, as it was given.
+        cache (object): the step cache that was put on with it; None if there is none.
     """
+
+    cache: object = None
 
     def __init__(
         self, strategy: Strategy | Attending, models: dict[str, Module], runs: list[Run], notes: tuple[str, ...] = ()
@@ -53,7 +59,14 @@ class Handle:
         """
         modules = sum(len(run.layers) for run in self._runs)
         report = Report.of(self.strategy, modules, [run.ledger for run in self._runs])
-        return replace(report, notes=[*self._notes, *report.notes])
+        own = (run.added.note for run in self._runs if run.added is not None)
+        notes = dict.fromkeys([*self._notes, _REPLACED * self._is_replaced, *own, *report.notes])
+        return replace(report, notes=[note for note in notes if note])
+
+    @property
+    def _is_replaced(self) -> bool:
+        """Whether a later `apply` or `accelerate` took its place."""
+        return any(run.replaced for run in self._runs)
 
     def note(self, text: str) -> None:
         """Add to the notes of all reports."""
@@ -90,8 +103,15 @@ class Handle:
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.remove()
+        if self._is_replaced and kind is None:
+            warnings.warn(
+                f"{type(self.strategy).__name__} was replaced by a later apply or accelerate within its block and not "
+                "put back: what ran after that ran without it. Leave one block before you enter the next",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def __repr__(self) -> str:
         names = ", ".join(f"{name} ({len(run.layers)})" for name, run in zip(self._models, self._runs, strict=True))
@@ -143,6 +163,8 @@ def apply(
     runs = []
     for name, model in models.items():
         guidance = guidance_of(model)
+        if (earlier := run_of(model)) is not None:
+            earlier.replaced = True
         uninstall(model)
         runs.append(install(name, model, asked, schedule, strict, pipe))
         _set_guidance(runs[-1], guidance)

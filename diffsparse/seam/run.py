@@ -163,6 +163,10 @@ class Perturber(Protocol):
 class Addition(Protocol):
     """What is put on a transformer beside sparse attention; a call takes it off."""
 
+    @property
+    def note(self) -> str:
+        """What the user should know about the latest run; empty if there is nothing."""
+
     def begin(self, ahead: Ahead) -> None:
         """A forward pass begins."""
 
@@ -184,6 +188,7 @@ class Run(ModelHook):  # type: ignore[misc]
         guidance_only: made for guidance alone, and removed with it.
         extra_pass: the moment of an extra pass for guidance, which the clock doesn't count.
         added: what was put on with it: a step cache.
+        replaced: another run took its place on the model.
         made_registry: the model had none for hooks before.
     """
 
@@ -217,6 +222,7 @@ class Run(ModelHook):  # type: ignore[misc]
         self.guidance_only = False
         self.extra_pass: Moment | None = None
         self.added: Addition | None = None
+        self.replaced = False
         self.made_registry = False
 
     # --- the state of a run -----------------------------------------------------------------------------------------

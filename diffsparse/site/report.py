@@ -139,12 +139,22 @@ class Report:
 
     @property
     def _skipped(self) -> Iterator[tuple[str, str]]:
-        """What a step cache spared, and what that leaves of a run without one."""
+        """What a step cache answered."""
         if self.cache is None and not self.skipped_calls:
             return
         whole = self.dense_calls + self.sparse_calls + self.skipped_calls
-        answered = f"{self.cache or 'unknown'} answered {self.skipped_calls} of {whole} calls"
-        yield "step cache", f"{answered}: {self.work * self.executed:.3f} of the attention of a dense run without one"
+        yield "step cache", f"{self.cache or 'unknown'} answered {self.skipped_calls} of {whole} calls"
+
+    @property
+    def _computed(self) -> Iterator[tuple[str, str]]:
+        """Shares of attention: of the calls that were made, and of the whole run where a step cache answered some."""
+        over, of = ("executed calls", " in executed calls") if self.skipped_calls else ("all calls", "")
+        yield "density", f"{self.density:.3f} over {over}, {_number(self.sparse_density)} over sparse ones"
+        yield "work", f"{self.work:.3f} of dense attention{of}, searches included"
+        if self.skipped_calls:
+            yield "whole run", f"{self.work * self.executed:.3f} of the attention of a dense run without a step cache"
+        if self.recall is not None:
+            yield "retained mass", _number(self.recall)
 
     def _head_rows(self) -> Iterator[tuple[str, str]]:
         """Share of each mode; then, by layer, the mode that each head had at most steps."""
@@ -160,12 +170,7 @@ class Report:
             ("attention modules", str(self.modules)),
             ("steps", self._steps),
             *self._skipped,
-            (
-                "density",
-                f"{self.density:.3f} over all calls, {_number(self.sparse_density)} over sparse ones",
-            ),
-            ("work", f"{self.work:.3f} of dense attention, searches included"),
-            ("retained mass", _number(self.recall)),
+            *self._computed,
             ("calls", f"{self.sparse_calls} sparse, {self.dense_calls} dense" if self.steps else _NONE_YET),
             ("backends", _counts(self.backends)),
             ("fall-backs", _counts(self.fallbacks) or "none"),

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from diffsparse.errors import ConfigError
 from diffsparse.guidance.preset import Preset
-from diffsparse.insight.cost import Estimate, flops
+from diffsparse.insight.cost import FEWEST, Estimate, flops
 from diffsparse.orders.layout import Layout
 from diffsparse.schedule import Schedule
 from diffsparse.seam.added import prepare
 from diffsparse.seam.caches import Outlook, Passes, outlook
+from diffsparse.seam.caching import BLOCKS
 from diffsparse.seam.geometry import Grid
 from diffsparse.seam.models import patch_of, spec_of, understood_grid
 from diffsparse.seam.targets import attentions, models_of
 from diffsparse.site.report import Report
+from diffsparse.strategies.dense import Dense
 from diffsparse.wrappers import class_of
 from diffsparse_pipelines import families, machine
 from diffsparse_pipelines.drawn import PACKED
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from diffsparse.strategies import Strategy
 
 _SMALLER = "lower --height, --width or --frames"
+FEW_TOKENS = 10_000  # below which sparse attention on a GPU is expected to take longer than dense
 _PIXEL = 24  # bytes: three channels in float32, as the VAE gives them and as an array
 _ACTIVATIONS = 6  # as large as the hidden states, alive together in an attention: input, normed, q, k, v, output
 _SPACE = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor", "vae_scale_factor")
@@ -290,24 +293,44 @@ def announce(expected: Estimate | None) -> str:
     """The line before a run."""
     if expected is None:
         return "expected speed-up: unknown (of this call's size and steps and the strategy's density, one is not known)"
+    cached = ""
     if not expected.is_known:
-        cached = "at least, for the step cache decides as it goes what it skips; "
-    else:
-        cached = f"with {expected.executed:.0%} of the steps' attention left by the step cache; "
+        cached = " (more with what the step cache skips, which it decides as it goes)"
+    elif expected.executed < 1:
+        cached = f" (with {expected.executed:.0%} of the steps' attention left by the step cache)"
+    bound = f"at most {expected.speedup:.1f}x, by operations"
+    return f"attention is {expected.attention_share:.0%} of your step; {bound}{cached}"
+
+
+def few_tokens(pipe: DiffusionPipeline, arguments: Mapping[str, object], strategy: Strategy) -> str | None:
+    """The line that a run has too few tokens for sparse attention to be faster; None if it has enough of them.
+
+    On a CPU there is no such number: its kernels pay from a few hundred tokens on.
+    """
+    counted = tokens(pipe, arguments)
+    if counted is None or counted.video >= FEW_TOKENS or isinstance(strategy, Dense):
+        return None
+    if pipe._execution_device.type == "cpu":
+        return None
+    cached = all(class_of(model).__name__ in BLOCKS for model in models_of(pipe).values())
     return (
-        f"attention is {expected.attention_share:.0%} of your step; expected {expected.speedup:.1f}x "
-        f"({cached if expected.executed < 1 or not expected.is_known else ''}an estimate from the count of operations)"
+        f"{counted.video} tokens: under {FEW_TOKENS} on a GPU sparse attention is expected to be slower than dense. "
+        f"Take --strategy dense{', or a step cache: --strategy taylor-seer:interval=3/dense' if cached else ''}"
     )
 
 
 def compare(expected: Estimate, report: Report, seconds: float) -> str | None:
-    """The line after it; None if the run has no dense calls to compare with."""
+    """The line after it; None if nothing was sparse."""
+    if not report.sparse_calls:
+        return None
     found = Estimate.after(report, seconds)
     if found is None:
-        return None
+        return (
+            f"no verdict on the speed: that takes {FEWEST} dense steps to compare with; diffsparse evaluate times both"
+        )
     return (
-        f"attention was {found.attention_share:.0%} of a dense call (expected {expected.attention_share:.0%}), the run "
-        f"was {pace(found.speedup)} (expected {pace(expected.speedup)}), by the time of its own dense steps"
+        f"attention was {found.attention_share:.0%} of a dense run ({expected.attention_share:.0%} by operations), "
+        f"the run was {pace(found.speedup)} than a dense one, by the time of its {found.dense_steps} dense steps"
     )
 
 

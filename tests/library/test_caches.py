@@ -638,6 +638,21 @@ def test_accelerating_over_an_applied_pipeline_replaces() -> None:
     assert torch.equal(run(LONG), want)
 
 
+def test_a_block_whose_strategy_was_replaced_says_so() -> None:
+    run = Run("wan")
+    want, before = run(LONG), names(run.pipe)
+    outer = diffsparse.apply(run.pipe, Tangent(0.5, 16)).__enter__()
+    with diffsparse.accelerate(run.pipe, block=16) as inner:
+        run(LONG)
+    assert torch.equal(run(LONG), want)
+    assert "notes              replaced by a later apply or accelerate" in str(outer.report())
+    assert "replaced" not in str(inner.report())
+    outer.__exit__(KeyError, KeyError(), None)  # an error is not hidden by a warning
+    with pytest.warns(UserWarning, match="Tangent was replaced by a later apply or accelerate within its block"):
+        outer.__exit__(None, None, None)
+    assert names(run.pipe) == before
+
+
 def test_guidance_outlives_what_accelerates() -> None:
     run = Run("wan")
     with diffsparse.guide(run.pipe, "1.1", head_scale=3.0):
@@ -671,6 +686,8 @@ def test_a_warm_up_that_is_a_share_follows_the_length_of_the_run(name: str) -> N
             run(steps)
             report = handle.report()
             assert report.skipped_calls == run.skipped_calls
+            assert ("the step cache skips nothing in a run of 9 steps" in str(report)) == (steps == 9)
+            assert ("skips nothing" in str(report)) == (steps == 9)
             if experts == 1:
                 first = steps if steps < 10 else resolve(0.4, steps)
                 assert run.steps == {s for s in range(steps) if s < first or (s - first - 1) % 3 == 0}

@@ -14,7 +14,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffsparse
-from diffsparse import GNA, PARO, AdaSpa, Compensated, Dense, Digest, Layout, Random, Schedule, SparseVDiT, Tangent
+from diffsparse import (
+    GNA,
+    PARO,
+    AdaSpa,
+    Compensated,
+    Dense,
+    Digest,
+    Handle,
+    Layout,
+    Random,
+    Schedule,
+    SparseVDiT,
+    Tangent,
+)
 from diffsparse.insight.cost import Estimate, Flops, end_to_end, flops
 from diffsparse.plans.plan import Plan, fingerprints
 from diffsparse.strategies import parse
@@ -317,15 +330,30 @@ def test_every_class_can_be_counted_without_weights(name: str) -> None:
     assert len(found.attention) == len(diffsparse.apply(model, Dense())._runs[0].layers)
 
 
-def test_a_finished_run_is_measured_by_its_own_dense_calls() -> None:
+def finished(dense: int) -> Handle:
+    """A run of seven steps in two layers; a dense call takes 3 s, a sparse one 1 s."""
     model = tiny_transformers.build("WanTransformer3DModel")
     call = tiny_transformers.inputs("WanTransformer3DModel")
-    with torch.no_grad(), diffsparse.apply(model, Random(0.5, block=8), schedule=Schedule(2)) as handle:
-        for _ in range(6):
+    with torch.no_grad(), diffsparse.apply(model, Random(0.5, block=8), schedule=Schedule(dense)) as handle:
+        for _ in range(7):
             model(**call)
-    for i, record in enumerate(handle.report().calls):  # two layers; dense calls of 3 s, sparse ones of 1 s
-        record._marks = [0.0, 3.0 if i < 4 else 1.0]
-    found = Estimate.after(handle.report(), 30.0)
-    assert found is not None
-    assert found == Estimate(36 / 46, 36 / 20, 46 / 30)
+    for record in handle.report().calls:
+        record._marks = [0.0, 3.0 if record.step < dense else 1.0]
+    return handle
+
+
+def test_a_finished_run_is_measured_by_its_own_dense_steps() -> None:
+    handle = finished(dense=3)
+    want = Estimate(42 / 56, 42 / 26, 56 / 40, dense_steps=3)
+    assert Estimate.after(handle.report(), 40.0) == want
+    for record in handle.report().calls:  # the first step of either kind warms up, and another dense one is slow
+        late = {0: 5.0, 3: 7.0}.get(record.step, 0.0)
+        record._marks = [0.0, record.seconds + late]
+    assert Estimate.after(handle.report(), 40.0 + 2 * 12.0) == want
+
+
+def test_a_run_of_fewer_than_three_dense_steps_has_no_measure() -> None:
+    model = tiny_transformers.build("WanTransformer3DModel")
+    assert Estimate.after(finished(dense=2).report(), 40.0) is None
+    assert Estimate.after(finished(dense=7).report(), 40.0) is None
     assert Estimate.after(diffsparse.apply(model, Random()).report(), 1.0) is None

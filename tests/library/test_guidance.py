@@ -438,10 +438,23 @@ def test_guiding_again_replaces() -> None:
     both = run(pipe, call)
     first.remove()
     assert torch.equal(run(pipe, call), both)
+    assert "replaced by a later guide" in str(first.report())
+    assert "replaced" not in str(second.report())
     second.remove()
     with diffsparse.guide(pipe, "1.1"):
         assert torch.equal(run(pipe, call), both)
     assert torch.equal(run(pipe, call), want)
+
+
+def test_a_block_whose_guidance_was_replaced_says_so() -> None:
+    model = build(WAN)
+    with (
+        pytest.warns(UserWarning, match="head guidance was replaced by a later guide within its block"),
+        diffsparse.guide(model, "0.0"),
+        diffsparse.guide(model, "1.1"),
+    ):
+        pass
+    assert untouched(model)
 
 
 def test_a_deep_copy_is_not_guided() -> None:

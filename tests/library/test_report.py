@@ -55,6 +55,24 @@ def test_work_counts_every_pass_over_the_keys():
     assert Report.of("S()", 2, []).work == 1
 
 
+def test_shares_under_a_step_cache_say_what_they_are_of():
+    report = Report.of("S()", 2, [ledger()])
+    assert f"{report.density:.3f} over all calls, 0.250 over sparse ones" in str(report)
+    assert "whole run" not in str(report)
+    half = replace(report, cache="TaylorSeer", skipped_calls=8, skipped_steps=4)
+    lines = str(half).splitlines()
+    assert "step cache         TaylorSeer answered 8 of 16 calls" in lines
+    assert f"density            {half.density:.3f} over executed calls, 0.250 over sparse ones" in lines
+    assert f"work               {half.work:.3f} of dense attention in executed calls, searches included" in lines
+    assert f"whole run          {half.work / 2:.3f} of the attention of a dense run without a step cache" in lines
+
+
+def test_a_mass_that_nobody_measured_has_no_line():
+    report = Report.of("S()", 2, [ledger()])
+    assert "retained mass      0.600" in str(report).splitlines()
+    assert "retained mass" not in str(replace(report, recall=None))
+
+
 def test_modes_of_heads_and_notes():
     book = Ledger()
     for step, modes in enumerate((("full", "skip"), ("stripe", "skip"), ("full", "skip"))):

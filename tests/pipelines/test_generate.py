@@ -231,20 +231,20 @@ TWIN = ["generate", "--model", "tiny-twin", "--steps", "12", "--block", "16"]
 
 
 @pytest.mark.parametrize(
-    ("chosen", "counts"),
+    ("chosen", "counts", "named"),
     [
-        (["--speed", "fast"], "6 executed (2 dense, 4 sparse)"),
-        (["--strategy", "taylor-seer:interval=3/tangent"], "6 executed (3 dense, 3 sparse)"),
+        (["--speed", "fast"], "6 executed (2 dense, 4 sparse)", "taylor-seer:interval=4:order=1:warm_up=0.33"),
+        (["--strategy", "taylor-seer:interval=3/tangent"], "6 executed (3 dense, 3 sparse)", "taylor-seer:interval=3"),
     ],
 )
 def test_a_step_cache_by_speed_or_by_name(
-    chosen: list[str], counts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chosen: list[str], counts: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*TWIN, *chosen, "--sparsity", "0.7", "--out", str(tmp_path / "out.png")])
     assert not ended.value.code
     said = " ".join(capsys.readouterr().out.split())
-    assert "(sparsity=0.7, block=16" in said
+    assert f"{named}/Tangent(sparsity=0.7, block=16" in said
     assert "of the steps' attention left by the step cache" in said
     assert f"steps 12: {counts}, 6 skipped" in said
     assert f"dense steps 1-{counts[12]} of 12" in said

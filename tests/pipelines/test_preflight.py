@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import diffsparse
-from diffsparse import GNA, AdaSpa, Digest, Layout, Random, Schedule, Tangent
+from diffsparse import GNA, AdaSpa, Dense, Digest, Layout, Random, Schedule, Tangent
 from diffsparse.cli import main
 from diffsparse.insight.cost import Estimate
 from diffsparse.seam.added import put_on
 from diffsparse.seam.caching import Caching
 from diffsparse.strategies import as_strategy
 from diffsparse.strategies.gna.bounds import bounds_of
+from diffsparse_pipelines import preflight as preflights
 from diffsparse_pipelines import tiny
 from diffsparse_pipelines.generation import generation
-from diffsparse_pipelines.preflight import Compression, Tokens, announce, layout, preflight, tokens
+from diffsparse_pipelines.preflight import Compression, Tokens, announce, few_tokens, layout, preflight, tokens
 from support.tiny_pipelines import BUILDERS, run
 
 
@@ -80,15 +82,41 @@ def test_text_of_joint_attention_is_in_the_layout() -> None:
 
 def test_generate_says_what_to_expect_and_what_came(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["generate", "--model", "tiny-twin", "--steps", "10", "--block", "16", "--out", str(tmp_path / "a.gif")])
+        main(["generate", "--model", "tiny-twin", "--steps", "15", "--block", "16", "--out", str(tmp_path / "a.gif")])
     assert not ended.value.code
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     before, after = printed.index("attention is"), printed.index("attention was")
-    assert before < printed.index("retained mass") < after
-    assert re.search(r"attention is \d+% of your step; expected \d\.\dx \(an estimate", printed)
+    assert before < printed.index("fall-backs") < after
+    assert re.search(r"attention is \d+% of your step; at most \d\.\dx, by operations", printed)
     assert re.search(
-        r"attention was \d+% of a dense call \(expected \d+%\), the run was \d+\.\d+x (fast|slow)er \(expected", printed
+        r"attention was \d+% of a dense run \(\d+% by operations\), the run was \d+\.\d+x (fast|slow)er than a dense "
+        "one, by the time of its 3 dense steps",
+        printed,
     )
+
+
+def test_there_is_no_verdict_by_two_dense_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", "tiny-twin", "--steps", "10", "--block", "16", "--out", str(tmp_path / "a.gif")])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "no verdict on the speed: that takes 3 dense steps to compare with" in printed
+    assert "attention was" not in printed
+
+
+def test_few_tokens_on_a_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, call = tiny.load("twin"), tiny.defaults("twin")
+    assert few_tokens(pipe, call, Digest()) is None, "a CPU"
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda"))
+    line = few_tokens(pipe, call, Digest())
+    assert line is not None
+    assert line.startswith("576 tokens: under 10000 on a GPU sparse attention is expected to be slower than dense.")
+    assert line.endswith("Take --strategy dense, or a step cache: --strategy taylor-seer:interval=3/dense")
+    assert few_tokens(pipe, call, Dense()) is None
+    monkeypatch.setattr(preflights, "FEW_TOKENS", 576)
+    assert few_tokens(pipe, call, Digest()) is None
+    monkeypatch.setattr(preflights, "FEW_TOKENS", 577)
+    monkeypatch.setattr(preflights, "BLOCKS", {})
+    assert str(few_tokens(pipe, call, Digest())).endswith("Take --strategy dense")
 
 
 RATIOS = [1.0, 0.9, 1.05, 0.97, 1.02, 0.99, 1.01, 0.95, 1.0, 1.0, 1.04, 0.98, 1.0, 0.9]
@@ -130,4 +158,4 @@ def test_the_estimate_under_a_cache_that_decides_as_it_goes_is_a_bound() -> None
     assert expected is not None
     assert not expected.is_known
     assert expected.attention_speedup < 1 / (report.work * report.executed)
-    assert "at least, for the step cache decides as it goes" in announce(expected)
+    assert "(more with what the step cache skips, which it decides as it goes)" in announce(expected)

@@ -98,7 +98,15 @@ def test_tables_fit_and_no_cell_is_cut(made: Any, width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["models", "doctor", "simulate", "simulate --model hunyuan-video --device h100", "models --model flux"]
+    "arguments",
+    [
+        "models",
+        "doctor",
+        "simulate",
+        "simulate --model hunyuan-video --device h100",
+        "models --model flux",
+        "generate --help",
+    ],
 )
 def test_commands_fit_80_columns(
     arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -110,6 +118,12 @@ def test_commands_fit_80_columns(
     assert lines
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
+
+
+def test_the_help_of_generate_tells_of_step_caches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert "with a step cache CACHE/STRATEGY" in " ".join(re.sub("[│\n]", " ", capsys.readouterr().out).split())
 
 
 def test_columns_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,12 +22,13 @@ from diffsparse.seam.caching import BLOCKS
 from diffsparse_pipelines.architectures import ARCHITECTURES
 from diffsparse_pipelines.commands.forecasts import Row, foretell, on_device
 from diffsparse_pipelines.families import FAMILIES, Call, few_steps, grid
+from diffsparse_pipelines.preflight import FEW_TOKENS
 from diffsparse_pipelines.tables import significant, spliced
 from support import walk
 
 FOLDER = Path(__file__).parents[2] / "docs" / "recipes"
 BEGIN, END = "<!-- models: made by python -m support.recipes -->", "<!-- /models -->"
-SMALL = 10_000  # tokens, below which sparse attention is expected to take longer than dense
+SMALL = FEW_TOKENS
 
 
 class Page(NamedTuple):

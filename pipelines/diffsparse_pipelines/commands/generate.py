@@ -216,12 +216,15 @@ class _Run:
     def _announce(self, handle: Handle) -> Estimate | None:
         """Say what will run, and what it can be expected to save."""
         from diffsparse.strategies import as_strategy
-        from diffsparse_pipelines.preflight import announce, argument, preflight, warm_up_of
+        from diffsparse_pipelines.preflight import announce, argument, few_tokens, preflight, warm_up_of
         from diffsparse_pipelines.progress import say
 
         count = argument(self.pipe, self.arguments, "num_inference_steps")
         dense = f", {self.schedule.describe(count, warm_up_of(self.pipe, count))}" if count else ""
-        say(f"{handle.strategy}{dense}")
-        estimate = preflight(self.pipe, self.arguments, as_strategy(handle.strategy), self.schedule)
+        cache, strategy = "" if handle.cache is None else f"{handle.cache}/", as_strategy(handle.strategy)
+        say(f"{cache}{handle.strategy}{dense}")
+        estimate = preflight(self.pipe, self.arguments, strategy, self.schedule)
         say(announce(estimate), highlight=False)
+        if few := few_tokens(self.pipe, self.arguments, strategy):
+            say(few, highlight=False)
         return estimate

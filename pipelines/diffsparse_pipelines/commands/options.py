@@ -202,7 +202,9 @@ class SparsityOptions:
 
     strategy: Annotated[
         str | None,
-        typer.Option(help=f"{STRATEGIES}.", show_default=_STRATEGY, rich_help_panel=_SPARSE, callback=checks.text),
+        typer.Option(
+            help=f"{STRATEGIES}{CACHED}.", show_default=_STRATEGY, rich_help_panel=_SPARSE, callback=checks.text
+        ),
     ] = None
     sparsity: Sparsity = None
     block: Block = None
