@@ -127,10 +127,13 @@ BAD = {
     "strange suffix": (["generate", "--out", "a.avi"], "wanted a name that ends in .mp4"),
     "video as image": (["generate", "--model", "flux", "--out", "a.mp4", "--prompt", "x"], "can't write an image"),
     "bad searches": (["generate", "--searches", "soon"], "--searches wants a number"),
-    "bad dense steps": (["generate", "--dense-first", "1.5"], "dense_first wants an int >= 0 or a fraction"),
+    "bad dense steps": (
+        ["generate", "--dense-first", "1.5"],
+        "--dense-first wants a whole number of steps such as 3, or a fraction",
+    ),
     "bad layers": (["generate", "--dense-layers", "0.5"], "--dense-layers wants whole numbers"),
     "bad block": (["generate", "--block", "0"], "block"),
-    "bad order": (["generate", "--order", "zigzag"], "order wants one of FHW"),
+    "bad order": (["generate", "--order", "zigzag"], "--order wants one of FHW"),
     "bad window": (
         ["generate", "--strategy", "gna", "--window", "8x8"],
         "--window wants frames x rows x columns such as",
@@ -138,7 +141,7 @@ BAD = {
     "bad stride": (["evaluate", "--out", "OUT", "--stride", "0x1x1"], "each from 1 to 1000000; got '0x1x1'"),
     "stride over window": (
         ["generate", "--strategy", "gna", "--window", "4x4x4", "--stride", "1x8x1"],
-        "stride wants at most the window's (4, 4, 4)",
+        "--stride wants at most the window's (4, 4, 4)",
     ),
     "bad dilation": (["generate", "--dilation", "two"], "--dilation wants frames x rows x columns"),
     "simulated grid": (["simulate", "--grid", "8x-8x8"], "--grid wants frames x rows x columns"),

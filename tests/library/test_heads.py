@@ -89,7 +89,7 @@ def test_the_pool_can_be_narrowed() -> None:
         ({"head_scale": -1.0}, "scale wants a number of at least 0"),
         ({"head_scale": float("inf")}, "scale wants"),
         ({"rescale": 2.0}, "rescale wants"),
-        ({"start": 1.5}, "start wants an int >= 0 or a fraction"),
+        ({"start": 1.5}, "start wants a whole number of steps such as 3, or a fraction"),
         ({"stop": -1}, "stop wants"),
         ({"kind": "blur"}, "kind wants one of identity, self, uniform, query-mean, zero; got 'blur'"),
         ({"branch": "both"}, "branch wants one of extra, uncond"),
