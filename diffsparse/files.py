@@ -240,6 +240,8 @@ def _to_disk(path: Path) -> None:
 
 def reason(error: Exception) -> str:
     """What an error says of a file, in one line and without its name, for messages that name it themselves."""
-    text = error.strerror if isinstance(error, OSError) else repr(error) if isinstance(error, LookupError) else None
+    if isinstance(error, KeyError):
+        return f"it has no entry {error}"
+    text = error.strerror if isinstance(error, OSError) else None
     line = (text or str(error) or type(error).__name__).strip().splitlines()[0]
     return f"{line}, make room" if isinstance(error, OSError) and error.errno in _FULL else line

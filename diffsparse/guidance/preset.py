@@ -25,6 +25,7 @@ BRANCHES = ("extra", "uncond")
 FORMAT = 2  # of presets; 1 called two of the knobs by other names
 _FIRST_NAMES = {"strength": "head_strength", "scale": "head_scale"}
 _WANTED = "wanted a JSON file that `diffsparse hunt` has written"
+_BY_HAND = 'one changed by hand goes without its entry "digest"'
 _MOST = 2**24  # bytes
 
 
@@ -148,9 +149,7 @@ class Preset(Shared):
         try:
             return cls(**_knobs(text))
         except ValueError as error:
-            raise PlanError(
-                f"can't read the preset {path}: {error}; {_WANTED}; one changed by hand goes without its entry 'digest'"
-            ) from error
+            raise PlanError(f"can't read the preset {path}: {error}; {_WANTED}; {_BY_HAND}") from error
 
     @classmethod
     def read(cls, given: Preset | str | Path | Sequence[str], **knobs: object) -> Preset:

@@ -304,7 +304,7 @@ def test_a_file_of_another_kind_is_named_once(here: Path, capsys: pytest.Capture
 
 def test_a_preset_changed_by_hand_is_told_of_its_digest(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("a.json").write_text("{}")
-    assert refusal([*EVALUATE, "--heads", "a.json"], capsys).endswith("goes without its entry 'digest'\n")
+    assert refusal([*EVALUATE, "--heads", "a.json"], capsys).endswith('goes without its entry "digest"\n')
 
 
 NO_NUMBERS = {int: ("x", "", ENORMOUS, f"-{ENORMOUS}", "-1"), float: ("x", "", "nan", "inf", "-inf", "-0.5")}
