@@ -44,9 +44,11 @@ def _refuse(message: str) -> NoReturn:
 def _as_typed(message: str, arguments: list[str]) -> str:
     """A knob that begins a message, as callers in Python know it, goes by the name of its option if that was typed."""
     knob = re.match(r"(\w+)(?= ('[^']*' )?wants )", message)
-    option = f"--{knob[1].replace('_', '-')}" if knob else ""
-    typed = option in {argument.partition("=")[0] for argument in arguments}
-    return f"{option}{message[knob.end() :]}" if knob and typed else message
+    if knob is None:
+        return message
+    option, typed = f"--{knob[1].replace('_', '-')}", {argument.partition("=")[0] for argument in arguments}
+    name = next((name for name in (option, f"{option}s") if name in typed), knob[1])  # --orders takes several
+    return f"{name}{message[knob.end() :]}"
 
 
 def _wanted(error: ImportError) -> str:

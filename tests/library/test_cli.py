@@ -12,6 +12,7 @@ import pytest
 import diffsparse
 from diffsparse.cli import COMMANDS, main
 from diffsparse.cli.parser import load
+from diffsparse.errors import ConfigError
 
 
 def status(arguments: list[str]) -> int:
@@ -101,6 +102,25 @@ def test_a_module_that_is_in_no_extra_is_a_fault_and_shown_as_one(monkeypatch: p
     monkeypatch.setitem(COMMANDS, "doctor", ("no_such_module:run", ""))
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--dense-first", "-1"], "--dense-first wants a number"),
+        (["--dense-first=-1"], "--dense-first wants a number"),
+        (["--dense-last", "0"], "dense_first wants a number"),
+    ],
+)
+def test_a_knob_goes_by_its_option_only_where_that_was_typed(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: list[str]) -> int:
+        raise ConfigError("dense_first wants a number")
+
+    monkeypatch.setattr("diffsparse.cli.parser.run", fails)
+    assert status(given) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 BAD = {

@@ -166,6 +166,7 @@ EARLY: dict[str, tuple[list[str], str]] = {
     "half a step": ([*GENERATE, "--steps=1.5"], "error: --steps wants a whole number from 1 to 10000; got '1.5'"),
     "endless guidance": ([*GENERATE, "--guidance-scale", "inf"], "wants a finite number of at least 0; got inf"),
     "a strange order": ([*GENERATE, "--order", "XYZ"], "error: --order wants one of FHW"),
+    "a strange candidate order": ([*CALIBRATE, "--orders", "FHW,XYZ"], "error: --orders wants one of FHW"),
     "less than no dense step": (
         [*GENERATE, "--dense-first=-1"],
         "error: --dense-first wants a whole number of steps such as 3, or a fraction in [0, 1] such as 0.2; got -1",
