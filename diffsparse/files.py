@@ -13,8 +13,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffsparse.errors import DiffsparseError, InputFileError, OutputFileError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PATIENCE = 60.0  # seconds that a lock is waited for; it is held while one file is written
@@ -46,7 +50,7 @@ def whole(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename is not None and str(error.filename) not in (str(temporary), str(target)):
             raise  # of some other file, which the block has touched
-        raise OutputFileError(f"can't write {path}: {_reason(error)}; what was there before is kept") from error
+        raise OutputFileError(f"can't write {path}: {reason(error)}; what was there before is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -71,7 +75,7 @@ def writable(path: str | Path) -> Path:
     except DiffsparseError:
         raise
     except OSError as error:
-        raise OutputFileError(f"can't write {path}: {_reason(error)}; choose another") from error
+        raise OutputFileError(f"can't write {path}: {reason(error)}; choose another") from error
     return target
 
 
@@ -107,7 +111,7 @@ def folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             return path
     except OSError as error:
-        raise OutputFileError(f"can't write to the folder {path}: {_reason(error)}; choose another") from error
+        raise OutputFileError(f"can't write to the folder {path}: {reason(error)}; choose another") from error
 
 
 @contextmanager
@@ -129,7 +133,7 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[None]:
         lock = FileLock(file, timeout=_PATIENCE if wait else 0)
         lock.acquire()
     except (Timeout, OSError, NotImplementedError) as error:
-        why = "another process is writing it; wait for it," if isinstance(error, Timeout) else f"{_reason(error)};"
+        why = "another process is writing it; wait for it," if isinstance(error, Timeout) else f"{reason(error)};"
         raise OutputFileError(f"can't lock {path}: {why} or choose another") from error
     try:
         yield
@@ -150,8 +154,14 @@ def if_stopped(kept: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def read_bytes(path: str | Path, most: int = 64 * 2**20) -> bytes:
+def read_bytes(path: str | Path, remedy: str, what: str = "", most: int = 64 * 2**20) -> bytes:
     """The content of a file of at most `most` bytes: no memory is spent on files of another kind.
+
+    Args:
+        path: of the file.
+        remedy: what to do where it can't be read.
+        what: the name of such a file in messages, such as "the preset".
+        most: bytes.
 
     Raises:
         InputFileError: it can't be read, or is larger.
@@ -160,10 +170,30 @@ def read_bytes(path: str | Path, most: int = 64 * 2**20) -> bytes:
         with Path(path).open("rb") as file:
             data = file.read(most + 1)
     except OSError as error:
-        raise InputFileError(f"can't read {path}: {_reason(error)}") from error
+        raise _unread(path, reason(error), remedy, what) from error
     if len(data) > most:
-        raise InputFileError(f"can't read {path}: it is larger than {most >> 20} MiB")
+        raise _unread(path, f"it is larger than {most >> 20} MiB", remedy, what)
     return data
+
+
+def read_image(path: str | Path, what: str, remedy: str) -> Image:
+    """An RGB image from a file; the arguments are as in `read_bytes`.
+
+    Raises:
+        InputFileError: no such file, or not an image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of them
+        unknown = isinstance(error, UnidentifiedImageError)  # it says so with the whole path
+        raise _unread(path, "it is no image" if unknown else reason(error), remedy, what) from error
+
+
+def _unread(path: str | Path, why: str, remedy: str, what: str = "") -> InputFileError:
+    return InputFileError(f"can't read {what}{what and ' '}{path}: {why}; {remedy}")
 
 
 def write_text(text: str, path: str | Path) -> None:
@@ -208,7 +238,10 @@ def _to_disk(path: Path) -> None:
         os.close(number)
 
 
-def _reason(error: Exception) -> str:
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    line = text.strip().splitlines()[0]
+def reason(error: Exception) -> str:
+    """What an error says of a file, in one line and without its name, for messages that name it themselves."""
+    if isinstance(error, KeyError):
+        return f"it has no entry {error}"
+    text = error.strerror if isinstance(error, OSError) else None
+    line = (text or str(error) or type(error).__name__).strip().splitlines()[0]
     return f"{line}, make room" if isinstance(error, OSError) and error.errno in _FULL else line

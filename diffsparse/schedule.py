@@ -101,9 +101,11 @@ def resolve(amount: int | float, steps: int | None) -> int:
 def check_amount(name: str, amount: int | float) -> None:
     """Raise ConfigError unless `amount` is a number of steps (int) or a share of them (float in [0, 1])."""
     if isinstance(amount, bool) or not isinstance(amount, int | float):
-        raise ConfigError(f"{name} wants a number of steps (int) or a fraction (float), got {amount!r}")
+        raise ConfigError(f"{name} wants a number of steps (int) or a fraction (float); got {amount!r}")
     if amount < 0 or (isinstance(amount, float) and not amount <= 1):
-        raise ConfigError(f"{name} wants an int >= 0 or a fraction in [0, 1], got {amount!r}")
+        raise ConfigError(
+            f"{name} wants a whole number of steps such as 3, or a fraction in [0, 1] such as 0.2; got {amount!r}"
+        )
 
 
 def exact(share: float | Fraction) -> Fraction:

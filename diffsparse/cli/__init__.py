@@ -7,6 +7,7 @@ the command line ends in one line that names the extra.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import NoReturn
 
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         code = parser.run(arguments)
     except DiffsparseError as error:
-        _refuse(str(error))
+        _refuse(_as_typed(str(error), sys.argv[1:] if arguments is None else arguments))
     except ImportError as error:
         _refuse(_wanted(error))
     except Exception as error:
@@ -38,6 +39,16 @@ def main(arguments: list[str] | None = None) -> None:
 def _refuse(message: str) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _as_typed(message: str, arguments: list[str]) -> str:
+    """A knob that begins a message, as callers in Python know it, goes by the name of its option if that was typed."""
+    knob = re.match(r"(\w+)(?= ('[^']*' )?wants )", message)
+    if knob is None:
+        return message
+    option, typed = f"--{knob[1].replace('_', '-')}", {argument.partition("=")[0] for argument in arguments}
+    name = next((name for name in (option, f"{option}s") if name in typed), knob[1])  # --orders takes several
+    return f"{name}{message[knob.end() :]}"
 
 
 def _wanted(error: ImportError) -> str:

@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from diffsparse.cli.table import COMMANDS, RICH, command
 from diffsparse.errors import ConfigError
@@ -42,7 +42,7 @@ def load(name: str) -> object:
     """The command of a row of the table, with a parser of its options."""
     single = typer.Typer(add_completion=False, rich_markup_mode=_markup(), context_settings=_SETTINGS)
     function = command(name)
-    single.command(name, epilog=_epilog(function))(flat(function))
+    single.command(name, cls=_Command, epilog=_epilog(function))(flat(function))
     return typer.main.get_command(single)
 
 
@@ -97,6 +97,24 @@ def _options(group: type) -> list[inspect.Parameter]:
         for field in fields(group)
         if get_origin(hints[field.name]) is Annotated
     ]
+
+
+class _Command(TyperCommand):
+    """A command that says what is wanted where a value is wrong or missing; each release of typer words less of it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            option: Any = error.param
+            text = self.make_parser(ctx).parse_args(args=given)[0].get(option.name)
+            if text is None:
+                what = option.help.rstrip(".")
+                raise ConfigError(f"{self.name} wants {option.opts[0]}; got none. Give it a value: {what}") from error
+            if option.callback is not None:
+                option.callback(ctx, option, text)  # its check of the value refuses the text, too
+            raise
 
 
 class _LazyGroup(TyperGroup):

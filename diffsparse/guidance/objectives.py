@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from diffsparse.errors import ConfigError, DiffsparseError, InputFileError, UnknownNameError, closest
+from diffsparse.files import read_image
 
 if TYPE_CHECKING:
     import torch
@@ -173,13 +174,8 @@ class Look:
         Raises:
             InputFileError: it can't be read.
         """
-        from PIL import Image
-
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputFileError(f"can't read the reference look {path!r}: {error}; wanted look:IMAGE") from error
+        image = read_image(path, "the reference look", "wanted look:IMAGE, such as look:photo.jpg")
+        pixels = np.asarray(image, dtype=np.float64) / 255
         return cls(*_lab_moments(pixels[None]))
 
     def __call__(self, clip: Frames) -> float:

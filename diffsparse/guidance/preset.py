@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from diffsparse.errors import ConfigError, InputFileError, PlanError
+from diffsparse.errors import ConfigError, PlanError
 from diffsparse.files import json_text, read_bytes, write_text
 from diffsparse.guidance.heads import Heads, check_names, resolve
 from diffsparse.guidance.perturb import KINDS
@@ -24,7 +24,8 @@ from diffsparse.schedule import resolve as step_of
 BRANCHES = ("extra", "uncond")
 FORMAT = 2  # of presets; 1 called two of the knobs by other names
 _FIRST_NAMES = {"strength": "head_strength", "scale": "head_scale"}
-_REMEDY = 'wanted a JSON file that `diffsparse hunt` has written; one changed by hand goes without its entry "digest"'
+_WANTED = "wanted a JSON file that `diffsparse hunt` has written"
+_BY_HAND = 'one changed by hand goes without its entry "digest"'
 _MOST = 2**24  # bytes
 
 
@@ -144,14 +145,11 @@ class Preset(Shared):
             InputFileError: no such file.
             PlanError: it is no preset, changed since it was written, of a later release, or its values make no sense.
         """
-        try:
-            text = read_bytes(path, most=_MOST)
-        except InputFileError as error:
-            raise InputFileError(f"can't read the preset {path}: {error}; {_REMEDY}") from error
+        text = read_bytes(path, _WANTED, "the preset", _MOST)
         try:
             return cls(**_knobs(text))
         except ValueError as error:
-            raise PlanError(f"can't read the preset {path}: {error}; {_REMEDY}") from error
+            raise PlanError(f"can't read the preset {path}: {error}; {_WANTED}; {_BY_HAND}") from error
 
     @classmethod
     def read(cls, given: Preset | str | Path | Sequence[str], **knobs: object) -> Preset:
@@ -215,5 +213,5 @@ def _check_plain(preset: Preset) -> None:
 def _check_number(name: str, value: object, most: float) -> None:
     top = min(most, sys.float_info.max)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= top:
-        wanted = f"a number in [0, {most:g}]" if most < float("inf") else "a number of at least 0"
+        wanted = f"a number in [0, {most:g}]" if most < float("inf") else "a finite number of at least 0"
         raise ConfigError(f"{name} wants {wanted}; got {value!r}")

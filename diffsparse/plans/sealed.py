@@ -15,7 +15,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from diffsparse.errors import InputFileError, PlanError
-from diffsparse.files import whole
+from diffsparse.files import reason, whole
 
 Values = dict[str, Any]  # plain values by name, as JSON has them
 
@@ -132,7 +132,7 @@ def read(path: str | Path, what: str, remedy: str) -> tuple[Values, dict[str, Te
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return unseal(values, tensors), tensors
     except OSError as error:
-        raise InputFileError(f"can't read the {what} {path}: {error.strerror or error}; {remedy}") from error
+        raise InputFileError(f"can't read the {what} {path}: {reason(error)}; {remedy}") from error
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
     except (SafetensorError, ValueError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diffsparse.errors import ConfigError, InputFileError, PlanError
-from diffsparse.files import if_stopped, locked, read_bytes, writable, write_json
+from diffsparse.files import if_stopped, locked, read_bytes, reason, writable, write_json
 from diffsparse.plans import sealed
 
 Restore = Callable[[sealed.Values, dict[str, Tensor]], None]
@@ -89,7 +89,7 @@ class Store:
         except PlanError as error:  # names the file and the remedy itself
             raise InputFileError(str(error)) from error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputFileError(f"can't read {self.path}: {error!r}; {_REMEDY}") from error
+            raise InputFileError(f"can't read {self.path}: {reason(error)}; {_REMEDY}") from error
         if key != self.key:
             raise ConfigError(
                 f"{self.path} is of a {self.what} with other settings; delete it, or choose another --out, to start "
@@ -99,4 +99,4 @@ class Store:
     def _read(self) -> tuple[sealed.Values, dict[str, Tensor]]:
         if self.tensors:
             return sealed.read(self.path, self.what, _REMEDY)
-        return sealed.plain(read_bytes(self.path)), {}
+        return sealed.plain(read_bytes(self.path, _REMEDY)), {}

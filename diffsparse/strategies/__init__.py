@@ -130,7 +130,13 @@ def _make(text: str, knobs: dict[str, Any]) -> Strategy:
     if plus:
         if how not in _WRAPPERS:
             raise ConfigError(f"after a plus wanted one of {', '.join(_WRAPPERS)}; got {how!r}")
-        return _WRAPPERS[how](_make(name + colon + plan, knobs), how)
+        inner = _make(name + colon + plan, knobs)
+        if how in WAYS and inner.is_compensated:
+            raise ConfigError(
+                f"+{how} wants a strategy that doesn't make up for what it drops; got {name_of(inner)}, which does. "
+                f"Leave out +{how}"
+            )
+        return _WRAPPERS[how](inner, how)
     name = how
     if name not in STRATEGIES:
         raise UnknownNameError(f"no strategy is called {name!r}; known: {closest(name, STRATEGIES)}")

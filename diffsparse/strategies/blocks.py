@@ -58,7 +58,7 @@ def check_count(name: str, value: int) -> None:
 def check_number(name: str, value: float) -> None:
     """Raise ConfigError unless `value` is a finite number of at least 0."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
-        raise ConfigError(f"{name} wants a number of at least 0; got {value!r}")
+        raise ConfigError(f"{name} wants a finite number of at least 0; got {value!r}")
 
 
 def keep_count(sparsity: float | Fraction, blocks: int) -> int:

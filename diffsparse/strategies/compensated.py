@@ -52,7 +52,9 @@ class Compensated(Wrapper):
         if self.by not in WAYS:
             raise ConfigError(f"compensation wants one of {', '.join(WAYS)}; got {self.by!r}")
         if not is_attending(self.strategy) or as_strategy(self.strategy).is_compensated:
-            raise ConfigError(f"wanted a strategy that is not compensated yet; got {self.strategy!r}")
+            raise ConfigError(
+                f"wanted a strategy that is not compensated yet; got {self.strategy!r}. Leave Compensated out"
+            )
         if not isinstance(self.budget, int | float) or not self.budget > 0:
             raise ConfigError(f"budget wants a positive number of GiB; got {self.budget!r}")
         object.__setattr__(self, "strategy", as_strategy(self.strategy))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from diffsparse import Dense, Report, Schedule
 from diffsparse.errors import ConfigError, InputFileError
-from diffsparse.files import folder, locked, read_bytes, write_json
+from diffsparse.files import folder, locked, read_bytes, reason, write_json
 from diffsparse_eval import environment, metrics
 from diffsparse_eval.compared import Compared, applied, label, magnitude_ratios, ready, sparsity_of, strategy_name
 from diffsparse_eval.rows import DEFINITIONS, SCHEMA, SCHEMA_KEY, Fidelity, ResultRow, RunRow, check_schema
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 RESULTS = "results.json"
+WANTED = "wanted a results.json of `diffsparse evaluate`"
 _KEY = ("prompt", "seed", "arguments")  # identifies a row
 _CALIBRATION_SEED = 2**31 - 1  # no run that is compared has it
 _LONGEST = 120  # letters of a file's name
@@ -122,13 +123,13 @@ class Results(Generic[R]):
         if not self.path.exists():
             return []
         try:
-            kept = load(self.path)
+            kept = load(self.path, "choose another --out or use --overwrite")
             settings, rows = kept["settings"], kept["rows"]
             if not all(isinstance(row, dict) and row.keys() >= set(_KEY) for row in rows):
                 raise ValueError(f"rows without {', '.join(_KEY)}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputFileError(
-                f"can't read {self.path}: {error!r}; choose another --out or use --overwrite"
+                f"can't read {self.path}: {reason(error)}; choose another --out or use --overwrite"
             ) from error
         changed = [key for key, value in self.settings.items() if settings.get(key) != _plain(value)]
         if changed:
@@ -160,7 +161,7 @@ class Results(Generic[R]):
         write_json(kept, self.path)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, remedy: str = WANTED) -> dict[str, Any]:
     """What a `results.json` holds.
 
     Raises:
@@ -168,7 +169,7 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: it is no JSON, or of a later release.
         TypeError: it holds something else.
     """
-    kept: dict[str, Any] = json.loads(read_bytes(path, most=2**30))
+    kept: dict[str, Any] = json.loads(read_bytes(path, remedy, most=2**30))
     check_schema(kept)
     return kept
 

@@ -19,9 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diffsparse.errors import InputFileError
-from diffsparse.files import write_text
+from diffsparse.files import reason, write_text
 from diffsparse_eval import style
-from diffsparse_eval.experiment import RESULTS, load
+from diffsparse_eval.experiment import RESULTS, WANTED, load
 from diffsparse_eval.report import groups
 from diffsparse_eval.rows import ResultRow
 from diffsparse_pipelines.tables import markdown_table, mean_and_interval, spliced, spread
@@ -285,8 +285,8 @@ def read(path: Path) -> list[ResultRow]:
     """
     try:
         rows: list[ResultRow] = load(path)["rows"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputFileError(f"can't read {path}: wanted a results.json of diffsparse evaluate; {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputFileError(f"can't read {path}: {reason(error)}; {WANTED}") from error
     return rows
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffsparse import files
 from diffsparse.errors import ConfigError, InputFileError
-from diffsparse.files import whole
+from diffsparse.files import reason, whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -126,7 +127,7 @@ def read(path: str | Path) -> Frames:
         plugin = "FFMPEG" if Path(path).suffix.lower() == ".mp4" else "pillow"
         pixels = np.asarray(imageio.imread(path, plugin=plugin))
     except OSError as error:
-        raise InputFileError(f"can't read {path}: {error}") from error
+        raise InputFileError(f"can't read {path}: {reason(error)}; wanted a video or an image") from error
     return (pixels if pixels.ndim == 4 else pixels[None]).astype(np.float32) / 255
 
 
@@ -136,13 +137,7 @@ def read_image(path: str | Path) -> Image:
     Raises:
         InputFileError: no such file, or not an image.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL raises all of them
-        raise InputFileError(f"can't read the image {path}: {error}") from error
+    return files.read_image(path, "the image", "wanted a file such as photo.png")
 
 
 def _enlarged(pixels: Frames, least: int = _VISIBLE) -> Frames:

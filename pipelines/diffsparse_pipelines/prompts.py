@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffsparse.errors import ConfigError, InputFileError
+from diffsparse.files import reason
 from diffsparse_pipelines import families, values
 
 MOST = 1000  # captions of the embedded models: more than there are different ones, the rest repeats
@@ -43,7 +44,10 @@ def _lines(path: Path) -> tuple[str, ...]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(f"can't read the prompt file {path}: {error}") from error
+        raise InputFileError(
+            f"can't read the prompt file {path}: {reason(error)}; wanted a number, or a text file in UTF-8 with one "
+            "prompt a line"
+        ) from error
     found = tuple(line for line in lines if line and not line.startswith("#"))
     if not found:
         raise InputFileError(f"the prompt file {path} holds no prompt; write one a line")

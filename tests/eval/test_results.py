@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import diffsparse_eval.commands.bench as bench_module
 import diffsparse_eval.experiment as experiment_module
 from diffsparse import Dense, Preset, Random
 from diffsparse.errors import ConfigError, InputFileError
-from diffsparse_eval import report
+from diffsparse_eval import report, stack
 from diffsparse_eval.compared import Guided
 from diffsparse_eval.experiment import RESULTS, Experiment, Results, run
 from diffsparse_eval.gpu import table
@@ -142,6 +144,27 @@ def test_results_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_text(text)
     with pytest.raises(InputFileError, match="choose another --out or use --overwrite"):
         Results(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("read", "remedy"),
+    [
+        (lambda file: Results(file.parent, SETTINGS), "choose another --out or use --overwrite"),
+        (stack.read, "wanted a results.json of `diffsparse evaluate`"),
+    ],
+)
+def test_what_is_wrong_with_results_is_said_once(read: Callable[[Path], object], remedy: str, tmp_path: Path) -> None:
+    file = tmp_path / RESULTS
+    file.mkdir()
+    with pytest.raises(InputFileError) as told:
+        read(file)
+    file.rmdir()
+    file.write_text("{}")
+    with pytest.raises(InputFileError) as malformed:
+        read(file)
+    assert str(told.value) == f"can't read {file}: Is a directory; {remedy}"
+    wanted = rf"can't read {re.escape(str(file))}: it has no entry '\w+'; {re.escape(remedy)}"
+    assert re.fullmatch(wanted, str(malformed.value))
 
 
 def test_files_without_a_schema_go_on_and_those_of_later_releases_are_refused(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_files(results: Path, tmp_path: Path) -> None:
     assert "| taylor-seer:interval=2:warm_up=1/dense |" in text
     with Image.open(tmp_path / "stack.png") as picture:
         assert picture.width > picture.height
-    with pytest.raises(InputFileError, match=r"results\.json of diffsparse evaluate"):
+    with pytest.raises(InputFileError, match=r"results\.json of `diffsparse evaluate`"):
         stack.read(tmp_path / "stack.md")
 
 

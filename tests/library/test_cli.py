@@ -12,6 +12,7 @@ import pytest
 import diffsparse
 from diffsparse.cli import COMMANDS, main
 from diffsparse.cli.parser import load
+from diffsparse.errors import ConfigError
 
 
 def status(arguments: list[str]) -> int:
@@ -103,6 +104,25 @@ def test_a_module_that_is_in_no_extra_is_a_fault_and_shown_as_one(monkeypatch: p
         main(["doctor"])
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--dense-first", "-1"], "--dense-first wants a number"),
+        (["--dense-first=-1"], "--dense-first wants a number"),
+        (["--dense-last", "0"], "dense_first wants a number"),
+    ],
+)
+def test_a_knob_goes_by_its_option_only_where_that_was_typed(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: list[str]) -> int:
+        raise ConfigError("dense_first wants a number")
+
+    monkeypatch.setattr("diffsparse.cli.parser.run", fails)
+    assert status(given) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
 BAD = {
     "unknown model": (["generate", "--model", "wan2.1-1.3c"], "did you mean wan2.1-1.3b, "),
     "part of a name": (["generate", "--model", "Mochi-1"], "did you mean mochi? diffsparse models lists all"),
@@ -130,10 +150,13 @@ BAD = {
     "strange suffix": (["generate", "--out", "a.avi"], "wanted a name that ends in .mp4"),
     "video as image": (["generate", "--model", "flux", "--out", "a.mp4", "--prompt", "x"], "can't write an image"),
     "bad searches": (["generate", "--searches", "soon"], "--searches wants a number"),
-    "bad dense steps": (["generate", "--dense-first", "1.5"], "dense_first wants an int >= 0 or a fraction"),
+    "bad dense steps": (
+        ["generate", "--dense-first", "1.5"],
+        "--dense-first wants a whole number of steps such as 3, or a fraction",
+    ),
     "bad layers": (["generate", "--dense-layers", "0.5"], "--dense-layers wants whole numbers"),
     "bad block": (["generate", "--block", "0"], "block"),
-    "bad order": (["generate", "--order", "zigzag"], "order wants one of FHW"),
+    "bad order": (["generate", "--order", "zigzag"], "--order wants one of FHW"),
     "bad window": (
         ["generate", "--strategy", "gna", "--window", "8x8"],
         "--window wants frames x rows x columns such as",
@@ -141,7 +164,7 @@ BAD = {
     "bad stride": (["evaluate", "--out", "OUT", "--stride", "0x1x1"], "each from 1 to 1000000; got '0x1x1'"),
     "stride over window": (
         ["generate", "--strategy", "gna", "--window", "4x4x4", "--stride", "1x8x1"],
-        "stride wants at most the window's (4, 4, 4)",
+        "--stride wants at most the window's (4, 4, 4)",
     ),
     "bad dilation": (["generate", "--dilation", "two"], "--dilation wants frames x rows x columns"),
     "simulated grid": (["simulate", "--grid", "8x-8x8"], "--grid wants frames x rows x columns"),

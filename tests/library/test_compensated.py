@@ -178,7 +178,9 @@ def test_names_and_knobs() -> None:
     for wrong in ("adaspa+mean", "adaspa+means+tail", "digest+means", "tangent+first-order"):
         with pytest.raises(ConfigError):
             parse(wrong)
-    with pytest.raises(ConfigError, match="not compensated yet"):
+    with pytest.raises(ConfigError, match=r"not compensated yet; got Compensated\(.*\. Leave Compensated out"):
         Compensated(one)
+    with pytest.raises(ConfigError, match=r"\+tail wants .*; got adaspa\+means, which does\. Leave out \+tail"):
+        parse("adaspa+means+tail")
     with pytest.raises(ConfigError, match="budget"):
         Compensated(Dense(), budget=0)

@@ -210,14 +210,14 @@ def test_texts_are_utf8_everywhere_and_not_endless(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt").read_bytes() == "± 猫\n".encode()
     write_csv([{"prompt": "猫"}], tmp_path / "a.csv")
     assert "猫" in (tmp_path / "a.csv").read_text(encoding="utf-8")
-    assert read_bytes(tmp_path / "a.txt", most=8) == "± 猫\n".encode()
+    assert read_bytes(tmp_path / "a.txt", "", most=8) == "± 猫\n".encode()
     for path, message in {
         Path("/dev/zero"): "larger than 1 MiB",
         tmp_path / "none": "No such file",
         tmp_path: "directory",
     }.items():
-        with pytest.raises(InputFileError, match=message):
-            read_bytes(path, most=2**20)
+        with pytest.raises(InputFileError, match=f"can't read the text .*{message}.*; wanted a text"):
+            read_bytes(path, "wanted a text", "the text", most=2**20)
 
 
 def test_a_stop_carries_what_was_kept() -> None:

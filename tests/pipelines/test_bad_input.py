@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -76,7 +77,7 @@ EARLY: dict[str, tuple[list[str], str]] = {
     "empty order": ([*GENERATE, "--order", ""], "--order wants a value"),
     "empty orders": ([*CALIBRATE, "--orders", ""], "--orders wants a value"),
     "empty heads": ([*GENERATE, "--heads", ""], "--heads wants a value"),
-    "empty offload": ([*GENERATE, "--offload", ""], "offload wants one of none, model"),
+    "empty offload": ([*GENERATE, "--offload", ""], "--offload wants one of none, model"),
     "empty image": ([*GENERATE, "--image", ""], "--image wants the name of a file or folder"),
     "empty sheet": ([*GENERATE, "--heads", "0.0", "--compare", ""], "--compare wants the name of a file"),
     "empty grid": (["simulate", "--grid", ""], "--grid wants frames x rows x columns"),
@@ -159,7 +160,22 @@ EARLY: dict[str, tuple[list[str], str]] = {
     "an old name": ([*GENERATE, "--guidance", "2"], "No such option: --guidance"),
     "a word too many": (["generate", "cat"], "unexpected extra argument"),
     "no such command": (["generat"], "No such command 'generat'"),
-    "nothing asked": (["evaluate"], "Missing option '--out'"),
+    "nothing asked": (["evaluate"], "evaluate wants --out; got none. Give it a value: Folder for results.json, "),
+    "no objective": (["hunt", "--out", "a.json"], "hunt wants --objective; got none. Give it a value: "),
+    "a number in words": ([*GENERATE, "--sparsity", "abc"], "error: --sparsity wants a number in [0, 1); got 'abc'"),
+    "half a step": ([*GENERATE, "--steps=1.5"], "error: --steps wants a whole number from 1 to 10000; got '1.5'"),
+    "endless guidance": ([*GENERATE, "--guidance-scale", "inf"], "wants a finite number of at least 0; got inf"),
+    "a strange order": ([*GENERATE, "--order", "XYZ"], "error: --order wants one of FHW"),
+    "a strange candidate order": ([*CALIBRATE, "--orders", "FHW,XYZ"], "error: --orders wants one of FHW"),
+    "less than no dense step": (
+        [*GENERATE, "--dense-first=-1"],
+        "error: --dense-first wants a whole number of steps such as 3, or a fraction in [0, 1] such as 0.2; got -1",
+    ),
+    "a strange offload": ([*EVALUATE, "--offload", "foo"], "error: --offload wants one of none, model"),
+    "compensated twice": (
+        [*GENERATE, "--strategy", "digest+means"],
+        "+means wants a strategy that doesn't make up for what it drops; got digest, which does. Leave out +means",
+    ),
 }
 
 # what only the loaded model can tell
@@ -244,6 +260,54 @@ def test_refused_before_the_loaded_model_runs(
     assert message in refusal(arguments, capsys)
 
 
+# what is said of a file that is missing: name -> (arguments, the whole line)
+MISSING = {
+    "preset": (
+        [*EVALUATE, "--heads", "none.json"],
+        "can't read the preset none.json: No such file or directory; wanted a JSON file that `diffsparse hunt` has "
+        "written",
+    ),
+    "image": (
+        ["generate", "--model", "wan2.1-14b", "--image", "none.png"],
+        "can't read the image none.png: No such file or directory; wanted a file such as photo.png",
+    ),
+    "prompts": (
+        [*EVALUATE, "--prompts", "none.txt"],
+        "can't read the prompt file none.txt: No such file or directory; wanted a number, or a text file in UTF-8 with "
+        "one prompt a line",
+    ),
+    "look": (
+        [*HUNT, "--objective", "look:none.png"],
+        "can't read the reference look none.png: No such file or directory; wanted look:IMAGE, such as look:photo.jpg",
+    ),
+    "plan": (
+        [*GENERATE, "--strategy", "paro:none.safetensors"],
+        "can't read the plan none.safetensors: No such file or directory; wanted a file that `diffsparse calibrate` "
+        "has written; calibrate again",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_missing_file_is_told_once(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "load", never)
+    arguments, line = MISSING[name]
+    assert refusal(arguments, capsys) == f"error: {line}\n"
+
+
+def test_a_file_of_another_kind_is_named_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("b.png").write_text("no picture")
+    line = "can't read the reference look b.png: it is no image; wanted look:IMAGE, such as look:photo.jpg"
+    assert refusal([*HUNT, "--objective", "look:b.png"], capsys) == f"error: {line}\n"
+
+
+def test_a_preset_changed_by_hand_is_told_of_its_digest(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.json").write_text("{}")
+    assert refusal([*EVALUATE, "--heads", "a.json"], capsys).endswith('goes without its entry "digest"\n')
+
+
 NO_NUMBERS = {int: ("x", "", ENORMOUS, f"-{ENORMOUS}", "-1"), float: ("x", "", "nan", "inf", "-inf", "-0.5")}
 
 
@@ -272,7 +336,9 @@ def test_every_number_has_its_limits(
     """Of all commands, those to come too."""
     monkeypatch.setattr(families, "load", never)
     for text in NO_NUMBERS[kind]:
-        assert option in refusal([command, option, text], capsys)
+        error = refusal([command, option, text], capsys)
+        assert error.startswith(f"error: {option} wants a ")
+        assert re.search(r"; got '?" + re.escape(text), error)
 
 
 def test_knobs_are_for_those_that_have_them() -> None:

@@ -1,4 +1,7 @@
-"""Checks of single options, for `typer.Option(callback=)`: each gives back a value that may stand, None included."""
+"""Checks of single options, for `typer.Option(callback=)`: each gives back a value that may stand, None included.
+
+Those of numbers are asked, too, about a text that is none: the parser leaves it to them to say what is wanted.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ import typer
 from diffsparse.errors import ConfigError
 
 
-def whole(least: int, most: int) -> Callable[[typer.CallbackParam, int | None], int | None]:
+def whole(least: int, most: int) -> Callable[[typer.CallbackParam, int | str | None], int | None]:
     """A whole number in [least, most], or None."""
 
-    def check(param: typer.CallbackParam, value: int | None) -> int | None:
-        if value is not None and not least <= value <= most:
-            raise ConfigError(f"{param.opts[0]} wants a whole number from {least} to {most}; got {value}")
+    def check(param: typer.CallbackParam, value: int | str | None) -> int | None:
+        if isinstance(value, str) or (value is not None and not least <= value <= most):
+            raise ConfigError(f"{param.opts[0]} wants a whole number from {least} to {most}; got {value!r}")
         return value
 
     return check
@@ -24,14 +27,17 @@ def whole(least: int, most: int) -> Callable[[typer.CallbackParam, int | None], 
 
 def number(
     least: float = 0.0, most: float = math.inf, below: float = math.inf
-) -> Callable[[typer.CallbackParam, float | None], float | None]:
+) -> Callable[[typer.CallbackParam, float | str | None], float | None]:
     """A finite number in [least, most], under `below`, or None."""
     limits = f"in [{least:g}, {below:g})" if below < math.inf else f"in [{least:g}, {most:g}]"
-    wanted = limits if min(most, below) < math.inf else f"of at least {least:g}"
+    wanted = f"number {limits}" if min(most, below) < math.inf else f"finite number of at least {least:g}"
 
-    def check(param: typer.CallbackParam, value: float | None) -> float | None:
-        if value is not None and not (math.isfinite(value) and least <= value <= most and value < below):
-            raise ConfigError(f"{param.opts[0]} wants a number {wanted}; got {value}")
+    def holds(value: float) -> bool:
+        return math.isfinite(value) and least <= value <= most and value < below
+
+    def check(param: typer.CallbackParam, value: float | str | None) -> float | None:
+        if isinstance(value, str) or (value is not None and not holds(value)):
+            raise ConfigError(f"{param.opts[0]} wants a {wanted}; got {value!r}")
         return value
 
     return check
