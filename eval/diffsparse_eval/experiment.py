@@ -164,6 +164,10 @@ class Results(Generic[R]):
 def load(path: Path, remedy: str = WANTED) -> dict[str, Any]:
     """What a `results.json` holds.
 
+    Args:
+        path: of the file.
+        remedy: what to do where it can't be read.
+
     Raises:
         InputFileError: the file can't be read.
         ValueError: it is no JSON, or of a later release.

@@ -75,7 +75,7 @@ BAD = {
     "layers": (["--layers", "-1"], "--layers wants whole numbers from 0"),
     "no such layer": (["--layers", "9"], "--layers wants some of 0 to 5; got 9"),
     "looks": (["--looks", "0"], "--looks wants a whole number from 1"),
-    "order": (["--orders", "FHW,zigzag"], "order wants one of FHW"),
+    "order": (["--orders", "FHW,zigzag"], "--orders wants one of FHW"),
 }
 
 

@@ -198,7 +198,7 @@ def distil(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], "Digest(sparsity=0.7,"),
         (["--strategy", "tangent"], "Tangent(sparsity=0.7,"),
         (["--sparsity", "0.5"], "Digest(sparsity=0.5,"),
-        (["--speed", "fast"], "Tangent(sparsity=0.7,"),
+        (["--speed", "fast"], "taylor-seer:interval=4:order=1:warm_up=0.33/Tangent(sparsity=0.7,"),
         (["--steps", "4"], "Digest(sparsity=0.6,"),
         (["--steps", "10"], "Digest(sparsity=0.8,"),
     ],
