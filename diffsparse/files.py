@@ -242,6 +242,10 @@ def reason(error: Exception) -> str:
     """What an error says of a file, in one line and without its name, for messages that name it themselves."""
     if isinstance(error, KeyError):
         return f"it has no entry {error}"
-    text = error.strerror if isinstance(error, OSError) else None
-    line = (text or str(error) or type(error).__name__).strip().splitlines()[0]
+    line = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
     return f"{line}, make room" if isinstance(error, OSError) and error.errno in _FULL else line
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its class if that is nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

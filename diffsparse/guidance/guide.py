@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from diffsparse.errors import UnsupportedModelError
 from diffsparse.guidance.hooks import Guide
 from diffsparse.guidance.preset import Preset
 from diffsparse.seam.models import UNGUIDED
-from diffsparse.seam.patch import attach, detach, guidance_of
+from diffsparse.seam.patch import attach, detach, guidance_of, replaced_by, warn_replaced
 from diffsparse.seam.targets import entrances_of, models_of
 from diffsparse.wrappers import class_of
 
@@ -134,7 +133,7 @@ class GuideReport:
             ("perturbed", f"{self.perturbed} attention calls"),
         ]
         if self.replaced:
-            rows.append(("notes", "replaced by a later guide: the numbers are of the last run before that"))
+            rows.append(("notes", replaced_by("guide")))
         return "\n".join(f"{name:<18} {value}" for name, value in rows)
 
 
@@ -175,12 +174,7 @@ class GuideHandle:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.remove()
         if kind is None and any(guide.replaced for guide in self._guides):
-            warnings.warn(
-                "head guidance was replaced by a later guide within its block and not put back: what ran after that "
-                "ran without it. Leave one block before you enter the next",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn_replaced("head guidance", "guide")
 
     def __repr__(self) -> str:
         return f"GuideHandle({self.preset!r} on {', '.join(self._models)})"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from diffsparse.errors import ConfigError, DiffsparseError, InputFileError, UnknownNameError, closest
-from diffsparse.files import read_image
+from diffsparse.files import first_line, read_image
 
 if TYPE_CHECKING:
     import torch
@@ -239,10 +239,9 @@ class Clip:
             model = CLIPModel.from_pretrained(checkpoint or known).eval().to(device)
             return cls(model, CLIPProcessor.from_pretrained(checkpoint or processor or known), logit)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise InputFileError(
-                f"can't load the objective {name!r} from {checkpoint or known!r}: {reason} Wanted a CLIP model in the "
-                f"format of transformers: {name}:FOLDER, or a connection to the hub"
+                f"can't load the objective {name!r} from {checkpoint or known!r}: {first_line(error)} Wanted a CLIP model "
+                f"in the format of transformers: {name}:FOLDER, or a connection to the hub"
             ) from error
 
     def __call__(self, clips: Sequence[Frames], prompts: Sequence[str]) -> list[float]:

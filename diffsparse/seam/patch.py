@@ -25,7 +25,22 @@ from diffsparse.wrappers import unwrapped
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_REPLACED = "replaced by a later apply or accelerate: the numbers are of the last run before that"
+_LATER = "apply or accelerate"
+
+
+def replaced_by(later: str) -> str:
+    """The note of a report whose handle a later call has replaced."""
+    return f"replaced by a later {later}: the numbers are of the last run before that"
+
+
+def warn_replaced(what: str, later: str) -> None:
+    """Warn at the end of a `with` block, whose `__exit__` calls this, that a later call had replaced its handle."""
+    warnings.warn(
+        f"{what} was replaced by a later {later} within its block and not put back: what ran after that ran without "
+        "it. Leave one block before you enter the next",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 class Handle:
@@ -60,7 +75,7 @@ class Handle:
         modules = sum(len(run.layers) for run in self._runs)
         report = Report.of(self.strategy, modules, [run.ledger for run in self._runs])
         own = (run.added.note for run in self._runs if run.added is not None)
-        notes = dict.fromkeys([*self._notes, _REPLACED * self._is_replaced, *own, *report.notes])
+        notes = dict.fromkeys([*self._notes, replaced_by(_LATER) * self._is_replaced, *own, *report.notes])
         return replace(report, notes=[note for note in notes if note])
 
     @property
@@ -106,12 +121,7 @@ class Handle:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.remove()
         if self._is_replaced and kind is None:
-            warnings.warn(
-                f"{type(self.strategy).__name__} was replaced by a later apply or accelerate within its block and not "
-                "put back: what ran after that ran without it. Leave one block before you enter the next",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn_replaced(type(self.strategy).__name__, _LATER)
 
     def __repr__(self) -> str:
         names = ", ".join(f"{name} ({len(run.layers)})" for name, run in zip(self._models, self._runs, strict=True))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from diffsparse.errors import ConfigError, DiffsparseError
+from diffsparse.files import first_line
 from diffsparse_eval.rows import SCHEMA, SCHEMA_KEY, BenchRow
 from diffsparse_eval.suites import Case, sdpa
 
@@ -299,8 +300,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, backend: str, kern
 
 
 def _short(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:120]
+    return first_line(error)[:120]
 
 
 def _row(case: Case, device: str, entry: Entry, seconds: float, dense: float) -> BenchRow:

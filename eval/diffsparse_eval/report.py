@@ -49,11 +49,16 @@ def groups(rows: list[ResultRow]) -> dict[str, list[ResultRow]]:
 
 def summary(rows: list[ResultRow]) -> list[dict[str, str]]:
     """One record of texts for each strategy: `spread` over prompts and seeds, without columns that no row has."""
-    digits = {column: digits for column, (_, digits) in _COLUMNS.items() if _cell(column, digits, rows) != "-"}
+    told = _told(rows)
     return [
-        {"label": label, "runs": str(len(group)), **{column: _cell(column, digits[column], group) for column in digits}}
+        {"label": label, "runs": str(len(group)), **{column: _cell(column, told[column][1], group) for column in told}}
         for label, group in groups(rows).items()
     ]
+
+
+def _told(rows: list[ResultRow]) -> dict[str, tuple[str, int]]:
+    """Those of `_COLUMNS` that a row has a value of."""
+    return {column: (name, digits) for column, (name, digits) in _COLUMNS.items() if _cell(column, digits, rows) != "-"}
 
 
 def _cell(column: str, digits: int, group: list[ResultRow]) -> str:
@@ -94,19 +99,17 @@ def doubts(rows: list[ResultRow]) -> str:
 
 def markdown(rows: list[ResultRow]) -> str:
     """The summary as a Markdown table."""
-    records = summary(rows)
-    return markdown_table(list(_headings(records[0]).values()), [list(record.values()) for record in records])
+    return markdown_table(list(_headings(rows).values()), [list(record.values()) for record in summary(rows)])
 
 
-def _headings(record: dict[str, str]) -> dict[str, str]:
-    """The headings of a record's columns."""
-    own = {"label": "strategy", "runs": "runs", **{column: heading for column, (heading, _) in _COLUMNS.items()}}
-    return {column: own[column] for column in record}
+def _headings(rows: list[ResultRow]) -> dict[str, str]:
+    """The headings of the summary, by column."""
+    return {"label": "strategy", "runs": "runs", **{column: heading for column, (heading, _) in _told(rows).items()}}
 
 
 def columns(rows: list[ResultRow]) -> str:
     """What the columns of the summary mean, in their order, as a Markdown list."""
-    headings = _headings(summary(rows)[0])
+    headings = _headings(rows)
     told = {"runs": "runs: prompts and seeds that a line is over"}
     told |= {name: f"{headings[name]} (`{name}`): {DEFINITIONS[name]}" for name in headings if name in DEFINITIONS}
     return "\n".join(f"- {told[name]}" for name in headings)
@@ -133,7 +136,8 @@ def _dense_steps(rows: list[ResultRow]) -> str:
 def write(rows: list[ResultRow], out: Path) -> None:
     """Write `results.csv` and `report.md` into `out`."""
     write_csv(flat(rows), out / "results.csv")
-    rest = {name: meaning for name, meaning in DEFINITIONS.items() if name not in summary(rows)[0]}
+    shown = _headings(rows)
+    rest = {name: meaning for name, meaning in DEFINITIONS.items() if name not in shown}
     heads = "".join(_heads(label, group[0]) for label, group in groups(rows).items() if group[0].get("heads"))
     write_text(
         f"# {rows[0]['model']}: sparse beside dense\n\n{facts(rows)}\n\n{markdown(rows)}\n\n"

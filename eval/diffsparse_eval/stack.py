@@ -36,7 +36,7 @@ _IDENTICAL = 100.0  # dB
 _ROOT = Path(__file__).parents[2]
 _PAGE, _README = _ROOT / "docs/stack.md", _ROOT / "README.md"
 _BEGIN, _END = "<!-- stack: made by make stack-tables -->", "<!-- /stack -->"
-_BALANCED = "taylor-seer:interval=3:warm_up=0.45/tangent 0.8"  # what `accelerate` puts on by default
+BALANCED = "taylor-seer:interval=3:warm_up=0.45/tangent 0.8"  # what `accelerate` puts on by default
 _KINDS = ("cache alone", "sparse alone", "stack")
 
 
@@ -121,6 +121,11 @@ def _on_cpu(row: ResultRow) -> bool:
     return "threads" in row["device"]
 
 
+def measured(point: Point) -> float:
+    """Speed as it was timed."""
+    return point.measured
+
+
 def margins(settings: list[Point], speed: Speed, targets: Iterable[float] = TARGETS) -> list[Margin]:
     """At each speed: the cache alone that is nearest to it, and the stack at that cache's speed, interpolated.
 
@@ -166,7 +171,7 @@ def table(settings: list[Point]) -> str:
         *(f"counted at {s:g}" for s in SHARES),
     ]
     lines = []
-    for point in sorted(settings, key=lambda point: point.measured):
+    for point in sorted(settings, key=measured):
         cells = [spread(point.psnr_db, ".1f"), spread(point.speedups, ".2f") + "x"]
         cells += [f"{point.executed:.2f}", f"{point.work:.3f}"]
         lines.append([point.label, *cells, *(f"{point.counted(share):.2f}x" for share in SHARES)])
@@ -175,7 +180,7 @@ def table(settings: list[Point]) -> str:
 
 def margin_table(settings: list[Point]) -> str:
     """What the stack gains at the speeds of caches, measured and counted."""
-    ways: list[tuple[str, Speed]] = [("measured", lambda point: point.measured)]
+    ways: list[tuple[str, Speed]] = [("measured", measured)]
     ways += [(f"counted at {share:g}", partial(Point.counted, share=share)) for share in SHARES]
     headings = ["speed", "cache alone", "its speed-up", "its dB", "stack's dB", "gain"]
     lines = [_margin_line(name, each) for name, speed in ways for each in margins(settings, speed)]
@@ -193,15 +198,11 @@ def headline(settings_of: dict[str, list[Point]]) -> str:
     headings = ["", "speed-up", '`accelerate(pipe, "balanced")`', "step cache alone, as fast"]
     lines = []
     for name, settings in settings_of.items():
-        ours = next(point for point in settings if point.label == _BALANCED)
-        caches = best((point for point in settings if point.kind == "cache alone"), _measured)
-        alone = mean(_between(caches, _measured, ours.measured))
+        ours = next(point for point in settings if point.label == BALANCED)
+        caches = best((point for point in settings if point.kind == "cache alone"), measured)
+        alone = mean(_between(caches, measured, ours.measured))
         lines.append([name, f"{ours.measured:.2f}x", f"{mean(ours.psnr_db):.1f} dB", f"{alone:.1f} dB"])
     return markdown_table(headings, lines)
-
-
-def _measured(point: Point) -> float:
-    return point.measured
 
 
 def chart(by_guidance: dict[str, list[Point]], theme: style.Theme = style.LIGHT) -> Figure:
@@ -229,7 +230,7 @@ def chart(by_guidance: dict[str, list[Point]], theme: style.Theme = style.LIGHT)
 
 
 def _draw(panel: Axes, settings: list[Point], kind: str, theme: style.Theme) -> None:
-    look, kept = style.line(kind, theme), best(settings, lambda point: point.measured)
+    look, kept = style.line(kind, theme), best(settings, measured)
     rest = [point for point in settings if point not in kept]
     spread = [mean_and_interval(point.psnr_db) for point in kept]
     middles, halves = [middle for middle, _ in spread], [half or 0.0 for _, half in spread]
@@ -244,7 +245,7 @@ def _name(panel: Axes, settings: list[Point], kind: str, theme: style.Theme) -> 
     drawn = panel.transData.transform([place for each in _KINDS for place in _along(settings, each)])
     others = [text.get_window_extent() for text in panel.texts]
     for x, y, side in _OFFSETS:
-        for point in best((p for p in settings if p.kind == kind), lambda point: point.measured)[::-1]:
+        for point in best((p for p in settings if p.kind == kind), measured)[::-1]:
             text = panel.annotate(
                 kind,
                 (point.measured, mean(point.psnr_db)),
@@ -266,7 +267,7 @@ def _name(panel: Axes, settings: list[Point], kind: str, theme: style.Theme) -> 
 def _along(settings: list[Point], kind: str) -> list[tuple[float, float]]:
     """Places of a kind's points, their intervals, and the line through the best of them."""
     own = [point for point in settings if point.kind == kind]
-    kept = best(own, lambda point: point.measured)
+    kept = best(own, measured)
     found = [(point.measured, mean(point.psnr_db)) for point in own]
     for point in kept:
         middle, half = mean_and_interval(point.psnr_db)

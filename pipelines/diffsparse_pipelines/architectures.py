@@ -304,14 +304,14 @@ def architecture(name: str) -> Architecture:
         file = tiny.folder("twin" if name == "tiny-twin" else "default") / "transformer" / "config.json"
         config = {key: value for key, value in json.loads(file.read_text()).items() if not key.startswith("_")}
         return Architecture("WanTransformer3DModel", config, Compression(1, VAE_PATCH), TEXT_LENGTH, guided=False)
-    if name in FAMILIES and name not in ARCHITECTURES:
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    if name in FAMILIES:
         raise UnknownNameError(
             f"model {name!r} is known, but its architecture isn't listed, so it can't be built without its weights: "
             "generate and evaluate load them, or name one with yes in the column timed of diffsparse models"
         )
-    if name not in ARCHITECTURES:
-        raise UnknownNameError(f"no known model is called {name!r}; {suggested(name, ARCHITECTURES)}")
-    return ARCHITECTURES[name]
+    raise UnknownNameError(f"no known model is called {name!r}; {suggested(name, ARCHITECTURES)}")
 
 
 def heads_of(model: ModelMixin) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from diffsparse.cli.table import missing
 from diffsparse.errors import ConfigError, InputFileError, UnknownNameError
+from diffsparse.files import first_line
 from diffsparse.schedule import Schedule
 from diffsparse_pipelines import machine
 from diffsparse_pipelines.known import FAMILIES as FAMILIES
@@ -194,12 +195,12 @@ def check_size(name: str, size: Call) -> None:
         return
     if family.output == "image" and "num_frames" in size:
         raise ConfigError(f"model {name!r} makes images; leave out --frames")
-    sides = {"height": size.get("height", 0), "width": size.get("width", 0)}
     frames, step = size.get("num_frames", 1), family.token[0]
     if not family.makes(frames):
         near = round((frames - 1) / step) * step + 1
         wanted = f"a multiple of {step}{', or' if family.whole else ' and'} one more"
         raise ConfigError(f"--frames of {name!r} wants {wanted}, such as {near}; got {frames}")
+    sides = {"height": size.get("height", 0), "width": size.get("width", 0)}
     for (side, pixels), token in zip(sides.items(), family.token[1:], strict=True):
         edge = family.multiple or token
         if pixels % edge:
@@ -271,10 +272,9 @@ def _why_not(source: str, error: Exception) -> str:
             f"can't load {source!r}: the hub can't be reached: {cause}; wanted a connection, or a folder written by "
             "save_pretrained"
         )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"can't load {source!r}: {reason} Wanted a folder written by save_pretrained, or a hub id and a connection "
-        "to the hub (or its files in the local cache)"
+        f"can't load {source!r}: {first_line(error)} Wanted a folder written by save_pretrained, or a hub id and a "
+        "connection to the hub (or its files in the local cache)"
     )
 
 

@@ -12,6 +12,8 @@ import diffusers.utils.logging as diffusers_logging
 import torch
 import transformers.utils.logging as transformers_logging
 
+from diffsparse.files import first_line
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
@@ -51,7 +53,7 @@ def unreachable(error: BaseException) -> str:
     reason, link = "", error.__cause__ or error.__context__
     while link is not None:
         if _UNREACHABLE & {cls.__name__ for cls in type(link).__mro__}:
-            reason = (str(link).strip().splitlines() or [type(link).__name__])[0]
+            reason = first_line(link)
         link = link.__cause__ or link.__context__
     return reason.rstrip(".")
 

@@ -35,4 +35,4 @@ def test_what_is_too_small_is_slower() -> None:
     lines = [line.strip("| ").split(" | ") for file in recipes.PAGES for line in recipes.sizes(file).splitlines()[2:]]
     told = [(int(line[2].replace(",", "")), float(line[-1].rstrip("x"))) for line in lines if line[-1] != "-"]
     assert len(told) > 40
-    assert all((tokens < recipes.SMALL) == (speedup < 1) for tokens, speedup in told)
+    assert all((tokens < recipes.FEW_TOKENS) == (speedup < 1) for tokens, speedup in told)

@@ -154,8 +154,7 @@ def _kernels() -> Iterator[tuple[str, str]]:
 def _fifth(name: str, kind: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Rows of our own kernel over a fifth of the blocks, by their case."""
     keys = ("head_dim", "block", "dtype", "pattern", "density")
-    ours = (row for row in results.rows(name) if (row["backend"], row["kind"]) == ("cpu", kind))
-    return {tuple(row[key] for key in keys): row for row in ours if 0.15 < row["density"] < 0.25}
+    return {tuple(row[key] for key in keys): row for row in results.fifth(name, "cpu", kind)}
 
 
 def _speeds(name: str) -> str:
@@ -214,7 +213,7 @@ def _stacks() -> Iterator[tuple[str, str]]:
         f"{near[1].speedup:.1f}x {near[1].gain_db:.1f} dB ({far.gain_db:.1f} and {above:.1f} dB at {far.speedup:.1f}x "
         f"and {fourth.measured:.1f}x with guidance)",
     )
-    late, balanced = one["taylor-seer:interval=2/digest 0.65"], one["taylor-seer:interval=3:warm_up=0.45/tangent 0.8"]
+    late, balanced = one["taylor-seer:interval=2/digest 0.65"], one[stack.BALANCED]
     yield page, f'has {psnr(late)} dB at {late.measured:.1f}x, `"balanced"` {psnr(balanced)}.'
     second, later = (five[f"taylor-seer:interval=2{wait}/dense"] for wait in ("", ":warm_up=0.45"))
     ours = five["taylor-seer:interval=2:warm_up=0.45/digest 0.8"]
@@ -248,7 +247,7 @@ def _stacks() -> Iterator[tuple[str, str]]:
 
 
 def _margins(points: list[stack.Point]) -> list[stack.Margin]:
-    return stack.margins(points, lambda point: point.measured)
+    return stack.margins(points, stack.measured)
 
 
 def _shares() -> Iterator[tuple[str, str]]:

@@ -28,7 +28,6 @@ from support import walk
 
 FOLDER = Path(__file__).parents[2] / "docs" / "recipes"
 BEGIN, END = "<!-- models: made by python -m support.recipes -->", "<!-- /models -->"
-SMALL = FEW_TOKENS
 
 
 class Page(NamedTuple):
@@ -145,7 +144,7 @@ def advice(name: str, size: Call | None = None) -> str:
     """What to put on a model at a size, its own by default: Python, or a word where there is nothing."""
     cls = transformer(name)
     few = few_steps(name, FAMILIES[name].defaults["num_inference_steps"])
-    small, cached = math.prod(grid(name, size or {})) < SMALL, cls in BLOCKS and not few
+    small, cached = math.prod(grid(name, size or {})) < FEW_TOKENS, cls in BLOCKS and not few
     if cls in walk.EXCEPTIONS:
         return "nothing"
     if small:

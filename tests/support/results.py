@@ -164,17 +164,19 @@ def _work(name: str) -> str:
 
 
 def _stack(name: str) -> str:
-    each = stack.margins(stack.points(stack.read(RESULTS / name)), lambda point: point.measured)[0]
+    each = stack.margins(stack.points(stack.read(RESULTS / name)), stack.measured)[0]
     return f"at {each.speedup:.1f}x: cache alone {each.cache_db:.1f} dB, both {each.stack_db:.1f} dB"
+
+
+def fifth(name: str, backend: str, kind: str) -> list[Row]:
+    """Rows of a kernel over a fifth of the blocks."""
+    own = (row for row in rows(name) if (row["backend"], row["kind"]) == (backend, kind))
+    return [row for row in own if 0.15 < row["density"] < 0.25]
 
 
 def _bench(name: str, backend: str) -> str:
     """Speed-up of sparse products over a fifth of the blocks, the least and the most."""
-    found = [
-        float(row["speedup"])
-        for row in rows(name)
-        if (row["backend"], row["kind"]) == (backend, "sparse") and 0.15 < row["density"] < 0.25
-    ]
+    found = [float(row["speedup"]) for row in fifth(name, backend, "sparse")]
     return f"`{backend}`, a fifth of the blocks: {min(found):.1f}x to {max(found):.1f}x of torch's dense attention"
 
 

@@ -113,7 +113,8 @@ def foretell(
     model: ModelMixin = built.build(device="meta")
     frames, windows = families.FAMILIES[name].windows(chosen["num_frames"])
     latent = built.compression.latent(frames, chosen["height"], chosen["width"])
-    seen, count = layout(model, latent, built.text), flops(model, grid_tokens(model, latent), built.text)
+    tokens = grid_tokens(model, latent)
+    seen, count = layout(model, latent, built.text), flops(model, tokens, built.text)
     if seen is None or count.head_dim is None:
         raise ConfigError(f"of {name!r} it is not known what its attention sees; name another model")
     made = Made(
@@ -122,7 +123,7 @@ def foretell(
         chosen["num_frames"],
         windows,
         frames,
-        grid_tokens(model, latent),
+        tokens,
         chosen["num_inference_steps"],
         1 + built.guided,
     )
@@ -152,9 +153,9 @@ def _block(name: str, device: Device) -> Block:
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
-_Columns = dict[str, tuple[str, Callable[[Any], str]]]
+Columns = dict[str, tuple[str, Callable[[Any], str]]]
 # key of a row -> (heading, its values as text)
-RUNS: _Columns = {
+RUNS: Columns = {
     "strategy": ("strategy", "{}".format),
     "dense_first": ("dense first", "{:g}".format),
     "dense_seconds": ("dense s", significant),
@@ -170,7 +171,7 @@ OVER_FASTEST = (
     "over fastest dense: end to end where dense attention is the fastest kernel that was measured, in the dense run "
     "and in the dense steps of these runs alike"
 )
-PIECES: _Columns = {
+PIECES: Columns = {
     "strategy": ("strategy", "{}".format),
     "step": ("step", "{}".format),
     "name": ("piece", "{}".format),
@@ -179,7 +180,7 @@ PIECES: _Columns = {
     "ms": ("ms", "{:.2f}".format),
     "share_of_blocks": ("of blocks", "{:.0%}".format),
 }
-RATES: _Columns = {
+RATES: Columns = {
     "name": ("rate", "{}".format),
     "value": ("", "{:g}".format),
     "unit": ("", "{}".format),
@@ -187,7 +188,7 @@ RATES: _Columns = {
 }
 
 
-def cells(rows: Iterable[Row], columns: _Columns) -> list[list[str]]:
+def cells(rows: Iterable[Row], columns: Columns) -> list[list[str]]:
     """Texts of a table; "-" where there is nothing to say."""
     return [["-" if row[key] is None else text(row[key]) for key, (_, text) in columns.items()] for row in rows]
 

@@ -27,7 +27,7 @@ from diffsparse_pipelines.values import Cells
 if TYPE_CHECKING:
     from diffsparse.insight.device import Device
     from diffsparse.strategies.gna.bounds import Bounds
-    from diffsparse_pipelines.commands.forecasts import Foretold
+    from diffsparse_pipelines.commands.forecasts import Columns, Foretold, Row
 
 _MOST_CELLS, _MOST_TOKENS = 1024, 2**21
 _GRID, _WINDOWS, _TILES, _RUNS = "Size and sampling", "Strategy", "Tiles", "Whole runs"
@@ -307,20 +307,17 @@ def _show_foretold(found: list[Foretold], run: RunOptions, model: str) -> None:
     from diffsparse_pipelines.commands.forecasts import OVER_FASTEST, PIECES, RATES, RUNS, cells, rates
     from diffsparse_pipelines.progress import say, show_table
 
-    rows, title = [each.row() for each in found], f"{model} on {run.device}, by a model of time\n{found[0].made}"
-    tables = [(rows, RUNS, "lrrrrrrrrr", title)]
+    def show(rows: list[Row], columns: Columns, alignment: str, title: str, spare: tuple[str, ...] = ()) -> None:
+        show_table(cells(rows, columns), alignment, [name for name, _ in columns.values()], title, spare)
+
+    title = f"{model} on {run.device}, by a model of time\n{found[0].made}"
+    show([each.row() for each in found], RUNS, "lrrrrrrrrr", title, ("beside blocks", "searches", "attention share"))
+    say(OVER_FASTEST, highlight=False, fill=True)
     if run.pieces:
         first = [each for each in found if each.schedule == found[0].schedule]
-        steps = [piece for each in first for piece in each.pieces()]
-        tables.append((steps, PIECES, "lllrrrr", "\na layer, one sample"))
-        tables.append((rates(run.chosen), RATES, "lrll", "\nrates that it rests on"))
-    for lines, columns, alignment, above in tables:
-        headings = [name for name, _ in columns.values()]
-        spare = [name for name in ("beside blocks", "searches", "attention share") if name in headings]
-        show_table(cells(lines, columns), alignment, headings, above, spare)
-        if columns is RUNS:
-            say(OVER_FASTEST, highlight=False, fill=True)
-    if not run.pieces:
+        show([piece for each in first for piece in each.pieces()], PIECES, "lllrrrr", "\na layer, one sample")
+        show(rates(run.chosen), RATES, "lrll", "\nrates that it rests on")
+    else:
         say("what each step does, and the rates that it rests on: --pieces", highlight=False)
 
 
