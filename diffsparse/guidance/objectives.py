@@ -239,9 +239,10 @@ class Clip:
             model = CLIPModel.from_pretrained(checkpoint or known).eval().to(device)
             return cls(model, CLIPProcessor.from_pretrained(checkpoint or processor or known), logit)
         except (OSError, ValueError) as error:
+            source = checkpoint or known
             raise InputFileError(
-                f"can't load the objective {name!r} from {checkpoint or known!r}: {first_line(error)} Wanted a CLIP model "
-                f"in the format of transformers: {name}:FOLDER, or a connection to the hub"
+                f"can't load the objective {name!r} from {source!r}: {first_line(error)} Wanted a CLIP model in the "
+                f"format of transformers: {name}:FOLDER, or a connection to the hub"
             ) from error
 
     def __call__(self, clips: Sequence[Frames], prompts: Sequence[str]) -> list[float]:
